@@ -1,0 +1,81 @@
+"""Checkpoints: written whole or not at all, verified when loaded, never able to run code."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from resnet_train.errors import RunError, UserError
+
+FORMAT = 1
+KEYS = {"format", "config", "iteration", "model", "mean", "classes", "digest", "measure"}
+
+
+def save(path: Path, state: dict[str, Any], *, keep_as: Path | None = None) -> None:
+    """Write `state` (tensors and plain values) to `path`; what was there before becomes `keep_as`.
+
+    Written beside `path`, flushed and renamed: a kill or a full disk at any moment leaves whole files only, and
+    `path` or `keep_as` among them. Raises RunError when it cannot be written.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            torch.save({"format": FORMAT, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep_as is not None and path.exists():
+            os.replace(path, keep_as)
+        os.replace(part, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        part.unlink(missing_ok=True)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "the disk may be full"
+        raise RunError(f"{path}: the checkpoint cannot be written ({reason}); the one before it is intact") from error
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A checkpoint, on the CPU. Raises UserError for a file that is damaged or not a checkpoint of ours."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # the format's own CRC, which torch.load does not look at
+        if damaged:
+            raise UserError(f"{path}: is damaged ({damaged})")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path}: is refused: it holds more than tensors and plain values") from error
+    except (zipfile.BadZipFile, EOFError, RuntimeError, NotImplementedError) as error:
+        raise UserError(f"{path}: is cut short or not a checkpoint") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    if not isinstance(state, dict) or not state.keys() >= KEYS or state["format"] != FORMAT:
+        raise UserError(f"{path}: is not a checkpoint of resnet-train (format {FORMAT})")
+    return state
+
+
+def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest whole checkpoint of a run: last.pt, or previous.pt if that is damaged; None if there is neither.
+
+    Raises UserError if there are checkpoints and none can be loaded.
+    """
+    problems = []
+    for path in (folder / "last.pt", folder / "previous.pt"):
+        if path.exists():
+            try:
+                state = load(path)
+            except UserError as error:
+                problems.append(error)
+                continue
+            for problem in problems:
+                print(f"warning: {problem}; going on from {path.name} (iteration {state['iteration']})", flush=True)
+            return path, state
+    if problems:
+        raise problems[0]
+    return None

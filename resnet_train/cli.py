@@ -1,0 +1,189 @@
+"""The commands. Configurations are composed and checked here, before torch is imported; errors become one line."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hydra
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from resnet_train import config as configs
+from resnet_train.errors import UserError
+
+_PACKAGE = Path(__file__).resolve().parent
+CONFIG_DIR = str(next(p for p in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if p.is_dir()))
+
+
+def train() -> None:
+    """The command `resnet-train`."""
+    _command("train", _prepare_train, _train_job)
+
+
+def evaluate() -> None:
+    """The command `resnet-eval`."""
+    # Here data is no group (a data set's recipe has no say in a test), but `data=` means what it means in training.
+    sys.argv = ["data.name=" + a.removeprefix("data=") if a.startswith("data=") else a for a in sys.argv]
+    _command("eval", lambda values, _: configs.check_eval(values), _eval_job)
+
+
+def _command(name: str, prepare: Callable[..., Any], job: Callable[[DictConfig], Any]) -> None:
+    """Check every job that the command line asks for, then let Hydra run them (or show help, config, completion)."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its exceptions to us instead of printing them
+    try:
+        parser = get_args_parser()
+        parser.error = _usage  # type: ignore[method-assign]
+        arguments = parser.parse_args()
+        if not (arguments.help or arguments.hydra_help or arguments.shell_completion or arguments.info):
+            for overrides in _jobs(name, arguments.overrides, arguments.multirun):
+                prepare(_compose(name, overrides), overrides)
+        hydra.main(version_base="1.3", config_path=CONFIG_DIR, config_name=name)(job)()
+    except UserError as error:
+        _fail(error)
+    except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
+        _fail(UserError(str(error)))
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:
+        sys.exit(0)
+
+
+def _usage(message: str) -> NoReturn:
+    raise UserError(f"{message}; --help shows what there is")
+
+
+def _fail(error: UserError) -> NoReturn:
+    """One line on stderr and the error's exit code."""
+    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    sys.exit(error.code)
+
+
+def _jobs(name: str, overrides: list[str], multirun: bool) -> list[list[str]]:
+    """The overrides of each job: the sweep written out, or the command line as it is."""
+    for item in overrides:
+        try:
+            parsed = OverridesParser.create().parse_override(item)
+        except HydraException as error:
+            raise UserError(f"{item!r}: is not key=value; quote values with odd characters, as in 'key=\"a b\"'") from error
+        if parsed.is_sweep_override() and not multirun and parsed.get_key_element() != "hydra.sweeper.params":
+            raise UserError(f"{item}: several values are a sweep; add -m, or quote a list as key=[a,b]")
+    if not multirun:
+        return [overrides]
+    parsed_all = OverridesParser.create().parse_overrides(overrides)
+    return BasicSweeper.split_arguments(parsed_all, None)[0]
+
+
+def _compose(name: str, overrides: list[str]) -> dict[str, Any]:
+    """Plain, resolved values of one job. Raises UserError naming the override that is at fault."""
+    with hydra.initialize_config_dir(CONFIG_DIR, version_base="1.3"):
+        try:
+            composed = hydra.compose(name, overrides)
+            values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
+            raise UserError(_diagnosis(name, overrides, error)) from error
+    assert isinstance(values, dict)
+    return values  # type: ignore[return-value]
+
+
+def _diagnosis(name: str, overrides: list[str], error: Exception) -> str:
+    """Why composition failed, in our words: a wrong option of a group, an unknown key, or Hydra's first line."""
+    folders = [folder for folder in Path(CONFIG_DIR).iterdir() if folder.is_dir() and name == "train"]
+    groups = {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
+    chosen = []
+    parser = OverridesParser.create()
+    for item in overrides:
+        parsed = parser.parse_override(item)
+        if parsed.key_or_group in groups:
+            value, allowed = str(parsed.value()), groups[parsed.key_or_group]
+            if value not in allowed:
+                return f"{item}: allowed are {', '.join(allowed)}{configs.nearest(value, allowed)}"
+            chosen.append(item)
+    defaults = hydra.compose(name, chosen, return_hydra_config=True)
+    keys = configs.flat(OmegaConf.to_container(defaults, resolve=False))  # type: ignore[arg-type]
+    words = [key for key in keys if not key.startswith("hydra.")] + list(groups)
+    for item in overrides:
+        key = parser.parse_override(item).key_or_group
+        if key not in words and not any(known == key or known.startswith(key + ".") for known in keys):
+            return f"{item}: there is no key {key}{configs.nearest(key, words)}"
+    missing = [key for key, value in keys.items() if value == "???" and key in words and not any(o.startswith(key + "=") for o in overrides)]
+    if missing:
+        return f"{missing[0]}: is needed: {missing[0]}=…"
+    return str(error).splitlines()[0]
+
+
+def _prepare_train(values: dict[str, Any], overrides: list[str]) -> tuple[configs.Config, Path]:
+    """The checked configuration of one job and its directory; a finished run of a sweep is not an error."""
+    asked = [item for item in overrides if not item.startswith("hydra")]
+    config = configs.check(values, [item.lstrip("+").split("=")[0] for item in asked])
+    directory = configs.run_directory(config, asked)
+    if not (_is_sweep() and configs.run_state(directory) == "finished"):
+        configs.check_run_dir(directory, config)
+    return config, directory
+
+
+def _is_sweep() -> bool:
+    if HydraConfig.initialized():
+        return HydraConfig.get().mode == RunMode.MULTIRUN
+    return any(flag in ("-m", "--multirun") for flag in sys.argv[1:])
+
+
+def _train_job(composed: DictConfig) -> None:
+    """One run; in a sweep in a process of its own, so that nothing leaks from one job to the next."""
+    values = OmegaConf.to_container(composed, resolve=True)
+    config, directory = _prepare_train(values, list(HydraConfig.get().overrides.task))  # type: ignore[arg-type]
+    if not _is_sweep():
+        sys.exit(_work(config, directory))
+    if configs.run_state(directory) == "finished":
+        print(f"{directory}: finished, skipped")
+        return
+    process = multiprocessing.get_context("spawn").Process(target=_work_and_exit, args=(config, directory))
+    process.start()
+    stopped: list[int] = []
+
+    def forward(number: int, _: Any) -> None:
+        stopped.append(number)
+        if process.pid and number != signal.SIGINT:  # a terminal sends Ctrl-C to the worker as well
+            os.kill(process.pid, number)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    process.join()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    if process.exitcode in (128 + signal.SIGINT, 128 + signal.SIGTERM) or stopped:
+        sys.exit(process.exitcode)  # a sweep that is cut does not go on to its next job
+    if process.exitcode:
+        raise UserError(f"{directory}: ended with exit code {process.exitcode}")
+
+
+def _work_and_exit(config: configs.Config, directory: Path) -> None:
+    sys.exit(_work(config, directory))
+
+
+def _work(config: configs.Config, directory: Path) -> int:
+    """Train; the exit code."""
+    from resnet_train.run import train as run
+
+    try:
+        return run(config, directory)
+    except UserError as error:
+        _fail(error)
+
+
+def _eval_job(composed: DictConfig) -> None:
+    """One evaluation."""
+    from resnet_train.evaluate import evaluate_checkpoint
+
+    values = OmegaConf.to_container(composed, resolve=True)
+    evaluate_checkpoint(configs.check_eval(values))  # type: ignore[arg-type]

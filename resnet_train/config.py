@@ -1,0 +1,436 @@
+"""What a configuration may say. Typed dataclasses and their checks; no torch here, so that errors come at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import os
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from resnet_train.errors import UserError
+
+IMAGENET_DEPTHS = (18, 34, 50, 101, 152)
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
+CIFAR_FOLDER = "cifar-10-batches-py"
+# These may differ between a run and its continuation: none of them enters the mathematics.
+FREE_KEYS = {"run_dir", "resume", "checkpoint_every", "keep_every", "device", "data.root", "data.workers"}
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set: configs/data/."""
+
+    name: str
+    family: Literal["cifar", "imagenet"]
+    root: str | None
+    validation: int
+    size: int
+    workers: int
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate over iterations: configs/schedule/. Each kind has the keys of its own file only."""
+
+    name: Literal["step", "plateau", "cosine"]
+    lr: float
+    factor: float = 1.0
+    drops: list[float] = dataclasses.field(default_factory=list)
+    patience: float = 1.0
+    threshold: float = 0.0
+    watch: Literal["train", "val"] = "train"
+
+
+@dataclass(frozen=True)
+class Warmup:
+    """Nets of `depth` layers and more start at `lr` until the training error is below `error` %."""
+
+    depth: int
+    lr: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Random changes of the training images: zero padding and crop, flip, scale, colour."""
+
+    pad: int
+    flip: bool
+    shorter_side: list[int]
+    colour_noise: float
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that `resnet-train` is told: configs/train.yaml, the recipe, the schedule and the data set."""
+
+    data: Data
+    schedule: Schedule
+    depth: int
+    arch: Literal["resnet", "plain"]
+    seed: int
+    precision: Literal["auto", "bf16", "fp16", "fp32"]
+    device: Literal["auto", "cpu", "cuda"]
+    checkpoint_every: int
+    keep_every: int
+    run_dir: str | None
+    resume: str
+    recipe: str
+    shortcut: Literal["A", "B", "C", "none"]
+    bottleneck_stride: Literal["1x1", "3x3"]
+    init: Literal["fan_out", "fan_in"]
+    zero_gamma: bool
+    iterations: int
+    batch_size: int
+    eval_batch_size: int
+    momentum: float
+    nesterov: bool
+    weight_decay: float
+    decay: Literal["all", "weights"]
+    warmup: Warmup
+    augment: Augment
+    compile: bool
+    log_every: int
+    eval_every: int
+
+    def plain(self) -> dict[str, Any]:
+        """The configuration as nested dictionaries of plain values, for JSON and checkpoints."""
+        return dataclasses.asdict(self)
+
+    @property
+    def net(self) -> str:
+        """The network's name: resnet-110-A, plain-56."""
+        return f"{self.arch}-{self.depth}" + ("" if self.arch == "plain" else f"-{self.shortcut}")
+
+    @property
+    def data_label(self) -> str:
+        """The data's name in every record: a folder's own name, so that look-alikes are never called CIFAR-10."""
+        if self.data.name == "cifar10" and (not self.data.root or is_official_cifar10(Path(self.data.root))):
+            return "cifar10"
+        if self.data.root is None:
+            return self.data.name
+        name = Path(self.data.root).expanduser().resolve().name or "root"
+        return "cifar10-folder" if name == "cifar10" else name
+
+
+@dataclass(frozen=True)
+class EvalData:
+    """The data to evaluate on; `same` is what the checkpoint was trained on."""
+
+    name: Literal["same", "cifar10", "digits", "imagefolder", "imagenet"]
+    root: str | None
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Everything that `resnet-eval` is told: configs/eval.yaml."""
+
+    data: EvalData
+    checkpoint: str
+    split: Literal["test", "val", "train"]
+    device: Literal["auto", "cpu", "cuda"]
+    out: str | None
+
+
+# What a number may be: at least, at most; None for no bound. Open below where the name stands in ABOVE.
+RANGES: dict[str, tuple[float | None, float | None]] = {
+    "seed": (0, 2**63 - 1),
+    "iterations": (1, None),
+    "batch_size": (1, None),
+    "eval_batch_size": (1, None),
+    "checkpoint_every": (1, None),
+    "keep_every": (0, None),
+    "log_every": (1, None),
+    "eval_every": (1, None),
+    "momentum": (0, 1),
+    "weight_decay": (0, None),
+    "schedule.lr": (0, None),
+    "schedule.factor": (0, 1),
+    "schedule.drops": (0, 1),
+    "schedule.patience": (0, 1),
+    "schedule.threshold": (0, 100),
+    "warmup.depth": (0, None),
+    "warmup.lr": (0, None),
+    "warmup.error": (0, 100),
+    "augment.pad": (0, 16),
+    "augment.shorter_side": (0, 4096),
+    "augment.colour_noise": (0, 1),
+    "data.validation": (0, None),
+    "data.size": (8, 1024),
+    "data.workers": (0, 256),
+}
+ABOVE = {"schedule.lr", "warmup.lr", "schedule.factor", "schedule.patience"}
+BELOW = {"momentum"}
+
+
+def nearest(word: str, allowed: Iterable[str]) -> str:
+    """`; did you mean X?` for the allowed word most like `word`, or nothing."""
+    found = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def _shown(value: Any) -> str:
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _convert(key: str, value: Any, hint: Any) -> Any:
+    """`value` as the type `hint`, or UserError."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value in arguments and not isinstance(value, bool):
+            return value
+        raise UserError(
+            f"{key}={_shown(value)}: allowed are {', '.join(arguments)}{nearest(str(value), arguments)}"
+        )
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else _convert(key, value, arguments[0])
+    if origin is list:
+        if not isinstance(value, list):
+            raise UserError(f"{key}={_shown(value)}: must be a list, such as [0.5,0.75]")
+        return [_convert(key, item, arguments[0]) for item in value]
+    if dataclasses.is_dataclass(hint):
+        return _typed(typing.cast(type, hint), value, key + ".")
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int and number and math.isfinite(value) and value == int(value):
+        return _in_range(key, int(value))
+    if hint is float and number and math.isfinite(value):
+        return _in_range(key, float(value))
+    if hint is bool and isinstance(value, bool):
+        return value
+    if hint is str and isinstance(value, (str, int, float)) and str(value).strip() and "\0" not in str(value):
+        return str(value)
+    kind = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}[hint]
+    raise UserError(f"{key}={_shown(value)}: must be {kind}")
+
+
+def _in_range(key: str, value: float) -> float:
+    low, high = RANGES.get(key, (None, None))
+    if low is not None and (value < low or (value == low and key in ABOVE)):
+        raise UserError(f"{key}={value:g}: must be {'above' if key in ABOVE else 'at least'} {low:g}")
+    if high is not None and (value > high or (value == high and key in BELOW)):
+        raise UserError(f"{key}={value:g}: must be {'below' if key in BELOW else 'at most'} {high:g}")
+    return value
+
+
+T = TypeVar("T")
+
+
+def _typed(kind: type[T], values: Any, prefix: str = "") -> T:
+    """The dataclass `kind` from nested plain `values`; unknown, missing and mistyped keys are refused by name."""
+    if not isinstance(values, Mapping):
+        raise UserError(f"{prefix[:-1]}={_shown(values)}: holds values of its own; set one, as in {prefix}KEY=VALUE")
+    hints = typing.get_type_hints(kind)
+    fields = {field.name: field for field in dataclasses.fields(typing.cast(Any, kind))}
+    for name in values:
+        if name not in fields:
+            raise UserError(f"{prefix}{name}: there is no such key{nearest(str(name), fields)}")
+    found = {}
+    for name, field in fields.items():
+        if name in values:
+            found[name] = _convert(prefix + name, values[name], hints[name])
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise UserError(f"{prefix}{name}: is missing")
+    return kind(**found)
+
+
+def check(values: Mapping[str, Any], asked: Iterable[str] = ()) -> Config:
+    """The checked configuration of a training run from plain, resolved `values`.
+
+    `asked` are the keys that the user named: a shortcut for a plain net is refused only if asked for.
+    Looks at the command line and at directory listings only. Raises UserError.
+    """
+    config = _typed(Config, values)
+    check_depth(config.depth, config.data.family)
+    if config.arch == "plain":
+        if "shortcut" in asked and config.shortcut != "none":
+            raise UserError(f"shortcut={config.shortcut}: a plain net has no shortcuts; drop it, or take arch=resnet")
+        config = dataclasses.replace(config, shortcut="none")
+    elif config.shortcut == "none":
+        raise UserError("shortcut=none: a residual net needs A, B or C; without shortcuts it is arch=plain")
+    if config.data.name == "cifar10" and config.data.size != 32:
+        raise UserError(f"data.size={config.data.size}: CIFAR-10 is 32 px; for other sizes take data=imagefolder")
+    if config.data.family == "imagenet" and config.data.size % 32:
+        raise UserError(
+            f"data.size={config.data.size}: ImageNet nets halve the image five times; must be a multiple of 32,"
+            f" such as {max(32, round(config.data.size / 32) * 32)}"
+        )
+    sides = config.augment.shorter_side
+    if len(sides) != 2 or sides[0] > sides[1] or (config.data.family == "imagenet" and sides[0] < config.data.size):
+        raise UserError(
+            f"augment.shorter_side={sides}: must be [LOW,HIGH], LOW at least data.size={config.data.size}"
+        )
+    if config.schedule.drops != sorted(set(config.schedule.drops)):
+        raise UserError(f"schedule.drops={config.schedule.drops}: must rise, as [0.5,0.75] does")
+    if config.schedule.watch == "val" and not config.data.validation:
+        raise UserError("schedule.watch=val: needs a held-out part of the training set; add data.validation=5000")
+    if config.nesterov and not config.momentum:
+        raise UserError("nesterov=true: needs momentum above 0; take momentum=0.9")
+    check_source(config.data)
+    return dataclasses.replace(config, data=_anchored(config.data))
+
+
+def restored(values: Mapping[str, Any]) -> Config:
+    """The configuration that a checkpoint or a run directory holds. Raises UserError if it is of another version."""
+    try:
+        return _typed(Config, values)
+    except UserError as error:
+        raise UserError(f"the stored configuration cannot be read: {error}") from error
+
+
+def check_eval(values: Mapping[str, Any]) -> EvalConfig:
+    """The checked configuration of an evaluation. Raises UserError."""
+    config = _typed(EvalConfig, values)
+    if not Path(config.checkpoint).expanduser().is_file():
+        raise UserError(f"checkpoint={config.checkpoint}: there is no such file; a run keeps its in RUN/checkpoints/")
+    if config.data.root is not None and not Path(config.data.root).expanduser().exists():
+        raise UserError(f"data.root={config.data.root}: there is no such file or folder")
+    return dataclasses.replace(config, data=_anchored(config.data))
+
+
+def _anchored(data: Any) -> Any:
+    """`data` with an absolute root, so that the record of a run holds from any folder."""
+    return data if data.root is None else dataclasses.replace(data, root=str(Path(data.root).expanduser().absolute()))
+
+
+def check_depth(depth: int, family: str) -> None:
+    """Refuse a depth that the family does not have, naming the nearest (CIFAR: section 4.2; ImageNet: table 1)."""
+    if family == "cifar":
+        if depth < 8 or (depth - 2) % 6:
+            below = max(8, (depth - 2) // 6 * 6 + 2)
+            near = min(below, below + 6, key=lambda d: abs(d - depth))
+            raise UserError(f"depth={depth}: CIFAR nets have 6n+2 layers (20, 32, 44, 56, 110, 1202); nearest: {near}")
+    elif depth not in IMAGENET_DEPTHS:
+        near = min(IMAGENET_DEPTHS, key=lambda d: abs(d - depth))
+        allowed = ", ".join(map(str, IMAGENET_DEPTHS))
+        raise UserError(f"depth={depth}: ImageNet nets have {allowed} layers; nearest: {near}")
+
+
+def is_official_cifar10(root: Path) -> bool:
+    """Whether `root` is the official archive (a file), or the folder that it unpacks to or that one's parent."""
+    root = root.expanduser()
+    return root.is_file() or any((folder / "data_batch_1").is_file() for folder in (root, root / CIFAR_FOLDER))
+
+
+def check_source(data: Data) -> None:
+    """Refuse a data.root that a directory listing shows to be wrong. Raises UserError."""
+    if data.root is None:
+        if data.name in ("cifar10", "digits"):
+            return
+        raise UserError(f"data.root: data={data.name} needs one: data.root=PATH, a folder with train/ and test/ or val/")
+    root = Path(data.root).expanduser()
+    if data.name == "digits":
+        raise UserError(f"data.root={data.root}: data=digits comes with scikit-learn and takes none; drop it")
+    if not root.exists():
+        raise UserError(f"data.root={data.root}: there is no such file or folder")
+    if data.name == "cifar10" and is_official_cifar10(root):
+        return
+    if not root.is_dir():
+        raise UserError(f"data.root={data.root}: is a file; data={data.name} takes a folder with train/ and test/ or val/")
+    class_folders(root)
+
+
+def class_folders(root: Path) -> tuple[list[str], str]:
+    """The class names of a train/<class>/*, test/<class>/* tree and the name of its test part (test or val).
+
+    Raises UserError where the two parts do not have the same classes or a class has no images.
+    """
+    try:
+        test = next((name for name in ("test", "val") if (root / name).is_dir()), None)
+        if not any(root.iterdir()):
+            raise UserError(f"data.root={root}: the folder is empty")
+        if test is None or not (root / "train").is_dir():
+            raise UserError(f"data.root={root}: has no train/ and test/ (or val/) folders with a folder for each class")
+        classes = {}
+        for part in ("train", test):
+            classes[part] = sorted(entry.name for entry in os.scandir(root / part) if entry.is_dir())
+            if not classes[part]:
+                raise UserError(f"data.root={root}: {part}/ has no folder for any class")
+            for name in classes[part]:
+                if not any(is_image(entry.name) for entry in os.scandir(root / part / name)):
+                    raise UserError(f"data.root={root}: {part}/{name}/ has no images ({' '.join(IMAGE_SUFFIXES)})")
+    except OSError as error:
+        raise UserError(f"data.root={root}: {error.strerror}: {error.filename}") from error
+    for here, there in (("train", test), (test, "train")):
+        for name in classes[here]:
+            if name not in classes[there]:
+                raise UserError(f"data.root={root}: class {name} is in {here}/ and not in {there}/")
+    if len(classes["train"]) < 2:
+        raise UserError(f"data.root={root}: has one class, {classes['train'][0]}; at least two are needed")
+    return classes["train"], test
+
+
+def is_image(name: str) -> bool:
+    """Whether a file name looks like an image's."""
+    return not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def run_directory(config: Config, asked: Iterable[str]) -> Path:
+    """Where the run goes: `run_dir`, or runs/DATA/NET/ and what else was `asked` for (overrides, as typed)."""
+    if config.run_dir is not None:
+        return Path(config.run_dir).expanduser()
+    told = {"data", "depth", "arch", "shortcut", "seed"} | FREE_KEYS
+    rest = sorted({item for item in asked if item.lstrip("+").split("=")[0] not in told})
+    name = ",".join([*(re.sub(r"[^A-Za-z0-9._=,+\[\]-]", "_", item) for item in rest), f"seed={config.seed}"])
+    if len(name) > 180:
+        name = name[:160] + "-" + hashlib.sha256(name.encode()).hexdigest()[:12]
+    return Path("runs") / config.data_label / config.net / name
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested plain values as one level, with dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found
+
+
+def check_same_run(old: Mapping[str, Any], new: Mapping[str, Any], where: str) -> None:
+    """Refuse to go on with the run in `where` under a configuration that changes its mathematics."""
+    was, now = flat(old), flat(new)
+    for key in sorted(was.keys() | now.keys()):
+        if key not in FREE_KEYS and was.get(key) != now.get(key):
+            raise UserError(
+                f"{key}={_shown(now.get(key))}: the run in {where} has {key}={_shown(was.get(key))};"
+                f" take that, or another run_dir="
+            )
+
+
+def run_state(directory: Path) -> Literal["new", "unfinished", "finished"]:
+    """What a run directory holds."""
+    if (directory / "summary.json").is_file():
+        return "finished"
+    return "unfinished" if (directory / "config.json").is_file() else "new"
+
+
+def check_run_dir(directory: Path, config: Config) -> None:
+    """Refuse a directory that cannot take this run: finished, not a run's, of another run, not writable."""
+    state = run_state(directory)
+    try:
+        if state == "finished":
+            raise UserError(
+                f"run_dir={directory}: holds a finished run; read its summary.json, or take another seed= or run_dir="
+            )
+        if state == "unfinished" and config.resume != "never":
+            check_same_run(json.loads((directory / "config.json").read_text()), config.plain(), str(directory))
+        if state == "new" and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            raise UserError(f"run_dir={directory}: exists and holds no run; take another run_dir=")
+        parent = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    except (OSError, ValueError) as error:
+        raise UserError(f"run_dir={directory}: cannot be used: {error}") from error
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"run_dir={directory}: {parent} is not a folder that you may write to; take another run_dir=")
+    if config.resume not in ("auto", "never") and not Path(config.resume).expanduser().is_file():
+        raise UserError(f"resume={config.resume}: must be auto, never or a checkpoint's file{nearest(config.resume, ['auto', 'never'])}")

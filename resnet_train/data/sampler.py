@@ -1,0 +1,46 @@
+"""Which images make up a batch, and the random numbers that change them.
+
+All of it is a function of the seed, the iteration and the place in the batch: a resumed run and one on another number
+of processes see the same images.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+
+import torch
+from torch import Tensor
+
+
+def generator(seed: int, purpose: str, count: int) -> torch.Generator:
+    """A CPU generator that depends on nothing but its arguments."""
+    digest = hashlib.blake2b(f"{seed}/{purpose}/{count}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+@functools.lru_cache(maxsize=2)
+def permutation(seed: int, epoch: int, size: int) -> Tensor:
+    """The order of the training images in the given pass: (size,) int64."""
+    return torch.randperm(size, generator=generator(seed, "order", epoch))
+
+
+def batch_indices(seed: int, iteration: int, batch_size: int, size: int) -> Tensor:
+    """The images of one batch: (batch_size,) int64.
+
+    Batches are cut from an endless sequence of permutations and may straddle passes, so that every batch is full and
+    every image comes once per permutation: 64,000 batches of 128 are 163.84 passes over 50,000 images.
+    """
+    parts, place, missing = [], iteration * batch_size, batch_size
+    while missing:
+        epoch, offset = divmod(place, size)
+        part = permutation(seed, epoch, size)[offset : offset + missing]
+        parts.append(part)
+        place, missing = place + len(part), missing - len(part)
+    return torch.cat(parts)
+
+
+def held_out(size: int, count: int) -> tuple[Tensor, Tensor]:
+    """The indices of the training part and of the `count` images held out, by a permutation that no seed changes."""
+    order = torch.randperm(size, generator=generator(0, "held out", size))
+    return order[count:].sort().values, order[:count].sort().values

@@ -1,0 +1,178 @@
+"""The training, validation and test parts of a data set, as batches on the device. Two kinds with one face.
+
+`MemorySets` holds small images on the device and changes whole batches there; `StreamedSets` decodes files in worker
+processes as it trains. Both have `classes`, `digest`, `sizes` (images of train, val and test), `protocol`, `top5`,
+`mean_image()`, `train_batches()` and `eval_batches()`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms.v2 import functional as TF
+
+from resnet_train.config import class_folders
+from resnet_train.data.images import ImageSet, listing, load, read_image
+from resnet_train.data.sampler import batch_indices, generator, held_out
+from resnet_train.data.transforms import (
+    IMAGENET_MEAN,
+    colour_noise,
+    crop_and_normalise,
+    draw_crops,
+    flip_some,
+    mean_image,
+    normalise,
+)
+from resnet_train.errors import UserError
+
+Batches = Iterator[tuple[Tensor, Tensor]]
+
+
+def split_sizes(train: int, validation: int) -> tuple[Tensor, Tensor]:
+    """The indices of the training part and of the part held out. Raises UserError if nothing would be left."""
+    if validation >= train:
+        raise UserError(f"data.validation={validation}: the training set has {train} images; hold out fewer")
+    return held_out(train, validation)
+
+
+class MemorySets:
+    """Images of one small size, as uint8 on the training device."""
+
+    protocol = "single view"
+    top5 = False
+
+    def __init__(self, *, name: str, root: str | None, size: int, validation: int) -> None:
+        found = load(name, root, size)
+        self.classes, self.digest = found.classes, found.digest
+        train, self.val_indices = split_sizes(len(found.train), validation)
+        self.parts = {
+            "train": found.train.part(train) if validation else found.train,
+            "val": found.train.part(self.val_indices),
+            "test": found.test,
+        }
+        self.sizes = {split: len(part) for split, part in self.parts.items()}
+
+    def mean_image(self) -> Tensor:
+        """The per-pixel mean of the training part (section 4.2): (H, W, 3) in 0 to 255."""
+        return mean_image(self.parts["train"].images)
+
+    def _on(self, device: torch.device, split: str) -> ImageSet:
+        self.parts[split] = self.parts[split].to(device)
+        return self.parts[split]
+
+    def train_batches(
+        self, mean: Tensor, device: torch.device, *, seed: int, batch_size: int, augment: dict[str, Any], start: int
+    ) -> Batches:
+        """Augmented batches without end, from iteration `start`: (B, 3, H, W) float32 channels last, (B,) int64."""
+        data, pad, iteration = self._on(device, "train"), augment["pad"], start
+        while True:
+            indices = batch_indices(seed, iteration, batch_size, len(data)).to(device, non_blocking=True)
+            draws = draw_crops(generator(seed, "augment", iteration), batch_size, pad, augment["flip"])
+            tops, lefts, flips = (draw.to(device, non_blocking=True) for draw in draws)
+            yield crop_and_normalise(data.images[indices], mean, tops, lefts, flips, pad), data.labels[indices]
+            iteration += 1
+
+    def eval_batches(self, split: str, mean: Tensor, device: torch.device, batch_size: int) -> Batches:
+        """Every image once, unchanged but for the mean. All batches are full: what fills the last has label -1."""
+        data = self._on(device, split)
+        for start in range(0, len(data), batch_size):
+            indices = torch.arange(start, start + batch_size, device=device)
+            inside = indices < len(data)
+            indices = indices.clamp(max=len(data) - 1)
+            yield normalise(data.images[indices], mean), torch.where(inside, data.labels[indices], -1)
+
+
+class StreamedSets:
+    """A train/<class>/*, val/<class>/* tree of photographs, decoded in worker processes (section 3.4)."""
+
+    protocol = "center crop"
+    top5 = True
+
+    def __init__(self, *, root: str, size: int, validation: int, workers: int) -> None:
+        self.size, self.workers = size, workers
+        path = Path(root)
+        self.classes, test = class_folders(path)
+        train, tested = listing(path / "train", self.classes), listing(path / test, self.classes)
+        digest = hashlib.sha256(repr(self.classes).encode())
+        for file, _ in train + tested:
+            digest.update(f"{file.relative_to(path)} {os.stat(file).st_size}\n".encode())
+        self.digest = digest.hexdigest()
+        kept, self.val_indices = split_sizes(len(train), validation)
+        self.parts = {"train": [train[i] for i in kept], "val": [train[i] for i in self.val_indices], "test": tested}
+        self.sizes = {split: len(part) for split, part in self.parts.items()}
+
+    def mean_image(self) -> Tensor:
+        """ImageNet's channel means as a (1, 1, 3) image, in 0 to 255."""
+        return torch.tensor(IMAGENET_MEAN).view(1, 1, 3)
+
+    def train_batches(
+        self, mean: Tensor, device: torch.device, *, seed: int, batch_size: int, augment: dict[str, Any], start: int
+    ) -> Batches:
+        """Augmented batches without end, from iteration `start`: (B, 3, S, S) float32 channels last, (B,) int64."""
+        sampler = _RandomViews(seed, start, batch_size, self.sizes["train"], augment["shorter_side"])
+        iteration = start
+        for images, labels in self._loader(self.parts["train"], sampler, device):
+            draw = generator(seed, "device augment", iteration)
+            flips = draw_crops(draw, batch_size, 0, augment["flip"])[2].to(device, non_blocking=True)
+            noise = (torch.randn(batch_size, 3, generator=draw) * augment["colour_noise"]).to(device, non_blocking=True)
+            batch = normalise(flip_some(images.to(device, non_blocking=True), flips), mean)
+            yield colour_noise(batch, noise), labels.to(device, non_blocking=True)
+            iteration += 1
+
+    def eval_batches(self, split: str, mean: Tensor, device: torch.device, batch_size: int) -> Batches:
+        """The center crop of every image once, shorter side at 256 for crops of 224. What fills up has label -1."""
+        part = self.parts[split]
+        views = [
+            [(min(i, len(part) - 1), round(self.size * 256 / 224), 0.5, 0.5) for i in range(s, s + batch_size)]
+            for s in range(0, len(part), batch_size)
+        ]
+        place = torch.arange(batch_size)
+        for batch, (images, labels) in enumerate(self._loader(part, views, device)):
+            labels = torch.where(place + batch * batch_size < len(part), labels, -1)
+            yield normalise(images.to(device, non_blocking=True), mean), labels.to(device, non_blocking=True)
+
+    def _loader(self, part: list[tuple[Path, int]], views: Any, device: torch.device) -> Iterable[Any]:
+        return DataLoader(
+            _Views(part, self.size), batch_sampler=views, num_workers=self.workers, pin_memory=device.type == "cuda"
+        )
+
+
+View = tuple[int, int, float, float]  # index, shorter side, and where the crop lies: 0 left or top, 1 right or bottom
+
+
+class _Views(Dataset[tuple[Tensor, int]]):
+    """Square uint8 crops (S, S, 3) of files, as each view says."""
+
+    def __init__(self, files: list[tuple[Path, int]], size: int) -> None:
+        self.files, self.size = files, size
+
+    def __getitem__(self, view: View) -> tuple[Tensor, int]:
+        index, side, down, across = view
+        path, label = self.files[index]
+        image = TF.resize(read_image(path), [side], antialias=True)
+        top, left = round(down * (image.shape[1] - self.size)), round(across * (image.shape[2] - self.size))
+        return TF.crop(image, top, left, self.size, self.size).permute(1, 2, 0).contiguous(), label
+
+
+class _RandomViews(Sampler[list[View]]):
+    """Endless training batches of views with a random shorter side and place."""
+
+    def __init__(self, seed: int, start: int, batch_size: int, size: int, sides: list[int]) -> None:
+        self.seed, self.start, self.batch_size, self.size, self.sides = seed, start, batch_size, size, sides
+
+    def __iter__(self) -> Iterator[list[View]]:
+        iteration = self.start
+        while True:
+            indices = batch_indices(self.seed, iteration, self.batch_size, self.size).tolist()
+            draw = generator(self.seed, "augment", iteration)
+            sides = torch.randint(self.sides[0], self.sides[1] + 1, (self.batch_size,), generator=draw).tolist()
+            down, across = torch.rand(2, self.batch_size, generator=draw).tolist()
+            yield list(zip(indices, sides, down, across, strict=True))
+            iteration += 1

@@ -1,0 +1,64 @@
+"""Augmentation of a whole batch at once, on the device that holds it. Images are uint8, NHWC."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IMAGENET_MEAN = (123.675, 116.28, 103.53)  # channel averages, in 0 to 255
+# Krizhevsky et al. 2012, "[21]": principal components of ImageNet's RGB values in 0 to 1 (columns: eigenvectors).
+EIGENVALUES = (0.2175, 0.0188, 0.0045)
+EIGENVECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
+
+
+def mean_image(images: Tensor) -> Tensor:
+    """The per-pixel mean of (N, H, W, 3) uint8 images: (H, W, 3) float32, in 0 to 255."""
+    return (images.sum(0, dtype=torch.int64).double() / len(images)).float()
+
+
+def normalise(images: Tensor, mean: Tensor) -> Tensor:
+    """(N, H, W, 3) uint8 minus `mean`, in units of the full range: (N, 3, H, W) float32, channels last.
+
+    Section 4.2 subtracts the mean and divides by no standard deviation; 1/255 is a unit, not a statistic.
+    """
+    return images.float().sub_(mean).mul_(1 / 255).permute(0, 3, 1, 2)
+
+
+def draw_crops(generator: torch.Generator, count: int, pad: int, flip: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Random offsets from 0 to 2 `pad`, both included, and flips, for `count` images: three (count,) tensors."""
+    tops, lefts = torch.randint(0, 2 * pad + 1, (2, count), generator=generator)
+    flips = torch.randint(0, 2, (count,), generator=generator).bool()
+    return tops, lefts, flips if flip else torch.zeros_like(flips)
+
+
+def crop_and_normalise(
+    images: Tensor, mean: Tensor, tops: Tensor, lefts: Tensor, flips: Tensor, pad: int
+) -> Tensor:
+    """Subtract the mean, pad `pad` zeros on each side, crop to the old size at the offsets, flip.
+
+    (N, H, W, 3) uint8 to (N, 3, H, W) float32, channels last. The zeros come after the mean: padded image minus
+    padded mean is the padded difference, so both are cropped alike and one subtraction does for all.
+    """
+    count, height, width, _ = images.shape
+    margin = (0, 0, pad, pad, pad, pad)
+    rows = (tops[:, None] + torch.arange(height, device=images.device))[:, :, None]
+    across = torch.arange(width, device=images.device).expand(count, -1)
+    columns = (lefts[:, None] + torch.where(flips[:, None], across.flip(1), across))[:, None, :]
+    which = torch.arange(count, device=images.device)[:, None, None]
+    return normalise(F.pad(images, margin)[which, rows, columns], F.pad(mean, margin)[rows, columns])
+
+
+def flip_some(images: Tensor, flips: Tensor) -> Tensor:
+    """(N, H, W, 3) with those mirrored where `flips` (N,) is true."""
+    return torch.where(flips[:, None, None, None], images.flip(2), images)
+
+
+def colour_noise(images: Tensor, alphas: Tensor) -> Tensor:
+    """Add the principal components of colour, weighted by `alphas` (N, 3) times their eigenvalues (section 3.4).
+
+    Images are (N, 3, H, W) in units of the full range; each gets one colour shift for all its pixels.
+    """
+    vectors = torch.tensor(EIGENVECTORS, device=images.device)
+    values = torch.tensor(EIGENVALUES, device=images.device)
+    return images + ((alphas * values) @ vectors.T)[:, :, None, None]

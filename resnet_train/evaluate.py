@@ -1,0 +1,139 @@
+"""Errors as counts: (wrong, seen), summed as integers and divided once."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from resnet_train import checkpoint
+from resnet_train.build import autocast, compile_network, network, open_sets, pick_device
+from resnet_train.config import Config, EvalConfig, check_source, restored
+from resnet_train.errors import UserError
+
+
+@dataclass
+class Count:
+    """The outcome of one pass: integer counts and the summed loss."""
+
+    wrong: int
+    wrong5: int
+    seen: int
+    loss_sum: float
+
+    @property
+    def error(self) -> float:
+        """Top-1 error in %."""
+        return 100 * self.wrong / self.seen
+
+    @property
+    def error5(self) -> float:
+        """Top-5 error in %."""
+        return 100 * self.wrong5 / self.seen
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy."""
+        return self.loss_sum / self.seen
+
+
+def wrong_answers(logits: Tensor, labels: Tensor) -> Tensor:
+    """Wrong top-1 and top-5 answers of a batch: (2,) int64 on the device. Labels of -1 are not counted."""
+    top = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    real = labels >= 0
+    return torch.stack([(real & ~top[:, 0]).sum(), (real & ~top.any(1)).sum()])
+
+
+@torch.no_grad()
+def count_errors(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], precision: str, size: int) -> Count:
+    """Run `model` in evaluation mode over `batches`, whose labels count where they are not -1: `size` of them.
+
+    Leaves the model in training mode or not, as it was.
+    """
+    was_training = model.training
+    model.eval()
+    totals = None
+    for images, labels in batches:
+        with autocast(precision, images.device):
+            logits = model(images)
+        logits = logits.float()
+        loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum").double()
+        counts = torch.cat([wrong_answers(logits, labels), (labels >= 0).sum()[None]])
+        totals = (counts, loss) if totals is None else (totals[0] + counts, totals[1] + loss)
+    model.train(was_training)
+    assert totals is not None
+    wrong, wrong5, seen = totals[0].tolist()
+    assert seen == size, f"{seen} images counted of {size}"
+    return Count(wrong, wrong5, seen, totals[1].item())
+
+
+def evaluate_checkpoint(asked: EvalConfig) -> None:
+    """The command `resnet-eval`: the count that training reported, from the file alone; JSON and one line."""
+    path = Path(asked.checkpoint).expanduser()
+    state = checkpoint.load(path)
+    config = _with_data(restored(state["config"]), asked)
+    sets = open_sets(config)
+    if sets.classes != state["classes"]:
+        raise UserError(
+            f"data: {config.data_label} has the classes {', '.join(sets.classes)[:60]}…, the checkpoint was trained on"
+            f" {', '.join(state['classes'])[:60]}…"
+        )
+    if asked.data.name == "same" and sets.digest != state["digest"]:
+        print("note: these are not the images that the checkpoint was trained on", flush=True)
+    if asked.split == "val" and sets.sizes["val"] == 0:
+        raise UserError("split=val: no part of the training set was held out; take split=test")
+    device = pick_device(asked.device)
+    model = network(config, len(sets.classes)).to(device, memory_format=torch.channels_last)
+    model.load_state_dict(state["model"])
+    precision, compiled = state["measure"]["precision"], state["measure"]["compile"]
+    if compiled:
+        compiled = compile_network(model, config.depth, device)
+    batches = sets.eval_batches(asked.split, state["mean"].to(device), device, config.eval_batch_size)
+    count = count_errors(model, batches, precision, sets.sizes[asked.split])
+    result = {
+        "checkpoint": str(path.absolute()),
+        "net": config.net,
+        "data": config.data_label,
+        "split": asked.split,
+        "protocol": sets.protocol,
+        "seed": config.seed,
+        "iteration": state["iteration"],
+        "iterations": config.iterations,
+        "wrong": count.wrong,
+        "seen": count.seen,
+        "error": count.error,
+        **({"wrong5": count.wrong5, "error5": count.error5} if sets.top5 else {}),
+        "loss": count.loss,
+        "precision": precision,
+        "compile": compiled,
+        "device": str(device),
+    }
+    out = Path(asked.out).expanduser() if asked.out else path.with_name(f"{path.stem}-{asked.split}.json")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"out={out}: cannot be written: {error.strerror}") from error
+    print(
+        f"{config.net} on {config.data_label} {asked.split} ({sets.protocol}), seed {config.seed}, iteration"
+        f" {state['iteration']}: {count.wrong} of {count.seen} wrong, error {count.error:.2f} %"
+        + (f", top-5 {count.error5:.2f} %" if sets.top5 else "")
+        + f"; {out}"
+    )
+
+
+def _with_data(config: Config, asked: EvalConfig) -> Config:
+    """The checkpoint's configuration, on the data that the command line names, if any."""
+    data = config.data
+    if asked.data.name != "same":
+        data = dataclasses.replace(data, name=asked.data.name, root=None)
+    if asked.data.root is not None:
+        data = dataclasses.replace(data, root=asked.data.root)
+    check_source(data)
+    return dataclasses.replace(config, data=data)

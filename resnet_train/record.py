@@ -1,0 +1,84 @@
+"""What a run tells: metrics lines, TensorBoard events and the progress bar."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from resnet_train.curves import read_metrics
+
+
+class Record:
+    """The open record of one run in `directory`, going on after `iteration`.
+
+    Metrics after `iteration` are cut, so that a resumed run leaves one seamless curve. `names` (data, seed) stand in
+    every line. TensorBoard gets a writer for each split, so that their curves share a chart.
+    """
+
+    def __init__(self, directory: Path, names: dict[str, Any], iteration: int, iterations: int) -> None:
+        self.path = directory / "metrics.jsonl"
+        self.names = names
+        kept = [line for line in read_metrics(self.path) if line["iteration"] <= iteration]
+        part = directory / "metrics.jsonl.part"
+        part.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        part.replace(self.path)
+        self.file = self.path.open("a")
+        self.board = directory / "tensorboard"
+        self.purge = iteration + 1
+        self.writers: dict[str, SummaryWriter] = {}
+        for split in sorted(folder.name for folder in self.board.glob("*")):
+            self._writer(split)  # now, so that the points after the checkpoint go from each of them
+        self.bar = tqdm(total=iterations, initial=iteration, unit="it", dynamic_ncols=True, disable=None, smoothing=0.1)
+
+    def _writer(self, split: str) -> SummaryWriter:
+        if split not in self.writers:
+            self.writers[split] = SummaryWriter(str(self.board / split), purge_step=self.purge)
+        return self.writers[split]
+
+    def point(self, split: str, iteration: int, **values: float | int | str) -> None:
+        """One point of a curve: a metrics line, TensorBoard scalars and, where there is no bar, a printed line."""
+        line = {"iteration": iteration, "split": split, **self.names, **values}
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        for name, value in values.items():
+            if isinstance(value, (int, float)) and name != "epoch":
+                self._writer(split).add_scalar(name, value, iteration)
+        if self.bar.disable:
+            shown = {"lr": "g", "images_per_second": ".0f", "epoch": ".2f", "loss": ".4f"}
+            text = (f"{k} {v:{shown.get(k, '.2f')}}" for k, v in values.items() if isinstance(v, float))
+            print(f"iteration {iteration}/{self.bar.total} {split}: " + ", ".join(text), flush=True)
+        elif split == "train":
+            self.bar.set_postfix_str(
+                f"loss {values['loss']:.3f}, error {values['error']:.2f} %, {values['images_per_second']:.0f} images/s"
+            )
+        else:
+            self.say(f"iteration {iteration}: {split} error {values['error']:.2f} %")
+
+    def reference(self, error: float, iterations: int) -> None:
+        """The paper's final error as a line across TensorBoard's error chart."""
+        for iteration in (0, iterations):
+            self._writer("paper").add_scalar("error", error, iteration)
+
+    def say(self, text: str) -> None:
+        """A line that does not tear the bar."""
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+    def flush(self) -> None:
+        """Put everything on disk; called before a checkpoint, which must not be ahead of its record."""
+        os.fsync(self.file.fileno())
+        for writer in self.writers.values():
+            writer.flush()
+
+    def close(self) -> None:
+        """Close files and bar."""
+        self.file.close()
+        for writer in self.writers.values():
+            writer.close()
+        self.bar.close()

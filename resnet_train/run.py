@@ -1,0 +1,258 @@
+"""One run from its directory's first file to its last: opened or resumed, trained, summed up."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import torchvision
+from torch import nn
+
+from resnet_train import __version__, checkpoint, curves, paper
+from resnet_train.build import compile_network, network, open_sets, pick_device, pick_precision
+from resnet_train.config import Config, check_same_run
+from resnet_train.data.sampler import generator
+from resnet_train.errors import UserError
+from resnet_train.models.resnet import multiply_adds, parameters
+from resnet_train.record import Record
+from resnet_train.schedule import Progress
+from resnet_train.train import Meters, Run, Stop, loop
+
+
+def train(config: Config, directory: Path) -> int:
+    """The command `resnet-train`: train in `directory`, going on where a run there was cut. The exit code.
+
+    0: finished; 130 or 143: stopped by Ctrl-C or SIGTERM, with a checkpoint. Raises UserError and RunError.
+    """
+    run = build(config, directory)
+    state = _resume_state(run)
+    with _claimed(directory):
+        environment = _open_directory(run, state)
+        if state is not None:
+            run.load(state)
+        if config.compile:
+            run.compiled = (state is None or run.compiled) and compile_network(run.model, config.depth, run.device)
+        _announce(run, state is not None)
+        stop = Stop()
+        record = Record(directory, {"data": config.data_label, "seed": config.seed}, run.iteration, config.iterations)
+        reference = _reference(config)
+        if reference and state is None:
+            record.reference(reference[1], config.iterations)
+        try:
+            loop(run, record, stop)
+        finally:
+            record.close()
+        if run.iteration < config.iterations:
+            print(f"stopped at iteration {run.iteration}, checkpoint written; the same command goes on from there")
+            return 128 + stop.signal
+        _summarise(run, environment, reference)
+    return 0
+
+
+def build(config: Config, directory: Path) -> Run:
+    """Data, network and optimiser, with nothing written yet. Raises UserError."""
+    device = pick_device(config.device)
+    precision = pick_precision(config.precision, device)
+    sets = open_sets(config)
+    torch.manual_seed(generator(config.seed, "initialisation", 0).initial_seed())
+    model = network(config, len(sets.classes)).to(device, memory_format=torch.channels_last)
+    return Run(
+        config=config,
+        directory=directory,
+        device=device,
+        precision=precision,
+        compiled=False,
+        sets=sets,
+        mean=sets.mean_image().to(device),
+        model=model,
+        optimizer=optimizer(model, config),
+        scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
+        meters=Meters(device),
+        progress=Progress(warm=0 < config.warmup.depth <= config.depth),
+    )
+
+
+def optimizer(model: nn.Module, config: Config) -> torch.optim.SGD:
+    """SGD with momentum. Weight decay on all parameters, as in the paper, or on convolution and linear weights only."""
+    decayed = [p for p in model.parameters() if config.decay == "all" or p.ndim > 1]
+    spared = [p for p in model.parameters() if config.decay == "weights" and p.ndim == 1]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    return torch.optim.SGD(
+        [group for group in groups if group["params"]],
+        lr=config.schedule.lr,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        fused=True,
+    )
+
+
+def _resume_state(run: Run) -> dict[str, Any] | None:
+    """The checkpoint to go on from, if any, held against what was asked. Raises UserError if they differ."""
+    config = run.config
+    if config.resume == "never":
+        return None
+    if config.resume == "auto":
+        found = checkpoint.load_newest(run.directory / "checkpoints")
+        if found is None:
+            return None
+        path, state = found
+    else:
+        path = Path(config.resume).expanduser()
+        state = checkpoint.load(path)
+    check_same_run(state["config"], config.plain(), str(path))
+    if state["digest"] != run.sets.digest:
+        raise UserError(f"data: {config.data_label} does not hold the images that the run in {path} was trained on")
+    run.precision, run.compiled = state["measure"]["precision"], state["measure"]["compile"]
+    return state
+
+
+class _claimed:
+    """Hold a run directory against a second process."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.file: IO[str] | None = None
+
+    def __enter__(self) -> None:
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self.file = (self.directory / ".lock").open("w")
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"run_dir={self.directory}: another process is training there") from error
+        except OSError as error:
+            raise UserError(f"run_dir={self.directory}: cannot be written: {error.strerror}") from error
+
+    def __exit__(self, *_: object) -> None:
+        assert self.file is not None
+        self.file.close()
+
+
+def _open_directory(run: Run, state: dict[str, Any] | None) -> dict[str, Any]:
+    """Write config.json, environment.json and the split; a new start removes what a run before left."""
+    directory, config = run.directory, run.config
+    needed = 5 * 2 * 4 * parameters(run.model)  # weights and momentum in last, previous, best, one kept, one in the making
+    free = shutil.disk_usage(directory).free
+    if free < needed + 10_000_000:
+        raise UserError(f"run_dir={directory}: {free / 1e6:.0f} MB are free there, {needed / 1e6 + 10:.0f} MB are needed")
+    if state is None:
+        for folder in ("checkpoints", "tensorboard"):
+            shutil.rmtree(directory / folder, ignore_errors=True)
+        (directory / "metrics.jsonl").unlink(missing_ok=True)
+    environment = {
+        "command": " ".join(["resnet-train", *sys.argv[1:]]),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "git_commit": _git_commit(),
+        "device": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "resnet_train": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+        },
+    }
+    try:
+        _write_json(directory / "environment.json", environment)
+        if run.sets.sizes["val"]:
+            _write_json(directory / "split.json", {"val": run.sets.val_indices.tolist()}, indent=None)
+        _write_json(directory / "config.json", config.plain())
+    except OSError as error:
+        raise UserError(f"run_dir={directory}: cannot be written: {error.strerror}") from error
+    return environment
+
+
+def _write_json(path: Path, values: Any, indent: int | None = 2) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(values, indent=indent) + "\n")
+    part.replace(path)
+
+
+def _git_commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def _announce(run: Run, resumed: bool) -> None:
+    config, sizes = run.config, run.sets.sizes
+    held_out = f", {sizes['val']} held out" if sizes["val"] else ""
+    print(
+        f"{config.net} on {config.data_label}: {sizes['train']} training images{held_out}, {sizes['test']} for the test;"
+        f" {config.iterations} iterations of {config.batch_size}; {run.precision} on {run.device};"
+        f" {'compiling, the first iterations take a while; ' if run.compiled else ''}{run.directory}"
+    )
+    if resumed:
+        print(f"going on from iteration {run.iteration}")
+    sys.stdout.flush()
+
+
+def _reference(config: Config) -> tuple[str, float] | None:
+    """The paper's test error of this very experiment: its net on CIFAR-10 proper."""
+    if config.data_label == "cifar10" and config.net.endswith("-A") and config.depth in paper.CIFAR10_TEST_ERROR:
+        return "He et al. 2015, table 6:", paper.CIFAR10_TEST_ERROR[config.depth]
+    return None
+
+
+def _summarise(run: Run, environment: dict[str, Any], reference: tuple[str, float] | None) -> None:
+    """The picture and, last of all, summary.json, which marks the run as finished; one line to read."""
+    config, directory = run.config, run.directory
+    metrics = curves.read_metrics(directory / "metrics.jsonl")
+    points = {(point["split"], point["iteration"]): point for point in metrics}
+
+    def errors(iteration: int) -> dict[str, Any]:
+        wanted = ("iteration", "loss", "error", "error5", "wrong", "seen", "protocol")
+        found = {split: points.get((split, iteration)) for split in ("train", "val", "test")}
+        return {s: {k: point[k] for k in wanted if k in point} for s, point in found.items() if point}
+
+    last = errors(config.iterations)
+    peak = (
+        torch.cuda.max_memory_allocated(run.device)
+        if run.device.type == "cuda"
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
+    summary = {
+        "net": config.net,
+        "data": config.data_label,
+        "images": run.sets.sizes,
+        "recipe": config.recipe,
+        "seed": config.seed,
+        "iterations": config.iterations,
+        "last": last,
+        "best": {"chosen_by": "lowest validation error", **errors(run.best_at)} if run.sets.sizes["val"] else None,
+        "paper": {"source": reference[0], "test_error": reference[1]} if reference else None,
+        "parameters": parameters(run.model),
+        "multiply_adds": multiply_adds(network(config, len(run.sets.classes)), config.data.size),
+        "seconds": run.seconds,
+        "peak_memory_bytes": peak,
+        "precision": run.precision,
+        "compile": run.compiled,
+        **environment,
+        "finished": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+    }
+    title = f"{config.net} on {config.data_label}, seed {config.seed}"
+    curves.draw(metrics, title, directory / "curves.png", reference)
+    _write_json(directory / "summary.json", summary)
+    test = last["test"]
+    print(
+        f"{title}: test error {test['error']:.2f} % ({test['wrong']} of {test['seen']} wrong, {test['protocol']}) at"
+        f" iteration {config.iterations}, the last; curves: {directory / 'curves.png'} and tensorboard --logdir {directory}"
+    )

@@ -1,0 +1,57 @@
+"""The learning rate as a function of the iteration, and the little state of what depends on measured errors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass
+class Progress:
+    """What warm-up and plateau have decided so far; decided at logged points only and kept in the checkpoint."""
+
+    warm: bool  # still warming up
+    dropped: int = 0  # drops that the plateau has made
+    best: float = math.inf  # the lowest error so far, in %
+    best_at: int = 0  # its iteration
+
+
+def learning_rate(
+    iteration: int,
+    iterations: int,
+    progress: Progress,
+    *,
+    name: str,
+    lr: float,
+    warmup_lr: float,
+    factor: float = 1.0,
+    drops: Sequence[float] = (),
+) -> float:
+    """The learning rate of the step after `iteration` steps, in a run of `iterations`.
+
+    step: `lr` times `factor` for each of `drops` passed (fractions of `iterations`; section 4.2: 0.5 and 0.75 of 64k).
+    plateau: times `factor` for each drop made so far (section 3.4). cosine: half a cosine from `lr` to zero.
+    All: `warmup_lr` while the warm-up lasts (section 4.2, 110 layers).
+    """
+    if progress.warm:
+        return warmup_lr
+    if name == "cosine":
+        return lr * 0.5 * (1 + math.cos(math.pi * iteration / iterations))
+    if name == "plateau":
+        return lr * factor**progress.dropped
+    return lr * factor ** sum(iteration >= round(drop * iterations) for drop in drops)
+
+
+def end_warmup(progress: Progress, train_error: float, below: float) -> None:
+    """End the warm-up when the training error (%) is below `below` (section 4.2: 80 %)."""
+    progress.warm = progress.warm and not train_error < below
+
+
+def watch_plateau(progress: Progress, iteration: int, error: float, *, patience: float, threshold: float) -> None:
+    """Note the watched error (%) at `iteration`; drop when it has not fallen by `threshold` for `patience` iterations."""
+    if error < progress.best - threshold:
+        progress.best, progress.best_at = error, iteration
+    elif iteration - progress.best_at >= patience and not progress.warm:
+        progress.dropped += 1
+        progress.best_at = iteration

@@ -1,0 +1,280 @@
+"""The training step, the loop around it, and what happens at its logged points."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from resnet_train import checkpoint
+from resnet_train.build import autocast
+from resnet_train.config import Config
+from resnet_train.data.sets import MemorySets, StreamedSets
+from resnet_train.errors import RunError
+from resnet_train.evaluate import count_errors, wrong_answers
+from resnet_train.record import Record
+from resnet_train.schedule import Progress, end_warmup, learning_rate, watch_plateau
+
+
+class Meters:
+    """Sums over the training batches since the last logged point, kept on the device and read seldom.
+
+    A loss that is not finite makes the sum so, for good: the sum is its own flag.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.loss = torch.zeros((), device=device)
+        self.wrong = torch.zeros(2, dtype=torch.int64, device=device)  # top-1, top-5
+        self.seen = 0
+
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Add one batch; no synchronisation with the device."""
+        self.loss += loss * len(labels)
+        self.wrong += wrong_answers(logits, labels)
+        self.seen += len(labels)
+
+    def state(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return {"loss": self.loss.cpu(), "wrong": self.wrong.cpu(), "seen": self.seen}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """From the checkpoint."""
+        self.loss.copy_(state["loss"])
+        self.wrong.copy_(state["wrong"])
+        self.seen = state["seen"]
+
+
+@dataclasses.dataclass
+class Run:
+    """One run: what it was given, and below the line what training changes and a checkpoint holds."""
+
+    config: Config
+    directory: Path
+    device: torch.device
+    precision: str  # bf16, fp16 or fp32
+    compiled: bool
+    sets: MemorySets | StreamedSets
+    mean: Tensor
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    meters: Meters
+    progress: Progress
+    # ---
+    iteration: int = 0
+    best: float = math.inf  # the lowest validation error so far, in %
+    best_at: int = 0
+    seconds: float = 0.0
+
+    def state(self) -> dict[str, Any]:
+        """A checkpoint's content: tensors and plain values only."""
+        return {
+            "config": self.config.plain(),
+            "classes": self.sets.classes,
+            "digest": self.sets.digest,
+            "measure": {"precision": self.precision, "compile": self.compiled},
+            "mean": self.mean.cpu(),
+            "iteration": self.iteration,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "meters": self.meters.state(),
+            "progress": dataclasses.asdict(self.progress),
+            "best": [self.best, self.best_at],
+            "seconds": self.seconds,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.meters.load(state["meters"])
+        self.progress = Progress(**state["progress"])
+        self.best, self.best_at = state["best"]
+        self.iteration, self.seconds = state["iteration"], state["seconds"]
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the training part so far."""
+        return self.iteration * self.config.batch_size / self.sets.sizes["train"]
+
+
+class Stop:
+    """Set by Ctrl-C or SIGTERM: the loop ends at the next iteration boundary. A second Ctrl-C ends at once."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._set)
+
+    def _set(self, number: int, _: Any) -> None:
+        self.signal = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class Clock:
+    """Wall time of the run, and of training alone since the last logged point."""
+
+    def __init__(self) -> None:
+        self.mark = time.perf_counter()
+        self.training = 0.0
+
+    def lap(self, run: Run, *, training: bool) -> None:
+        """Book the time since the last call to the run and, where it was spent on iterations, to training."""
+        now = time.perf_counter()
+        run.seconds += now - self.mark
+        self.training += (now - self.mark) * training
+        self.mark = now
+
+
+def step(run: Run, images: Tensor, labels: Tensor, lr: float) -> None:
+    """One iteration: forward, backward, update. Nothing here waits for the device."""
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    with autocast(run.precision, run.device):
+        logits = run.model(images)
+    logits = logits.float()
+    loss = F.cross_entropy(logits, labels)
+    run.scaler.scale(loss).backward()
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.meters.add(loss.detach(), logits.detach(), labels)
+    run.iteration += 1
+
+
+def loop(run: Run, record: Record, stop: Stop) -> None:
+    """All iterations that are left, or those until a signal; leaves a checkpoint of the last one in either case."""
+    config, clock = run.config, Clock()
+    batches = run.sets.train_batches(
+        run.mean,
+        run.device,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        augment=dataclasses.asdict(config.augment),
+        start=run.iteration,
+    )
+    while run.iteration < config.iterations and not stop.signal:
+        images, labels = next(batches)
+        lr = learning_rate(
+            run.iteration,
+            config.iterations,
+            run.progress,
+            name=config.schedule.name,
+            lr=config.schedule.lr,
+            warmup_lr=config.warmup.lr,
+            factor=config.schedule.factor,
+            drops=config.schedule.drops,
+        )
+        step(run, images, labels, lr)
+        record.bar.update()
+
+        last = run.iteration == config.iterations
+        if last or run.iteration % config.log_every == 0:
+            log_training(run, record, clock, lr)
+        if last or run.iteration % config.eval_every == 0:
+            log_test(run, record, clock)
+        if last or run.iteration % config.checkpoint_every == 0 or _kept(run):
+            save(run, record, clock)
+    if run.iteration < config.iterations:
+        save(run, record, clock)
+
+
+def log_training(run: Run, record: Record, clock: Clock, lr: float) -> None:
+    """A point of the training curve: error and loss of the augmented batches in training mode since the last point.
+
+    Here the warm-up ends and the plateau drops. Raises RunError for a loss that is not finite.
+    """
+    config, meters = run.config, run.meters
+    require_finite(run)
+    (wrong, wrong5), loss = meters.wrong.tolist(), meters.loss.item()
+    clock.lap(run, training=True)
+    error = 100 * wrong / meters.seen
+    values = {"error": error, **({"error5": 100 * wrong5 / meters.seen} if run.sets.top5 else {})}
+    record.point(
+        "train",
+        run.iteration,
+        epoch=run.epoch,
+        loss=loss / meters.seen,
+        **values,
+        lr=lr,
+        images_per_second=meters.seen / clock.training,
+        protocol="augmented batches in training mode",
+    )
+    end_warmup(run.progress, error, config.warmup.error)
+    if config.schedule.watch == "train":
+        _watch(run, error)
+    chance = 100 - 100 / len(run.sets.classes)
+    tenth = config.iterations / 10
+    if error > 0.98 * chance and run.iteration - config.log_every < tenth <= run.iteration:
+        record.say(f"warning: a tenth of the run is over and the training error is still at chance ({chance:.1f} %)")
+    clock.training = 0.0
+    run.meters = Meters(run.device)
+
+
+def log_test(run: Run, record: Record, clock: Clock) -> None:
+    """A point of the test curve, and of the validation curve if a part is held out, which alone chooses `best`."""
+    clock.lap(run, training=True)
+    for split in ("val", "test") if run.sets.sizes["val"] else ("test",):
+        batches = run.sets.eval_batches(split, run.mean, run.device, run.config.eval_batch_size)
+        count = count_errors(run.model, batches, run.precision, run.sets.sizes[split])
+        record.point(
+            split,
+            run.iteration,
+            epoch=run.epoch,
+            loss=count.loss,
+            error=count.error,
+            **({"error5": count.error5} if run.sets.top5 else {}),
+            wrong=count.wrong,
+            seen=count.seen,
+            protocol=run.sets.protocol,
+        )
+        if split == "val":
+            if run.config.schedule.watch == "val":
+                _watch(run, count.error)
+            if count.error < run.best:
+                run.best, run.best_at = count.error, run.iteration
+                require_finite(run)
+                checkpoint.save(run.directory / "checkpoints" / "best.pt", run.state())
+    clock.lap(run, training=False)
+
+
+def _watch(run: Run, error: float) -> None:
+    schedule, iterations = run.config.schedule, run.config.iterations
+    if schedule.name == "plateau":
+        patience = schedule.patience * iterations
+        watch_plateau(run.progress, run.iteration, error, patience=patience, threshold=schedule.threshold)
+
+
+def _kept(run: Run) -> bool:
+    return run.config.keep_every > 0 and run.iteration % run.config.keep_every == 0
+
+
+def save(run: Run, record: Record, clock: Clock) -> None:
+    """Write last.pt (the one before becomes previous.pt) and, where asked, the checkpoint to keep for good."""
+    clock.lap(run, training=True)
+    require_finite(run)
+    record.flush()
+    folder = run.directory / "checkpoints"
+    checkpoint.save(folder / "last.pt", run.state(), keep_as=folder / "previous.pt")
+    if _kept(run):
+        checkpoint.save(folder / f"iteration-{run.iteration:07d}.pt", run.state())
+    clock.lap(run, training=False)
+
+
+def require_finite(run: Run) -> None:
+    """Raise RunError if a loss since the last logged point or a weight is not finite."""
+    flags = torch.stack([run.meters.loss.isfinite(), *(p.isfinite().all() for p in run.model.parameters())])
+    if not flags.all():
+        raise RunError(
+            f"the loss is not finite at iteration {run.iteration} or shortly before; {run.directory}/checkpoints holds"
+            " the last good state; take a lower schedule.lr= in a new run, or precision=fp32"
+        )
