@@ -380,7 +380,8 @@ def run_directory(config: Config, asked: Iterable[str]) -> Path:
         return Path(config.run_dir).expanduser()
     told = {"data", "depth", "arch", "shortcut", "seed"} | FREE_KEYS
     rest = sorted({item for item in asked if item.lstrip("+").split("=")[0] not in told})
-    name = ",".join([*(re.sub(r"[^A-Za-z0-9._=,+\[\]-]", "_", item) for item in rest), f"seed={config.seed}"])
+    # Only characters that need no quotes on a later command line, as in checkpoint=runs/…
+    name = "+".join([*(re.sub(r"[^A-Za-z0-9._-]+", "-", item).strip("-") for item in rest), f"seed-{config.seed}"])
     if len(name) > 180:
         name = name[:160] + "-" + hashlib.sha256(name.encode()).hexdigest()[:12]
     return Path("runs") / config.data_label / config.net / name

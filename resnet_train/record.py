@@ -25,6 +25,7 @@ class Record:
         self.path = directory / "metrics.jsonl"
         self.names = names
         kept = [line for line in read_metrics(self.path) if line["iteration"] <= iteration]
+        self.seconds: float = max((line.get("seconds", 0.0) for line in kept), default=0.0)
         part = directory / "metrics.jsonl.part"
         part.write_text("".join(json.dumps(line) + "\n" for line in kept))
         part.replace(self.path)
@@ -47,10 +48,10 @@ class Record:
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
         for name, value in values.items():
-            if isinstance(value, (int, float)) and name != "epoch":
+            if isinstance(value, (int, float)) and name not in ("epoch", "seconds", "wrong", "seen"):
                 self._writer(split).add_scalar(name, value, iteration)
         if self.bar.disable:
-            shown = {"lr": "g", "images_per_second": ".0f", "epoch": ".2f", "loss": ".4f"}
+            shown = {"lr": "g", "images_per_second": ".0f", "epoch": ".2f", "loss": ".4f", "seconds": ".0f"}
             text = (f"{k} {v:{shown.get(k, '.2f')}}" for k, v in values.items() if isinstance(v, float))
             print(f"iteration {iteration}/{self.bar.total} {split}: " + ", ".join(text), flush=True)
         elif split == "train":

@@ -44,6 +44,7 @@ def train(config: Config, directory: Path) -> int:
         _announce(run, state is not None)
         stop = Stop()
         record = Record(directory, {"data": config.data_label, "seed": config.seed}, run.iteration, config.iterations)
+        run.seconds = record.seconds
         reference = _reference(config)
         if reference and state is None:
             record.reference(reference[1], config.iterations)

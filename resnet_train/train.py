@@ -53,7 +53,7 @@ class Meters:
 
 @dataclasses.dataclass
 class Run:
-    """One run: what it was given, and below the line what training changes and a checkpoint holds."""
+    """One run: what it was given, and what training changes and a checkpoint holds."""
 
     config: Config
     directory: Path
@@ -67,16 +67,15 @@ class Run:
     scaler: torch.amp.GradScaler
     meters: Meters
     progress: Progress
-    # ---
     iteration: int = 0
     best: float = math.inf  # the lowest validation error so far, in %
     best_at: int = 0
-    seconds: float = 0.0
+    seconds: float = 0.0  # wall time; kept in the metrics, not in the checkpoint, which is the same in every run
 
     def state(self) -> dict[str, Any]:
         """A checkpoint's content: tensors and plain values only."""
         return {
-            "config": self.config.plain(),
+            "config": self.config.plain() | {"run_dir": None, "resume": "auto"},  # the same file wherever it was made
             "classes": self.sets.classes,
             "digest": self.sets.digest,
             "measure": {"precision": self.precision, "compile": self.compiled},
@@ -88,7 +87,6 @@ class Run:
             "meters": self.meters.state(),
             "progress": dataclasses.asdict(self.progress),
             "best": [self.best, self.best_at],
-            "seconds": self.seconds,
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -99,7 +97,7 @@ class Run:
         self.meters.load(state["meters"])
         self.progress = Progress(**state["progress"])
         self.best, self.best_at = state["best"]
-        self.iteration, self.seconds = state["iteration"], state["seconds"]
+        self.iteration = state["iteration"]
 
     @property
     def epoch(self) -> float:
@@ -207,6 +205,7 @@ def log_training(run: Run, record: Record, clock: Clock, lr: float) -> None:
         **values,
         lr=lr,
         images_per_second=meters.seen / clock.training,
+        seconds=run.seconds,
         protocol="augmented batches in training mode",
     )
     end_warmup(run.progress, error, config.warmup.error)
