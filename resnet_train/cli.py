@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from resnet_train import config as configs
-from resnet_train.errors import UserError
+from resnet_train.errors import RunError, UserError
 
 _PACKAGE = Path(__file__).resolve().parent
 CONFIG_DIR = str(next(p for p in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if p.is_dir()))
@@ -36,7 +36,7 @@ def evaluate() -> None:
     """The command `resnet-eval`."""
     # Here data is no group (a data set's recipe has no say in a test), but `data=` means what it means in training.
     sys.argv = ["data.name=" + a.removeprefix("data=") if a.startswith("data=") else a for a in sys.argv]
-    _command("eval", lambda values, _: configs.check_eval(values), _eval_job)
+    _command("eval", _prepare_eval, _eval_job)
 
 
 def _command(name: str, prepare: Callable[..., Any], job: Callable[[DictConfig], Any]) -> None:
@@ -47,8 +47,11 @@ def _command(name: str, prepare: Callable[..., Any], job: Callable[[DictConfig],
         parser.error = _usage  # type: ignore[method-assign]
         arguments = parser.parse_args()
         if not (arguments.help or arguments.hydra_help or arguments.shell_completion or arguments.info):
-            for overrides in _jobs(name, arguments.overrides, arguments.multirun):
-                prepare(_compose(name, overrides), overrides)
+            places = []
+            for overrides in _jobs(arguments.overrides, arguments.multirun):
+                places.append(prepare(_compose(name, overrides), overrides, arguments.multirun)[1])
+                if places[-1] in places[:-1]:
+                    raise UserError(f"run_dir: two jobs of the sweep would share {places[-1]}; leave run_dir= out")
         hydra.main(version_base="1.3", config_path=CONFIG_DIR, config_name=name)(job)()
     except UserError as error:
         _fail(error)
@@ -56,8 +59,6 @@ def _command(name: str, prepare: Callable[..., Any], job: Callable[[DictConfig],
         _fail(UserError(str(error)))
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:
-        sys.exit(0)
 
 
 def _usage(message: str) -> NoReturn:
@@ -70,19 +71,19 @@ def _fail(error: UserError) -> NoReturn:
     sys.exit(error.code)
 
 
-def _jobs(name: str, overrides: list[str], multirun: bool) -> list[list[str]]:
+def _jobs(overrides: list[str], multirun: bool) -> list[list[str]]:
     """The overrides of each job: the sweep written out, or the command line as it is."""
+    parsed = []
     for item in overrides:
         try:
-            parsed = OverridesParser.create().parse_override(item)
+            parsed.append(OverridesParser.create().parse_override(item))
         except HydraException as error:
-            raise UserError(f"{item!r}: is not key=value; quote values with odd characters, as in 'key=\"a b\"'") from error
-        if parsed.is_sweep_override() and not multirun and parsed.get_key_element() != "hydra.sweeper.params":
+            raise UserError(
+                f"{item!r}: is not key=value; quote values with odd characters, as in 'key=\"a b\"'"
+            ) from error
+        if parsed[-1].is_sweep_override() and not multirun:
             raise UserError(f"{item}: several values are a sweep; add -m, or quote a list as key=[a,b]")
-    if not multirun:
-        return [overrides]
-    parsed_all = OverridesParser.create().parse_overrides(overrides)
-    return BasicSweeper.split_arguments(parsed_all, None)[0]
+    return BasicSweeper.split_arguments(parsed, None)[0] if multirun else [overrides]
 
 
 def _compose(name: str, overrides: list[str]) -> dict[str, Any]:
@@ -115,41 +116,45 @@ def _diagnosis(name: str, overrides: list[str], error: Exception) -> str:
     words = [key for key in keys if not key.startswith("hydra.")] + list(groups)
     for item in overrides:
         key = parser.parse_override(item).key_or_group
-        if key not in words and not any(known == key or known.startswith(key + ".") for known in keys):
+        if (
+            not key.startswith("hydra")
+            and key not in words
+            and not any(known == key or known.startswith(key + ".") for known in keys)
+        ):
             return f"{item}: there is no key {key}{configs.nearest(key, words)}"
-    missing = [key for key, value in keys.items() if value == "???" and key in words and not any(o.startswith(key + "=") for o in overrides)]
-    if missing:
-        return f"{missing[0]}: is needed: {missing[0]}=…"
+    missing = next((key for key in words if keys.get(key) == "???"), None)
+    if missing and not any(item.startswith(missing + "=") for item in overrides):
+        return f"{missing}: is needed; add {missing}=…"
     return str(error).splitlines()[0]
 
 
-def _prepare_train(values: dict[str, Any], overrides: list[str]) -> tuple[configs.Config, Path]:
-    """The checked configuration of one job and its directory; a finished run of a sweep is not an error."""
+def _prepare_train(values: dict[str, Any], overrides: list[str], sweep: bool) -> tuple[configs.Config, Path]:
+    """The checked configuration of one job and its directory; in a sweep a finished run is not an error."""
     asked = [item for item in overrides if not item.startswith("hydra")]
     config = configs.check(values, [item.lstrip("+").split("=")[0] for item in asked])
     directory = configs.run_directory(config, asked)
-    if not (_is_sweep() and configs.run_state(directory) == "finished"):
+    if not (sweep and configs.run_state(directory) == "finished"):
         configs.check_run_dir(directory, config)
     return config, directory
 
 
-def _is_sweep() -> bool:
-    if HydraConfig.initialized():
-        return HydraConfig.get().mode == RunMode.MULTIRUN
-    return any(flag in ("-m", "--multirun") for flag in sys.argv[1:])
+def _prepare_eval(values: dict[str, Any], _: list[str], sweep: bool) -> tuple[configs.EvalConfig, Path | None]:
+    if sweep:
+        raise UserError("-m: resnet-eval takes one checkpoint at a time")
+    return configs.check_eval(values), None
 
 
 def _train_job(composed: DictConfig) -> None:
     """One run; in a sweep in a process of its own, so that nothing leaks from one job to the next."""
-    values = OmegaConf.to_container(composed, resolve=True)
-    config, directory = _prepare_train(values, list(HydraConfig.get().overrides.task))  # type: ignore[arg-type]
-    if not _is_sweep():
+    values: Any = OmegaConf.to_container(composed, resolve=True)
+    sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    config, directory = _prepare_train(values, list(HydraConfig.get().overrides.task), sweep)
+    if not sweep:
         sys.exit(_work(config, directory))
     if configs.run_state(directory) == "finished":
-        print(f"{directory}: finished, skipped")
+        print(f"{directory}: finished, skipped", flush=True)
         return
     process = multiprocessing.get_context("spawn").Process(target=_work_and_exit, args=(config, directory))
-    process.start()
     stopped: list[int] = []
 
     def forward(number: int, _: Any) -> None:
@@ -158,13 +163,14 @@ def _train_job(composed: DictConfig) -> None:
             os.kill(process.pid, number)
 
     before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    process.start()
     process.join()
     for number, handler in before.items():
         signal.signal(number, handler)
-    if process.exitcode in (128 + signal.SIGINT, 128 + signal.SIGTERM) or stopped:
+    if stopped or process.exitcode in (128 + signal.SIGINT, 128 + signal.SIGTERM):
         sys.exit(process.exitcode)  # a sweep that is cut does not go on to its next job
     if process.exitcode:
-        raise UserError(f"{directory}: ended with exit code {process.exitcode}")
+        raise RunError(f"{directory}: this job of the sweep ended with exit code {process.exitcode}")
 
 
 def _work_and_exit(config: configs.Config, directory: Path) -> None:
@@ -179,11 +185,13 @@ def _work(config: configs.Config, directory: Path) -> int:
         return run(config, directory)
     except UserError as error:
         _fail(error)
+    except KeyboardInterrupt:  # the second Ctrl-C
+        return 128 + signal.SIGINT
 
 
 def _eval_job(composed: DictConfig) -> None:
     """One evaluation."""
     from resnet_train.evaluate import evaluate_checkpoint
 
-    values = OmegaConf.to_container(composed, resolve=True)
-    evaluate_checkpoint(configs.check_eval(values))  # type: ignore[arg-type]
+    values: Any = OmegaConf.to_container(composed, resolve=True)
+    evaluate_checkpoint(configs.check_eval(values))

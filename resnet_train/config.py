@@ -189,9 +189,7 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
     if origin is Literal:
         if value in arguments and not isinstance(value, bool):
             return value
-        raise UserError(
-            f"{key}={_shown(value)}: allowed are {', '.join(arguments)}{nearest(str(value), arguments)}"
-        )
+        raise UserError(f"{key}={_shown(value)}: allowed are {', '.join(arguments)}{nearest(str(value), arguments)}")
     if origin in (typing.Union, types.UnionType):
         return None if value is None else _convert(key, value, arguments[0])
     if origin is list:
@@ -266,9 +264,7 @@ def check(values: Mapping[str, Any], asked: Iterable[str] = ()) -> Config:
         )
     sides = config.augment.shorter_side
     if len(sides) != 2 or sides[0] > sides[1] or (config.data.family == "imagenet" and sides[0] < config.data.size):
-        raise UserError(
-            f"augment.shorter_side={sides}: must be [LOW,HIGH], LOW at least data.size={config.data.size}"
-        )
+        raise UserError(f"augment.shorter_side={sides}: must be [LOW,HIGH], LOW at least data.size={config.data.size}")
     if config.schedule.drops != sorted(set(config.schedule.drops)):
         raise UserError(f"schedule.drops={config.schedule.drops}: must rise, as [0.5,0.75] does")
     if config.schedule.watch == "val" and not config.data.validation:
@@ -326,7 +322,9 @@ def check_source(data: Data) -> None:
     if data.root is None:
         if data.name in ("cifar10", "digits"):
             return
-        raise UserError(f"data.root: data={data.name} needs one: data.root=PATH, a folder with train/ and test/ or val/")
+        raise UserError(
+            f"data.root: data={data.name} needs one: data.root=PATH, a folder with train/ and test/ or val/"
+        )
     root = Path(data.root).expanduser()
     if data.name == "digits":
         raise UserError(f"data.root={data.root}: data=digits comes with scikit-learn and takes none; drop it")
@@ -335,7 +333,9 @@ def check_source(data: Data) -> None:
     if data.name == "cifar10" and is_official_cifar10(root):
         return
     if not root.is_dir():
-        raise UserError(f"data.root={data.root}: is a file; data={data.name} takes a folder with train/ and test/ or val/")
+        raise UserError(
+            f"data.root={data.root}: is a file; data={data.name} takes a folder with train/ and test/ or val/"
+        )
     class_folders(root)
 
 
@@ -345,7 +345,9 @@ def class_folders(root: Path) -> tuple[list[str], str]:
     Raises UserError where the two parts do not have the same classes or a class has no images.
     """
     try:
-        test = next((name for name in ("test", "val") if (root / name).is_dir()), None)
+        # ImageNet's own test/ is flat, without classes: there val/ is the test part.
+        test = next((name for name in ("test", "val") if any(path.is_dir() for path in root.glob(f"{name}/*"))), None)
+        test = test or next((name for name in ("test", "val") if (root / name).is_dir()), None)
         if not any(root.iterdir()):
             raise UserError(f"data.root={root}: the folder is empty")
         if test is None or not (root / "train").is_dir():
@@ -434,4 +436,5 @@ def check_run_dir(directory: Path, config: Config) -> None:
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise UserError(f"run_dir={directory}: {parent} is not a folder that you may write to; take another run_dir=")
     if config.resume not in ("auto", "never") and not Path(config.resume).expanduser().is_file():
-        raise UserError(f"resume={config.resume}: must be auto, never or a checkpoint's file{nearest(config.resume, ['auto', 'never'])}")
+        hint = nearest(config.resume, ["auto", "never"])
+        raise UserError(f"resume={config.resume}: must be auto, never or a checkpoint's file{hint}")

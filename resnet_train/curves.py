@@ -24,7 +24,8 @@ def draw(metrics: list[dict[str, Any]], title: str, path: Path, reference: tuple
         points = [(point["iteration"], point["error"]) for point in metrics if point["split"] == split]
         if points:
             label = f"{split} error, last {points[-1][1]:.2f} %"
-            axes.plot(*zip(*points, strict=True), line, color="C0" if split != "val" else "C1", linewidth=width, label=label)
+            colour = "C1" if split == "val" else "C0"
+            axes.plot(*zip(*points, strict=True), line, color=colour, linewidth=width, label=label)
     if reference:
         axes.axhline(reference[1], color="grey", linewidth=1, label=f"{reference[0]} {reference[1]} %")
     axes.set(xlabel="iteration", ylabel="error (%)", title=title)

@@ -89,7 +89,7 @@ def evaluate_checkpoint(asked: EvalConfig) -> None:
     if asked.split == "val" and sets.sizes["val"] == 0:
         raise UserError("split=val: no part of the training set was held out; take split=test")
     device = pick_device(asked.device)
-    model = network(config, len(sets.classes)).to(device, memory_format=torch.channels_last)
+    model = network(config, len(sets.classes)).to(device).to(memory_format=torch.channels_last)
     model.load_state_dict(state["model"])
     precision, compiled = state["measure"]["precision"], state["measure"]["compile"]
     if compiled:

@@ -33,8 +33,9 @@ class Record:
         self.board = directory / "tensorboard"
         self.purge = iteration + 1
         self.writers: dict[str, SummaryWriter] = {}
-        for split in sorted(folder.name for folder in self.board.glob("*")):
-            self._writer(split)  # now, so that the points after the checkpoint go from each of them
+        for split in ("train", "val", "test"):
+            if (self.board / split).exists():
+                self._writer(split)  # now, so that points after the checkpoint go from each of them
         self.bar = tqdm(total=iterations, initial=iteration, unit="it", dynamic_ncols=True, disable=None, smoothing=0.1)
 
     def _writer(self, split: str) -> SummaryWriter:
@@ -62,9 +63,11 @@ class Record:
             self.say(f"iteration {iteration}: {split} error {values['error']:.2f} %")
 
     def reference(self, error: float, iterations: int) -> None:
-        """The paper's final error as a line across TensorBoard's error chart."""
-        for iteration in (0, iterations):
-            self._writer("paper").add_scalar("error", error, iteration)
+        """The paper's final error as a line across TensorBoard's error chart, once in the life of a run."""
+        if not (self.board / "paper").exists():
+            with SummaryWriter(str(self.board / "paper")) as writer:
+                for iteration in (0, iterations):
+                    writer.add_scalar("error", error, iteration)
 
     def say(self, text: str) -> None:
         """A line that does not tear the bar."""

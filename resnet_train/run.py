@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
+import os
 import platform
 import resource
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import torchvision
@@ -35,6 +38,7 @@ def train(config: Config, directory: Path) -> int:
     """
     run = build(config, directory)
     state = _resume_state(run)
+    _check_space(run)
     with _claimed(directory):
         environment = _open_directory(run, state)
         if state is not None:
@@ -46,7 +50,7 @@ def train(config: Config, directory: Path) -> int:
         record = Record(directory, {"data": config.data_label, "seed": config.seed}, run.iteration, config.iterations)
         run.seconds = record.seconds
         reference = _reference(config)
-        if reference and state is None:
+        if reference:
             record.reference(reference[1], config.iterations)
         try:
             loop(run, record, stop)
@@ -65,7 +69,7 @@ def build(config: Config, directory: Path) -> Run:
     precision = pick_precision(config.precision, device)
     sets = open_sets(config)
     torch.manual_seed(generator(config.seed, "initialisation", 0).initial_seed())
-    model = network(config, len(sets.classes)).to(device, memory_format=torch.channels_last)
+    model = network(config, len(sets.classes)).to(device).to(memory_format=torch.channels_last)
     return Run(
         config=config,
         directory=directory,
@@ -116,35 +120,37 @@ def _resume_state(run: Run) -> dict[str, Any] | None:
     return state
 
 
-class _claimed:
-    """Hold a run directory against a second process."""
+@contextlib.contextmanager
+def _claimed(directory: Path) -> Iterator[None]:
+    """Make the run directory and hold it against a second process. Raises UserError."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        handle = os.open(directory, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"run_dir={directory}: cannot be made: {error.strerror}") from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise UserError(f"run_dir={directory}: another process is training there") from error
+    try:
+        yield
+    finally:
+        os.close(handle)
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.file: IO[str] | None = None
 
-    def __enter__(self) -> None:
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self.file = (self.directory / ".lock").open("w")
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"run_dir={self.directory}: another process is training there") from error
-        except OSError as error:
-            raise UserError(f"run_dir={self.directory}: cannot be written: {error.strerror}") from error
-
-    def __exit__(self, *_: object) -> None:
-        assert self.file is not None
-        self.file.close()
+def _check_space(run: Run) -> None:
+    """Refuse to begin where the checkpoints would not fit. Raises UserError."""
+    existing = next(path for path in (run.directory, *run.directory.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    needed = 10_000_000 + 5 * 8 * parameters(run.model)  # weights and momentum: last, previous, best, two being made
+    if free < needed:
+        raise UserError(f"run_dir={run.directory}: {free / 1e6:.0f} MB are free there, {needed / 1e6:.0f} are needed")
 
 
 def _open_directory(run: Run, state: dict[str, Any] | None) -> dict[str, Any]:
     """Write config.json, environment.json and the split; a new start removes what a run before left."""
     directory, config = run.directory, run.config
-    needed = 5 * 2 * 4 * parameters(run.model)  # weights and momentum in last, previous, best, one kept, one in the making
-    free = shutil.disk_usage(directory).free
-    if free < needed + 10_000_000:
-        raise UserError(f"run_dir={directory}: {free / 1e6:.0f} MB are free there, {needed / 1e6 + 10:.0f} MB are needed")
     if state is None:
         for folder in ("checkpoints", "tensorboard"):
             shutil.rmtree(directory / folder, ignore_errors=True)
@@ -197,8 +203,8 @@ def _announce(run: Run, resumed: bool) -> None:
     config, sizes = run.config, run.sets.sizes
     held_out = f", {sizes['val']} held out" if sizes["val"] else ""
     print(
-        f"{config.net} on {config.data_label}: {sizes['train']} training images{held_out}, {sizes['test']} for the test;"
-        f" {config.iterations} iterations of {config.batch_size}; {run.precision} on {run.device};"
+        f"{config.net} on {config.data_label}: {sizes['train']} training images{held_out}, {sizes['test']} for the"
+        f" test; {config.iterations} iterations of {config.batch_size}; {run.precision} on {run.device};"
         f" {'compiling, the first iterations take a while; ' if run.compiled else ''}{run.directory}"
     )
     if resumed:
@@ -255,5 +261,5 @@ def _summarise(run: Run, environment: dict[str, Any], reference: tuple[str, floa
     test = last["test"]
     print(
         f"{title}: test error {test['error']:.2f} % ({test['wrong']} of {test['seen']} wrong, {test['protocol']}) at"
-        f" iteration {config.iterations}, the last; curves: {directory / 'curves.png'} and tensorboard --logdir {directory}"
+        f" iteration {config.iterations}, the last\ncurves: {directory}/curves.png; tensorboard --logdir {directory}"
     )

@@ -49,7 +49,7 @@ def end_warmup(progress: Progress, train_error: float, below: float) -> None:
 
 
 def watch_plateau(progress: Progress, iteration: int, error: float, *, patience: float, threshold: float) -> None:
-    """Note the watched error (%) at `iteration`; drop when it has not fallen by `threshold` for `patience` iterations."""
+    """Note the watched error (%); drop when it has not fallen by `threshold` points for `patience` iterations."""
     if error < progress.best - threshold:
         progress.best, progress.best_at = error, iteration
     elif iteration - progress.best_at >= patience and not progress.warm:

@@ -112,9 +112,7 @@ def _cached(name: str, files: list[Path], key: str, make: Callable[[], DataSet])
     path = cache_folder() / "decoded" / f"{name}-{stamp.hexdigest()[:16]}.pt"
     try:
         kept = torch.load(path, weights_only=True)
-        return DataSet(
-            ImageSet(*kept["train"]), ImageSet(*kept["test"]), kept["classes"], kept["digest"]
-        )
+        return DataSet(ImageSet(*kept["train"]), ImageSet(*kept["test"]), kept["classes"], kept["digest"])
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError):
         pass  # not there yet, or cut short: made again
     found = make()
@@ -204,10 +202,8 @@ def _decode(files: list[tuple[Path, int]], size: int, exact: bool) -> ImageSet:
         image = read_image(item[0])
         if image.shape[1:] != (size, size):
             if exact:
-                raise UserError(
-                    f"{item[0]}: is {image.shape[2]}x{image.shape[1]}; data=cifar10 takes {size}x{size}, data=imagefolder"
-                    " any size"
-                )
+                found = f"{image.shape[2]}x{image.shape[1]}"
+                raise UserError(f"{item[0]}: is {found}; data=cifar10 takes {size}x{size}, data=imagefolder any size")
             image = TF.center_crop(TF.resize(image, [size], antialias=True), [size, size])
         return image.permute(1, 2, 0)
 

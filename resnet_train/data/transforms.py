@@ -32,9 +32,7 @@ def draw_crops(generator: torch.Generator, count: int, pad: int, flip: bool) -> 
     return tops, lefts, flips if flip else torch.zeros_like(flips)
 
 
-def crop_and_normalise(
-    images: Tensor, mean: Tensor, tops: Tensor, lefts: Tensor, flips: Tensor, pad: int
-) -> Tensor:
+def crop_and_normalise(images: Tensor, mean: Tensor, tops: Tensor, lefts: Tensor, flips: Tensor, pad: int) -> Tensor:
     """Subtract the mean, pad `pad` zeros on each side, crop to the old size at the offsets, flip.
 
     (N, H, W, 3) uint8 to (N, 3, H, W) float32, channels last. The zeros come after the mean: padded image minus

@@ -61,9 +61,7 @@ def imagenet_resnet(
         raise ValueError(f"depth must be one of {list(IMAGENET)}, not {depth}")
     kind, blocks = IMAGENET[depth]
     block = BasicBlock if kind == "basic" else Bottleneck if bottleneck_stride == "3x3" else BottleneckV1
-    return ResNet(
-        block, blocks, 64, shortcut, num_classes=num_classes, init=init, zero_gamma=zero_gamma, imagenet=True
-    )
+    return ResNet(block, blocks, 64, shortcut, num_classes=num_classes, init=init, zero_gamma=zero_gamma, imagenet=True)
 
 
 def conv(in_channels: int, out_channels: int, size: int, stride: int = 1) -> nn.Conv2d:
