@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def save(path: Path, state: dict[str, Any], *, keep_as: Path | None = None) -> N
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file:
-            torch.save({"format": FORMAT, **state}, file)
+            torch.save(_canonical({"format": FORMAT, **state}), file)
             file.flush()
             os.fsync(file.fileno())
         if keep_as is not None and path.exists():
@@ -39,6 +40,19 @@ def save(path: Path, state: dict[str, Any], *, keep_as: Path | None = None) -> N
         part.unlink(missing_ok=True)
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "the disk may be full"
         raise RunError(f"{path}: the checkpoint cannot be written ({reason}); the one before it is intact") from error
+
+
+def _canonical(value: Any) -> Any:
+    """The same value built anew from interned strings, so that equal states are equal files, byte for byte.
+
+    Pickle writes an object that it has met before as a reference; which strings are one object depends on where they
+    came from, the code or an earlier checkpoint.
+    """
+    if isinstance(value, dict):
+        return {_canonical(key): _canonical(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_canonical(item) for item in value)
+    return sys.intern(value) if isinstance(value, str) else value
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -1,0 +1,126 @@
+"""Checkpoints are whole or absent, verified, and never run code."""
+
+import os
+import pickle
+import zipfile
+
+import pytest
+import torch
+
+from resnet_train import checkpoint
+from resnet_train.errors import RunError, UserError
+
+
+def state(iteration=1):
+    return {
+        "config": {"depth": 20},
+        "iteration": iteration,
+        "model": {"weight": torch.arange(10_000.0)},
+        "mean": torch.zeros(1),
+        "classes": ["a", "b"],
+        "digest": "0",
+        "measure": {"precision": "fp32", "compile": False},
+    }
+
+
+def test_saved_is_loaded(tmp_path):
+    checkpoint.save(tmp_path / "last.pt", state(7))
+    loaded = checkpoint.load(tmp_path / "last.pt")
+    assert loaded["iteration"] == 7
+    assert torch.equal(loaded["model"]["weight"], torch.arange(10_000.0))
+
+
+def test_equal_states_are_equal_files(tmp_path):
+    checkpoint.save(tmp_path / "a.pt", state())
+    checkpoint.save(tmp_path / "b.pt", state())
+    assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()
+
+
+def test_a_state_that_was_loaded_is_saved_as_the_same_file(tmp_path):
+    optimizer = torch.optim.SGD([torch.zeros(3, requires_grad=True)], lr=0.1, momentum=0.9)
+    whole = {**state(), "config": {"momentum": 0.9, "lr": 0.1}, "optimizer": optimizer.state_dict()}
+    checkpoint.save(tmp_path / "a.pt", whole)
+    loaded = checkpoint.load(tmp_path / "a.pt")
+    optimizer.load_state_dict(loaded["optimizer"])
+    checkpoint.save(tmp_path / "b.pt", {**whole, "optimizer": optimizer.state_dict()})
+    assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()
+
+
+def test_the_one_before_is_kept(tmp_path):
+    for iteration in (1, 2, 3):
+        checkpoint.save(tmp_path / "last.pt", state(iteration), keep_as=tmp_path / "previous.pt")
+    assert checkpoint.load(tmp_path / "last.pt")["iteration"] == 3
+    assert checkpoint.load(tmp_path / "previous.pt")["iteration"] == 2
+    assert sorted(os.listdir(tmp_path)) == ["last.pt", "previous.pt"]
+
+
+def test_every_flipped_byte_of_the_weights_and_every_cut_is_noticed(tmp_path):
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, state())
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        info = max(archive.infolist(), key=lambda member: member.file_size)
+        begin = info.header_offset + 200
+    for place in range(begin, begin + info.file_size - 300, 4999):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(UserError):
+            checkpoint.load(path)
+    for length in (0, 1, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match="cut short or not a checkpoint"):
+            checkpoint.load(path)
+
+
+def test_a_damaged_last_gives_way_to_the_one_before(tmp_path, capsys):
+    for iteration in (1, 2):
+        checkpoint.save(tmp_path / "last.pt", state(iteration), keep_as=tmp_path / "previous.pt")
+    (tmp_path / "last.pt").write_bytes((tmp_path / "last.pt").read_bytes()[:-50])
+    path, loaded = checkpoint.load_newest(tmp_path)
+    assert (path.name, loaded["iteration"]) == ("previous.pt", 1)
+    assert "warning" in capsys.readouterr().out
+    (tmp_path / "previous.pt").write_bytes(b"")
+    with pytest.raises(UserError, match=r"last\.pt"):
+        checkpoint.load_newest(tmp_path)
+
+
+def test_no_checkpoint_is_none(tmp_path):
+    assert checkpoint.load_newest(tmp_path / "nowhere") is None
+
+
+class Hostile:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_a_hostile_checkpoint_is_refused_and_does_not_run(tmp_path):
+    mark = tmp_path / "ran"
+    torch.save({**state(), "format": 1, "extra": Hostile(mark)}, tmp_path / "hostile.pt")
+    (tmp_path / "old.pt").write_bytes(pickle.dumps(Hostile(mark)))
+    with pytest.raises(UserError, match="refused"):
+        checkpoint.load(tmp_path / "hostile.pt")
+    with pytest.raises(UserError):
+        checkpoint.load(tmp_path / "old.pt")
+    assert not mark.exists()
+
+
+def test_other_files_are_named(tmp_path):
+    (tmp_path / "note.txt").write_text("no checkpoint")
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "weights.pt")
+    with pytest.raises(UserError, match=r"note\.txt"):
+        checkpoint.load(tmp_path / "note.txt")
+    with pytest.raises(UserError, match="not a checkpoint of resnet-train"):
+        checkpoint.load(tmp_path / "weights.pt")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_leaves_the_one_before(tmp_path):
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, state(1))
+    (tmp_path / "last.pt.part").symlink_to("/dev/full")
+    with pytest.raises(RunError, match="cannot be written"):
+        checkpoint.save(path, state(2))
+    assert checkpoint.load(path)["iteration"] == 1
+    assert os.listdir(tmp_path) == ["last.pt"]

@@ -1,0 +1,745 @@
+"""What may be asked for: the recipes are the paper's, every value can be changed, every wrong one is named."""
+
+import ast
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+
+from resnet_train import cli, config
+from resnet_train.errors import UserError
+
+PACKAGE = Path(config.__file__).parent
+CONFIGS = Path(cli.CONFIG_DIR)
+DATA = {path.stem: path for path in CONFIGS.glob("data/*.yaml")}
+RECIPES = {path.stem: path for path in CONFIGS.glob("recipe/*.yaml")}
+SCHEDULES = sorted(path.stem for path in CONFIGS.glob("schedule/*.yaml"))
+
+# For each key that enters the mathematics two values that are not the default of data=cifar10.
+OTHER = {
+    "depth": ("26", "32"),
+    "shortcut": ("B", "C"),
+    "seed": ("3", "4"),
+    "precision": ("bf16", "fp32"),
+    "bottleneck_stride": ("3x3",),
+    "init": ("fan_in",),
+    "zero_gamma": ("true",),
+    "iterations": ("6400", "1e5"),
+    "batch_size": ("64", "1"),
+    "eval_batch_size": ("100", "1"),
+    "momentum": ("0.8", "0"),
+    "nesterov": ("true",),
+    "weight_decay": ("0", "1e-3"),
+    "decay": ("weights",),
+    "warmup.depth": ("0", "20"),
+    "warmup.lr": ("0.02", "1"),
+    "warmup.error": ("70", "0.5"),
+    "augment.pad": ("0", "16"),
+    "augment.flip": ("false",),
+    "augment.shorter_side": ("[1,2]", "[12]"),
+    "augment.colour_noise": ("0.1", "1"),
+    "compile": ("false",),
+    "log_every": ("10", "1"),
+    "eval_every": ("10", "1"),
+    "data.validation": ("5000", "1"),
+    "schedule.lr": ("0.05", "1e-9"),
+    "schedule.factor": ("0.2", "1"),
+    "schedule.drops": ("[]", "[0.4,0.6,0.9]"),
+}
+PLATEAU = {"schedule.patience": ("0.5", "1"), "schedule.threshold": ("0", "2"), "schedule.watch": ("val",)}
+# Not in the table: arch (tested by name), and what the data set decides.
+DECIDED_BY_DATA = {"arch", "recipe", "data.name", "data.family", "data.size", "schedule.name"}
+FREE = {
+    "run_dir": "x",
+    "resume": "never",
+    "checkpoint_every": "7",
+    "keep_every": "7",
+    "device": "cpu",
+    "data.root": None,
+    "data.workers": "2",
+}
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    """Nothing is written outside the test's own folder."""
+    monkeypatch.setenv("RESNET_TRAIN_DATA", str(tmp_path / "data"))
+    monkeypatch.chdir(tmp_path)
+
+
+def composed(*overrides):
+    return cli._compose("train", list(overrides))
+
+
+def keys_of(overrides):
+    return [item.lstrip("+").split("=")[0] for item in overrides]
+
+
+def checked(*overrides):
+    return config.check(composed(*overrides), keys_of(overrides))
+
+
+def directory(*overrides):
+    return config.run_directory(checked(*overrides), overrides)
+
+
+def refusal(*overrides):
+    with pytest.raises(UserError) as caught:
+        checked(*overrides)
+    return str(caught.value)
+
+
+def tree(root, classes=("cat", "dog"), test="test"):
+    """A train/<class>/*, test/<class>/* tree of (empty) images."""
+    for part in ("train", test):
+        for name in classes:
+            (root / part / name).mkdir(parents=True)
+            (root / part / name / "0.png").touch()
+    return root
+
+
+def needs_root(data, tmp_path):
+    return [f"data={data}"] + ([f"data.root={tree(tmp_path / 'images')}"] if data.startswith("image") else [])
+
+
+# --- The recipes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ("cifar10", ("cifar10", "A", 20, 64_000, 128, "step")),
+        ("digits", ("digits", "A", 8, 400, 64, "step")),
+        ("imagefolder", ("imagefolder", "A", 20, 12_800, 128, "step")),
+        ("imagenet", ("imagenet", "B", 50, 600_000, 256, "plateau")),
+    ],
+)
+def test_each_data_set_brings_its_recipe(data, expected, tmp_path):
+    found = checked(*needs_root(data, tmp_path))
+    recipe = (found.recipe, found.shortcut, found.depth, found.iterations, found.batch_size, found.schedule.name)
+    assert recipe == expected
+    assert found.data.name == data
+
+
+def test_cifar10_is_the_default():
+    assert checked() == checked("data=cifar10")
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_recipe_and_a_schedule_that_are_asked_for_win(order, tmp_path):
+    asked = ["data=digits", "recipe=cifar10", "schedule=cosine"][::order]
+    found = checked(*asked)
+    assert (found.data.name, found.recipe, found.iterations, found.schedule.name) == (
+        "digits",
+        "cifar10",
+        64_000,
+        "cosine",
+    )
+    asked = [*needs_root("imagenet", tmp_path), "schedule=step"][::order]
+    assert checked(*asked).schedule.drops == [0.5, 0.75]
+    assert composed("recipe=imagenet")["schedule"]["name"] == "plateau"
+
+
+@pytest.mark.parametrize("files", [DATA, RECIPES], ids=["data", "recipe"])
+def test_all_files_of_a_group_have_the_same_keys(files):
+    keys = {name: set(config.flat(yaml.safe_load(path.read_text()))) - {"defaults"} for name, path in files.items()}
+    assert all(found == keys["cifar10"] for found in keys.values()), keys
+
+
+def test_every_data_set_has_a_recipe():
+    assert DATA.keys() == RECIPES.keys()
+
+
+@pytest.mark.parametrize("data", DATA)
+def test_the_numbers_are_the_papers(data, tmp_path):
+    """Sections 3.4 and 4.2; the warm-up of 110 layers is CIFAR-10's."""
+    found = checked(*needs_root(data, tmp_path))
+    assert (found.schedule.lr, found.schedule.factor, found.momentum, found.weight_decay) == (0.1, 0.1, 0.9, 1e-4)
+    assert (found.nesterov, found.decay, found.init, found.zero_gamma) == (False, "all", "fan_out", False)
+    assert found.bottleneck_stride == "1x1"
+    assert (found.warmup.lr, found.warmup.error) == (0.01, 80)
+    assert found.warmup.depth == (0 if data == "imagenet" else 110)
+    if found.schedule.name == "step":
+        assert found.schedule.drops == [0.5, 0.75]
+        assert (found.augment.pad, found.augment.colour_noise) == (4, 0)
+        assert found.augment.flip == (data != "digits")
+    else:
+        assert (found.augment.shorter_side, found.data.size) == ([256, 480], 224)
+
+
+# --- Every value can be changed, and every key is read ---------------------------------------------------------------
+
+
+def test_the_tables_above_hold_every_key():
+    """A new key needs a line in OTHER, PLATEAU or FREE."""
+    schedules = [config.flat(composed(f"schedule={name}")) for name in SCHEDULES]
+    assert set().union(*schedules) == OTHER.keys() | PLATEAU.keys() | DECIDED_BY_DATA | FREE.keys()
+    assert FREE.keys() == config.FREE_KEYS
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("which", [0, -1])
+def test_every_value_can_be_changed(schedule, which):
+    base = config.flat(composed(f"schedule={schedule}"))
+    values = {key: value[which] for key, value in (OTHER | PLATEAU).items() if key in base}
+    values |= {"momentum": "0.5", "augment.shorter_side": "[3,4]"}
+    values |= {key: value for key, value in FREE.items() if value}
+    found = config.flat(checked(f"schedule={schedule}", *(f"{k}={v}" for k, v in values.items())).plain())
+    for key, text in values.items():
+        assert found[key] == yaml.load(text, _Yaml), key
+        assert found[key] != base[key], key
+
+
+class _Yaml(yaml.SafeLoader):
+    """1e5 is a number, as it is for Hydra."""
+
+    def construct_scalar(self, node):
+        return super().construct_scalar(node)
+
+
+def _number(loader, node):
+    text = loader.construct_scalar(node)
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+_Yaml.add_constructor("tag:yaml.org,2002:str", _number)
+
+
+def reads():
+    """(owner, name) of every attribute or string key that is read: config.data.root gives (data, root).
+
+    Declarations and checks are no use of a value.
+    """
+    found = set()
+    for path in PACKAGE.rglob("*.py"):
+        module = ast.parse(path.read_text())
+        if path.name == "config.py":
+            module.body = [n for n in module.body if getattr(n, "name", "") not in ("check", "check_eval")]
+        for node in ast.walk(module):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                found.add((_last_name(node.value), node.attr))
+            elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+                found.add((_last_name(node.value), node.slice.value))
+    return found
+
+
+def _last_name(node):
+    return getattr(node, "attr", None) or getattr(node, "id", None)
+
+
+def unread(keys):
+    """The keys that no code reads: config.KEY, asked.KEY (resnet-eval), self.KEY (Config's own) or GROUP.KEY."""
+    found = reads()
+    owners = {key: [key.split(".")[-2]] if "." in key else ["config", "asked", "self"] for key in keys}
+    return {key for key in keys if not any((owner, key.split(".")[-1]) in found for owner in owners[key])}
+
+
+def test_every_key_is_read():
+    keys = set().union(*(config.flat(composed(f"schedule={name}")) for name in SCHEDULES))
+    keys |= set(config.flat(cli._compose("eval", ["checkpoint=x"])))
+    assert unread(keys) == set()
+    assert unread({"bn_wd", "schedule.nosuch", "seed"}) == {"bn_wd", "schedule.nosuch"}
+
+
+def test_every_bounded_number_is_a_key():
+    keys = set().union(*(config.flat(composed(f"schedule={name}")) for name in SCHEDULES))
+    assert config.RANGES.keys() <= keys
+    assert config.ABOVE | config.BELOW <= config.RANGES.keys()
+
+
+def test_a_configuration_survives_json():
+    found = checked("schedule=plateau", "augment.colour_noise=1", "warmup.error=70")
+    assert config.restored(json.loads(json.dumps(found.plain()))) == found
+
+
+def test_a_configuration_of_another_version_is_named():
+    plain = checked().plain()
+    del plain["seed"]
+    with pytest.raises(UserError, match=r"stored configuration.*seed: is missing"):
+        config.restored(plain)
+
+
+# --- Wrong values are named ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("depth", "near"),
+    [(21, 20), (24, 26), (3, 8), (0, 8), (-5, 8), (9, 8), (12, 14), (100, 98), (109, 110), (50_000, 50_000)],
+)
+def test_nearest_depth_for_cifar(depth, near):
+    if depth == near:
+        assert checked(f"depth={depth}").depth == depth
+    else:
+        assert refusal(f"depth={depth}").startswith(f"depth={depth}: ")
+        assert refusal(f"depth={depth}").endswith(f"nearest: {near}")
+
+
+@pytest.mark.parametrize(("depth", "near"), [(35, 34), (100, 101), (20, 18), (0, 18), (44, 50), (110, 101), (999, 152)])
+def test_nearest_depth_for_imagenet(depth, near, tmp_path):
+    message = refusal(*needs_root("imagenet", tmp_path), f"depth={depth}")
+    assert message == f"depth={depth}: ImageNet nets have 18, 34, 50, 101, 152 layers; nearest: {near}"
+
+
+@pytest.mark.parametrize("depth", [d for d in range(8, 1203, 6) if d % 36 == 8] + [1202])
+def test_every_depth_of_6n_plus_2_is_taken(depth):
+    config.check_depth(depth, "cifar")
+
+
+# Command line, and what the message must hold beside the key and value of the last word.
+WRONG = [
+    ("depth=20.5", "whole number"),
+    ("depth=abc", "whole number"),
+    ("depth=true", "whole number"),
+    ("depth=null", "whole number"),
+    ("depth=", "whole number"),
+    ("depth=[20]", "whole number"),
+    ("depth=nan", "whole number"),
+    ("++depth=x", "whole number"),
+    ("shortcut=D", "A, B, C"),
+    ("shortcut=noen", "did you mean none?"),
+    ("shortcut=none", "arch=plain"),
+    ("arch=plain shortcut=A", "arch=resnet"),
+    ("arch=plane", "did you mean plain?"),
+    ("arch=vgg", "resnet, plain"),
+    ("seed=-1", "at least 0"),
+    ("seed=0.5", "whole number"),
+    ("seed=1e400", "whole number"),
+    ("precision=fp8", "auto, bf16, fp16, fp32"),
+    ("precision=bf61", "did you mean bf16?"),
+    ("device=gpu", "auto, cpu, cuda"),
+    ("device=cuda:0", "did you mean cuda?"),
+    ("iterations=0", "at least 1"),
+    ("iterations=-5", "at least 1"),
+    ("iterations=64k", "whole number"),
+    ("iterations=inf", "whole number"),
+    ("batch_size=0", "at least 1"),
+    ("batch_size=-1", "at least 1"),
+    ("batch_size=1.5", "whole number"),
+    ("batch_size=abc", "whole number"),
+    ("batch_size=true", "whole number"),
+    ("eval_batch_size=0", "at least 1"),
+    ("checkpoint_every=0", "at least 1"),
+    ("keep_every=-1", "at least 0"),
+    ("log_every=0", "at least 1"),
+    ("eval_every=0", "at least 1"),
+    ("momentum=1", "below 1"),
+    ("momentum=-0.1", "at least 0"),
+    ("momentum=0 nesterov=true", "momentum=0.9"),
+    ("nesterov=1", "true or false"),
+    ("nesterov=yes", "true or false"),
+    ("weight_decay=-1", "at least 0"),
+    ("weight_decay=nan", "a number"),
+    ("decay=wieghts", "did you mean weights?"),
+    ("init=fan", "fan_out, fan_in"),
+    ("zero_gamma=2", "true or false"),
+    ("bottleneck_stride=2x2", "1x1, 3x3"),
+    ("compile=perhaps", "true or false"),
+    ("schedule.lr=0", "above 0"),
+    ("schedule.lr=-1", "above 0"),
+    ("schedule.lr=nan", "a number"),
+    ("schedule.lr=inf", "a number"),
+    ("schedule.lr=true", "a number"),
+    ("schedule.lr=fast", "a number"),
+    ("schedule.factor=0", "above 0"),
+    ("schedule.factor=2", "at most 1"),
+    ("schedule.drops=0.5", "a list"),
+    ("schedule.drops=null", "a list"),
+    ("schedule.drops=[a]", "a number"),
+    ("schedule.drops=[32000]", "at most 1"),
+    ("schedule.drops=[0.75,0.5]", "must rise"),
+    ("schedule.drops=[0.5,0.5]", "must rise"),
+    ("schedule=plateau schedule.patience=0", "above 0"),
+    ("schedule=plateau schedule.threshold=-1", "at least 0"),
+    ("schedule=plateau schedule.watch=val", "data.validation=5000"),
+    ("schedule=plateau schedule.watch=test", "train, val"),
+    ("schedule.name=stpe", "did you mean step?"),
+    ("warmup.depth=x", "whole number"),
+    ("warmup.lr=0", "above 0"),
+    ("warmup.error=101", "at most 100"),
+    ("warmup=0", "warmup.KEY=VALUE"),
+    ("augment.pad=-1", "at least 0"),
+    ("augment.pad=17", "at most 16"),
+    ("augment.flip=2", "true or false"),
+    ("augment.shorter_side=5", "a list"),
+    ("augment.shorter_side=[5]", "LOW,HIGH"),
+    ("augment.shorter_side=[5,4]", "LOW,HIGH"),
+    ("augment.colour_noise=-1", "at least 0"),
+    ("data.validation=-1", "at least 0"),
+    ("data.validation=0.1", "whole number"),
+    ("data.size=64", "data=imagefolder"),
+    ("data.size=7", "at least 8"),
+    ("data.workers=-1", "at least 0"),
+    ("data.family=imagent", "did you mean imagenet?"),
+    ("data.root=", "word"),
+    ("data.root=nosuch", "no such file or folder"),
+    ("data=digits data.root=.", "drop it"),
+    ("run_dir=", "word"),
+    ("resume=", "word"),
+]
+
+
+@pytest.mark.parametrize(("line", "advice"), WRONG, ids=[line for line, _ in WRONG])
+def test_a_wrong_value_is_named_with_what_is_allowed(line, advice):
+    message = refusal(*line.split())
+    key, value = line.split()[-1].lstrip("+").split("=")
+    assert message.startswith(f"{key}=")
+    assert advice in message
+    assert "\n" not in message
+    assert len(message) < 200
+    parts = value.strip("[]").split(",")  # a list may be shown whole or by the item that is at fault
+    if value != "1e400":
+        assert any(part in message.split(":")[0] + message for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("line", "advice"),
+    [
+        ("dept=20", "did you mean depth?"),
+        ("schedule.lrr=1", "did you mean schedule.lr?"),
+        ("root=x", "did you mean data.root?"),
+        ("batchsize=8", "did you mean batch_size?"),
+        ("warmup.dpeth=1", "did you mean warmup.depth?"),
+        ("depth.x=1", "no key depth.x"),
+        ("data=cifar11", "did you mean cifar10?"),
+        ("data=", "cifar10, digits, imagefolder, imagenet"),
+        ("data=null", "cifar10, digits, imagefolder, imagenet"),
+        ("schedule=cos", "did you mean cosine?"),
+        ("schedule=cosine schedule.drops=[0.5]", "no key schedule.drops"),
+        ("recipe=torch", "cifar10, digits, imagefolder, imagenet"),
+        ("~nosuch", "no key nosuch"),
+    ],
+)
+def test_a_key_or_option_that_does_not_exist_is_named(line, advice):
+    message = refusal(*line.split())
+    assert message.startswith(f"{line.split()[-1]}: ")
+    assert advice in message
+
+
+@pytest.mark.parametrize(("line", "key"), [("+nosuch=1", "nosuch"), ("++dept=1", "dept"), ("~depth", "depth")])
+def test_what_is_added_or_taken_away_is_named(line, key):
+    assert refusal(line).startswith(f"{key}: ")
+
+
+def test_imagenet_sizes_are_multiples_of_32(tmp_path):
+    root = needs_root("imagenet", tmp_path)
+    assert "data.size=100" in refusal(*root, "data.size=100")
+    assert "such as 96" in refusal(*root, "data.size=100")
+    assert checked(*root, "data.size=192").data.size == 192
+
+
+def test_imagenet_crops_fit_into_the_shorter_side(tmp_path):
+    message = refusal(*needs_root("imagenet", tmp_path), "augment.shorter_side=[200,300]")
+    assert message.startswith("augment.shorter_side=[200, 300]: ")
+    assert "224" in message
+
+
+@pytest.mark.parametrize("data", ["imagenet", "imagefolder"])
+def test_a_tree_needs_its_place(data):
+    assert refusal(f"data={data}").startswith("data.root: ")
+
+
+def test_a_plain_net_has_no_shortcut():
+    assert checked("arch=plain").shortcut == "none"
+    assert checked("arch=plain", "shortcut=none").net == "plain-20"
+    assert checked("shortcut=B").net == "resnet-20-B"
+
+
+# --- Folders that a listing shows to be wrong ------------------------------------------------------------------------
+
+
+def remove(path):
+    return lambda root: (root / path).unlink()
+
+
+def only_one_class(root):
+    for part in ("train", "test"):
+        (root / part / "dog" / "0.png").unlink()
+        (root / part / "dog").rmdir()
+
+
+def not_an_image(root):
+    (root / "train" / "dog" / "0.png").rename(root / "train" / "dog" / "0.txt")
+
+
+def a_class_of_training_alone(root):
+    (root / "train" / "emu").mkdir()
+    (root / "train" / "emu" / "0.png").touch()
+
+
+def a_class_of_the_test_alone(root):
+    (root / "test" / "emu").mkdir()
+    (root / "test" / "emu" / "0.png").touch()
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (remove("test/cat/0.png"), "test/cat/ has no images"),
+        (not_an_image, "train/dog/ has no images"),
+        (only_one_class, "has one class, cat"),
+        (a_class_of_training_alone, "class emu is in train/ and not in test/"),
+        (a_class_of_the_test_alone, "class emu is in test/ and not in train/"),
+        (lambda root: (root / "train").rename(root / "trian"), "no train/ and test/"),
+        (lambda root: (root / "test").rename(root / "tset"), "no train/ and test/"),
+    ],
+)
+def test_a_damaged_tree_is_named(damage, expected, tmp_path):
+    root = tree(tmp_path / "images")
+    assert checked("data=imagefolder", f"data.root={root}").data.root == str(root)
+    damage(root)
+    message = refusal("data=imagefolder", f"data.root={root}")
+    assert message.startswith(f"data.root={root}: ")
+    assert expected in message
+
+
+def test_an_empty_folder_and_a_file_are_named(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    assert "empty" in refusal("data=imagefolder", "data.root=empty")
+    assert "is a file" in refusal("data=imagefolder", "data.root=file")
+
+
+def test_val_will_do_for_test_where_test_has_no_classes(tmp_path):
+    """ImageNet's test/ is flat."""
+    root = tree(tmp_path / "images", test="val")
+    (root / "test").mkdir()
+    (root / "test" / "0.png").touch()
+    assert config.class_folders(root) == (["cat", "dog"], "val")
+
+
+# --- Where a run goes ------------------------------------------------------------------------------------------------
+
+
+def test_the_directory_of_the_papers_experiment():
+    assert str(directory("depth=110", "data=cifar10")) == "runs/cifar10/resnet-110-A/seed-0"
+    assert str(directory("arch=plain", "depth=56", "seed=3")) == "runs/cifar10/plain-56/seed-3"
+    assert str(directory("iterations=6400")) == "runs/cifar10/resnet-20-A/iterations-6400+seed-0"
+
+
+def test_the_order_of_the_command_line_does_not_matter():
+    asked = ["iterations=640", "depth=32", "schedule.lr=0.05", "schedule=cosine", "data.validation=5000", "seed=2"]
+    assert directory(*asked) == directory(*asked[::-1]) == directory(*asked)
+
+
+@pytest.mark.parametrize("spelling", ["iterations=64_00", "+iterations=6400", "++iterations=6400", "iterations=6.4e3"])
+def test_a_repeated_word_does_not_matter(spelling):
+    """Twice the same word is once."""
+    assert directory("iterations=6400", "iterations=6400") == directory("iterations=6400")
+    if not spelling.startswith("+i"):
+        assert checked(spelling) == checked("iterations=6400")
+
+
+@pytest.mark.parametrize("key", OTHER | PLATEAU)
+def test_another_value_is_another_directory(key):
+    base = ["schedule=plateau", "data.validation=100"] if key in PLATEAU else []
+    base += ["augment.shorter_side=[0,1]"] if key != "augment.shorter_side" else []
+    values = ("[1,2]", "[12,13]") if key == "augment.shorter_side" else (OTHER | PLATEAU)[key]
+    asked = [base] + [[*(b for b in base if not b.startswith(key)), f"{key}={value}"] for value in values]
+    found = [directory(*words) for words in asked]
+    assert len(set(found)) == len(found)
+
+
+def test_free_keys_do_not_move_a_run():
+    free = [f"{key}={value}" for key, value in FREE.items() if value and key != "run_dir"]
+    assert directory(*free) == directory()
+
+
+def test_run_dir_is_taken_as_it_is(tmp_path):
+    assert directory(f"run_dir={tmp_path}/x", "depth=32", "iterations=6") == tmp_path / "x"
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        [],
+        ["schedule.drops=[0.5, 0.75]"],
+        ["schedule={lr:0.2,factor:0.5}", "+schedule.patience=0.5", "++warmup.depth=0"],
+        ["schedule=plateau", "schedule.threshold=0", "augment.shorter_side=[1,2]", "weight_decay=1e-3"],
+    ],
+    ids=len,
+)
+def test_a_directory_needs_no_quotes_on_a_later_command_line(asked):
+    checkpoint = f"{directory(*asked)}/checkpoints/last.pt"
+    assert cli._compose("eval", [f"checkpoint={checkpoint}"])["checkpoint"] == checkpoint
+    assert not set(checkpoint) & set(" '\"\\$&;|<>()[]{}*?!#~`\n")
+
+
+def many(**changed):
+    """40 words."""
+    values = {key: value[0] for key, value in OTHER.items()} | {"augment.shorter_side": "[3,4]", "momentum": "0.5"}
+    words = [f"{key}={value}" for key, value in (values | changed).items()]
+    return words + [f"++{word}" for word in words[: 40 - len(words)]]
+
+
+def test_forty_words_are_a_short_name_and_still_tell_runs_apart():
+    found = directory(*many())
+    assert len(many()) == 40
+    assert all(len(part) <= 180 for part in found.parts)
+    assert found == directory(*many()[::-1])
+    assert found != directory(*many(zero_gamma="false"))
+    assert found != directory(*many(**{"warmup.error": "71"}))
+
+
+def test_a_tree_of_images_goes_by_its_folders_name(tmp_path):
+    root = tree(tmp_path / "cifar10_photos")
+    for data in ("cifar10", "imagefolder"):
+        found = checked(f"data={data}", f"data.root={root}")
+        assert found.data_label == "cifar10_photos"
+        assert directory(f"data={data}", f"data.root={root}").parts[:2] == ("runs", "cifar10_photos")
+
+
+@pytest.mark.parametrize("data", ["cifar10", "imagefolder"])
+@pytest.mark.parametrize("suffix", ["", "/", "/.", "/train/.."])
+def test_a_tree_of_images_is_never_called_cifar10(data, suffix, tmp_path):
+    root = tree(tmp_path / "cifar10")
+    assert checked(f"data={data}", f"data.root={root}{suffix}").data_label == "cifar10-folder"
+
+
+@pytest.mark.parametrize("place", ["", "cifar-10-batches-py", "archive.tar.gz"])
+def test_the_official_files_are_cifar10_wherever_they_lie(place, tmp_path):
+    batches = tmp_path / "x" / "cifar-10-batches-py"
+    batches.mkdir(parents=True)
+    (batches / "data_batch_1").touch()
+    (tmp_path / "x" / "archive.tar.gz").touch()
+    assert checked(f"data.root={tmp_path / 'x' / place}").data_label == "cifar10"
+
+
+def test_the_root_is_kept_absolute(tmp_path):
+    tree(tmp_path / "images")
+    assert checked("data=imagefolder", "data.root=images").data.root == str(tmp_path / "images")
+
+
+# --- A directory that cannot take the run ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", OTHER)
+def test_a_run_does_not_go_on_with_another_value(key):
+    value = "[3,4]" if key == "augment.shorter_side" else OTHER[key][0]
+    with pytest.raises(UserError) as caught:
+        config.check_same_run(checked().plain(), checked(f"{key}={value}").plain(), "here")
+    named = {str(caught.value).split("=")[0]}
+    assert named == {key}
+    assert "here" in str(caught.value)
+
+
+def test_what_enters_no_mathematics_may_change():
+    free = {key: value for key, value in FREE.items() if value}
+    changed = checked(*(f"{key}={value}" for key, value in free.items()))
+    config.check_same_run(checked().plain(), changed.plain(), "here")
+    elsewhere = dataclasses.replace(changed, data=dataclasses.replace(changed.data, root="/elsewhere"))
+    config.check_same_run(checked().plain(), elsewhere.plain(), "here")
+    assert sum(a != b for a, b in zip(checked().plain().values(), elsewhere.plain().values(), strict=True)) == 6
+
+
+def run_in(folder, found, *, finished=False):
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(found.plain()))
+    if finished:
+        (folder / "summary.json").write_text("{}")
+    return folder
+
+
+def blocked(folder, found):
+    with pytest.raises(UserError) as caught:
+        config.check_run_dir(folder, found)
+    assert str(caught.value).splitlines() == [str(caught.value)]
+    return str(caught.value)
+
+
+def test_a_new_or_an_empty_directory_will_do(tmp_path):
+    config.check_run_dir(tmp_path / "a" / "b", checked())
+    (tmp_path / "empty").mkdir()
+    config.check_run_dir(tmp_path / "empty", checked())
+    assert os.listdir(tmp_path) == ["empty"]
+
+
+def test_a_finished_run_is_not_run_again(tmp_path):
+    folder = run_in(tmp_path / "run", checked(), finished=True)
+    assert config.run_state(folder) == "finished"
+    for resume in ("auto", "never"):
+        message = blocked(folder, checked(f"resume={resume}"))
+        assert f"run_dir={folder}: " in message
+        assert "finished" in message
+
+
+def test_an_unfinished_run_goes_on_with_the_same_values_only(tmp_path):
+    folder = run_in(tmp_path / "run", checked())
+    assert config.run_state(folder) == "unfinished"
+    config.check_run_dir(folder, checked("checkpoint_every=3", "device=cpu"))
+    message = blocked(folder, checked("schedule.lr=0.05"))
+    assert message.startswith("schedule.lr=0.05: ")
+    assert "schedule.lr=0.1" in message
+    config.check_run_dir(folder, checked("schedule.lr=0.05", "resume=never"))
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.tex").touch()
+    assert blocked(tmp_path / "thesis", checked("resume=never")).startswith(f"run_dir={tmp_path}/thesis: ")
+
+
+def test_a_file_and_what_lies_below_it_are_no_directory(tmp_path):
+    (tmp_path / "file").touch()
+    for place in ("file", "file/run", "file/a/b"):
+        assert blocked(tmp_path / place, checked()).startswith(f"run_dir={tmp_path / place}: ")
+
+
+def test_a_folder_without_permission_is_named(tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o555)
+    if os.access(tmp_path / "locked", os.W_OK):
+        pytest.skip("permission bits do not bind here")
+    assert "write" in blocked(tmp_path / "locked" / "run", checked())
+
+
+def test_a_damaged_run_is_named(tmp_path):
+    folder = run_in(tmp_path / "run", checked())
+    (folder / "config.json").write_text('{"depth": 2')
+    assert blocked(folder, checked()).startswith(f"run_dir={folder}: ")
+
+
+@pytest.mark.parametrize("resume", ["nver", "nosuch.pt", "always"])
+def test_resume_takes_two_words_or_a_file(resume, tmp_path):
+    message = blocked(tmp_path / "run", checked(f"resume={resume}"))
+    assert message.startswith(f"resume={resume}: must be auto, never or a checkpoint's file")
+    assert ("did you mean never?" in message) == (resume == "nver")
+    (tmp_path / resume).touch()
+    config.check_run_dir(tmp_path / "run", checked(f"resume={resume}"))
+
+
+# --- resnet-eval -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("", "checkpoint: is needed"),
+        ("checkpoint=nosuch.pt", "checkpoint=nosuch.pt: there is no such file"),
+        ("checkpoint=", "checkpoint=: must be"),
+        ("checkpoint=last.pt split=tst", "split=tst: allowed are test, val, train; did you mean test?"),
+        ("checkpoint=last.pt device=gpu", "device=gpu: allowed are auto, cpu, cuda"),
+        ("checkpoint=last.pt data.name=cifar11", "did you mean cifar10?"),
+        ("checkpoint=last.pt data.root=nosuch", "data.root=nosuch: there is no such file or folder"),
+        ("checkpoint=last.pt out=", "out=: must be"),
+        ("checkpoint=last.pt depth=20", "depth=20: there is no key depth"),
+        ("chekpoint=last.pt", "did you mean checkpoint?"),
+    ],
+)
+def test_a_wrong_word_for_eval_is_named(line, expected, tmp_path):
+    (tmp_path / "last.pt").touch()
+    with pytest.raises(UserError) as caught:
+        config.check_eval(cli._compose("eval", line.split()))
+    assert expected in str(caught.value)
+
+
+def test_eval_takes_the_checkpoints_own_data_unless_told_otherwise(tmp_path):
+    (tmp_path / "last.pt").touch()
+    found = config.check_eval(cli._compose("eval", ["checkpoint=last.pt"]))
+    assert (found.data.name, found.data.root, found.split, found.out) == ("same", None, "test", None)
+    found = config.check_eval(cli._compose("eval", ["checkpoint=last.pt", "data.root=."]))
+    assert found.data.root == str(tmp_path)

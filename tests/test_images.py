@@ -1,0 +1,741 @@
+"""CIFAR-10's archive, class-folder trees and digits as tensors; what is wrong with a data set is said in one line."""
+
+import hashlib
+import io
+import os
+import pickle
+import random
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch.nn.functional import interpolate
+
+from resnet_train.config import CIFAR_FOLDER, Data, check_source, class_folders, is_official_cifar10
+from resnet_train.data.images import TEST_FILES, TRAIN_FILES, cache_folder, load, read_image, read_official
+from resnet_train.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("RESNET_TRAIN_DATA", str(tmp_path / "cache"))
+
+
+def one_line(caught, *words):
+    """The caught UserError has no line break and says all `words`."""
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert str(word) in message
+
+
+def everything(folder):
+    """All paths below a folder."""
+    return sorted(folder.rglob("*"))
+
+
+def pixels(seed, *shape):
+    return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
+# The official archive, with few images
+
+
+def planes_of(seed):
+    """Rows as in the archive: 1,024 red, then green, then blue values of each image."""
+    return pixels(seed, 3, 3072)
+
+
+def batch_bytes(seed):
+    return pickle.dumps({"data": planes_of(seed).numpy(), "labels": [seed % 10, 9, 0]}, protocol=2)
+
+
+NAMES = [*TRAIN_FILES, *TEST_FILES]
+RAW = {name: batch_bytes(seed) for seed, name in enumerate(NAMES)}
+
+
+def md5s(raw=RAW):
+    """The two mappings that `read_official` takes, right for `raw`."""
+    sums = {name: hashlib.md5(raw[name]).hexdigest() for name in NAMES}
+    return {"train": {name: sums[name] for name in TRAIN_FILES}, "test": {name: sums[name] for name in TEST_FILES}}
+
+
+def member(name, content=None, **fields):
+    """One entry of an archive: a file, or what `fields` makes of it."""
+    entry = tarfile.TarInfo(name)
+    for key, value in fields.items():
+        setattr(entry, key, value)
+    if content is None:
+        return entry, None
+    entry.size = len(content)
+    return entry, io.BytesIO(content)
+
+
+def members(raw=RAW):
+    return [member(f"{CIFAR_FOLDER}/{name}", content) for name, content in raw.items()]
+
+
+def write_archive(path, entries):
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w:gz") as archive:
+        for entry, content in entries:
+            archive.addfile(entry, content)
+    return path
+
+
+def write_folder(path, raw=RAW):
+    path.mkdir(parents=True)
+    for name, content in raw.items():
+        (path / name).write_bytes(content)
+    return path
+
+
+@pytest.fixture(params=["archive", "folder", "parent"])
+def source_of(request, tmp_path):
+    """Write `raw` in one of the three forms that data.root= takes."""
+
+    def write(raw=RAW):
+        if request.param == "archive":
+            return write_archive(tmp_path / "cifar.tar.gz", members(raw))
+        folder = write_folder(tmp_path / "unpacked" / CIFAR_FOLDER, raw)
+        return folder if request.param == "folder" else folder.parent
+
+    return write
+
+
+def test_the_official_file_names_are_the_published_ones():
+    assert list(TRAIN_FILES) == [f"data_batch_{number}" for number in range(1, 6)]
+    assert list(TEST_FILES) == ["test_batch"]
+
+
+def test_official_images_are_the_planes_of_the_archive(source_of):
+    source = source_of()
+    assert is_official_cifar10(source)
+    data = read_official(source, **md5s())
+    assert (data.train.images.shape, data.test.images.shape) == ((15, 32, 32, 3), (3, 32, 32, 3))
+    assert data.train.images.dtype == data.test.images.dtype == torch.uint8
+    for part, seeds in ((data.train, range(5)), (data.test, [5])):
+        rows = torch.cat([planes_of(seed) for seed in seeds])
+        for image, row in zip(part.images, rows, strict=True):
+            for channel in range(3):
+                assert torch.equal(image[:, :, channel], row[1024 * channel : 1024 * (channel + 1)].view(32, 32))
+        assert part.labels.tolist() == [label for seed in seeds for label in (seed, 9, 0)]
+        assert part.labels.dtype == torch.int64
+    assert data.classes == "airplane automobile bird cat deer dog frog horse ship truck".split()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_batch_with_another_checksum_is_refused(name, source_of):
+    source = source_of(RAW | {name: RAW[name] + b"\n"})
+    with pytest.raises(UserError) as caught:
+        read_official(source, **md5s())
+    one_line(caught, source, name, "MD5")
+
+
+def test_all_official_checksums_are_checked(source_of):
+    source = source_of()
+    with pytest.raises(UserError) as caught:
+        load("cifar10", str(source), 32)
+    one_line(caught, source, "data_batch_1", "MD5")
+
+
+class Hostile:
+    """A pickle that creates a file when it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_hostile_pickle_is_not_executed(source_of, tmp_path):
+    hostile = pickle.dumps(Hostile(tmp_path / "mark"))
+    source = source_of(RAW | {"data_batch_3": hostile})
+    with pytest.raises(UserError, match="data_batch_3"):
+        read_official(source, **md5s())
+    assert not (tmp_path / "mark").exists()
+    pickle.loads(hostile)  # noqa: S301 (it does bite)
+    assert (tmp_path / "mark").exists()
+
+
+def without(name):
+    return [entry for entry in members() if not entry[0].name.endswith(name)]
+
+
+BATCH = f"{CIFAR_FOLDER}/data_batch_2"
+LINKS = {
+    "symlink outside": member(BATCH, type=tarfile.SYMTYPE, linkname="../../data_batch_2"),
+    "symlink to an absolute path": member(BATCH, type=tarfile.SYMTYPE, linkname="/etc/hostname"),
+    "symlink to itself": member(BATCH, type=tarfile.SYMTYPE, linkname="data_batch_2"),
+    "hard link outside": member(BATCH, type=tarfile.LNKTYPE, linkname="../data_batch_2"),
+    "hard link to itself": member(BATCH, type=tarfile.LNKTYPE, linkname=BATCH),
+    "folder": member(BATCH, type=tarfile.DIRTYPE),
+    "device": member(BATCH, type=tarfile.CHRTYPE),
+    "pipe": member(BATCH, type=tarfile.FIFOTYPE),
+}
+ARCHIVES = {
+    "empty": [],
+    "other members": [member("notes.txt", b"hello")],
+    "one batch missing": without("data_batch_2"),
+    "no test batch": without("test_batch"),
+    "batches above the folder": [member(f"../{entry.name}", RAW[Path(entry.name).name]) for entry, _ in members()],
+    "batches at absolute paths": [member(f"/{entry.name}", RAW[Path(entry.name).name]) for entry, _ in members()],
+    **{kind: [*without("data_batch_2"), entry] for kind, entry in LINKS.items()},
+}
+
+
+@pytest.mark.parametrize("entries", ARCHIVES.values(), ids=ARCHIVES)
+def test_an_archive_without_the_batches_is_refused_and_nothing_is_written(entries, tmp_path):
+    source = write_archive(tmp_path / "inner" / "cifar.tar.gz", entries)
+    before = everything(tmp_path)
+    with pytest.raises(UserError) as caught:
+        read_official(source, **md5s())
+    one_line(caught, f"data.root={source}")
+    assert everything(tmp_path) == before
+
+
+def test_other_members_are_left_alone(tmp_path):
+    """Names that lead outside, links and devices beside the batches: nothing is unpacked."""
+    harm = [
+        member("../outside", b"x"),
+        member(str(tmp_path / "absolute"), b"x"),
+        member(f"{CIFAR_FOLDER}/link", type=tarfile.SYMTYPE, linkname="/etc"),
+        member(f"{CIFAR_FOLDER}/device", type=tarfile.BLKTYPE),
+    ]
+    source = write_archive(tmp_path / "inner" / "cifar.tar.gz", harm + members())
+    before = everything(tmp_path)
+    assert len(read_official(source, **md5s()).train) == 15
+    assert everything(tmp_path) == before
+
+
+@pytest.mark.parametrize("share", [0, 0.001, 0.3, 0.9, 0.999])
+def test_a_truncated_archive_is_refused(share, tmp_path):
+    source = write_archive(tmp_path / "cifar.tar.gz", members())
+    content = source.read_bytes()
+    source.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(UserError) as caught:
+        read_official(source, **md5s())
+    one_line(caught, f"data.root={source}")
+
+
+def test_an_archive_with_flipped_bits_is_refused_or_read_right(tmp_path):
+    source, draw = write_archive(tmp_path / "cifar.tar.gz", members()), random.Random(0)
+    content, right = source.read_bytes(), read_official(source, **md5s()).digest
+    refused = 0
+    for _ in range(50):
+        damaged = bytearray(content)
+        damaged[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        source.write_bytes(damaged)
+        try:
+            assert read_official(source, **md5s()).digest == right
+        except UserError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused > 40
+
+
+@pytest.mark.parametrize("content", [b"", b"hello\n", b"<html>" * 1000, bytes(20_000), b"\x1f\x8b\x08", b"BZh9", b"PK"])
+def test_a_file_that_is_no_archive_is_refused(content, tmp_path):
+    source = tmp_path / "cifar.tar.gz"
+    source.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        load("cifar10", str(source), 32)
+    one_line(caught, f"data.root={source}")
+
+
+def test_a_folder_without_all_batches_is_refused(tmp_path):
+    folder = write_folder(tmp_path / "unpacked", {"data_batch_1": RAW["data_batch_1"]})
+    for read in (lambda: read_official(folder), lambda: load("cifar10", str(folder), 32)):
+        with pytest.raises(UserError) as caught:
+            read()
+        one_line(caught, "data_batch_2")
+
+
+# Class folders
+
+
+def save(path, image):
+    """An image file of (H, W, 3) or (H, W) uint8 pixels, in the format that its name says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image.numpy()).save(path)
+    return path
+
+
+def fill(folder, counts, size=(32, 32), suffix=".png", seed=0):
+    """`folder`/<class>/<number> images of random pixels; `counts` says how many of each class."""
+    for name, count in counts.items():
+        for index in range(count):
+            save(folder / name / f"{index:02}{suffix}", pixels(seed := seed + 1, *size, 3))
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A tree of 32x32 PNG images of two classes: 3 and 2 to train, 1 and 2 to test."""
+    fill(tmp_path / "tree" / "train", {"cat": 3, "dog": 2})
+    fill(tmp_path / "tree" / "test", {"cat": 1, "dog": 2}, seed=100)
+    return tmp_path / "tree"
+
+
+def rgb(path):
+    """(32, 32, 3) pixels as Pillow reads them."""
+    with Image.open(path) as image:
+        return torch.tensor(list(image.convert("RGB").tobytes())).view(32, 32, 3)
+
+
+def check(root, name="cifar10"):
+    check_source(Data(name=name, family="cifar", root=str(root), validation=0, size=32, workers=0))
+
+
+def expected(folder):
+    """The pixels of all files below a folder, in sorted order."""
+    return torch.stack([rgb(path) for path in sorted(folder.glob("*/*"))])
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ({"cat": 3, "dog": 2}, {"cat": 1, "dog": 2}),
+        ({"b": 1, "A": 2, "é ü": 3, "10": 1, "9": 2}, {"b": 2, "A": 1, "é ü": 1, "10": 3, "9": 1}),
+        ({f"class {number}": 1 for number in range(12)}, {f"class {number}": 1 for number in range(12)}),
+    ],
+)
+def test_class_folders_of_any_name_and_count(train, test, tmp_path):
+    fill(tmp_path / "tree" / "train", train)
+    fill(tmp_path / "tree" / "test", test, seed=100)
+    check(tmp_path / "tree")
+    data = load("cifar10", str(tmp_path / "tree"), 32)
+    assert data.classes == sorted(train)
+    for part, counts, folder in ((data.train, train, "train"), (data.test, test, "test")):
+        assert part.labels.tolist() == [i for i, name in enumerate(sorted(counts)) for _ in range(counts[name])]
+        assert (part.images.dtype, part.labels.dtype) == (torch.uint8, torch.int64)
+        assert torch.equal(part.images, expected(tmp_path / "tree" / folder))
+
+
+def test_files_that_are_no_images_by_name_are_left_out(tree):
+    for name in (".hidden.png", "._00.png", "Thumbs.db", "labels.txt"):
+        (tree / "train" / "cat" / name).write_bytes(b"no image")
+    (tree / "train" / "notes.txt").write_text("no class")
+    shutil.copy(tree / "train" / "cat" / "00.png", tree / "train" / "cat" / "99.PNG")
+    data = load("cifar10", str(tree), 32)
+    assert (data.classes, data.train.labels.tolist()) == (["cat", "dog"], [0, 0, 0, 0, 1, 1])
+    assert torch.equal(data.train.images[0], data.train.images[3])
+
+
+def test_val_stands_for_test(tree):
+    before = load("cifar10", str(tree), 32)
+    (tree / "test").rename(tree / "val")
+    check(tree)
+    assert class_folders(tree) == (["cat", "dog"], "val")
+    assert load("cifar10", str(tree), 32).digest == before.digest
+
+
+def test_a_test_folder_without_classes_gives_way_to_val(tree):
+    """As in ImageNet, whose test images have no labels."""
+    (tree / "test").rename(tree / "val")
+    save(tree / "test" / "00.png", pixels(1, 32, 32, 3))
+    check(tree)
+    assert class_folders(tree) == (["cat", "dog"], "val")
+    assert len(load("cifar10", str(tree), 32).test) == 3
+
+
+def test_jpeg_keeps_colours_and_place(tree):
+    """A red left half and a blue right half."""
+    image = torch.zeros(32, 32, 3, dtype=torch.uint8)
+    image[:, :16, 0], image[:, 16:, 2] = 200, 100
+    (tree / "train" / "cat" / "00.png").unlink()
+    Image.fromarray(image.numpy()).save(tree / "train" / "cat" / "00.jpg", quality=95, subsampling=0)
+    read = load("cifar10", str(tree), 32).train.images[0]
+    assert (read.int() - image).abs().max() <= 8
+
+
+def paletted(path, image):
+    Image.fromarray(image.numpy()).quantize(256).save(path)
+
+
+KINDS = {
+    "grey.png": lambda path, image: Image.fromarray(image.numpy()).convert("L").save(path),
+    "grey.jpg": lambda path, image: Image.fromarray(image.numpy()).convert("L").save(path, quality=100),
+    "grey with alpha.png": lambda path, image: Image.fromarray(image.numpy()).convert("LA").save(path),
+    "two-level.png": lambda path, image: Image.fromarray(image.numpy()).convert("1").save(path),
+    "alpha.png": lambda path, image: Image.fromarray(image.numpy()).convert("RGBA").save(path),
+    "palette.png": paletted,
+    "picture.gif": paletted,
+    "lossless.webp": lambda path, image: Image.fromarray(image.numpy()).save(path, lossless=True),
+    "cmyk.jpg": lambda path, image: Image.fromarray(image.numpy()).convert("CMYK").save(path, quality=100),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_image_becomes_rgb(name, tree):
+    """Grey, palette, alpha, CMYK: what Pillow calls its RGB."""
+    image = pixels(7, 4, 4, 3).repeat_interleave(8, 0).repeat_interleave(8, 1)
+    path = tree / "train" / "cat" / f"00 {name}"
+    KINDS[name](path, image)
+    read = load("cifar10", str(tree), 32).train.images[0]
+    assert (read.int() - rgb(path)).abs().max() <= 2
+    if "grey" in name:
+        assert torch.equal(read, read[:, :, :1].expand(-1, -1, 3))
+
+
+def test_16_bit_images_keep_their_brightness(tree):
+    """A ramp from black to white: 0, 2,048, … 63,488 of 65,535."""
+    ramp = (torch.arange(32) * 2048).to(torch.uint16).expand(32, 32).contiguous()
+    Image.fromarray(ramp.numpy()).save(tree / "train" / "cat" / "00.png")
+    read = load("cifar10", str(tree), 32).train.images[0]
+    assert (read.int() - (torch.arange(32) * 8)[:, None]).abs().max() <= 1
+
+
+def test_an_animation_counts_as_its_first_picture(tree):
+    pictures = [Image.new("RGB", (32, 32), colour) for colour in ("red", "green", "blue")]
+    pictures[0].save(tree / "train" / "cat" / "00 moving.gif", save_all=True, append_images=pictures[1:])
+    for name in ("cifar10", "imagefolder"):
+        read = load(name, str(tree), 32).train.images[0]
+        assert torch.equal(read.int(), torch.tensor([255, 0, 0]).expand(32, 32, 3).int())
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 33), (31, 32), (64, 64), (1, 1)])
+def test_another_size_is_refused_for_cifar10_and_resized_for_imagefolder(height, width, tree):
+    path = save(tree / "test" / "dog" / "01.png", torch.full((height, width, 3), 77, dtype=torch.uint8))
+    with pytest.raises(UserError) as caught:
+        load("cifar10", str(tree), 32)
+    one_line(caught, path, f"{width}x{height}", "32x32", "data=imagefolder")
+    data = load("imagefolder", str(tree), 32)
+    assert data.test.images.shape == (3, 32, 32, 3)
+    assert (data.test.images[2] == 77).all()
+    assert torch.equal(data.train.images, expected(tree / "train"))
+
+
+def test_imagefolder_takes_the_center(tmp_path):
+    """60x40 with 10 columns of another colour at each side: the shorter side becomes 20, and the sides are cut off."""
+    image = torch.full((40, 60, 3), 200, dtype=torch.uint8)
+    image[:, :9] = image[:, -9:] = 0
+    for part in ("train", "test"):
+        save(tmp_path / "tree" / part / "a" / "0.png", image)
+        save(tmp_path / "tree" / part / "b" / "0.png", image.transpose(0, 1).contiguous())
+    data = load("imagefolder", str(tmp_path / "tree"), 20)
+    assert data.train.images.shape == data.test.images.shape == (2, 20, 20, 3)
+    assert (data.train.images[:, 1:-1, 1:-1] == 200).all()
+
+
+def half(content):
+    return content[: len(content) // 2]
+
+
+@pytest.mark.parametrize("name", ["cifar10", "imagefolder"])
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".gif"])
+@pytest.mark.parametrize("damage", [lambda _: b"", lambda _: b"hello\n", half], ids=["zero bytes", "text", "half"])
+def test_a_file_that_is_no_image_is_named(damage, suffix, name, tree):
+    path = save(tree / "train" / "dog" / f"00{suffix}", pixels(1, 32, 32, 3))
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError) as caught:
+        load(name, str(tree), 32)
+    one_line(caught, path)
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, lambda path: path.symlink_to("nowhere")], ids=["folder", "broken link"])
+def test_something_else_named_like_an_image_is_named(make, tree):
+    path = tree / "train" / "dog" / "zz.jpg"
+    make(path)
+    with pytest.raises(UserError) as caught:
+        load("cifar10", str(tree), 32)
+    one_line(caught, path)
+
+
+def test_read_image_has_channels_first(tmp_path):
+    image = pixels(3, 5, 7, 3)
+    assert torch.equal(read_image(save(tmp_path / "a.png", image)), image.permute(2, 0, 1))
+    with pytest.raises(UserError) as caught:
+        read_image(tmp_path / "absent.png")
+    one_line(caught, tmp_path / "absent.png")
+
+
+def empty_class(tree):
+    shutil.rmtree(tree / "train" / "dog")
+    (tree / "train" / "dog").mkdir()
+
+
+def only_hidden(tree):
+    empty_class(tree)
+    (tree / "train" / "dog" / ".00.png").write_bytes(b"")
+
+
+def empty_root(tree):
+    shutil.rmtree(tree)
+    tree.mkdir()
+
+
+def one_class(tree):
+    shutil.rmtree(tree / "train" / "dog")
+    shutil.rmtree(tree / "test" / "dog")
+
+
+def empty_train(tree):
+    shutil.rmtree(tree / "train")
+    (tree / "train").mkdir()
+
+
+WRONG_TREES = {
+    "class missing in test": (lambda tree: shutil.rmtree(tree / "test" / "dog"), ["class dog", "test/"]),
+    "class missing in train": (lambda tree: shutil.rmtree(tree / "train" / "dog"), ["class dog", "train/"]),
+    "empty class": (empty_class, ["train/dog/", "no images"]),
+    "only hidden files": (only_hidden, ["train/dog/", "no images"]),
+    "empty root": (empty_root, ["empty"]),
+    "no root": (shutil.rmtree, ["no such file or folder"]),
+    "no test": (lambda tree: shutil.rmtree(tree / "test"), ["test/", "val/"]),
+    "no train": (lambda tree: shutil.rmtree(tree / "train"), ["train/"]),
+    "train without classes": (empty_train, ["train/", "no folder for any class"]),
+    "one class": (one_class, ["one class, cat"]),
+}
+
+
+@pytest.mark.parametrize("name", ["cifar10", "imagefolder", "imagenet"])
+@pytest.mark.parametrize(("spoil", "words"), WRONG_TREES.values(), ids=WRONG_TREES)
+def test_a_wrong_tree_is_refused_by_its_listing(spoil, words, name, tree):
+    spoil(tree)
+    with pytest.raises(UserError) as caught:
+        check(tree, name)
+    one_line(caught, f"data.root={tree}", *words)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "imagefolder", "imagenet"])
+def test_a_right_tree_is_accepted(name, tree):
+    check(tree, name)
+
+
+@pytest.mark.parametrize("name", ["imagefolder", "imagenet"])
+def test_a_file_is_no_root_of_a_tree(name, tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UserError) as caught:
+        check(tmp_path / "file", name)
+    one_line(caught, tmp_path / "file", "is a file")
+
+
+# The cache of decoded sets
+
+
+def same(one, other):
+    assert one.digest == other.digest
+    assert one.classes == other.classes
+    for part in ("train", "test"):
+        assert torch.equal(getattr(one, part).images, getattr(other, part).images)
+        assert torch.equal(getattr(one, part).labels, getattr(other, part).labels)
+
+
+def kept():
+    """The one file in the cache of decoded sets."""
+    (file,) = (cache_folder() / "decoded").iterdir()
+    return file
+
+
+def test_the_cache_lies_where_the_environment_says(monkeypatch, tmp_path):
+    assert cache_folder() == tmp_path / "cache"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RESNET_TRAIN_DATA", "~/elsewhere")
+    assert cache_folder() == tmp_path / "elsewhere"
+    monkeypatch.setenv("RESNET_TRAIN_DATA", "")
+    assert cache_folder() == tmp_path / ".cache" / "resnet-train" / "data"
+
+
+def test_a_second_load_reads_the_cache_until_a_file_changes(tree):
+    first = load("cifar10", str(tree), 32)
+    path = tree / "train" / "cat" / "01.png"
+    status = path.stat()
+    path.write_bytes(b"x" * status.st_size)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    same(load("cifar10", str(tree), 32), first)
+    os.utime(path)
+    with pytest.raises(UserError) as caught:
+        load("cifar10", str(tree), 32)
+    one_line(caught, path)
+
+
+def test_a_new_and_a_removed_file_are_seen(tree):
+    load("cifar10", str(tree), 32)
+    extra = save(tree / "train" / "cat" / "77.png", pixels(5, 32, 32, 3))
+    assert len(load("cifar10", str(tree), 32).train) == 6
+    extra.unlink()
+    (tree / "test" / "dog" / "00.png").unlink()
+    assert [len(part) for data in [load("cifar10", str(tree), 32)] for part in (data.train, data.test)] == [5, 2]
+
+
+def test_sizes_have_their_own_cache(tree):
+    assert load("imagefolder", str(tree), 32).train.images.shape[1] == 32
+    assert load("imagefolder", str(tree), 16).train.images.shape[1] == 16
+    assert load("imagefolder", str(tree), 32).train.images.shape[1] == 32
+
+
+def test_what_imagefolder_keeps_is_not_taken_for_cifar10(tree):
+    save(tree / "test" / "dog" / "01.png", pixels(1, 8, 8, 3))
+    load("imagefolder", str(tree), 32)
+    with pytest.raises(UserError, match="8x8"):
+        load("cifar10", str(tree), 32)
+
+
+def flip(content):
+    """One bit of one pixel or label or of the names."""
+    place = len(content) // 2
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+def saved(content):
+    def damage(_):
+        file = io.BytesIO()
+        torch.save(content, file)
+        return file.getvalue()
+
+    return damage
+
+
+DAMAGES = {
+    "no bytes": lambda _: b"",
+    "half": half,
+    "last byte lost": lambda content: content[:-1],
+    "text": lambda _: b"junk",
+    "a pickle": lambda _: pickle.dumps([1, 2]),
+    "one bit": flip,
+    "zeros": lambda content: bytes(len(content)),
+    "a list": saved([1]),
+    "no keys": saved({}),
+    "other keys": saved({"train": [1], "test": [2], "classes": [], "digest": ""}),
+    "nothing": saved(None),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_cache_file_is_made_again(damage, tree):
+    first = load("cifar10", str(tree), 32)
+    content = kept().read_bytes()
+    kept().write_bytes(damage(content))
+    assert kept().read_bytes() != content
+    same(load("cifar10", str(tree), 32), first)
+    same(load("cifar10", str(tree), 32), first)
+    assert len(kept().read_bytes()) == len(content)
+
+
+def test_a_hostile_cache_file_is_not_executed(tree, tmp_path):
+    first = load("cifar10", str(tree), 32)
+    hostile = Hostile(tmp_path / "mark")
+    torch.save({"train": hostile, "test": hostile, "classes": hostile, "digest": hostile}, kept())
+    same(load("cifar10", str(tree), 32), first)
+    assert not (tmp_path / "mark").exists()
+
+
+def test_a_cache_that_cannot_be_written_is_no_obstacle(tree, tmp_path, capsys):
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    assert len(load("cifar10", str(tree), 32).train) == 5
+    output = capsys.readouterr()
+    assert "RESNET_TRAIN_DATA" in output.out + output.err
+
+
+def test_nothing_half_written_stays(tree):
+    load("cifar10", str(tree), 32)
+    assert [path.suffix for path in (cache_folder() / "decoded").iterdir()] == [".pt"]
+
+
+# The digest
+
+
+def test_the_digest_does_not_depend_on_the_place(tree, tmp_path):
+    first = load("cifar10", str(tree), 32)
+    tree.rename(tmp_path / "moved")
+    assert load("cifar10", str(tmp_path / "moved"), 32).digest == first.digest
+
+
+def another_pixel(tree):
+    path = tree / "test" / "dog" / "01.png"
+    image = expected(tree / "test")[2].to(torch.uint8)
+    image[31, 31, 2] ^= 1
+    save(path, image)
+
+
+def another_label(tree):
+    """The last cat becomes the first dog: the same pixels in the same order."""
+    (tree / "train" / "cat" / "02.png").rename(tree / "train" / "dog" / "!.png")
+
+
+def another_class_name(tree):
+    for part in ("train", "test"):
+        (tree / part / "dog").rename(tree / part / "hound")
+
+
+def swapped(tree):
+    """Two training images of one class change places."""
+    one, other = tree / "train" / "cat" / "00.png", tree / "train" / "cat" / "01.png"
+    one.rename(tree / "train" / "cat" / "03.png")
+    other.rename(one)
+    (tree / "train" / "cat" / "03.png").rename(other)
+
+
+@pytest.mark.parametrize("change", [another_pixel, another_label, another_class_name, swapped])
+def test_the_digest_differs_when_the_content_does(change, tree):
+    first = load("cifar10", str(tree), 32)
+    change(tree)
+    assert load("cifar10", str(tree), 32).digest != first.digest
+
+
+def test_the_official_digest_is_that_of_an_equal_tree(tmp_path):
+    """The digest is of pixels, labels and class names; the form on disk does not matter."""
+    official = read_official(write_archive(tmp_path / "cifar.tar.gz", members()), **md5s())
+    changed = read_official(
+        write_archive(tmp_path / "other.tar.gz", members(raw := RAW | {"test_batch": RAW["data_batch_1"]})), **md5s(raw)
+    )
+    folder = read_official(write_folder(tmp_path / "folder"), **md5s())
+    assert official.digest == folder.digest
+    assert official.digest != changed.digest
+
+
+# Digits
+
+
+def test_digits_are_1437_and_360_images_and_the_same_each_time():
+    data = load("digits", None, 32)
+    assert (data.train.images.shape, data.test.images.shape) == ((1437, 32, 32, 3), (360, 32, 32, 3))
+    assert data.train.images.dtype == torch.uint8
+    assert data.classes == [str(digit) for digit in range(10)]
+    for part in (data.train, data.test):
+        assert part.labels.unique().tolist() == list(range(10))
+        assert torch.equal(part.images[..., 0], part.images[..., 1])
+        assert torch.equal(part.images[..., 0], part.images[..., 2])
+    same(load("digits", None, 32), data)
+
+
+def test_digits_are_those_of_scikit_learn_each_once():
+    from sklearn.datasets import load_digits
+
+    def rows(images, labels):
+        return sorted((int(label), *image.flatten().tolist()) for image, label in zip(images, labels, strict=True))
+
+    source, data = load_digits(), load("digits", None, 8)
+    images = (torch.from_numpy(source.images) * 255 / 16).round().long()
+    both = [torch.cat([getattr(data.train, name), getattr(data.test, name)]) for name in ("images", "labels")]
+    assert rows(both[0][..., 0], both[1]) == rows(images, source.target)
+
+
+@pytest.mark.parametrize("size", [32, 20, 9])
+def test_digits_are_enlarged_bilinearly(size):
+    small, large = load("digits", None, 8), load("digits", None, size)
+    grey = small.test.images[..., :1].permute(0, 3, 1, 2).float()
+    reference = interpolate(grey, size=size, mode="bilinear", antialias=True)[:, 0]
+    assert (large.test.images[..., 0] - reference).abs().max() <= 1
+    assert torch.equal(small.test.labels, large.test.labels)
+
+
+# Real data
+
+
+@pytest.mark.slow
+def test_real_images_are_50000_and_10000_evenly_in_ten_classes(real_data, monkeypatch):
+    """The shared CIFAR-10 as JPEG files, where the user keeps it: decoded once, then from the cache."""
+    monkeypatch.undo()
+    data = load("cifar10", str(real_data("cifar10_jpeg")), 32)
+    assert data.classes == "airplane automobile bird cat deer dog frog horse ship truck".split()
+    assert (data.train.images.shape, data.test.images.shape) == ((50_000, 32, 32, 3), (10_000, 32, 32, 3))
+    assert data.train.labels.bincount().tolist() == [5000] * 10
+    assert data.test.labels.bincount().tolist() == [1000] * 10
+    # The means that are known of CIFAR-10, as shares of 255; JPEG changes them by less than a grey level.
+    means = data.train.images.reshape(-1, 3).double().mean(0) / 255
+    assert (means - torch.tensor([0.4914, 0.4822, 0.4465])).abs().max() < 1 / 255

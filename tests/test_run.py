@@ -1,0 +1,222 @@
+"""Whole runs on real digits: what they leave, how they stop, how they go on."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from conftest import start
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from resnet_train import checkpoint
+
+pytest.importorskip("sklearn")
+# Odd on purpose: 61 iterations of 37 images cut 1,300 in mid-epoch, and no interval divides another.
+TINY = [
+    "data=digits",
+    "data.validation=137",
+    "depth=8",
+    "iterations=61",
+    "batch_size=37",
+    "log_every=5",
+    "eval_every=12",
+]
+TINY += ["eval_batch_size=50", "checkpoint_every=7", "device=cpu", "warmup.depth=8", "warmup.error=85"]
+
+
+def metrics(folder):
+    """The metrics without what depends on the clock."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in lines]
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory):
+    """A finished run."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    done = subprocess.run(start(*TINY, "run_dir=run"), cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+def test_a_run_leaves_what_the_readme_says(undisturbed):
+    assert sorted(os.listdir(undisturbed)) == [
+        "checkpoints",
+        "config.json",
+        "curves.png",
+        "environment.json",
+        "metrics.jsonl",
+        "split.json",
+        "summary.json",
+        "tensorboard",
+    ]
+    assert sorted(os.listdir(undisturbed / "checkpoints")) == ["best.pt", "last.pt", "previous.pt"]
+    assert (undisturbed / "curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_every_line_names_data_split_protocol_seed_and_iteration(undisturbed):
+    for line in metrics(undisturbed):
+        assert line["data"] == "digits"
+        assert line["seed"] == 0
+        assert {"split", "protocol", "iteration", "epoch", "loss", "error"} <= line.keys()
+    splits = {
+        split: [m["iteration"] for m in metrics(undisturbed) if m["split"] == split] for split in ("train", "test")
+    }
+    assert splits["train"] == [*range(5, 61, 5), 61]
+    assert splits["test"] == [12, 24, 36, 48, 60, 61]
+
+
+def test_the_warm_up_ends_at_a_logged_point_and_for_good(undisturbed):
+    points = [m for m in metrics(undisturbed) if m["split"] == "train"]
+    first = next(i for i, m in enumerate(points) if m["error"] < 85)
+    assert [m["lr"] for m in points[: first + 1]] == [0.01] * (first + 1)
+    assert points[first + 1]["lr"] == (0.1 if points[first + 1]["iteration"] <= 30 else pytest.approx(0.01))
+
+
+def test_the_summary_has_the_last_point_and_the_best_of_the_validation_error(undisturbed):
+    summary = json.loads((undisturbed / "summary.json").read_text())
+    test = [m for m in metrics(undisturbed) if m["split"] == "test"]
+    val = [m for m in metrics(undisturbed) if m["split"] == "val"]
+    best = min(val, key=lambda m: m["error"])
+    assert summary["last"]["test"]["error"] == test[-1]["error"]
+    assert summary["best"]["val"]["iteration"] == best["iteration"]
+    assert summary["best"]["test"]["error"] == next(m["error"] for m in test if m["iteration"] == best["iteration"])
+    assert checkpoint.load(undisturbed / "checkpoints/best.pt")["iteration"] == best["iteration"]
+    assert summary["images"] == {"train": 1300, "val": 137, "test": 360}
+    assert summary["parameters"] == sum(
+        p.numel()
+        for name, p in checkpoint.load(undisturbed / "checkpoints/last.pt")["model"].items()
+        if is_weight(name)
+    )
+
+
+def is_weight(name):
+    return not name.endswith(("running_mean", "running_var", "num_batches_tracked"))
+
+
+def test_the_held_out_part_is_written_and_no_test_label_chose_it(undisturbed):
+    from resnet_train.data.sampler import held_out
+
+    assert json.loads((undisturbed / "split.json").read_text())["val"] == held_out(1437, 137)[1].tolist()
+
+
+def curves(folder):
+    """TensorBoard's points: {(writer, tag): [(iteration, value), …]}."""
+    found = {}
+    for writer in sorted(folder.glob("tensorboard/*")):
+        events = EventAccumulator(str(writer), size_guidance={"scalars": 0})
+        events.Reload()
+        for tag in events.Tags()["scalars"]:
+            if tag != "images_per_second":
+                found[writer.name, tag] = [(event.step, event.value) for event in events.Scalars(tag)]
+    return found
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_and_resumed_is_the_undisturbed_run(undisturbed, tmp_path):
+    """SIGKILL five times at random moments after the first checkpoint; then bit for bit the same files and curves."""
+    rng, kills, seed = random.Random(), 0, random.randrange(10**6)
+    rng.seed(seed)
+    folder = tmp_path / "run"
+    for attempt in range(40):
+        process = subprocess.Popen(start(*TINY, "run_dir=run"), cwd=tmp_path, stdout=subprocess.DEVNULL)
+        if kills < 5:
+            before = stamp(folder)
+            while stamp(folder) == before and process.poll() is None:
+                time.sleep(0.005)
+            time.sleep(rng.uniform(0, 0.25))
+            if process.poll() is None:
+                process.kill()
+                kills += 1
+        process.wait()
+        if (folder / "summary.json").exists():
+            break
+    assert kills == 5, f"seed {seed}: {kills} kills in {attempt} starts"
+    for name in ("last.pt", "previous.pt", "best.pt"):
+        same = (folder / "checkpoints" / name).read_bytes() == (undisturbed / "checkpoints" / name).read_bytes()
+        assert same, f"seed {seed}: {name} differs"
+    assert metrics(folder) == metrics(undisturbed)
+    assert curves(folder) == curves(undisturbed)
+
+
+def stamp(folder):
+    """When the last checkpoint was written."""
+    path = folder / "checkpoints" / "last.pt"
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+def test_ctrl_c_ends_at_an_iteration_with_a_checkpoint_and_the_run_goes_on(undisturbed, tmp_path):
+    process = subprocess.Popen(start(*TINY, "run_dir=run"), cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("iteration 10/"):
+            process.send_signal(signal.SIGINT)
+            break
+    rest = process.stdout.read()
+    assert process.wait() == 130
+    assert "the same command goes on" in rest
+    stopped = checkpoint.load(tmp_path / "run/checkpoints/last.pt")["iteration"]
+    assert 10 <= stopped < 61
+    done = subprocess.run(start(*TINY, "run_dir=run"), cwd=tmp_path, capture_output=True, text=True)
+    assert f"going on from iteration {stopped}" in done.stdout
+    assert (tmp_path / "run/checkpoints/last.pt").read_bytes() == (undisturbed / "checkpoints/last.pt").read_bytes()
+    assert metrics(tmp_path / "run") == metrics(undisturbed)
+
+
+def test_resnet_eval_gives_the_logged_count(undisturbed, tmp_path):
+    for split in ("test", "val"):
+        out = tmp_path / f"{split}.json"
+        arguments = [f"checkpoint={undisturbed}/checkpoints/last.pt", f"split={split}", f"out={out}"]
+        subprocess.run(start(*arguments, entry="evaluate"), cwd=tmp_path, check=True, capture_output=True)
+        result = json.loads(out.read_text())
+        logged = next(m for m in reversed(metrics(undisturbed)) if m["split"] == split)
+        assert {k: result[k] for k in ("wrong", "seen", "error")} == {k: logged[k] for k in ("wrong", "seen", "error")}
+        assert (result["data"], result["split"], result["iteration"]) == ("digits", split, 61)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ("depth=14", "depth=14: the run in run has depth=8"),
+        ("schedule.lr=0.2", "schedule.lr=0.2: the run in run has schedule.lr=0.1"),
+        ("seed=1", "seed=1: the run in run has seed=0"),
+    ],
+)
+def test_an_unfinished_run_is_not_continued_as_another(undisturbed, command, tmp_path, changed, message):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text((undisturbed / "config.json").read_text())
+    done = command(*TINY, "run_dir=run", changed)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert message in done.stderr
+    assert os.listdir(tmp_path / "run") == ["config.json"]
+
+
+def test_a_finished_run_is_not_run_again(undisturbed, command):
+    done = command(*TINY, f"run_dir={undisturbed}")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "holds a finished run" in done.stderr
+
+
+def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_good_checkpoint(command, tmp_path):
+    arguments = [
+        "data=digits",
+        "iterations=60",
+        "schedule.lr=1e30",
+        "log_every=50",
+        "checkpoint_every=1",
+        "run_dir=run",
+    ]
+    done = command(*arguments, "precision=fp32", "warmup.depth=8", "warmup.lr=1e30")
+    assert done.returncode == 1
+    assert "not finite" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "run/summary.json").exists()
+    for path in (tmp_path / "run/checkpoints").glob("*.pt"):
+        assert all(
+            torch.isfinite(value).all()
+            for value in checkpoint.load(path)["model"].values()
+            if value.is_floating_point()
+        )
