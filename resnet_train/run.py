@@ -234,7 +234,7 @@ def _summarise(run: Run, environment: dict[str, Any], reference: tuple[str, floa
     peak = (
         torch.cuda.max_memory_allocated(run.device)
         if run.device.type == "cuda"
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     )
     summary = {
         "net": config.net,

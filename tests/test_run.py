@@ -150,13 +150,13 @@ def stamp(folder):
 
 
 def test_ctrl_c_ends_at_an_iteration_with_a_checkpoint_and_the_run_goes_on(undisturbed, tmp_path):
-    process = subprocess.Popen(start(*TINY, "run_dir=run"), cwd=tmp_path, stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("iteration 10/"):
-            process.send_signal(signal.SIGINT)
-            break
-    rest = process.stdout.read()
-    assert process.wait() == 130
+    with subprocess.Popen(start(*TINY, "run_dir=run"), cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("iteration 10/"):
+                process.send_signal(signal.SIGINT)
+                break
+        rest = process.stdout.read()
+    assert process.returncode == 130
     assert "the same command goes on" in rest
     stopped = checkpoint.load(tmp_path / "run/checkpoints/last.pt")["iteration"]
     assert 10 <= stopped < 61

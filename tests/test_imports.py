@@ -1,0 +1,138 @@
+"""Who may import whom, read from the syntax trees; and that everything public says what it is."""
+
+import ast
+import graphlib
+from pathlib import Path
+
+import pytest
+
+import resnet_train
+
+PACKAGE = Path(resnet_train.__file__).parent
+FILES = {
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in PACKAGE.rglob("*.py")
+}
+TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
+MODULES = sorted(TREES)
+# From the command down; what is not named is a leaf.
+LAYERS = [
+    ["cli"],
+    ["run"],
+    ["train"],
+    ["evaluate"],
+    ["build"],
+]
+UPPER = {f"resnet_train.{name}" for layer in LAYERS for name in layer}
+LEAVES = [name for name in MODULES if name not in UPPER]
+DATACLASSES = {
+    node.name for node in TREES["resnet_train.config"].body if isinstance(node, ast.ClassDef) and node.decorator_list
+}
+
+
+def imports(tree, *, module_level=False):
+    """(module, name) of every import; name is None for `import module`."""
+    nodes = at_import_time(tree.body) if module_level else ast.walk(tree)
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {(alias.name, None) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            found |= {(node.module, alias.name) for alias in node.names}
+    return found
+
+
+def at_import_time(body):
+    """The nodes that run when a module is imported: all but the inside of functions."""
+    for node in body:
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield node
+            for field in ("body", "orelse", "finalbody", "handlers"):
+                yield from at_import_time(getattr(node, field, []))
+
+
+def own(tree, *, module_level=False):
+    """The modules of this package that a tree imports."""
+    found = set()
+    for module, name in imports(tree, module_level=module_level):
+        if module.split(".")[0] == "resnet_train":
+            found.add(f"{module}.{name}" if f"{module}.{name}" in TREES else module)
+    return found
+
+
+def loaded_by(module):
+    """All modules of this package that importing `module` runs, itself included."""
+    seen, new = set(), {module}
+    while new:
+        name = new.pop()
+        seen.add(name)
+        parents = {name.rsplit(".", 1)[0]} if "." in name else set()
+        new |= (own(TREES[name], module_level=True) | parents) - seen
+    return seen
+
+
+@pytest.mark.parametrize("name", ["errors", "config", "cli", "paper", "curves", "schedule"])
+def test_torch_is_not_needed(name):
+    """Nor by anything that they import."""
+    for module in loaded_by(f"resnet_train.{name}"):
+        roots = {imported.split(".")[0] for imported, _ in imports(TREES[module], module_level=True)}
+        assert not roots & {"torch", "torchvision"}, module
+
+
+def test_torch_is_found_where_it_is_needed():
+    """The test above can fail."""
+    roots = {imported.split(".")[0] for imported, _ in imports(TREES["resnet_train.run"], module_level=True)}
+    assert {"torch", "torchvision"} <= roots
+    assert "resnet_train.models.resnet" in loaded_by("resnet_train.run")
+
+
+@pytest.mark.parametrize("place", range(len(LAYERS)))
+def test_imports_point_downwards(place):
+    above = {f"resnet_train.{name}" for layer in LAYERS[: place + 1] for name in layer}
+    for name in LAYERS[place]:
+        assert not own(TREES[f"resnet_train.{name}"]) & above
+
+
+@pytest.mark.parametrize("name", LEAVES)
+def test_leaves_import_nothing_above_them(name):
+    assert not own(TREES[name]) & UPPER
+
+
+def test_every_layer_exists():
+    assert TREES.keys() >= UPPER
+
+
+def test_there_are_no_cycles():
+    graph = {name: own(tree, module_level=True) - {name} for name, tree in TREES.items()}
+    assert len(list(graphlib.TopologicalSorter(graph).static_order())) == len(TREES)
+
+
+def test_leaves_take_plain_arguments():
+    """The dataclasses of the configuration are for the layers above; data/ borrows functions only."""
+    assert {"Config", "EvalConfig", "Data", "Schedule"} <= DATACLASSES
+    for name in set(LEAVES) - {"resnet_train.config"}:
+        borrowed = {what for module, what in imports(TREES[name]) if module == "resnet_train.config"}
+        assert not borrowed & DATACLASSES, name
+        assert ("resnet_train", "config") not in imports(TREES[name]), name
+        assert not borrowed or name.startswith("resnet_train.data."), name
+
+
+def public(node, prefix=""):
+    """Public functions and classes of a module, and public methods of its public classes."""
+    for child in node.body:
+        if isinstance(child, (ast.FunctionDef, ast.ClassDef)) and not child.name.startswith("_"):
+            yield prefix + child.name, child
+            if isinstance(child, ast.ClassDef):
+                yield from public(child, f"{child.name}.")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_everything_public_has_a_docstring(name):
+    assert ast.get_docstring(TREES[name]), name
+    missing = [what for what, node in public(TREES[name]) if not ast.get_docstring(node) and what not in FORWARD]
+    assert missing == []
+
+
+# nn.Module.forward: the class says what goes in and what comes out.
+FORWARD = {what for tree in TREES.values() for what, _ in public(tree) if what.endswith(".forward")}

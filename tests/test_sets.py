@@ -1,0 +1,369 @@
+"""Batches of the two kinds of data sets: whole in memory, and decoded as it trains."""
+
+import contextlib
+import itertools
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.v2 import functional as TF
+
+from resnet_train.data.images import load, read_image
+from resnet_train.data.sets import MemorySets, StreamedSets, split_sizes
+from resnet_train.data.transforms import EIGENVECTORS, IMAGENET_MEAN
+from resnet_train.errors import UserError
+
+CPU = torch.device("cpu")
+AUGMENT = {"pad": 4, "flip": True, "shorter_side": [28, 40], "colour_noise": 0.1}
+PLAIN = {"pad": 0, "flip": False, "shorter_side": [24, 24], "colour_noise": 0.0}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("RESNET_TRAIN_DATA", str(tmp_path / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Small batches are slower on several threads, and very much so where other work keeps the cores busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """1,300 images to train, 137 held out, 360 to test."""
+    return MemorySets(name="digits", root=None, size=16, validation=137)
+
+
+# Height and width; none is a multiple of another.
+SHAPES = [(40, 57), (63, 41), (48, 48), (45, 100), (33, 34), (90, 31), (27, 27)]
+COUNTS = {"train": {"cat": 7, "dog": 4, "eel": 2}, "val": {"cat": 2, "dog": 4, "eel": 3}}
+
+
+def photograph(path, shape, seed):
+    """A smooth colour picture as JPEG."""
+    blocks = torch.randint(0, 256, (3, 4, 5), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = TF.resize(blocks, list(shape), antialias=True).permute(1, 2, 0).contiguous()
+    Image.fromarray(image.numpy()).save(path, quality=95)
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """13 photographs to train and 9 to validate, of three classes and seven shapes."""
+    root, number = tmp_path_factory.mktemp("photographs"), itertools.count()
+    for part, counts in COUNTS.items():
+        for name, count in counts.items():
+            for index in range(count):
+                seed = next(number)
+                photograph(root / part / name / f"{index}.JPEG", SHAPES[seed % len(SHAPES)], seed)
+    return root
+
+
+def streamed(root, validation=0, workers=0, size=24):
+    return StreamedSets(root=str(root), size=size, validation=validation, workers=workers)
+
+
+def training(sets, count, start=0, seed=3, batch_size=8, augment=AUGMENT):
+    """`count` training batches from iteration `start`, as images and labels."""
+    batches = sets.train_batches(sets.mean_image(), CPU, seed=seed, batch_size=batch_size, augment=augment, start=start)
+    with contextlib.closing(batches):
+        return [(images.clone(), labels.clone()) for images, labels in itertools.islice(batches, count)]
+
+
+def evaluating(sets, split, batch_size):
+    return list(sets.eval_batches(split, sets.mean_image(), CPU, batch_size))
+
+
+def equal(some, others):
+    """The same batches, bit for bit."""
+    return len(some) == len(others) and all(
+        torch.equal(one, other) for pair in zip(some, others, strict=True) for one, other in zip(*pair, strict=True)
+    )
+
+
+def test_sizes_and_names(digits, tree):
+    assert digits.sizes == {"train": 1300, "val": 137, "test": 360}
+    assert (digits.protocol, digits.top5, len(digits.classes)) == ("single view", False, 10)
+    sets = streamed(tree, validation=4)
+    assert sets.sizes == {"train": 9, "val": 4, "test": 9}
+    assert (sets.protocol, sets.top5, sets.classes) == ("center crop", True, ["cat", "dog", "eel"])
+
+
+@pytest.mark.parametrize("validation", [0, 5, 137])
+def test_split_sizes(validation):
+    train, val = split_sizes(138, validation)
+    assert (len(train), len(val)) == (138 - validation, validation)
+
+
+@pytest.mark.parametrize("validation", [138, 139, 10**9])
+def test_holding_out_everything_is_refused(validation):
+    with pytest.raises(UserError, match=rf"data\.validation={validation}: .*138 images") as caught:
+        split_sizes(138, validation)
+    assert "\n" not in str(caught.value)
+
+
+def test_both_kinds_refuse_to_hold_out_everything(tree):
+    with pytest.raises(UserError, match=r"data\.validation=13"):
+        streamed(tree, validation=13)
+    with pytest.raises(UserError, match=r"data\.validation=1437"):
+        MemorySets(name="digits", root=None, size=8, validation=1437)
+
+
+# In memory
+
+
+def test_the_validation_part_is_no_part_of_the_training_part(digits):
+    """Both together are the training set, each image once."""
+    full = load("digits", None, 16)
+    held = torch.zeros(1437, dtype=torch.bool)
+    held[digits.val_indices] = True
+    assert held.sum() == 137
+    for split, which in (("train", ~held), ("val", held)):
+        assert torch.equal(digits.parts[split].images, full.train.images[which])
+        assert torch.equal(digits.parts[split].labels, full.train.labels[which])
+    assert torch.equal(digits.parts["test"].images, full.test.images)
+    assert digits.digest == full.digest
+
+
+def test_the_mean_is_of_the_training_part_only(digits):
+    full = load("digits", None, 16)
+    kept = torch.ones(1437, dtype=torch.bool)
+    kept[digits.val_indices] = False
+    assert torch.equal(digits.mean_image(), full.train.images[kept].double().mean(0).float())
+    assert not torch.equal(digits.mean_image(), full.train.images.double().mean(0).float())
+
+
+def test_without_validation_all_images_train():
+    sets = MemorySets(name="digits", root=None, size=8, validation=0)
+    assert sets.sizes == {"train": 1437, "val": 0, "test": 360}
+    assert evaluating(sets, "val", 10) == []
+    assert torch.equal(sets.parts["train"].images, load("digits", None, 8).train.images)
+
+
+@pytest.mark.parametrize("start", [1, 9, 12])
+def test_memory_batches_from_a_start_are_the_tail(start, digits):
+    """1,300 images in batches of 100: iteration 13 begins the second pass."""
+    whole = training(digits, 15, batch_size=100)
+    assert equal(training(digits, 15 - start, start=start, batch_size=100), whole[start:])
+    assert not equal(training(digits, 1, seed=4, batch_size=100), whole[:1])
+
+
+def test_memory_batches_are_views_of_their_images(digits):
+    """Each is one of the 81 crops of the image it is labelled as, or of its mirror image."""
+    mean = digits.mean_image()
+    images, labels = training(digits, 1, batch_size=6)[0]
+    assert images.shape == (6, 3, 16, 16)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    part = digits.parts["train"]
+    padded = torch.nn.functional.pad((part.images.float() - mean)[..., 0] / 255, (4, 4, 4, 4))
+    for view, label in zip(images[:, 0], labels, strict=True):
+        candidates = padded[part.labels == label]
+        views = torch.cat([candidates, candidates.flip(2)]).unfold(1, 16, 1).unfold(2, 16, 1)
+        assert views.shape[1:3] == (9, 9)
+        assert (views - view).abs().amax((3, 4)).min() < 1e-6
+
+
+def test_one_pass_without_augmentation_holds_every_image_once(digits):
+    """With pad 0 and no flip, 13 batches of 100 are the training part in another order."""
+    images, labels = (
+        torch.cat(both) for both in zip(*training(digits, 13, batch_size=100, augment=PLAIN), strict=True)
+    )
+    part = digits.parts["train"]
+    reference = ((part.images.float() - digits.mean_image()) / 255).permute(0, 3, 1, 2)
+    assert not torch.equal(labels, part.labels)
+    assert labels.bincount().tolist() == part.labels.bincount().tolist()
+    direction = torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(0))
+    along = [(views * direction).double().sum((1, 2, 3)).sort().values for views in (images, reference)]
+    torch.testing.assert_close(*along, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+@pytest.mark.parametrize("batch_size", [7, 100, 360, 2000])
+def test_evaluation_sees_every_image_once_in_full_batches(split, batch_size, digits):
+    batches, part = evaluating(digits, split, batch_size), digits.parts[split]
+    assert len(batches) == -(-len(part) // batch_size)
+    assert all(images.shape == (batch_size, 3, 16, 16) for images, _ in batches)
+    images, labels = (torch.cat(both) for both in zip(*batches, strict=True))
+    assert labels.dtype == torch.int64
+    assert torch.equal(labels[: len(part)], part.labels)
+    assert (labels[len(part) :] == -1).all()
+    reference = ((part.images.double() - digits.mean_image().double()) / 255).permute(0, 3, 1, 2).float()
+    torch.testing.assert_close(images[: len(part)], reference, rtol=1e-6, atol=1e-7)
+
+
+# Decoded as it trains
+
+
+@pytest.fixture(scope="module")
+def whole(tree):
+    """Five training batches of the whole tree, decoded in this process."""
+    return training(streamed(tree), 5)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a machine with one core
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streamed_batches_do_not_depend_on_workers_or_on_the_start(workers, tree, whole):
+    sets = streamed(tree, workers=workers)
+    assert equal(training(sets, 5), whole)
+    assert equal(training(sets, 3, start=2), whole[2:])
+
+
+def test_streamed_batches_depend_on_the_seed(tree, whole):
+    assert not equal(training(streamed(tree), 1, seed=4), whole[:1])
+
+
+def test_streamed_batches_have_the_size_asked_for(whole):
+    for images, labels in whole:
+        assert images.shape == (8, 3, 24, 24)
+        assert images.dtype == torch.float32
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        assert (labels.shape, labels.dtype) == ((8,), torch.int64)
+
+
+def test_one_streamed_pass_holds_every_image_once(tree):
+    labels = torch.cat([labels for _, labels in training(streamed(tree), 13, batch_size=1)])
+    assert labels.bincount().tolist() == list(COUNTS["train"].values())
+
+
+def reference_view(path, side, size):
+    """The center crop of `size` pixels after the shorter side is brought to `side`, minus the mean."""
+    image = TF.center_crop(TF.resize(read_image(path), [side], antialias=True), [size, size])
+    return (image.double() - torch.tensor(IMAGENET_MEAN, dtype=torch.float64)[:, None, None]) / 255
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("batch_size", [3, 4, 9, 20])
+def test_streamed_evaluation_is_the_center_crop_of_every_image_once(batch_size, workers, tree):
+    """Shorter side 256 / 224 of the crop's: 27 for 24."""
+    batches = evaluating(streamed(tree, workers=workers), "test", batch_size)
+    assert len(batches) == -(-9 // batch_size)
+    assert all(images.shape == (batch_size, 3, 24, 24) for images, _ in batches)
+    images, labels = (torch.cat(both) for both in zip(*batches, strict=True))
+    assert labels.tolist() == [0] * 2 + [1] * 4 + [2] * 3 + [-1] * (len(labels) - 9)
+    reference = torch.stack([reference_view(path, 27, 24) for path in sorted((tree / "val").glob("*/*"))])
+    torch.testing.assert_close(images[:9], reference.float(), rtol=1e-6, atol=1e-6)
+
+
+def test_the_paper_s_224_is_cut_from_256(tree):
+    images, _ = evaluating(streamed(tree, size=224), "test", 1)[0]
+    reference = reference_view(tree / "val" / "cat" / "0.JPEG", 256, 224)
+    torch.testing.assert_close(images[0], reference.float(), rtol=1e-6, atol=1e-6)
+
+
+def test_streamed_validation_is_no_part_of_training(tree):
+    sets = streamed(tree, validation=4)
+    paths = {split: [path for path, _ in sets.parts[split]] for split in sets.parts}
+    assert sorted(paths["train"] + paths["val"]) == sorted((tree / "train").glob("*/*"))
+    assert paths["test"] == sorted((tree / "val").glob("*/*"))
+    assert (len(paths["train"]), len(paths["val"])) == (9, 4)
+    for split in ("train", "val", "test"):
+        assert [label for _, label in sets.parts[split]] == [
+            sets.classes.index(path.parent.name) for path in paths[split]
+        ]
+    _, labels = evaluating(sets, "val", 5)[0]
+    assert labels.tolist() == [*(label for _, label in sets.parts["val"]), -1]
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """Two classes with one 24x40 picture each: a crop of 24 has 17 places, from left to right."""
+    root = tmp_path_factory.mktemp("wide")
+    for seed, (part, name) in enumerate(itertools.product(("train", "test"), ("a", "b"))):
+        image = torch.randint(0, 256, (24, 40, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+        (root / part / name).mkdir(parents=True)
+        Image.fromarray(image.numpy()).save(root / part / name / "0.png")
+    return root
+
+
+def places(wide, flip):
+    """How often each of the 17 places is seen as it is and mirrored, in 1,600 images: (2, 17)."""
+    mean = torch.tensor(IMAGENET_MEAN)[:, None, None]
+    crops = [read_image(wide / "train" / name / "0.png").unfold(2, 24, 1).permute(2, 0, 1, 3) for name in "ab"]
+    views = [((torch.cat([crop, crop.flip(3)]) - mean) / 255).flatten(1) for crop in crops]
+    seen = torch.zeros(34, dtype=torch.int64)
+    for images, labels in training(streamed(wide), 200, augment=PLAIN | {"flip": flip}):
+        for image, label in zip(images.flatten(1), labels.tolist(), strict=True):
+            (which,) = ((views[label] - image).abs().amax(1) < 1e-6).nonzero().flatten()
+            seen[which] += 1
+    return seen.view(2, 17)
+
+
+def test_streamed_crops_reach_every_place_evenly(wide):
+    """94 of each are expected; four standard deviations are 38."""
+    plain, mirrored = places(wide, flip=False)
+    assert mirrored.sum() == 0
+    assert plain.min() > 56
+    assert plain.max() < 132
+
+
+def test_streamed_flips_happen_at_every_place(wide):
+    seen = places(wide, flip=True)
+    assert seen.min() > 0
+    assert 700 < seen[1].sum() < 900
+
+
+def test_the_shorter_side_takes_every_value(tmp_path):
+    """Pictures white on the left and black on the right: after scaling, the crop of 24 is 24 / side of the whole."""
+    for part, name in itertools.product(("train", "test"), ("a", "b")):
+        (tmp_path / part / name).mkdir(parents=True)
+        ramp = torch.arange(0, 240, dtype=torch.uint8).repeat(240, 1)[..., None].expand(-1, -1, 3).contiguous()
+        Image.fromarray(ramp.numpy()).save(tmp_path / part / name / "0.png")
+    sides = set()
+    for images, _ in training(streamed(tmp_path), 20, augment=PLAIN | {"shorter_side": [26, 30]}):
+        steps = (images[:, 0, 12, 20] - images[:, 0, 12, 3]) * 255 / 17
+        sides |= {round(240 / step) for step in steps.tolist()}
+    assert sides == {26, 27, 28, 29, 30}
+
+
+def test_colour_noise_shifts_each_image_along_the_components(tree):
+    still = training(streamed(tree), 3, augment=AUGMENT | {"colour_noise": 0.0})
+    noisy = training(streamed(tree), 3, augment=AUGMENT | {"colour_noise": 0.5})
+    shifts = []
+    for (before, labels), (after, same) in zip(still, noisy, strict=True):
+        assert torch.equal(labels, same)
+        difference = after - before
+        shift = difference.mean((2, 3))
+        torch.testing.assert_close(difference, shift[:, :, None, None].expand_as(difference), rtol=0, atol=1e-5)
+        shifts.append(shift)
+    weights = torch.cat(shifts) @ torch.tensor(EIGENVECTORS)
+    assert len(weights.unique(dim=0)) == 24
+    # The standard deviation along each component is 0.5 times its eigenvalue.
+    assert (weights.std(0) / (0.5 * torch.tensor([0.2175, 0.0188, 0.0045]))).sub(1).abs().max() < 0.5
+
+
+def test_the_digest_is_of_names_and_sizes(tree, tmp_path):
+    digest = streamed(tree).digest
+    assert streamed(tree, validation=3, workers=1).digest == digest
+    shutil.copytree(tree, tmp_path / "copy")
+    assert streamed(tmp_path / "copy").digest == digest
+    with (tmp_path / "copy" / "train" / "cat" / "0.JPEG").open("ab") as file:
+        file.write(b"x")
+    assert streamed(tmp_path / "copy").digest != digest
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("content", [b"", b"hello\n", None], ids=["zero bytes", "text", "half"])
+def test_a_broken_file_stops_with_one_line_that_names_it(content, workers, tree, tmp_path):
+    shutil.copytree(tree, tmp_path / "copy")
+    path = tmp_path / "copy" / "train" / "dog" / "2.JPEG"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] if content is None else content)
+    sets = streamed(tmp_path / "copy", workers=workers)
+    with pytest.raises(UserError) as caught:
+        training(sets, 2)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_a_wrong_tree_is_refused_when_it_is_opened(tree, tmp_path):
+    shutil.copytree(tree, tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy" / "val" / "eel")
+    with pytest.raises(UserError, match="class eel"):
+        streamed(tmp_path / "copy")
