@@ -39,8 +39,7 @@ def open_sets(config: Config) -> MemorySets | StreamedSets:
     data = config.data
     if data.family == "cifar":
         return MemorySets(name=data.name, root=data.root, size=data.size, validation=data.validation)
-    if data.root is None:
-        raise UserError(f"data.family=imagenet: is for folders of photographs, not for data={data.name}")
+    assert data.root is not None  # config.check has seen to it
     return StreamedSets(root=data.root, size=data.size, validation=data.validation, workers=data.workers)
 
 
@@ -52,6 +51,7 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
     return torch.device(name)
 
 
@@ -61,7 +61,7 @@ def pick_precision(name: str, device: torch.device) -> str:
         raise UserError("precision=fp16: is for GPUs; on a CPU take bf16 or fp32")
     if name != "auto":
         return name
-    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_has_bf16()
+    fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else _cpu_has_bf16()
     return "bf16" if fast else "fp32"
 
 

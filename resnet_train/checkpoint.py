@@ -89,6 +89,7 @@ def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
                 continue
             for problem in problems:
                 print(f"warning: {problem}; going on from {path.name} (iteration {state['iteration']})", flush=True)
+                (folder / "last.pt").replace(folder / "damaged.pt")  # lest the next save keep it as previous.pt
             return path, state
     if problems:
         raise problems[0]

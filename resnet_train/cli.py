@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,6 +28,9 @@ _PACKAGE = Path(__file__).resolve().parent
 CONFIG_DIR = str(next(p for p in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if p.is_dir()))
 
 
+GROUPS = ("data", "recipe", "schedule")
+
+
 def train() -> None:
     """The command `resnet-train`."""
     _command("train", _prepare_train, _train_job)
@@ -46,16 +50,20 @@ def _command(name: str, prepare: Callable[..., Any], job: Callable[[DictConfig],
         parser = get_args_parser()
         parser.error = _usage  # type: ignore[method-assign]
         arguments = parser.parse_args()
+        for flag in ("config_name", "config_path", "config_dir"):
+            if getattr(arguments, flag) is not None:
+                raise UserError(f"--{flag.replace('_', '-')}: the configurations are this command's own; drop it")
         if not (arguments.help or arguments.hydra_help or arguments.shell_completion or arguments.info):
             places = []
-            for overrides in _jobs(arguments.overrides, arguments.multirun):
-                places.append(prepare(_compose(name, overrides), overrides, arguments.multirun)[1])
+            sweep = arguments.multirun or "hydra.mode=MULTIRUN" in arguments.overrides
+            for overrides in _jobs(arguments.overrides, sweep):
+                places.append(prepare(_compose(name, overrides), overrides, sweep, look=not arguments.cfg)[1])
                 if places[-1] in places[:-1]:
                     raise UserError(f"run_dir: two jobs of the sweep would share {places[-1]}; leave run_dir= out")
         hydra.main(version_base="1.3", config_path=CONFIG_DIR, config_name=name)(job)()
     except UserError as error:
         _fail(error)
-    except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # Hydra's own: jobs keep theirs
         _fail(UserError(str(error)))
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
@@ -83,7 +91,14 @@ def _jobs(overrides: list[str], multirun: bool) -> list[list[str]]:
             ) from error
         if parsed[-1].is_sweep_override() and not multirun:
             raise UserError(f"{item}: several values are a sweep; add -m, or quote a list as key=[a,b]")
-    return BasicSweeper.split_arguments(parsed, None)[0] if multirun else [overrides]
+        if parsed[-1].key_or_group in GROUPS and isinstance(parsed[-1].value(), (list, dict)):
+            raise UserError(
+                f"{item}: takes one option; for several runs add -m, for a value {item.split('=')[0]}.KEY=VALUE"
+            )
+    try:
+        return BasicSweeper.split_arguments(parsed, None)[0] if multirun else [overrides]
+    except HydraException as error:
+        raise UserError(f"{' '.join(overrides)}: {error}; write the values out, as in depth=20,56") from error
 
 
 def _compose(name: str, overrides: list[str]) -> dict[str, Any]:
@@ -92,7 +107,7 @@ def _compose(name: str, overrides: list[str]) -> dict[str, Any]:
         try:
             composed = hydra.compose(name, overrides)
             values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-        except (HydraException, OmegaConfBaseException, ValueError) as error:
+        except (HydraException, OmegaConfBaseException, ValueError, AssertionError) as error:
             raise UserError(_diagnosis(name, overrides, error)) from error
     assert isinstance(values, dict)
     return values  # type: ignore[return-value]
@@ -128,17 +143,21 @@ def _diagnosis(name: str, overrides: list[str], error: Exception) -> str:
     return str(error).splitlines()[0]
 
 
-def _prepare_train(values: dict[str, Any], overrides: list[str], sweep: bool) -> tuple[configs.Config, Path]:
-    """The checked configuration of one job and its directory; in a sweep a finished run is not an error."""
-    asked = [item for item in overrides if not item.startswith("hydra")]
-    config = configs.check(values, [item.lstrip("+").split("=")[0] for item in asked])
+def _prepare_train(
+    values: dict[str, Any], overrides: list[str], sweep: bool, look: bool = True
+) -> tuple[configs.Config, Path]:
+    """The checked configuration of one job and its directory, which is looked at; a sweep may find it finished."""
+    asked = [item.lstrip("+").split("=")[0] for item in overrides if not item.startswith("hydra")]
+    config = configs.check(values, asked)
     directory = configs.run_directory(config, asked)
-    if not (sweep and configs.run_state(directory) == "finished"):
-        configs.check_run_dir(directory, config)
+    if look:
+        configs.check_run_dir(directory, config, may_be_finished=sweep)
     return config, directory
 
 
-def _prepare_eval(values: dict[str, Any], _: list[str], sweep: bool) -> tuple[configs.EvalConfig, Path | None]:
+def _prepare_eval(
+    values: dict[str, Any], _: list[str], sweep: bool, look: bool = True
+) -> tuple[configs.EvalConfig, Path | None]:
     if sweep:
         raise UserError("-m: resnet-eval takes one checkpoint at a time")
     return configs.check_eval(values), None
@@ -150,11 +169,11 @@ def _train_job(composed: DictConfig) -> None:
     sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     config, directory = _prepare_train(values, list(HydraConfig.get().overrides.task), sweep)
     if not sweep:
-        sys.exit(_work(config, directory))
+        _work(config, directory)
     if configs.run_state(directory) == "finished":
         print(f"{directory}: finished, skipped", flush=True)
         return
-    process = multiprocessing.get_context("spawn").Process(target=_work_and_exit, args=(config, directory))
+    process = multiprocessing.get_context("spawn").Process(target=_work, args=(config, directory))
     stopped: list[int] = []
 
     def forward(number: int, _: Any) -> None:
@@ -173,20 +192,11 @@ def _train_job(composed: DictConfig) -> None:
         raise RunError(f"{directory}: this job of the sweep ended with exit code {process.exitcode}")
 
 
-def _work_and_exit(config: configs.Config, directory: Path) -> None:
-    sys.exit(_work(config, directory))
-
-
-def _work(config: configs.Config, directory: Path) -> int:
-    """Train; the exit code."""
+def _work(config: configs.Config, directory: Path) -> NoReturn:
+    """Train, and exit."""
     from resnet_train.run import train as run
 
-    try:
-        return run(config, directory)
-    except UserError as error:
-        _fail(error)
-    except KeyboardInterrupt:  # the second Ctrl-C
-        return 128 + signal.SIGINT
+    _exit_with(lambda: run(config, directory))
 
 
 def _eval_job(composed: DictConfig) -> None:
@@ -194,4 +204,25 @@ def _eval_job(composed: DictConfig) -> None:
     from resnet_train.evaluate import evaluate_checkpoint
 
     values: Any = OmegaConf.to_container(composed, resolve=True)
-    evaluate_checkpoint(configs.check_eval(values))
+    _exit_with(lambda: evaluate_checkpoint(configs.check_eval(values)))
+
+
+def _exit_with(job: Callable[[], int | None]) -> NoReturn:
+    """Exit with the job's own code, or with one line for what the user or the machine lacks. Bugs keep their trace."""
+    import torch
+
+    try:
+        sys.exit(job())
+    except UserError as error:
+        _fail(error)
+    except torch.OutOfMemoryError as error:
+        _fail(RunError(f"out of memory; take a smaller batch_size= ({str(error).splitlines()[0]})"))
+    except OSError as error:
+        _fail(
+            RunError(f"{error.filename or 'a file'}: {error.strerror}; what is on disk is whole, free space and go on")
+        )
+    except KeyboardInterrupt:  # the second Ctrl-C
+        sys.exit(128 + signal.SIGINT)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(1)

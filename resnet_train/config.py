@@ -11,18 +11,19 @@ import os
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from resnet_train.errors import UserError
+from resnet_train.files import expand
 
 IMAGENET_DEPTHS = (18, 34, 50, 101, 152)
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 CIFAR_FOLDER = "cifar-10-batches-py"
 # These may differ between a run and its continuation: none of them enters the mathematics.
-FREE_KEYS = {"run_dir", "resume", "checkpoint_every", "keep_every", "device", "data.root", "data.workers"}
+FREE_KEYS = {"run_dir", "resume", "checkpoint_every", "keep_every", "device", "devices", "data.root", "data.workers"}
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class Config:
     depth: int
     arch: Literal["resnet", "plain"]
     seed: int
+    devices: int
     precision: Literal["auto", "bf16", "fp16", "fp32"]
     device: Literal["auto", "cpu", "cuda"]
     checkpoint_every: int
@@ -114,11 +116,11 @@ class Config:
     @property
     def data_label(self) -> str:
         """The data's name in every record: a folder's own name, so that look-alikes are never called CIFAR-10."""
-        if self.data.name == "cifar10" and (not self.data.root or is_official_cifar10(Path(self.data.root))):
+        if self.data.name == "cifar10" and (not self.data.root or is_official_cifar10(expand(self.data.root))):
             return "cifar10"
         if self.data.root is None:
             return self.data.name
-        name = Path(self.data.root).expanduser().resolve().name or "root"
+        name = expand(self.data.root).resolve().name or "root"
         return "cifar10-folder" if name == "cifar10" else name
 
 
@@ -141,6 +143,11 @@ class EvalConfig:
     out: str | None
 
 
+# What each family of nets and data does not read; refused when asked for.
+UNREAD = {
+    "cifar": ("augment.shorter_side", "augment.colour_noise", "bottleneck_stride", "data.workers"),
+    "imagenet": ("augment.pad",),
+}
 # What a number may be: at least, at most; None for no bound. Open below where the name stands in ABOVE.
 RANGES: dict[str, tuple[float | None, float | None]] = {
     "seed": (0, 2**63 - 1),
@@ -164,6 +171,7 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "augment.pad": (0, 16),
     "augment.shorter_side": (0, 4096),
     "augment.colour_noise": (0, 1),
+    "devices": (1, None),
     "data.validation": (0, None),
     "data.size": (8, 1024),
     "data.workers": (0, 256),
@@ -241,7 +249,7 @@ def _typed(kind: type[T], values: Any, prefix: str = "") -> T:
     return kind(**found)
 
 
-def check(values: Mapping[str, Any], asked: Iterable[str] = ()) -> Config:
+def check(values: Mapping[str, Any], asked: Collection[str] = ()) -> Config:
     """The checked configuration of a training run from plain, resolved `values`.
 
     `asked` are the keys that the user named: a shortcut for a plain net is refused only if asked for.
@@ -249,6 +257,15 @@ def check(values: Mapping[str, Any], asked: Iterable[str] = ()) -> Config:
     """
     config = _typed(Config, values)
     check_depth(config.depth, config.data.family)
+    for key in UNREAD[config.data.family]:
+        if key in asked:
+            raise UserError(f"{key}: means nothing to {config.data.family} data; drop it")
+    if config.devices != 1:
+        raise UserError(f"devices={config.devices}: this version trains on one device; take devices=1")
+    if config.precision == "fp16" and config.device == "cpu":
+        raise UserError("precision=fp16: is for GPUs; on a CPU take bf16 or fp32")
+    if config.arch == "plain" and config.zero_gamma:
+        raise UserError("zero_gamma=true: a plain net would give nothing but zeros; it is for arch=resnet")
     if config.arch == "plain":
         if "shortcut" in asked and config.shortcut != "none":
             raise UserError(f"shortcut={config.shortcut}: a plain net has no shortcuts; drop it, or take arch=resnet")
@@ -271,7 +288,8 @@ def check(values: Mapping[str, Any], asked: Iterable[str] = ()) -> Config:
         raise UserError("schedule.watch=val: needs a held-out part of the training set; add data.validation=5000")
     if config.nesterov and not config.momentum:
         raise UserError("nesterov=true: needs momentum above 0; take momentum=0.9")
-    check_source(config.data)
+    check_source(config.data.name, config.data.root)
+    check_held_out(config.data)
     return dataclasses.replace(config, data=_anchored(config.data))
 
 
@@ -286,16 +304,20 @@ def restored(values: Mapping[str, Any]) -> Config:
 def check_eval(values: Mapping[str, Any]) -> EvalConfig:
     """The checked configuration of an evaluation. Raises UserError."""
     config = _typed(EvalConfig, values)
-    if not Path(config.checkpoint).expanduser().is_file():
+    if not expand(config.checkpoint).is_file():
         raise UserError(f"checkpoint={config.checkpoint}: there is no such file; a run keeps its in RUN/checkpoints/")
-    if config.data.root is not None and not Path(config.data.root).expanduser().exists():
+    if config.data.name != "same":
+        check_source(config.data.name, config.data.root)
+    elif config.data.root is not None and not expand(config.data.root).exists():
         raise UserError(f"data.root={config.data.root}: there is no such file or folder")
+    if config.out is not None and (expand(config.out).is_dir() or not _writable(expand(config.out))):
+        raise UserError(f"out={config.out}: is not a file that you may write")
     return dataclasses.replace(config, data=_anchored(config.data))
 
 
 def _anchored(data: Any) -> Any:
     """`data` with an absolute root, so that the record of a run holds from any folder."""
-    return data if data.root is None else dataclasses.replace(data, root=str(Path(data.root).expanduser().absolute()))
+    return data if data.root is None else dataclasses.replace(data, root=str(expand(data.root).absolute()))
 
 
 def check_depth(depth: int, family: str) -> None:
@@ -313,30 +335,41 @@ def check_depth(depth: int, family: str) -> None:
 
 def is_official_cifar10(root: Path) -> bool:
     """Whether `root` is the official archive (a file), or the folder that it unpacks to or that one's parent."""
-    root = root.expanduser()
     return root.is_file() or any((folder / "data_batch_1").is_file() for folder in (root, root / CIFAR_FOLDER))
 
 
-def check_source(data: Data) -> None:
-    """Refuse a data.root that a directory listing shows to be wrong. Raises UserError."""
-    if data.root is None:
-        if data.name in ("cifar10", "digits"):
+def check_source(name: str, given: str | None) -> None:
+    """Refuse a data.root that a directory listing shows to be wrong for the data set. Raises UserError."""
+    if given is None:
+        if name in ("cifar10", "digits"):
             return
-        raise UserError(
-            f"data.root: data={data.name} needs one: data.root=PATH, a folder with train/ and test/ or val/"
-        )
-    root = Path(data.root).expanduser()
-    if data.name == "digits":
-        raise UserError(f"data.root={data.root}: data=digits comes with scikit-learn and takes none; drop it")
+        raise UserError(f"data.root: data={name} needs one: data.root=PATH, a folder with train/ and test/ or val/")
+    root = expand(given)
+    if name == "digits":
+        raise UserError(f"data.root={given}: data=digits comes with scikit-learn and takes none; drop it")
     if not root.exists():
-        raise UserError(f"data.root={data.root}: there is no such file or folder")
-    if data.name == "cifar10" and is_official_cifar10(root):
+        raise UserError(f"data.root={given}: there is no such file or folder")
+    if name == "cifar10" and is_official_cifar10(root):
         return
     if not root.is_dir():
-        raise UserError(
-            f"data.root={data.root}: is a file; data={data.name} takes a folder with train/ and test/ or val/"
-        )
+        raise UserError(f"data.root={given}: is a file; data={name} takes a folder with train/ and test/ or val/")
     class_folders(root)
+
+
+def check_held_out(data: Data) -> None:
+    """Refuse a family or a held-out part that the data set cannot have. Raises UserError."""
+    official = data.name == "cifar10" and (data.root is None or is_official_cifar10(expand(data.root)))
+    if data.family == "imagenet" and (official or data.name == "digits"):
+        raise UserError(f"data.family=imagenet: is for folders of photographs, not for data={data.name}")
+    if data.validation:
+        images = 50_000 if official else 1_437 if data.name == "digits" else _count(expand(data.root or "") / "train")
+        if data.validation >= images:
+            raise UserError(f"data.validation={data.validation}: the training set has {images} images; hold out fewer")
+
+
+def _count(folder: Path) -> int:
+    """The image files below folder/<class>/."""
+    return sum(is_image(file.name) for entry in os.scandir(folder) if entry.is_dir() for file in os.scandir(entry))
 
 
 def class_folders(root: Path) -> tuple[list[str], str]:
@@ -377,13 +410,18 @@ def is_image(name: str) -> bool:
 
 
 def run_directory(config: Config, asked: Iterable[str]) -> Path:
-    """Where the run goes: `run_dir`, or runs/DATA/NET/ and what else was `asked` for (overrides, as typed)."""
+    """Where the run goes: `run_dir`, or runs/DATA/NET/ and the values of the other keys that were `asked` for."""
     if config.run_dir is not None:
-        return Path(config.run_dir).expanduser()
+        return expand(config.run_dir)
     told = {"data", "depth", "arch", "shortcut", "seed"} | FREE_KEYS
-    rest = sorted({item for item in asked if item.lstrip("+").split("=")[0] not in told})
+    values = flat(config.plain()) | {"schedule": config.schedule.name}
+    rest: dict[str, Any] = {}
+    for word in set(asked) - told:
+        named = [word] if word in values else [key for key in values if key.startswith(word + ".")]
+        rest |= {key: values[key] for key in named}
     # Only characters that need no quotes on a later command line, as in checkpoint=runs/…
-    name = "+".join([*(re.sub(r"[^A-Za-z0-9._-]+", "-", item).strip("-") for item in rest), f"seed-{config.seed}"])
+    words = [re.sub(r"[^A-Za-z0-9._-]+", "-", f"{key}={_shown(rest[key])}").strip("-") for key in sorted(rest)]
+    name = "+".join([*words, f"seed-{config.seed}"])
     if len(name) > 180:
         name = name[:160] + "-" + hashlib.sha256(name.encode()).hexdigest()[:12]
     return Path("runs") / config.data_label / config.net / name
@@ -418,23 +456,29 @@ def run_state(directory: Path) -> Literal["new", "unfinished", "finished"]:
     return "unfinished" if (directory / "config.json").is_file() else "new"
 
 
-def check_run_dir(directory: Path, config: Config) -> None:
+def _writable(file: Path) -> bool:
+    """Whether a file could be made or written there, with the folders that are missing."""
+    parent = next(path for path in file.absolute().parents if path.exists())
+    return parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)
+
+
+def check_run_dir(directory: Path, config: Config, *, may_be_finished: bool = False) -> None:
     """Refuse a directory that cannot take this run: finished, not a run's, of another run, not writable."""
     state = run_state(directory)
     try:
-        if state == "finished":
+        if state == "finished" and not may_be_finished:
             raise UserError(
                 f"run_dir={directory}: holds a finished run; read its summary.json, or take another seed= or run_dir="
             )
-        if state == "unfinished" and config.resume != "never":
+        if state == "finished" or (state == "unfinished" and config.resume != "never"):
             check_same_run(json.loads((directory / "config.json").read_text()), config.plain(), str(directory))
-        if state == "new" and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        if state == "new" and directory.exists() and any(path.suffix != ".part" for path in directory.iterdir()):
             raise UserError(f"run_dir={directory}: exists and holds no run; take another run_dir=")
         parent = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     except (OSError, ValueError) as error:
         raise UserError(f"run_dir={directory}: cannot be used: {error}") from error
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+    if not _writable(directory / "config.json"):
         raise UserError(f"run_dir={directory}: {parent} is not a folder that you may write to; take another run_dir=")
-    if config.resume not in ("auto", "never") and not Path(config.resume).expanduser().is_file():
+    if config.resume not in ("auto", "never") and not expand(config.resume).is_file():
         hint = nearest(config.resume, ["auto", "never"])
         raise UserError(f"resume={config.resume}: must be auto, never or a checkpoint's file{hint}")

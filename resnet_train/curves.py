@@ -1,4 +1,4 @@
-"""The picture of one run's error curves. Needs no torch."""
+"""Error curves of runs as a picture. Needs no torch."""
 
 from __future__ import annotations
 
@@ -13,26 +13,30 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def draw(metrics: list[dict[str, Any]], title: str, path: Path, reference: tuple[str, float] | None = None) -> None:
-    """Error over iterations as in figure 6: training dashed, test bold, validation thin; `reference` a grey line."""
+def draw(
+    runs: dict[str, list[dict[str, Any]]], title: str, path: Path, reference: tuple[str, float] | None = None
+) -> None:
+    """Error over iterations as in figure 6: training dashed, test bold, validation dotted, a colour for each run.
+
+    `runs` are metrics by name; `reference` (its source and an error in %) is a grey line.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    styles = {"train": ("--", 1.2), "val": ("-", 1.2), "test": ("-", 2.4)}
-    for split, (line, width) in styles.items():
-        points = [(point["iteration"], point["error"]) for point in metrics if point["split"] == split]
-        if points:
-            label = f"{split} error, last {points[-1][1]:.2f} %"
-            colour = "C1" if split == "val" else "C0"
-            axes.plot(*zip(*points, strict=True), line, color=colour, linewidth=width, label=label)
+    highest = 0.0
+    for number, (name, metrics) in enumerate(runs.items()):
+        for split, line, width in (("train", "--", 1.0), ("val", ":", 1.5), ("test", "-", 2.4)):
+            points = [(point["iteration"], point["error"]) for point in metrics if point["split"] == split]
+            if points:
+                label = f"{name} {split} error, last {points[-1][1]:.2f} %"
+                axes.plot(*zip(*points, strict=True), line, color=f"C{number}", linewidth=width, label=label)
+                highest = max(highest, *(error for _, error in points))
     if reference:
         axes.axhline(reference[1], color="grey", linewidth=1, label=f"{reference[0]} {reference[1]} %")
-    axes.set(xlabel="iteration", ylabel="error (%)", title=title)
-    highest = max((point["error"] for point in metrics), default=100)
-    axes.set_ylim(0, min(100, highest * 1.05))
+    axes.set(xlabel="iteration", ylabel="error (%)", title=title, ylim=(0, min(100, highest * 1.05) or 1))
     axes.grid(alpha=0.3)
     axes.legend()
     part = path.with_name(f".{path.name}")
-    figure.savefig(part, format="png", dpi=150)
+    figure.savefig(part, format="png", dpi=120)
     part.replace(path)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +14,7 @@ from resnet_train import checkpoint
 from resnet_train.build import autocast, compile_network, network, open_sets, pick_device
 from resnet_train.config import Config, EvalConfig, check_source, restored
 from resnet_train.errors import UserError
+from resnet_train.files import expand, write_json
 
 
 @dataclass
@@ -75,7 +74,7 @@ def count_errors(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], pre
 
 def evaluate_checkpoint(asked: EvalConfig) -> None:
     """The command `resnet-eval`: the count that training reported, from the file alone; JSON and one line."""
-    path = Path(asked.checkpoint).expanduser()
+    path = expand(asked.checkpoint)
     state = checkpoint.load(path)
     config = _with_data(restored(state["config"]), asked)
     sets = open_sets(config)
@@ -114,10 +113,11 @@ def evaluate_checkpoint(asked: EvalConfig) -> None:
         "compile": compiled,
         "device": str(device),
     }
-    out = Path(asked.out).expanduser() if asked.out else path.with_name(f"{path.stem}-{asked.split}.json")
+    where = "" if sets.digest == state["digest"] else f"-{config.data_label}"
+    out = expand(asked.out) if asked.out else path.with_name(f"{path.stem}{where}-{asked.split}.json")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(out, result)
     except OSError as error:
         raise UserError(f"out={out}: cannot be written: {error.strerror}") from error
     print(
@@ -135,5 +135,5 @@ def _with_data(config: Config, asked: EvalConfig) -> Config:
         data = dataclasses.replace(data, name=asked.data.name, root=None)
     if asked.data.root is not None:
         data = dataclasses.replace(data, root=asked.data.root)
-    check_source(data)
+    check_source(data.name, data.root)
     return dataclasses.replace(config, data=data)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import platform
 import resource
@@ -22,9 +21,10 @@ from torch import nn
 
 from resnet_train import __version__, checkpoint, curves, paper
 from resnet_train.build import compile_network, network, open_sets, pick_device, pick_precision
-from resnet_train.config import Config, check_same_run
+from resnet_train.config import Config, check_same_run, run_state
 from resnet_train.data.sampler import generator
 from resnet_train.errors import UserError
+from resnet_train.files import expand, write_json
 from resnet_train.models.resnet import multiply_adds, parameters
 from resnet_train.record import Record
 from resnet_train.schedule import Progress
@@ -40,7 +40,11 @@ def train(config: Config, directory: Path) -> int:
     state = _resume_state(run)
     _check_space(run)
     with _claimed(directory):
+        if run_state(directory) == "finished":
+            raise UserError(f"run_dir={directory}: another process has finished the run there")
         environment = _open_directory(run, state)
+        if state is not None and config.resume != "auto":
+            _adopt(expand(config.resume), run.directory, state["iteration"])
         if state is not None:
             run.load(state)
         if config.compile:
@@ -57,7 +61,8 @@ def train(config: Config, directory: Path) -> int:
         finally:
             record.close()
         if run.iteration < config.iterations:
-            print(f"stopped at iteration {run.iteration}, checkpoint written; the same command goes on from there")
+            how = "the same command" if config.resume == "auto" else "the same command with resume=auto"
+            print(f"stopped at iteration {run.iteration}, checkpoint written; {how} goes on from there")
             return 128 + stop.signal
         _summarise(run, environment, reference)
     return 0
@@ -79,14 +84,14 @@ def build(config: Config, directory: Path) -> Run:
         sets=sets,
         mean=sets.mean_image().to(device),
         model=model,
-        optimizer=optimizer(model, config),
+        optimizer=optimizer(model, config, precision),
         scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
         meters=Meters(device),
         progress=Progress(warm=0 < config.warmup.depth <= config.depth),
     )
 
 
-def optimizer(model: nn.Module, config: Config) -> torch.optim.SGD:
+def optimizer(model: nn.Module, config: Config, precision: str) -> torch.optim.SGD:
     """SGD with momentum. Weight decay on all parameters, as in the paper, or on convolution and linear weights only."""
     decayed = [p for p in model.parameters() if config.decay == "all" or p.ndim > 1]
     spared = [p for p in model.parameters() if config.decay == "weights" and p.ndim == 1]
@@ -96,7 +101,8 @@ def optimizer(model: nn.Module, config: Config) -> torch.optim.SGD:
         lr=config.schedule.lr,
         momentum=config.momentum,
         nesterov=config.nesterov,
-        fused=True,
+        # Where fp16's scaler skips the first step, the fused one would leave the momentum uninitialised.
+        fused=precision != "fp16",
     )
 
 
@@ -111,7 +117,7 @@ def _resume_state(run: Run) -> dict[str, Any] | None:
             return None
         path, state = found
     else:
-        path = Path(config.resume).expanduser()
+        path = expand(config.resume)
         state = checkpoint.load(path)
     check_same_run(state["config"], config.plain(), str(path))
     if state["digest"] != run.sets.digest:
@@ -129,11 +135,14 @@ def _claimed(directory: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"run_dir={directory}: cannot be made: {error.strerror}") from error
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(handle)
-        raise UserError(f"run_dir={directory}: another process is training there") from error
-    try:
+        for patience in range(20, -1, -1):  # workers of a killed run hold on to it for some seconds
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if not patience:
+                    raise UserError(f"run_dir={directory}: another process is training there") from error
+                time.sleep(0.5)
         yield
     finally:
         os.close(handle)
@@ -151,10 +160,6 @@ def _check_space(run: Run) -> None:
 def _open_directory(run: Run, state: dict[str, Any] | None) -> dict[str, Any]:
     """Write config.json, environment.json and the split; a new start removes what a run before left."""
     directory, config = run.directory, run.config
-    if state is None:
-        for folder in ("checkpoints", "tensorboard"):
-            shutil.rmtree(directory / folder, ignore_errors=True)
-        (directory / "metrics.jsonl").unlink(missing_ok=True)
     environment = {
         "command": " ".join(["resnet-train", *sys.argv[1:]]),
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
@@ -169,19 +174,40 @@ def _open_directory(run: Run, state: dict[str, Any] | None) -> dict[str, Any]:
         },
     }
     try:
-        _write_json(directory / "environment.json", environment)
+        if state is None:
+            for folder in ("checkpoints", "tensorboard"):
+                shutil.rmtree(directory / folder, ignore_errors=True)
+            (directory / "metrics.jsonl").unlink(missing_ok=True)
+        write_json(directory / "config.json", config.plain())  # first: with it, the folder is a run's
+        write_json(directory / "environment.json", environment)
         if run.sets.sizes["val"]:
-            _write_json(directory / "split.json", {"val": run.sets.val_indices.tolist()}, indent=None)
-        _write_json(directory / "config.json", config.plain())
+            write_json(directory / "split.json", {"val": run.sets.val_indices.tolist()}, indent=None)
     except OSError as error:
         raise UserError(f"run_dir={directory}: cannot be written: {error.strerror}") from error
     return environment
 
 
-def _write_json(path: Path, values: Any, indent: int | None = 2) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(values, indent=indent) + "\n")
-    part.replace(path)
+def _adopt(path: Path, directory: Path, iteration: int) -> None:
+    """Make the checkpoint `path`, of `iteration`, the last of the run in `directory`.
+
+    In another run's directory it brings that run's metrics along; in its own, what came after it goes.
+    """
+    folder = directory / "checkpoints"
+    source = path.absolute().parent.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, folder / "last.pt.part")
+        os.replace(folder / "last.pt.part", folder / "last.pt")
+        (folder / "previous.pt").unlink(missing_ok=True)
+        for kept in folder.glob("iteration-*.pt"):
+            if int(kept.stem.removeprefix("iteration-")) > iteration:
+                kept.unlink()
+        if source != directory.absolute():
+            for name in ("metrics.jsonl", "checkpoints/best.pt"):
+                if (source / name).exists():
+                    shutil.copy(source / name, directory / name)
+    except OSError as error:
+        raise UserError(f"resume={path}: cannot be taken into {directory}: {error.strerror}") from error
 
 
 def _git_commit() -> str | None:
@@ -213,7 +239,7 @@ def _announce(run: Run, resumed: bool) -> None:
 
 
 def _reference(config: Config) -> tuple[str, float] | None:
-    """The paper's test error of this very experiment: its net on CIFAR-10 proper."""
+    """The paper's test error of this net, for runs on CIFAR-10 proper."""
     if config.data_label == "cifar10" and config.net.endswith("-A") and config.depth in paper.CIFAR10_TEST_ERROR:
         return "He et al. 2015, table 6:", paper.CIFAR10_TEST_ERROR[config.depth]
     return None
@@ -256,8 +282,8 @@ def _summarise(run: Run, environment: dict[str, Any], reference: tuple[str, floa
         "finished": time.strftime("%Y-%m-%d %H:%M:%S %z"),
     }
     title = f"{config.net} on {config.data_label}, seed {config.seed}"
-    curves.draw(metrics, title, directory / "curves.png", reference)
-    _write_json(directory / "summary.json", summary)
+    curves.draw({config.net: metrics}, title, directory / "curves.png", reference)
+    write_json(directory / "summary.json", summary)
     test = last["test"]
     print(
         f"{title}: test error {test['error']:.2f} % ({test['wrong']} of {test['seen']} wrong, {test['protocol']}) at"

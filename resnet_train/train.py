@@ -70,12 +70,13 @@ class Run:
     iteration: int = 0
     best: float = math.inf  # the lowest validation error so far, in %
     best_at: int = 0
+    saved_at: int = -1  # the iteration of last.pt
     seconds: float = 0.0  # wall time; kept in the metrics, not in the checkpoint, which is the same in every run
 
     def state(self) -> dict[str, Any]:
         """A checkpoint's content: tensors and plain values only."""
         return {
-            "config": self.config.plain() | {"run_dir": None, "resume": "auto"},  # the same file wherever it was made
+            "config": self.config.plain() | {"run_dir": None, "resume": "auto"},  # the same file in any directory
             "classes": self.sets.classes,
             "digest": self.sets.digest,
             "measure": {"precision": self.precision, "compile": self.compiled},
@@ -97,7 +98,7 @@ class Run:
         self.meters.load(state["meters"])
         self.progress = Progress(**state["progress"])
         self.best, self.best_at = state["best"]
-        self.iteration = state["iteration"]
+        self.iteration = self.saved_at = state["iteration"]
 
     @property
     def epoch(self) -> float:
@@ -119,11 +120,11 @@ class Stop:
 
 
 class Clock:
-    """Wall time of the run, and of training alone since the last logged point."""
+    """Wall time of the run, and of training alone since the last logged point or the start of this process."""
 
-    def __init__(self) -> None:
+    def __init__(self, iteration: int) -> None:
         self.mark = time.perf_counter()
-        self.training = 0.0
+        self.training, self.since = 0.0, iteration
 
     def lap(self, run: Run, *, training: bool) -> None:
         """Book the time since the last call to the run and, where it was spent on iterations, to training."""
@@ -151,7 +152,7 @@ def step(run: Run, images: Tensor, labels: Tensor, lr: float) -> None:
 
 def loop(run: Run, record: Record, stop: Stop) -> None:
     """All iterations that are left, or those until a signal; leaves a checkpoint of the last one in either case."""
-    config, clock = run.config, Clock()
+    config, clock = run.config, Clock(run.iteration)
     batches = run.sets.train_batches(
         run.mean,
         run.device,
@@ -182,7 +183,7 @@ def loop(run: Run, record: Record, stop: Stop) -> None:
             log_test(run, record, clock)
         if last or run.iteration % config.checkpoint_every == 0 or _kept(run):
             save(run, record, clock)
-    if run.iteration < config.iterations:
+    if run.saved_at != run.iteration:
         save(run, record, clock)
 
 
@@ -204,7 +205,7 @@ def log_training(run: Run, record: Record, clock: Clock, lr: float) -> None:
         loss=loss / meters.seen,
         **values,
         lr=lr,
-        images_per_second=meters.seen / clock.training,
+        images_per_second=(run.iteration - clock.since) * config.batch_size / clock.training,
         seconds=run.seconds,
         protocol="augmented batches in training mode",
     )
@@ -215,7 +216,7 @@ def log_training(run: Run, record: Record, clock: Clock, lr: float) -> None:
     tenth = config.iterations / 10
     if error > 0.98 * chance and run.iteration - config.log_every < tenth <= run.iteration:
         record.say(f"warning: a tenth of the run is over and the training error is still at chance ({chance:.1f} %)")
-    clock.training = 0.0
+    clock.training, clock.since = 0.0, run.iteration
     run.meters = Meters(run.device)
 
 
@@ -263,9 +264,10 @@ def save(run: Run, record: Record, clock: Clock) -> None:
     require_finite(run)
     record.flush()
     folder = run.directory / "checkpoints"
-    checkpoint.save(folder / "last.pt", run.state(), keep_as=folder / "previous.pt")
-    if _kept(run):
+    if _kept(run):  # before last.pt: a run that is killed in between makes it again
         checkpoint.save(folder / f"iteration-{run.iteration:07d}.pt", run.state())
+    checkpoint.save(folder / "last.pt", run.state(), keep_as=folder / "previous.pt")
+    run.saved_at = run.iteration
     clock.lap(run, training=False)
 
 

@@ -1,10 +1,10 @@
 """The commands as they are typed: a wrong one is one line on stderr, exit code 2, and nothing else."""
 
-import functools
 import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -13,74 +13,152 @@ from conftest import start
 
 from resnet_train import cli
 
-# The entry point, and a note in $TORCH of whether torch came with it.
-CODE = """
-import atexit, os, sys
-atexit.register(lambda: open(os.environ["TORCH"], "w").write(str("torch" in sys.modules)))
-from resnet_train.cli import {entry}
-sys.argv[0] = "resnet-{name}"
-if __name__ == "__main__":
-    {entry}()
+CFG = "depth=110 data=digits schedule=cosine schedule.lr=0.05 arch=plain"
+RIGHT = ["--help", f"{CFG} --cfg job", "-sc install=bash"]
+# Command line, and what its error names.
+WRONG = [
+    ("depth=21", ["depth=21", "nearest: 20"]),
+    ("dept=20", ["dept=20", "did you mean depth?"]),
+    ("schedule.lrr=1", ["schedule.lrr=1", "did you mean schedule.lr?"]),
+    ("data=cifar11", ["data=cifar11", "did you mean cifar10?"]),
+    ("data=[cifar10,digits]", ["data=[cifar10,digits]"]),
+    ("schedule={lr:1}", ["schedule={lr:1}", "schedule.KEY=VALUE"]),
+    ("batch_size=abc", ["batch_size=abc", "whole number"]),
+    ("data=imagenet depth=20 data.root=.", ["depth=20", "nearest: 18"]),
+    ("data=imagefolder data.root=.", ["data.root=", "empty"]),
+    ("data.root=~/cifar", ["data.root=~/cifar", "quotes"]),
+    ("depth", ["'depth'", "key=value"]),
+    ("depth=20 32", ["'32'", "key=value"]),
+    ("depth=[", ["depth=["]),
+    ("depth=20,32", ["depth=20,32", "-m"]),
+    ("depth=${nosuch}", ["depth", "nosuch"]),
+    ("run_dir=/dev/null/x", ["run_dir=/dev/null/x"]),
+    ("hydra.nosuch=1", ["hydra.nosuch"]),
+    ("--nosuch", ["--nosuch", "--help"]),
+    ("--depth 20", ["--depth", "--help"]),
+    ("--cfg jbo", ["jbo", "job"]),
+    ("-cn eval", ["--config-name"]),
+    ("-m depth=20,21", ["depth=21", "nearest: 20"]),
+    ("-m depth=20,20", ["share runs/cifar10/resnet-20-A/seed-0"]),
+    ("-m seed=0,1 run_dir=x", ["share x"]),
+    ("-m data=glob(*)", ["data=glob(*)"]),
+    ("-m hydra.sweeper.params.depth=20", []),
+    ("hydra.mode=MULTIRUN depth=21", ["depth=21"]),
+    ("data=digits data.validation=5000", ["data.validation=5000", "1437"]),
+    ("data.root=/" + 300 * "x", ["data.root=/xxx", "too long"]),
+    ("depth=21 --cfg job", ["depth=21", "nearest: 20"]),
+]
+WRONG_EVAL = [
+    ("", ["checkpoint", "checkpoint="]),
+    ("checkpoint=nosuch.pt", ["checkpoint=nosuch.pt", "no such file"]),
+    (f"checkpoint={__file__} data=cifar11", ["cifar11", "did you mean cifar10?"]),
+    (f"-m checkpoint={__file__}", ["-m"]),
+    (f"hydra.mode=MULTIRUN checkpoint={__file__}", ["-m"]),
+    ("chekpoint=x", ["chekpoint=x", "did you mean checkpoint?"]),
+]
+# What torch or the data must judge, within the job.
+LATE = [("data=imagefolder data.root=../tree device=cpu", ["tree/train/cat/0.png", "not an image"])]
+LATE_EVAL = [(f"checkpoint={__file__}", [__file__])]
+# Runs each command line in a child that begins where `from resnet_train import cli` ends, in a folder of its own.
+DRIVER = """
+import atexit, json, os, sys
+from pathlib import Path
+from resnet_train import cli
+for number, (entry, line) in enumerate(json.load(sys.stdin)):
+    os.mkdir(str(number))
+    child = os.fork()
+    if not child:
+        break
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    Path(f"{number}.code").write_text(str(code))
+else:
+    sys.exit()
+os.chdir(str(number))
+for stream in (1, 2):
+    os.dup2(os.open(f"../{number}.{stream}", os.O_CREAT | os.O_WRONLY), stream)
+atexit.register(lambda: Path(f"../{number}.torch").write_text(str("torch" in sys.modules)))
+sys.argv = [{"train": "resnet-train", "evaluate": "resnet-eval"}[entry], *line.split()]
+getattr(cli, entry)()
 """
 
 
+@dataclass
+class Outcome:
+    """What a command line gave: exit code, output, the files it left, and whether it loaded torch."""
+
+    code: int
+    stdout: str
+    stderr: str
+    left: list[str]
+    torch: bool
+
+
 @pytest.fixture(scope="module")
-def outcome(tmp_path_factory):
-    """Run a command line in an empty folder, each once: its result, with what it left there and if torch was loaded."""
-
-    @functools.cache
-    def run(line, name="train"):
-        folder = tmp_path_factory.mktemp("command")
-        note = folder.with_suffix(".torch")
-        code = CODE.format(entry={"train": "train", "eval": "evaluate"}[name], name=name)
-        done = subprocess.run(
-            [sys.executable, "-c", code, *line.split()],
-            cwd=folder,
-            env=os.environ | {"RESNET_TRAIN_DATA": str(folder / "data"), "TORCH": str(note)},
-            capture_output=True,
-            text=True,
-            timeout=60,
+def outcomes(tmp_path_factory):
+    """Of every (entry point, command line) above, from one process and its children."""
+    folder = tmp_path_factory.mktemp("commands")
+    for part in ("train/cat", "train/dog", "test/cat", "test/dog"):
+        (folder / "tree" / part).mkdir(parents=True)
+        (folder / "tree" / part / "0.png").write_text("no image")
+    lines = [("train", line) for line in [*RIGHT, *(line for line, _ in [*WRONG, *LATE])]]
+    lines += [("evaluate", line) for line in ["--help", *(line for line, _ in [*WRONG_EVAL, *LATE_EVAL])]]
+    subprocess.run(
+        [sys.executable, "-c", DRIVER],
+        input=json.dumps(lines),
+        cwd=folder,
+        env=os.environ | {"RESNET_TRAIN_DATA": str(folder / "data")},
+        check=True,
+        text=True,
+    )
+    return {
+        line: Outcome(
+            int((folder / f"{number}.code").read_text()),
+            (folder / f"{number}.1").read_text(),
+            (folder / f"{number}.2").read_text(),
+            os.listdir(folder / str(number)),
+            (folder / f"{number}.torch").read_text() == "True",
         )
-        done.left = sorted(os.listdir(folder))
-        done.torch = note.read_text() == "True"
-        return done
-
-    return run
+        for number, line in enumerate(lines)
+    }
 
 
-def has_one_line_of_error(done, *parts):
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.startswith("error: ")
-    assert done.stdout == ""
-    assert all(part in done.stderr for part in parts), done.stderr
-    assert done.left == []
-    return True
+def output(found):
+    """The output of a command that has nothing to complain of."""
+    assert (found.code, found.stderr, found.left, found.torch) == (0, "", [], False)
+    return found.stdout
+
+
+def error(found):
+    """The one line of a command that is refused and leaves nothing."""
+    assert found.code == 2
+    assert found.stderr.count("\n") == 1, found.stderr
+    assert found.stderr.startswith("error: ")
+    assert (found.stdout, found.left) == ("", [])
+    return found.stderr
 
 
 # --- Help, configuration, completion ---------------------------------------------------------------------------------
 
 
-def test_help_shows_examples_groups_and_values(outcome):
-    done = outcome("--help")
-    assert (done.returncode, done.stderr, done.left, done.torch) == (0, "", [], False)
-    assert "resnet-train depth=110 data=cifar10" in done.stdout
-    assert "resnet-train -m " in done.stdout
+def test_help_shows_examples_groups_and_values(outcomes):
+    text = output(outcomes["train", "--help"])
+    assert "resnet-train depth=110 data=cifar10" in text
+    assert "resnet-train -m " in text
     for group, options in {
         "data": "cifar10, digits, imagefolder, imagenet",
         "recipe": "cifar10, digits, imagefolder, imagenet",
         "schedule": "cosine, plateau, step",
     }.items():
-        assert f"{group}: {options}\n" in done.stdout
-    assert "shortcut: A\n" in done.stdout
+        assert f"{group}: {options}\n" in text
+    assert "shortcut: A\n" in text
 
 
-def test_every_example_of_the_help_is_a_command_that_works(outcome, tmp_path, monkeypatch):
+def test_every_example_of_the_help_is_a_command_that_works(outcomes, tmp_path, monkeypatch):
     """Those that name no file of the reader's own."""
     monkeypatch.chdir(tmp_path)
     examples = [
         line.split("   ")[0].split()[1:]
-        for line in outcome("--help").stdout.splitlines()
+        for line in outcomes["train", "--help"].stdout.splitlines()
         if line.startswith("  resnet-train ") and "data.root" not in line
     ]
     assert len(examples) >= 4
@@ -90,99 +168,45 @@ def test_every_example_of_the_help_is_a_command_that_works(outcome, tmp_path, mo
             cli._prepare_train(cli._compose("train", job), job, "-m" in words)
 
 
-def test_eval_has_help_of_its_own(outcome):
-    done = outcome("--help", "eval")
-    assert (done.returncode, done.stderr, done.left, done.torch) == (0, "", [], False)
-    assert "resnet-eval checkpoint=" in done.stdout
+def test_eval_has_help_of_its_own(outcomes):
+    assert "resnet-eval checkpoint=" in output(outcomes["evaluate", "--help"])
 
 
-def test_cfg_prints_the_whole_configuration(outcome):
-    done = outcome("depth=110 data=digits schedule=cosine schedule.lr=0.05 arch=plain --cfg job")
-    assert (done.returncode, done.stderr, done.left, done.torch) == (0, "", [], False)
-    found = yaml.safe_load(done.stdout)
-    words = ["depth=110", "data=digits", "schedule=cosine", "schedule.lr=0.05", "arch=plain"]
-    assert found == cli._compose("train", words)
+def test_cfg_prints_the_whole_configuration(outcomes):
+    found = yaml.safe_load(output(outcomes["train", f"{CFG} --cfg job"]))
+    assert found == cli._compose("train", CFG.split())
     assert (found["depth"], found["recipe"], found["arch"]) == (110, "digits", "plain")
     assert found["schedule"] == {"name": "cosine", "lr": 0.05}
 
 
-def test_cfg_of_a_wrong_configuration_is_an_error(outcome):
-    assert has_one_line_of_error(outcome("depth=21 --cfg job"), "depth=21", "nearest: 20")
-
-
-def test_completion_is_a_script(outcome):
-    done = outcome("-sc install=bash")
-    assert (done.returncode, done.stderr, done.left, done.torch) == (0, "", [], False)
-    assert "complete " in done.stdout
-    assert "resnet-train" in done.stdout
+def test_completion_is_a_script(outcomes):
+    text = output(outcomes["train", "-sc install=bash"])
+    assert "complete " in text
+    assert "resnet-train" in text
 
 
 # --- Wrong command lines ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("line", "parts"),
-    [
-        ("depth=21", ["depth=21", "nearest: 20"]),
-        ("dept=20", ["dept=20", "did you mean depth?"]),
-        ("schedule.lrr=1", ["schedule.lrr=1", "did you mean schedule.lr?"]),
-        ("data=cifar11", ["data=cifar11", "did you mean cifar10?"]),
-        ("data=[cifar10,digits]", ["data=[cifar10,digits]"]),
-        ("schedule={lr:1}", ["schedule={lr:1}", "schedule.KEY=VALUE"]),
-        ("batch_size=abc", ["batch_size=abc", "whole number"]),
-        ("data=imagenet depth=20 data.root=.", ["depth=20", "nearest: 18"]),
-        ("data=imagefolder data.root=.", ["data.root=", "empty"]),
-        ("data.root=~/cifar", ["data.root=~/cifar", "quotes"]),
-        ("depth", ["'depth'", "key=value"]),
-        ("depth=20 32", ["'32'", "key=value"]),
-        ("depth=[", ["depth=["]),
-        ("depth=20,32", ["depth=20,32", "-m"]),
-        ("depth=${nosuch}", ["depth", "nosuch"]),
-        ("run_dir=/dev/null/x", ["run_dir=/dev/null/x"]),
-        ("hydra.nosuch=1", ["hydra.nosuch"]),
-        ("--nosuch", ["--nosuch", "--help"]),
-        ("--depth 20", ["--depth", "--help"]),
-        ("--cfg jbo", ["jbo", "job"]),
-        ("-cn eval", ["--config-name"]),
-        ("-m depth=20,21", ["depth=21", "nearest: 20"]),
-        ("-m depth=20,20", ["share runs/cifar10/resnet-20-A/seed-0"]),
-        ("-m seed=0,1 run_dir=x", ["share x"]),
-        ("-m data=glob(*)", ["data=glob(*)"]),
-        ("-m hydra.sweeper.params.depth=20", []),
-        ("hydra.mode=MULTIRUN depth=21", ["depth=21"]),
-    ],
+    ("entry", "line", "parts"),
+    [("train", *row) for row in WRONG] + [("evaluate", *row) for row in WRONG_EVAL],
 )
-def test_a_wrong_command_line_is_one_line_and_leaves_nothing(outcome, line, parts):
-    done = outcome(line)
-    assert has_one_line_of_error(done, *parts)
-    assert not done.torch
+def test_a_wrong_command_line_is_one_line_without_torch_and_leaves_nothing(outcomes, entry, line, parts):
+    """A sweep with one wrong job begins none of them."""
+    text = error(outcomes[entry, line])
+    assert all(part in text for part in parts), text
+    assert not outcomes[entry, line].torch
 
 
 @pytest.mark.parametrize(
-    ("line", "parts"),
-    [
-        ("", ["checkpoint", "checkpoint="]),
-        ("checkpoint=nosuch.pt", ["checkpoint=nosuch.pt", "no such file"]),
-        (f"checkpoint={__file__} data=cifar11", ["cifar11", "did you mean cifar10?"]),
-        (f"-m checkpoint={__file__}", ["-m"]),
-        (f"hydra.mode=MULTIRUN checkpoint={__file__}", ["-m"]),
-        ("chekpoint=x", ["chekpoint=x", "did you mean checkpoint?"]),
-    ],
+    ("entry", "line", "parts"),
+    [("train", *row) for row in LATE] + [("evaluate", *row) for row in LATE_EVAL],
 )
-def test_a_wrong_evaluation_is_one_line_and_leaves_nothing(outcome, line, parts):
-    done = outcome(line, "eval")
-    assert has_one_line_of_error(done, *parts)
-    assert not done.torch
-
-
-def test_a_text_is_no_checkpoint(outcome):
-    """torch finds it out, within the job: Hydra adds no line of its own."""
-    assert has_one_line_of_error(outcome(f"checkpoint={__file__}", "eval"), __file__)
-
-
-def test_data_that_only_the_job_can_judge(outcome):
-    done = outcome("data=digits data.validation=5000 device=cpu")
-    assert has_one_line_of_error(done, "data.validation=5000", "1437")
+def test_what_only_the_job_finds_out_is_one_line_too(outcomes, entry, line, parts):
+    """Hydra adds none of its own."""
+    text = error(outcomes[entry, line])
+    assert all(part in text for part in parts), text
 
 
 # --- Sweeps ----------------------------------------------------------------------------------------------------------

@@ -208,10 +208,12 @@ def test_option_a_shortcut(stride, extra, size):
     assert not out[:, 5:].any()
 
 
-@pytest.mark.parametrize("net", [cifar_resnet(8, "A"), imagenet_resnet(50, "A"), imagenet_resnet(18, "A")])
-def test_option_a_in_place(net):
+@pytest.mark.parametrize(
+    ("make", "depth", "count"), [(cifar_resnet, 8, 2), (imagenet_resnet, 18, 3), (imagenet_resnet, 50, 4)]
+)
+def test_option_a_in_place(make, depth, count):
     """Each shortcut of a net: every second pixel, then zero channels up to the block's width; no parameters."""
-    found = 0
+    net, found = make(depth, "A"), 0
     for block in blocks_of(net):
         width = (block.conv3 if isinstance(block, Bottleneck) else block.conv2).out_channels
         x = torch.randn(2, block.conv1.in_channels, 6, 6)
@@ -223,7 +225,7 @@ def test_option_a_in_place(net):
         zeros = torch.zeros(2, width - x.shape[1], 6 // stride, 6 // stride)
         assert torch.equal(block.downsample(x), torch.cat([x[:, :, ::stride, ::stride], zeros], dim=1))
         assert parameters(block.downsample) == 0
-    assert found == (4 if isinstance(blocks_of(net)[0], Bottleneck) else len(net.stages) - 1)
+    assert found == count
 
 
 NETS = [(cifar_resnet, 20), (imagenet_resnet, 18), (imagenet_resnet, 50)]
@@ -323,9 +325,10 @@ def test_fan_out_is_the_default():
     assert cifar_resnet(8, init="fan_in").conv1.weight.std().item() == pytest.approx(math.sqrt(2 / 27), rel=0.2)
 
 
-@pytest.mark.parametrize("net", [cifar_resnet(20, "B"), imagenet_resnet(18)])
-def test_the_rest_of_the_initialisation(net):
-    """Classifier: PyTorch's weights, no bias. Batch norm: the identity. No convolution has a bias."""
+@pytest.mark.parametrize(("make", "depth"), [(cifar_resnet, 20), (imagenet_resnet, 18)])
+def test_the_rest_of_the_initialisation(make, depth):
+    """Classifier: PyTorch's weights, bias zero. Batch norm: the identity. No convolution has a bias."""
+    net = make(depth, "B")
     assert not net.fc.bias.any()
     bound = 1 / math.sqrt(net.fc.in_features)
     assert 0.95 * bound < net.fc.weight.abs().max() <= bound

@@ -45,9 +45,7 @@ def test_step_at_the_papers_length():
     assert found[48_000] == pytest.approx(0.001, rel=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("iterations", "lengths"), [(6_400, (3_200, 1_600, 1_600)), (10, (5, 3, 2)), (7, (4, 1, 2))]
-)
+@pytest.mark.parametrize(("iterations", "lengths"), [(6_400, (3_200, 1_600, 1_600)), (10, (5, 3, 2)), (7, (4, 1, 2))])
 def test_step_shortens_in_proportion(iterations, lengths):
     assert runs(rates(iterations, STEP)) == list(zip((0.1, 0.01, 0.001), lengths, strict=True))
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from http.client import HTTPException
 from pathlib import Path
 
@@ -19,6 +19,15 @@ CHUNK = 1 << 16
 
 class _Failed(Exception):
     """One mirror did not deliver; the message says why."""
+
+
+@contextlib.contextmanager
+def _network() -> Iterator[None]:
+    """Tell failures of a mirror, which another may make good, from those of the disk."""
+    try:
+        yield
+    except (OSError, HTTPException) as error:
+        raise _Failed(str(error)) from error
 
 
 def checksum(path: Path) -> str:
@@ -38,7 +47,10 @@ def download(
     """
     if path.is_file() and path.stat().st_size == size and checksum(path) == md5:
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path.parent}: cannot be made: {error.strerror}; set RESNET_TRAIN_DATA") from error
     part = path.with_name(path.name + ".part")
     reasons = []
     for url, least in [(url, slow) for url in urls] + [(url, 0.0) for url in urls]:
@@ -49,11 +61,12 @@ def download(
                 raise _Failed("other content than the checksum says")
             part.replace(path)
             return path
-        except (_Failed, urllib.error.URLError, HTTPException, TimeoutError, ConnectionError) as error:
+        except _Failed as error:
             reasons.append(f"{url}: {error}")
             tqdm.write(f"{url}: {error}; going on with the next")
         except OSError as error:
-            raise UserError(f"{path.parent}: cannot keep the download: {error.strerror}") from error
+            reason = f"cannot keep the download: {error.strerror}; set RESNET_TRAIN_DATA"
+            raise UserError(f"{path.parent}: {reason}") from error
     raise UserError(
         f"no mirror delivered {path.name} ({reasons[-1]}); fetch it by hand and give its place as data.root=PATH"
     )
@@ -65,7 +78,9 @@ def _fetch(url: str, part: Path, size: int, stall: float, least: float) -> None:
     if have >= size:
         return
     request = urllib.request.Request(url, headers={"User-Agent": "resnet-train", "Range": f"bytes={have}-"})
-    with urllib.request.urlopen(request, timeout=stall) as reply:
+    with _network():
+        reply = urllib.request.urlopen(request, timeout=stall)
+    with reply:
         if reply.status != 206 or not reply.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
             have = 0  # the server knows no ranges and starts again
         with (
@@ -74,7 +89,8 @@ def _fetch(url: str, part: Path, size: int, stall: float, least: float) -> None:
         ):
             since, then = time.monotonic(), have
             while have < size:
-                data = reply.read1(CHUNK)
+                with _network():
+                    data = reply.read1(CHUNK)
                 if not data:
                     raise _Failed(f"cut off after {have} of {size} bytes")
                 file.write(data[: size - have])

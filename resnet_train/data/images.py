@@ -21,6 +21,7 @@ from tqdm import tqdm
 from resnet_train.config import CIFAR_FOLDER, class_folders, is_image, is_official_cifar10
 from resnet_train.data.download import download
 from resnet_train.errors import UserError
+from resnet_train.files import expand
 
 ARCHIVE_SIZE = 170_498_071
 MIRRORS = (
@@ -64,7 +65,7 @@ class DataSet:
 
 def cache_folder() -> Path:
     """Where downloads and decoded sets are kept: $RESNET_TRAIN_DATA, else ~/.cache/resnet-train/data."""
-    return Path(os.environ.get("RESNET_TRAIN_DATA") or Path.home() / ".cache" / "resnet-train" / "data").expanduser()
+    return expand(os.environ.get("RESNET_TRAIN_DATA") or Path.home() / ".cache" / "resnet-train" / "data")
 
 
 def load(name: str, root: str | None, size: int) -> DataSet:
@@ -74,7 +75,7 @@ def load(name: str, root: str | None, size: int) -> DataSet:
     """
     if name == "digits":
         return _digits(size)
-    path = Path(root).expanduser() if root else None
+    path = expand(root) if root else None
     if name == "cifar10" and (path is None or is_official_cifar10(path)):
         source = path or download(MIRRORS, cache_folder() / "cifar-10-python.tar.gz", CIFAR10.tgz_md5, ARCHIVE_SIZE)
         files = [source] if source.is_file() else [_batch_folder(source) / f for f in {**TRAIN_FILES, **TEST_FILES}]

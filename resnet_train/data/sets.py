@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,7 @@ class StreamedSets:
         for images, labels in self._loader(self.parts["train"], sampler, device):
             draw = generator(seed, "device augment", iteration)
             flips = draw_crops(draw, batch_size, 0, augment["flip"])[2].to(device, non_blocking=True)
-            noise = (torch.randn(batch_size, 3, generator=draw) * augment["colour_noise"]).to(device, non_blocking=True)
+            noise = torch.randn(batch_size, 3, generator=draw) * augment["colour_noise"]
             batch = normalise(flip_some(images.to(device, non_blocking=True), flips), mean)
             yield colour_noise(batch, noise), labels.to(device, non_blocking=True)
             iteration += 1
@@ -138,10 +138,14 @@ class StreamedSets:
             labels = torch.where(place + batch * batch_size < len(part), labels, -1)
             yield normalise(images.to(device, non_blocking=True), mean), labels.to(device, non_blocking=True)
 
-    def _loader(self, part: list[tuple[Path, int]], views: Any, device: torch.device) -> Iterable[Any]:
-        return DataLoader(
+    def _loader(self, part: list[tuple[Path, int]], views: Any, device: torch.device) -> Iterator[Any]:
+        loader = DataLoader(
             _Views(part, self.size), batch_sampler=views, num_workers=self.workers, pin_memory=device.type == "cuda"
         )
+        try:
+            yield from loader
+        except UserError as error:  # from a worker it comes wrapped in that worker's traceback
+            raise UserError(str(error).strip().splitlines()[-1].split("UserError: ")[-1]) from None
 
 
 View = tuple[int, int, float, float]  # index, shorter side, and where the crop lies: 0 left or top, 1 right or bottom

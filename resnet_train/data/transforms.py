@@ -55,8 +55,8 @@ def flip_some(images: Tensor, flips: Tensor) -> Tensor:
 def colour_noise(images: Tensor, alphas: Tensor) -> Tensor:
     """Add the principal components of colour, weighted by `alphas` (N, 3) times their eigenvalues (section 3.4).
 
-    Images are (N, 3, H, W) in units of the full range; each gets one colour shift for all its pixels.
+    Images are (N, 3, H, W) in units of the full range, on any device; each gets one colour shift for all its pixels.
+    `alphas` are on the CPU, so that nothing but the shifts travels and nothing waits.
     """
-    vectors = torch.tensor(EIGENVECTORS, device=images.device)
-    values = torch.tensor(EIGENVALUES, device=images.device)
-    return images + ((alphas * values) @ vectors.T)[:, :, None, None]
+    shifts = (alphas * torch.tensor(EIGENVALUES)) @ torch.tensor(EIGENVECTORS).T
+    return images + shifts.to(images.device, non_blocking=True)[:, :, None, None]
