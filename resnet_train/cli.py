@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import traceback
@@ -25,6 +26,7 @@ from resnet_train import config as configs
 from resnet_train.errors import RunError, UserError
 
 _PACKAGE = Path(__file__).resolve().parent
+_failures: list[str] = []  # jobs of a sweep that ended badly; it goes on, and tells at its end
 CONFIG_DIR = str(next(p for p in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if p.is_dir()))
 
 
@@ -50,7 +52,7 @@ def _command(name: str, prepare: Callable[..., Any], job: Callable[[DictConfig],
         parser = get_args_parser()
         parser.error = _usage  # type: ignore[method-assign]
         arguments = parser.parse_args()
-        for flag in ("config_name", "config_path", "config_dir"):
+        for flag in ("config_name", "config_path", "config_dir", "experimental_rerun"):
             if getattr(arguments, flag) is not None:
                 raise UserError(f"--{flag.replace('_', '-')}: the configurations are this command's own; drop it")
         if not (arguments.help or arguments.hydra_help or arguments.shell_completion or arguments.info):
@@ -61,6 +63,8 @@ def _command(name: str, prepare: Callable[..., Any], job: Callable[[DictConfig],
                 if places[-1] in places[:-1]:
                     raise UserError(f"run_dir: two jobs of the sweep would share {places[-1]}; leave run_dir= out")
         hydra.main(version_base="1.3", config_path=CONFIG_DIR, config_name=name)(job)()
+        if _failures:
+            raise RunError("; ".join(_failures))
     except UserError as error:
         _fail(error)
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # Hydra's own: jobs keep theirs
@@ -83,12 +87,13 @@ def _jobs(overrides: list[str], multirun: bool) -> list[list[str]]:
     """The overrides of each job: the sweep written out, or the command line as it is."""
     parsed = []
     for item in overrides:
+        key, _, value = item.partition("=")
         try:
             parsed.append(OverridesParser.create().parse_override(item))
         except HydraException as error:
-            raise UserError(
-                f"{item!r}: is not key=value; quote values with odd characters, as in 'key=\"a b\"'"
-            ) from error
+            if not re.match(r"[+~]*[A-Za-z0-9_./@-]+=", item):
+                raise UserError(f"{item!r}: is not key=value") from error
+            raise UserError(f"{item}: the value needs quotes, as in '{key}=\"{value}\"'") from error
         if parsed[-1].is_sweep_override() and not multirun:
             raise UserError(f"{item}: several values are a sweep; add -m, or quote a list as key=[a,b]")
         if parsed[-1].key_or_group in GROUPS and isinstance(parsed[-1].value(), (list, dict)):
@@ -107,7 +112,7 @@ def _compose(name: str, overrides: list[str]) -> dict[str, Any]:
         try:
             composed = hydra.compose(name, overrides)
             values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-        except (HydraException, OmegaConfBaseException, ValueError, AssertionError) as error:
+        except (HydraException, OmegaConfBaseException, ValueError, AssertionError, AttributeError) as error:
             raise UserError(_diagnosis(name, overrides, error)) from error
     assert isinstance(values, dict)
     return values  # type: ignore[return-value]
@@ -121,7 +126,9 @@ def _diagnosis(name: str, overrides: list[str], error: Exception) -> str:
     parser = OverridesParser.create()
     for item in overrides:
         parsed = parser.parse_override(item)
-        if parsed.key_or_group in groups:
+        if parsed.is_add() and not parsed.is_force_add() and parsed.key_or_group in groups:
+            return f"{item}: is there already; drop the +"
+        if parsed.key_or_group in groups and not parsed.is_delete():
             value, allowed = str(parsed.value()), groups[parsed.key_or_group]
             if value not in allowed:
                 return f"{item}: allowed are {', '.join(allowed)}{configs.nearest(value, allowed)}"
@@ -140,14 +147,16 @@ def _diagnosis(name: str, overrides: list[str], error: Exception) -> str:
     missing = next((key for key in words if keys.get(key) == "???"), None)
     if missing and not any(item.startswith(missing + "=") for item in overrides):
         return f"{missing}: is needed; add {missing}=…"
-    return str(error).splitlines()[0]
+    at_fault = getattr(error, "full_key", None)
+    return (f"{at_fault}: " if at_fault else "") + (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _prepare_train(
     values: dict[str, Any], overrides: list[str], sweep: bool, look: bool = True
 ) -> tuple[configs.Config, Path]:
     """The checked configuration of one job and its directory, which is looked at; a sweep may find it finished."""
-    asked = [item.lstrip("+").split("=")[0] for item in overrides if not item.startswith("hydra")]
+    keys = [item.lstrip("+~").split("=")[0] for item in overrides]
+    asked = [key for key in keys if not key.startswith("hydra")]
     config = configs.check(values, asked)
     directory = configs.run_directory(config, asked)
     if look:
@@ -189,7 +198,7 @@ def _train_job(composed: DictConfig) -> None:
     if stopped or process.exitcode in (128 + signal.SIGINT, 128 + signal.SIGTERM):
         sys.exit(process.exitcode)  # a sweep that is cut does not go on to its next job
     if process.exitcode:
-        raise RunError(f"{directory}: this job of the sweep ended with exit code {process.exitcode}")
+        _failures.append(f"{directory}: this job of the sweep ended with exit code {process.exitcode}")
 
 
 def _work(config: configs.Config, directory: Path) -> NoReturn:

@@ -30,7 +30,7 @@ FREE_KEYS = {"run_dir", "resume", "checkpoint_every", "keep_every", "device", "d
 class Data:
     """A data set: configs/data/."""
 
-    name: str
+    name: Literal["cifar10", "digits", "imagefolder", "imagenet"]
     family: Literal["cifar", "imagenet"]
     root: str | None
     validation: int
@@ -121,7 +121,7 @@ class Config:
         if self.data.root is None:
             return self.data.name
         name = expand(self.data.root).resolve().name or "root"
-        return "cifar10-folder" if name == "cifar10" else name
+        return f"{name}-folder" if name in ("cifar10", "digits") else name
 
 
 @dataclass(frozen=True)
@@ -151,9 +151,10 @@ UNREAD = {
 # What a number may be: at least, at most; None for no bound. Open below where the name stands in ABOVE.
 RANGES: dict[str, tuple[float | None, float | None]] = {
     "seed": (0, 2**63 - 1),
-    "iterations": (1, None),
-    "batch_size": (1, None),
-    "eval_batch_size": (1, None),
+    "depth": (None, 100_000),
+    "iterations": (1, 10**9),
+    "batch_size": (1, 10**6),
+    "eval_batch_size": (1, 10**6),
     "checkpoint_every": (1, None),
     "keep_every": (0, None),
     "log_every": (1, None),
@@ -176,14 +177,35 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "data.size": (8, 1024),
     "data.workers": (0, 256),
 }
+SCHEDULE_KEYS: dict[str, tuple[str, ...]] = {
+    "step": ("name", "lr", "factor", "drops"),
+    "plateau": ("name", "lr", "factor", "patience", "threshold", "watch"),
+    "cosine": ("name", "lr"),
+}
 ABOVE = {"schedule.lr", "warmup.lr", "schedule.factor", "schedule.patience"}
 BELOW = {"momentum"}
 
 
+# Words of other tools, and ours for them.
+MEANT = {
+    "epochs": "iterations",
+    "learning_rate": "schedule.lr",
+    "dataset": "data",
+    "model": "arch",
+    "gpu": "cuda",
+    "float16": "fp16",
+    "bfloat16": "bf16",
+    "float32": "fp32",
+}
+
+
 def nearest(word: str, allowed: Iterable[str]) -> str:
     """`; did you mean X?` for the allowed word most like `word`, or nothing."""
-    found = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
-    return f"; did you mean {found[0]}?" if found else ""
+    words = {item.lower(): item for item in allowed}
+    word = MEANT.get(word.lower(), word.lower())
+    found = [item for item in words if item.rsplit(".", 1)[-1] == word or item == word]
+    found = found or difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
+    return f"; did you mean {words[found[0]]}?" if found else ""
 
 
 def _shown(value: Any) -> str:
@@ -202,7 +224,8 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
         return None if value is None else _convert(key, value, arguments[0])
     if origin is list:
         if not isinstance(value, list):
-            raise UserError(f"{key}={_shown(value)}: must be a list, such as [0.5,0.75]")
+            example = "[256,480]" if arguments[0] is int else "[0.5,0.75]"
+            raise UserError(f"{key}={_shown(value)}: must be a list, such as {example}")
         return [_convert(key, item, arguments[0]) for item in value]
     if dataclasses.is_dataclass(hint):
         return _typed(typing.cast(type, hint), value, key + ".")
@@ -221,10 +244,11 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
 
 def _in_range(key: str, value: float) -> float:
     low, high = RANGES.get(key, (None, None))
+    shown = f"{value:g}" if isinstance(value, float) else _shown(value)
     if low is not None and (value < low or (value == low and key in ABOVE)):
-        raise UserError(f"{key}={value:g}: must be {'above' if key in ABOVE else 'at least'} {low:g}")
+        raise UserError(f"{key}={shown}: must be {'above' if key in ABOVE else 'at least'} {low}")
     if high is not None and (value > high or (value == high and key in BELOW)):
-        raise UserError(f"{key}={value:g}: must be {'below' if key in BELOW else 'at most'} {high:g}")
+        raise UserError(f"{key}={shown}: must be {'below' if key in BELOW else 'at most'} {high}")
     return value
 
 
@@ -256,6 +280,12 @@ def check(values: Mapping[str, Any], asked: Collection[str] = ()) -> Config:
     Looks at the command line and at directory listings only. Raises UserError.
     """
     config = _typed(Config, values)
+    _check_paths({"data.root": config.data.root, "run_dir": config.run_dir, "resume": config.resume})
+    kind = config.schedule.name
+    for key in sorted(values["schedule"].keys() ^ set(SCHEDULE_KEYS[kind])):
+        own = ", ".join(SCHEDULE_KEYS[kind])
+        raise UserError(f"schedule.{key}: schedule={kind} has {own}; choose another kind with schedule=")
+    check_family(config.data)
     check_depth(config.depth, config.data.family)
     for key in UNREAD[config.data.family]:
         if key in asked:
@@ -293,6 +323,15 @@ def check(values: Mapping[str, Any], asked: Collection[str] = ()) -> Config:
     return dataclasses.replace(config, data=_anchored(config.data))
 
 
+def _check_paths(paths: Mapping[str, str | None]) -> None:
+    """Refuse what the file system cannot even look for: a name too long, the home of nobody, a closed folder."""
+    for key, text in paths.items():
+        try:
+            Path(text or ".").expanduser().exists()
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"{key}={_shown(text)}: {getattr(error, 'strerror', None) or error}") from error
+
+
 def restored(values: Mapping[str, Any]) -> Config:
     """The configuration that a checkpoint or a run directory holds. Raises UserError if it is of another version."""
     try:
@@ -304,6 +343,9 @@ def restored(values: Mapping[str, Any]) -> Config:
 def check_eval(values: Mapping[str, Any]) -> EvalConfig:
     """The checked configuration of an evaluation. Raises UserError."""
     config = _typed(EvalConfig, values)
+    _check_paths({"checkpoint": config.checkpoint, "data.root": config.data.root, "out": config.out})
+    if expand(config.checkpoint).is_dir():
+        raise UserError(f"checkpoint={config.checkpoint}: is a folder; name a file in it, such as checkpoints/last.pt")
     if not expand(config.checkpoint).is_file():
         raise UserError(f"checkpoint={config.checkpoint}: there is no such file; a run keeps its in RUN/checkpoints/")
     if config.data.name != "same":
@@ -356,13 +398,21 @@ def check_source(name: str, given: str | None) -> None:
     class_folders(root)
 
 
-def check_held_out(data: Data) -> None:
-    """Refuse a family or a held-out part that the data set cannot have. Raises UserError."""
-    official = data.name == "cifar10" and (data.root is None or is_official_cifar10(expand(data.root)))
-    if data.family == "imagenet" and (official or data.name == "digits"):
+def _is_official(data: Data) -> bool:
+    return data.name == "cifar10" and (data.root is None or is_official_cifar10(expand(data.root)))
+
+
+def check_family(data: Data) -> None:
+    """Refuse a family that the data set cannot have. Raises UserError."""
+    if data.family == "imagenet" and (_is_official(data) or data.name == "digits"):
         raise UserError(f"data.family=imagenet: is for folders of photographs, not for data={data.name}")
+
+
+def check_held_out(data: Data) -> None:
+    """Refuse a held-out part that the data set cannot have. Raises UserError."""
     if data.validation:
-        images = 50_000 if official else 1_437 if data.name == "digits" else _count(expand(data.root or "") / "train")
+        known = 50_000 if _is_official(data) else 1_437 if data.name == "digits" else None
+        images = known or _count(expand(data.root or "") / "train")
         if data.validation >= images:
             raise UserError(f"data.validation={data.validation}: the training set has {images} images; hold out fewer")
 
@@ -391,7 +441,9 @@ def class_folders(root: Path) -> tuple[list[str], str]:
             if not classes[part]:
                 raise UserError(f"data.root={root}: {part}/ has no folder for any class")
             for name in classes[part]:
-                if not any(is_image(entry.name) for entry in os.scandir(root / part / name)):
+                with os.scandir(root / part / name) as entries:
+                    found = any(is_image(entry.name) for entry in entries)
+                if not found:
                     raise UserError(f"data.root={root}: {part}/{name}/ has no images ({' '.join(IMAGE_SUFFIXES)})")
     except OSError as error:
         raise UserError(f"data.root={root}: {error.strerror}: {error.filename}") from error
@@ -419,12 +471,16 @@ def run_directory(config: Config, asked: Iterable[str]) -> Path:
     for word in set(asked) - told:
         named = [word] if word in values else [key for key in values if key.startswith(word + ".")]
         rest |= {key: values[key] for key in named}
-    # Only characters that need no quotes on a later command line, as in checkpoint=runs/…
-    words = [re.sub(r"[^A-Za-z0-9._-]+", "-", f"{key}={_shown(rest[key])}").strip("-") for key in sorted(rest)]
+    words = [_plain_word(f"{key}={json.dumps(rest[key])}") for key in sorted(rest)]
     name = "+".join([*words, f"seed-{config.seed}"])
     if len(name) > 180:
         name = name[:160] + "-" + hashlib.sha256(name.encode()).hexdigest()[:12]
-    return Path("runs") / config.data_label / config.net / name
+    return Path("runs") / (_plain_word(config.data_label) or "images") / config.net / name
+
+
+def _plain_word(text: str) -> str:
+    """`text` with only such characters as need no quotes on a later command line, as in checkpoint=runs/…"""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-")
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -475,7 +531,7 @@ def check_run_dir(directory: Path, config: Config, *, may_be_finished: bool = Fa
         if state == "new" and directory.exists() and any(path.suffix != ".part" for path in directory.iterdir()):
             raise UserError(f"run_dir={directory}: exists and holds no run; take another run_dir=")
         parent = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError) as error:  # AttributeError: JSON that is no dictionary
         raise UserError(f"run_dir={directory}: cannot be used: {error}") from error
     if not _writable(directory / "config.json"):
         raise UserError(f"run_dir={directory}: {parent} is not a folder that you may write to; take another run_dir=")
