@@ -6,6 +6,7 @@ import os
 import pickle
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -55,20 +56,25 @@ def _canonical(value: Any) -> Any:
     return sys.intern(value) if isinstance(value, str) else value
 
 
-def load(path: Path) -> dict[str, Any]:
-    """A checkpoint, on the CPU. Raises UserError for a file that is damaged or not a checkpoint of ours."""
+def read(path: Path) -> Any:
+    """What torch.save wrote to `path`, on the CPU. Raises UserError for a file that is damaged or could run code."""
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # the format's own CRC, which torch.load does not look at
         if damaged:
             raise UserError(f"{path}: is damaged ({damaged})")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(f"{path}: is refused: it holds more than tensors and plain values") from error
-    except (zipfile.BadZipFile, EOFError, RuntimeError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError, NotImplementedError) as error:
         raise UserError(f"{path}: is cut short or not a checkpoint") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A checkpoint, on the CPU. Raises UserError for a file that is damaged or not a checkpoint of ours."""
+    state = read(path)
     if not isinstance(state, dict) or not state.keys() >= KEYS or state["format"] != FORMAT:
         raise UserError(f"{path}: is not a checkpoint of resnet-train (format {FORMAT})")
     return state

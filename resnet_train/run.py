@@ -164,7 +164,7 @@ def _open_directory(run: Run, state: dict[str, Any] | None) -> dict[str, Any]:
         "command": " ".join(["resnet-train", *sys.argv[1:]]),
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "git_commit": _git_commit(),
-        "device": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else _processor(),
+        "device": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else processor(),
         "threads": torch.get_num_threads(),
         "versions": {
             "resnet_train": __version__,
@@ -219,7 +219,8 @@ def _git_commit() -> str | None:
     return found.stdout.strip() or None
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor's name."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())

@@ -40,7 +40,7 @@ def learning_rate(
         return lr * 0.5 * (1 + math.cos(math.pi * iteration / iterations))
     if name == "plateau":
         return lr * factor**progress.dropped
-    return lr * factor ** sum(iteration >= round(drop * iterations) for drop in drops)
+    return lr * factor ** sum(iteration >= max(1, round(drop * iterations)) for drop in drops)
 
 
 def end_warmup(progress: Progress, train_error: float, below: float) -> None:
@@ -52,6 +52,8 @@ def watch_plateau(progress: Progress, iteration: int, error: float, *, patience:
     """Note the watched error (%); drop when it has not fallen by `threshold` points for `patience` iterations."""
     if error < progress.best - threshold:
         progress.best, progress.best_at = error, iteration
-    elif iteration - progress.best_at >= patience and not progress.warm:
+    elif progress.warm:
+        progress.best_at = iteration  # patience counts from the end of the warm-up
+    elif iteration - progress.best_at >= patience:
         progress.dropped += 1
         progress.best_at = iteration

@@ -40,7 +40,9 @@ def main() -> int:
         print(f"kill {kill} of {kills} after iteration {reached(run)}", flush=True)
     subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
     names = sorted(path.name for path in (undisturbed / "checkpoints").glob("*.pt"))
-    same = [filecmp.cmp(undisturbed / "checkpoints" / name, run / "checkpoints" / name, shallow=False) for name in names]
+    same = [
+        filecmp.cmp(undisturbed / "checkpoints" / name, run / "checkpoints" / name, shallow=False) for name in names
+    ]
     for name, equal in zip(names, same, strict=True):
         print(f"{name}: {'the same, byte for byte' if equal else 'DIFFERENT'}")
     return 0 if all(same) else 1

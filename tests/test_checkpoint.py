@@ -78,8 +78,9 @@ def test_a_damaged_last_gives_way_to_the_one_before(tmp_path, capsys):
     path, loaded = checkpoint.load_newest(tmp_path)
     assert (path.name, loaded["iteration"]) == ("previous.pt", 1)
     assert "warning" in capsys.readouterr().out
+    assert sorted(os.listdir(tmp_path)) == ["damaged.pt", "previous.pt"]
     (tmp_path / "previous.pt").write_bytes(b"")
-    with pytest.raises(UserError, match=r"last\.pt"):
+    with pytest.raises(UserError, match=r"previous\.pt"):
         checkpoint.load_newest(tmp_path)
 
 

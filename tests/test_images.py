@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import interpolate
 
-from resnet_train.config import CIFAR_FOLDER, Data, check_source, class_folders, is_official_cifar10
+from resnet_train.config import CIFAR_FOLDER, check_source, class_folders, is_official_cifar10
 from resnet_train.data.images import TEST_FILES, TRAIN_FILES, cache_folder, load, read_image, read_official
 from resnet_train.errors import UserError
 
@@ -288,7 +288,7 @@ def rgb(path):
 
 
 def check(root, name="cifar10"):
-    check_source(Data(name=name, family="cifar", root=str(root), validation=0, size=32, workers=0))
+    check_source(name, str(root))
 
 
 def expected(folder):

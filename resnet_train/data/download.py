@@ -27,7 +27,7 @@ def _network() -> Iterator[None]:
     try:
         yield
     except (OSError, HTTPException) as error:
-        raise _Failed(str(error)) from error
+        raise _Failed(" ".join(str(error).split()) or type(error).__name__) from error
 
 
 def checksum(path: Path) -> str:
@@ -55,12 +55,14 @@ def download(
     reasons = []
     for url, least in [(url, slow) for url in urls] + [(url, 0.0) for url in urls]:
         try:
-            _fetch(url, part, size, stall, least)
-            if checksum(part) != md5:
+            # What an earlier mirror left may be a lie: then this one is asked for the whole.
+            for _ in range(1 + part.exists()):
+                _fetch(url, part, size, stall, least)
+                if checksum(part) == md5:
+                    part.replace(path)
+                    return path
                 part.unlink()
-                raise _Failed("other content than the checksum says")
-            part.replace(path)
-            return path
+            raise _Failed("other content than the checksum says")
         except _Failed as error:
             reasons.append(f"{url}: {error}")
             tqdm.write(f"{url}: {error}; going on with the next")

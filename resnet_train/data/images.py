@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import pickle
+import struct
 import tarfile
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.datasets import CIFAR10
-from torchvision.io import ImageReadMode, decode_image, read_file
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
+from resnet_train import checkpoint
 from resnet_train.config import CIFAR_FOLDER, class_folders, is_image, is_official_cifar10
 from resnet_train.data.download import download
 from resnet_train.errors import UserError
@@ -112,10 +117,10 @@ def _cached(name: str, files: list[Path], key: str, make: Callable[[], DataSet])
         raise UserError(f"data.root: {error.filename}: {error.strerror}") from error
     path = cache_folder() / "decoded" / f"{name}-{stamp.hexdigest()[:16]}.pt"
     try:
-        kept = torch.load(path, weights_only=True)
+        kept = checkpoint.read(path)
         return DataSet(ImageSet(*kept["train"]), ImageSet(*kept["test"]), kept["classes"], kept["digest"])
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError):
-        pass  # not there yet, or cut short: made again
+    except (UserError, TypeError, KeyError):
+        pass  # not there yet, or damaged, or something else: made again
     found = make()
     part = path.with_suffix(f".{os.getpid()}.part")
     try:
@@ -131,7 +136,8 @@ def _cached(name: str, files: list[Path], key: str, make: Callable[[], DataSet])
         )
         part.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
         tqdm.write(f"{path.parent}: the decoded images cannot be kept there ({error}); set RESNET_TRAIN_DATA")
     return found
 
@@ -153,10 +159,10 @@ def read_official(
         else:
             with tarfile.open(source) as archive:
                 raw = {name: _member(archive, f"{CIFAR_FOLDER}/{name}") for name in (*train, *test)}
-    except (OSError, EOFError, tarfile.TarError, KeyError) as error:
+    except (OSError, EOFError, tarfile.TarError, zlib.error, struct.error, KeyError, RecursionError) as error:
         raise UserError(
-            f"data.root={source}: is not CIFAR-10's python archive, or is damaged ({error}); without data.root= it is"
-            " downloaded"
+            f"data.root={source}: is not CIFAR-10's python archive, or is damaged ({str(error).splitlines()[0]});"
+            " without data.root= it is downloaded"
         ) from error
     for name, md5 in {**train, **test}.items():
         if hashlib.md5(raw[name], usedforsecurity=False).hexdigest() != md5:
@@ -191,9 +197,14 @@ def listing(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
 def read_image(path: Path) -> Tensor:
     """An image file as (3, H, W) uint8 RGB; EXIF rotation is not applied. Raises UserError naming the file."""
     try:
-        return decode_image(read_file(str(path)), ImageReadMode.RGB)
-    except RuntimeError as error:
-        raise UserError(f"{path}: is not an image that can be read ({str(error).splitlines()[0]})") from error
+        with Image.open(path) as image:
+            deep = image.mode.startswith("I;16")  # Pillow would clip where it should scale
+            shallow = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)) if deep else image
+            pixels = np.array(shallow.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: is not an image that can be read ({reason})") from error
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def _decode(files: list[tuple[Path, int]], size: int, exact: bool) -> ImageSet:
@@ -205,7 +216,8 @@ def _decode(files: list[tuple[Path, int]], size: int, exact: bool) -> ImageSet:
             if exact:
                 found = f"{image.shape[2]}x{image.shape[1]}"
                 raise UserError(f"{item[0]}: is {found}; data=cifar10 takes {size}x{size}, data=imagefolder any size")
-            image = TF.center_crop(TF.resize(image, [size], antialias=True), [size, size])
+            resized = TF.resize(image.float(), [size], antialias=True).round().to(torch.uint8)  # as for the digits
+            image = TF.center_crop(resized, [size, size])
         return image.permute(1, 2, 0)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -225,8 +237,10 @@ def _digits(size: int) -> DataSet:
     from resnet_train.data.sampler import held_out
 
     digits = load_digits()
-    grey = torch.from_numpy(digits.images).mul(255 / 16).round().to(torch.uint8)[:, None]
-    images = TF.resize(grey, [size, size], antialias=True).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous()
+    grey = torch.from_numpy(digits.images).mul(255 / 16).round().float()[:, None]
+    # In float and rounded after: resizing uint8 rounds otherwise on other processors, and the digest would differ.
+    large = TF.resize(grey, [size, size], antialias=True).round().to(torch.uint8)
+    images = large.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous()
     both = ImageSet(images, torch.from_numpy(digits.target).long())
     train, test = held_out(len(both), 360)
     return _data_set(both.part(train), both.part(test), [str(digit) for digit in range(10)])

@@ -130,7 +130,7 @@ class StreamedSets:
         """The center crop of every image once, shorter side at 256 for crops of 224. What fills up has label -1."""
         part = self.parts[split]
         views = [
-            [(min(i, len(part) - 1), round(self.size * 256 / 224), 0.5, 0.5) for i in range(s, s + batch_size)]
+            [(min(i, len(part) - 1), round(self.size * 256 / 224), None) for i in range(s, s + batch_size)]
             for s in range(0, len(part), batch_size)
         ]
         place = torch.arange(batch_size)
@@ -148,7 +148,8 @@ class StreamedSets:
             raise UserError(str(error).strip().splitlines()[-1].split("UserError: ")[-1]) from None
 
 
-View = tuple[int, int, float, float]  # index, shorter side, and where the crop lies: 0 left or top, 1 right or bottom
+# Index, shorter side, and where the crop lies, down and across, from 0 to below 1; None for the center.
+View = tuple[int, int, tuple[float, float] | None]
 
 
 class _Views(Dataset[tuple[Tensor, int]]):
@@ -158,11 +159,15 @@ class _Views(Dataset[tuple[Tensor, int]]):
         self.files, self.size = files, size
 
     def __getitem__(self, view: View) -> tuple[Tensor, int]:
-        index, side, down, across = view
+        index, side, place = view
         path, label = self.files[index]
         image = TF.resize(read_image(path), [side], antialias=True)
-        top, left = round(down * (image.shape[1] - self.size)), round(across * (image.shape[2] - self.size))
-        return TF.crop(image, top, left, self.size, self.size).permute(1, 2, 0).contiguous(), label
+        if place is None:
+            image = TF.center_crop(image, [self.size, self.size])
+        else:  # every offset is as likely, the first and the last included
+            top, left = (int(p * (n - self.size + 1)) for p, n in zip(place, image.shape[1:], strict=True))
+            image = TF.crop(image, top, left, self.size, self.size)
+        return image.permute(1, 2, 0).contiguous(), label
 
 
 class _RandomViews(Sampler[list[View]]):
@@ -177,6 +182,6 @@ class _RandomViews(Sampler[list[View]]):
             indices = batch_indices(self.seed, iteration, self.batch_size, self.size).tolist()
             draw = generator(self.seed, "augment", iteration)
             sides = torch.randint(self.sides[0], self.sides[1] + 1, (self.batch_size,), generator=draw).tolist()
-            down, across = torch.rand(2, self.batch_size, generator=draw).tolist()
-            yield list(zip(indices, sides, down, across, strict=True))
+            places = [(down, across) for down, across in torch.rand(self.batch_size, 2, generator=draw).tolist()]
+            yield list(zip(indices, sides, places, strict=True))
             iteration += 1

@@ -55,10 +55,12 @@ def imagenet_resnet(
 
     `bottleneck_stride`: where a bottleneck has its stride of 2: 1x1 (the paper and its Caffe release) or 3x3
     (torchvision, "v1.5"). Takes images (N, 3, 224, 224), gives logits (N, num_classes). Raises ValueError for
-    another depth.
+    another depth or stride.
     """
     if depth not in IMAGENET:
         raise ValueError(f"depth must be one of {list(IMAGENET)}, not {depth}")
+    if bottleneck_stride not in ("1x1", "3x3"):
+        raise ValueError(f"bottleneck_stride must be 1x1 or 3x3, not {bottleneck_stride}")
     kind, blocks = IMAGENET[depth]
     block = BasicBlock if kind == "basic" else Bottleneck if bottleneck_stride == "3x3" else BottleneckV1
     return ResNet(block, blocks, 64, shortcut, num_classes=num_classes, init=init, zero_gamma=zero_gamma, imagenet=True)
