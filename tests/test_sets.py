@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import multiprocessing
 import shutil
 
 import pytest
@@ -350,7 +351,7 @@ def test_the_digest_is_of_names_and_sizes(tree, tmp_path):
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("content", [b"", b"hello\n", None], ids=["zero bytes", "text", "half"])
-def test_a_broken_file_stops_with_one_line_that_names_it(content, workers, tree, tmp_path):
+def test_a_broken_file_stops_the_workers_and_is_named_in_one_line(content, workers, tree, tmp_path):
     shutil.copytree(tree, tmp_path / "copy")
     path = tmp_path / "copy" / "train" / "dog" / "2.JPEG"
     whole = path.read_bytes()
@@ -360,6 +361,7 @@ def test_a_broken_file_stops_with_one_line_that_names_it(content, workers, tree,
         training(sets, 2)
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith(f"{path}: ")
+    assert multiprocessing.active_children() == []
 
 
 def test_a_wrong_tree_is_refused_when_it_is_opened(tree, tmp_path):

@@ -145,6 +145,7 @@ class StreamedSets:
         try:
             yield from loader
         except UserError as error:  # from a worker it comes wrapped in that worker's traceback
+            error.__traceback__ = None  # its frames would keep the workers until they time out
             raise UserError(str(error).strip().splitlines()[-1].split("UserError: ")[-1]) from None
 
 
