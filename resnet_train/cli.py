@@ -71,6 +71,9 @@ def _command(name: str, prepare: Callable[..., Any], job: Callable[[DictConfig],
         _fail(UserError(str(error)))
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:  # as in `resnet-train --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 def _usage(message: str) -> NoReturn:

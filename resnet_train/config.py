@@ -11,6 +11,7 @@ import os
 import re
 import types
 import typing
+import zipfile
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -348,6 +349,8 @@ def check_eval(values: Mapping[str, Any]) -> EvalConfig:
         raise UserError(f"checkpoint={config.checkpoint}: is a folder; name a file in it, such as checkpoints/last.pt")
     if not expand(config.checkpoint).is_file():
         raise UserError(f"checkpoint={config.checkpoint}: there is no such file; a run keeps its in RUN/checkpoints/")
+    if not zipfile.is_zipfile(expand(config.checkpoint)):
+        raise UserError(f"checkpoint={config.checkpoint}: is cut short or not a checkpoint")
     if config.data.name != "same":
         check_source(config.data.name, config.data.root)
     elif config.data.root is not None and not expand(config.data.root).exists():
