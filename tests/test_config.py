@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import os
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -859,19 +860,20 @@ def test_resume_takes_two_words_or_a_file(resume, tmp_path):
         ("checkpoint=last.pt out=.", "out=.: is not a file"),
         ("checkpoint=last.pt out=last.pt/x", "out=last.pt/x: is not a file"),
         ("checkpoint=last.pt data.name=imagefolder", "data.root: data=imagefolder needs one"),
+        (f"checkpoint={__file__}", "test_config.py: is cut short or not a checkpoint"),
         ("checkpoint=last.pt depth=20", "depth=20: there is no key depth"),
         ("chekpoint=last.pt", "did you mean checkpoint?"),
     ],
 )
 def test_a_wrong_word_for_eval_is_named(line, expected, tmp_path):
-    (tmp_path / "last.pt").touch()
+    zipfile.ZipFile(tmp_path / "last.pt", "w").close()  # what torch.save writes is a zip archive
     with pytest.raises(UserError) as caught:
         config.check_eval(cli._compose("eval", line.split()))
     assert expected in str(caught.value)
 
 
 def test_eval_takes_the_checkpoints_own_data_unless_told_otherwise(tmp_path):
-    (tmp_path / "last.pt").touch()
+    zipfile.ZipFile(tmp_path / "last.pt", "w").close()  # what torch.save writes is a zip archive
     found = config.check_eval(cli._compose("eval", ["checkpoint=last.pt"]))
     assert (found.data.name, found.data.root, found.split, found.out) == ("same", None, "test", None)
     found = config.check_eval(cli._compose("eval", ["checkpoint=last.pt", "data.root=."]))
