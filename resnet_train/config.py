@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from resnet_train.errors import UserError
-from resnet_train.files import expand
+from resnet_train.files import expand, nearest_existing
 
 IMAGENET_DEPTHS = (18, 34, 50, 101, 152)
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
@@ -117,7 +117,7 @@ class Config:
     @property
     def data_label(self) -> str:
         """The data's name in every record: a folder's own name, so that look-alikes are never called CIFAR-10."""
-        if self.data.name == "cifar10" and (not self.data.root or is_official_cifar10(expand(self.data.root))):
+        if _is_official(self.data):
             return "cifar10"
         if self.data.root is None:
             return self.data.name
@@ -517,7 +517,7 @@ def run_state(directory: Path) -> Literal["new", "unfinished", "finished"]:
 
 def _writable(file: Path) -> bool:
     """Whether a file could be made or written there, with the folders that are missing."""
-    parent = next(path for path in file.absolute().parents if path.exists())
+    parent = nearest_existing(file.parent)
     return parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)
 
 
@@ -533,7 +533,7 @@ def check_run_dir(directory: Path, config: Config, *, may_be_finished: bool = Fa
             check_same_run(json.loads((directory / "config.json").read_text()), config.plain(), str(directory))
         if state == "new" and directory.exists() and any(path.suffix != ".part" for path in directory.iterdir()):
             raise UserError(f"run_dir={directory}: exists and holds no run; take another run_dir=")
-        parent = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+        parent = nearest_existing(directory)
     except (OSError, ValueError, AttributeError) as error:  # AttributeError: JSON that is no dictionary
         raise UserError(f"run_dir={directory}: cannot be used: {error}") from error
     if not _writable(directory / "config.json"):

@@ -17,6 +17,11 @@ def expand(path: str | Path) -> Path:
         raise UserError(f"{path}: there is no such home folder") from error
 
 
+def nearest_existing(path: Path) -> Path:
+    """`path`, or the nearest folder above it that exists."""
+    return next(place for place in (path, *path.absolute().parents) if place.exists())
+
+
 def write_json(path: Path, values: Any, indent: int | None = 2) -> None:
     """Write `values` whole or not at all."""
     part = path.with_name(path.name + ".part")

@@ -24,7 +24,7 @@ from resnet_train.build import compile_network, network, open_sets, pick_device,
 from resnet_train.config import Config, check_same_run, run_state
 from resnet_train.data.sampler import generator
 from resnet_train.errors import UserError
-from resnet_train.files import expand, write_json
+from resnet_train.files import expand, nearest_existing, write_json
 from resnet_train.models.resnet import multiply_adds, parameters
 from resnet_train.record import Record
 from resnet_train.schedule import Progress
@@ -150,8 +150,7 @@ def _claimed(directory: Path) -> Iterator[None]:
 
 def _check_space(run: Run) -> None:
     """Refuse to begin where the checkpoints would not fit. Raises UserError."""
-    existing = next(path for path in (run.directory, *run.directory.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(nearest_existing(run.directory)).free
     needed = 10_000_000 + 5 * 8 * parameters(run.model)  # weights and momentum: last, previous, best, two being made
     if free < needed:
         raise UserError(f"run_dir={run.directory}: {free / 1e6:.0f} MB are free there, {needed / 1e6:.0f} are needed")

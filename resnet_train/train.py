@@ -150,6 +150,21 @@ def step(run: Run, images: Tensor, labels: Tensor, lr: float) -> None:
     run.iteration += 1
 
 
+def rate(config: Config, iteration: int, progress: Progress) -> float:
+    """The learning rate of the step after `iteration` steps."""
+    schedule = config.schedule
+    return learning_rate(
+        iteration,
+        config.iterations,
+        progress,
+        name=schedule.name,
+        lr=schedule.lr,
+        warmup_lr=config.warmup.lr,
+        factor=schedule.factor,
+        drops=schedule.drops,
+    )
+
+
 def loop(run: Run, record: Record, stop: Stop) -> None:
     """All iterations that are left, or those until a signal; leaves a checkpoint of the last one in either case."""
     config, clock = run.config, Clock(run.iteration)
@@ -163,16 +178,7 @@ def loop(run: Run, record: Record, stop: Stop) -> None:
     )
     while run.iteration < config.iterations and not stop.signal:
         images, labels = next(batches)
-        lr = learning_rate(
-            run.iteration,
-            config.iterations,
-            run.progress,
-            name=config.schedule.name,
-            lr=config.schedule.lr,
-            warmup_lr=config.warmup.lr,
-            factor=config.schedule.factor,
-            drops=config.schedule.drops,
-        )
+        lr = rate(config, run.iteration, run.progress)
         step(run, images, labels, lr)
         record.bar.update()
 

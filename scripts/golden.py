@@ -23,8 +23,8 @@ from resnet_train.cli import CONFIG_DIR
 from resnet_train.models import cifar_resnet, imagenet_resnet
 from resnet_train.models.resnet import IMAGENET, multiply_adds, parameters
 from resnet_train.run import build, processor
-from resnet_train.schedule import Progress, end_warmup, learning_rate, watch_plateau
-from resnet_train.train import Meters, step
+from resnet_train.schedule import Progress, end_warmup, watch_plateau
+from resnet_train.train import Meters, rate, step
 
 FILE = Path(__file__).resolve().parent.parent / "tests" / "golden.json"
 NETS = {  # name: its family, depth and shortcut
@@ -54,21 +54,6 @@ def size(family: str, depth: int, shortcut: str) -> dict[str, int]:
     with torch.device("meta"):
         net = make(depth, shortcut)
     return {"parameters": parameters(net), "multiply_adds": multiply_adds(net, side)}
-
-
-def rate(config: configs.Config, iteration: int, progress: Progress) -> float:
-    """The learning rate of the step after `iteration` steps."""
-    schedule = config.schedule
-    return learning_rate(
-        iteration,
-        config.iterations,
-        progress,
-        name=schedule.name,
-        lr=schedule.lr,
-        warmup_lr=config.warmup.lr,
-        factor=schedule.factor,
-        drops=schedule.drops,
-    )
 
 
 def rates(overrides: str) -> list[tuple[float, int]]:
