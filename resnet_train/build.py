@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from resnet_train.config import Config
 from resnet_train.data.sets import MemorySets, StreamedSets
+from resnet_train.distributed import local_rank, main
 from resnet_train.errors import UserError
 from resnet_train.models import cifar_resnet, imagenet_resnet
 from resnet_train.models.resnet import BasicBlock, Bottleneck
@@ -44,7 +47,7 @@ def open_sets(config: Config) -> MemorySets | StreamedSets:
 
 
 def pick_device(name: str) -> torch.device:
-    """auto, cpu or cuda as a device. Raises UserError where there is no GPU."""
+    """auto, cpu or cuda as this process's device. Raises UserError where there is no GPU for it."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda: torch sees no GPU here; take device=cpu")
     if name == "auto":
@@ -52,6 +55,10 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
+        if local_rank() >= torch.cuda.device_count():
+            raise UserError(f"devices: torch sees {torch.cuda.device_count()} GPUs here; each process needs one")
+        torch.cuda.set_device(local_rank())
+        return torch.device("cuda", local_rank())
     return torch.device(name)
 
 
@@ -70,9 +77,46 @@ def _cpu_has_bf16() -> bool:
     return cpuinfo.exists() and any(flag in cpuinfo.read_text() for flag in ("avx512_bf16", "amx_bf16", "bf16 "))
 
 
-def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """Mixed precision for forward passes; does nothing in fp32."""
-    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
+def placed(model: nn.Module, device: torch.device, precision: str) -> nn.Module:
+    """`model` on `device`, channels last, its weights in float32, or in float64 for fp64."""
+    dtype = torch.float64 if precision == "fp64" else torch.float32
+    return model.to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def check_synchronised(device: torch.device) -> None:
+    """Raise UserError where batch norm over the images of all processes cannot be had."""
+    if device.type == "cpu":
+        raise UserError("bn_images=all: PyTorch's synchronised batch norm needs GPUs; take a number of images")
+
+
+def exchanging(model: nn.Module, precision: str, shape: tuple[int, ...]) -> nn.Module:
+    """`model` with its gradients averaged over all processes; `shape` is that of its batches."""
+    device = next(model.parameters()).device
+    newer = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    net = DistributedDataParallel(
+        model,
+        device_ids=[device] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        # No copies of the first's buffers: all processes move them alike, in batchnorm.update_statistics.
+        **{"forward_sync_buffers" if newer else "broadcast_buffers": False},  # type: ignore[arg-type]
+    )
+    # After its first pass it puts the gradients in another order, in which sums of more than two round otherwise. That
+    # pass is made here, on nothing: else a run that is cut and goes on would differ from one that is not.
+    buffers = [buffer.clone() for buffer in model.buffers()]
+    images = torch.zeros(shape, device=device).contiguous(memory_format=torch.channels_last)
+    logits_of(net, images, precision).sum().backward()
+    model.zero_grad(set_to_none=True)
+    for buffer, before in zip(model.buffers(), buffers, strict=True):
+        buffer.copy_(before)
+    return net
+
+
+def logits_of(net: nn.Module, images: Tensor, precision: str) -> Tensor:
+    """A forward pass in `precision`; logits in float32, or in float64 for fp64."""
+    if precision == "fp64":
+        return net(images.double())
+    with torch.autocast(images.device.type, DTYPES[precision], enabled=precision != "fp32"):
+        return net(images).float()
 
 
 def compile_network(model: nn.Module, depth: int, device: torch.device) -> bool:
@@ -84,7 +128,8 @@ def compile_network(model: nn.Module, depth: int, device: torch.device) -> bool:
         torch.compile(torch.neg, dynamic=False)(torch.zeros(8, device=device))
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
-        print(f"compile=true: there is no working compiler ({reason}); going on without, slower", flush=True)
+        if main():
+            print(f"compile=true: there is no working compiler ({reason}); going on without, slower", flush=True)
         return False
     if depth <= WHOLE:
         model.compile(dynamic=False)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import re
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from resnet_train import config as configs
-from resnet_train.errors import RunError, UserError
+from resnet_train.errors import SIGNALS, RunError, UserError, of_the_system
 
 _PACKAGE = Path(__file__).resolve().parent
 _failures: list[str] = []  # jobs of a sweep that ended badly; it goes on, and tells at its end
@@ -55,6 +57,11 @@ def _command(name: str, prepare: Callable[..., Any], job: Callable[[DictConfig],
         for flag in ("config_name", "config_path", "config_dir", "experimental_rerun"):
             if getattr(arguments, flag) is not None:
                 raise UserError(f"--{flag.replace('_', '-')}: the configurations are this command's own; drop it")
+        if arguments.multirun and _launched():
+            raise UserError(
+                f"-m: torchrun would start the sweep in each of its processes; take resnet-train -m"
+                f" devices={os.environ.get('LOCAL_WORLD_SIZE', '8')} … without torchrun, or torchrun for one run"
+            )
         if not (arguments.help or arguments.hydra_help or arguments.shell_completion or arguments.info):
             places = []
             sweep = arguments.multirun or "hydra.mode=MULTIRUN" in arguments.overrides
@@ -81,9 +88,24 @@ def _usage(message: str) -> NoReturn:
 
 
 def _fail(error: UserError) -> NoReturn:
-    """One line on stderr and the error's exit code."""
-    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    """One line on stderr, from one process of each machine, and the error's exit code."""
+    if os.environ.get("LOCAL_RANK", "0") == "0" or not _launched():
+        _tell(error)
     sys.exit(error.code)
+
+
+def _tell(error: UserError) -> None:
+    """One line on stderr; an error that all processes meet is the first one's to tell."""
+    rank = int(os.environ["RANK"]) if _launched() else 0
+    if rank == 0 or not error.shared:
+        who = f"rank {rank}: " if rank else ""
+        print(f"error: {who}" + " ".join(str(error).split()), file=sys.stderr, flush=True)
+
+
+def _launched() -> int:
+    """The number of processes that torchrun, Slurm or our own launcher has started; 0 outside of them."""
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in names) else 0
 
 
 def _jobs(overrides: list[str], multirun: bool) -> list[list[str]]:
@@ -160,9 +182,14 @@ def _prepare_train(
     """The checked configuration of one job and its directory, which is looked at; a sweep may find it finished."""
     keys = [item.lstrip("+~").split("=")[0] for item in overrides]
     asked = [key for key in keys if not key.startswith("hydra")]
+    if _launched():
+        for key in ("devices", "max_restarts"):
+            if key in asked:
+                raise UserError(f"{key}={values[key]}: that is the launcher's to say, such as torchrun; drop it")
+        values["devices"] = _launched()
     config = configs.check(values, asked)
     directory = configs.run_directory(config, asked)
-    if look:
+    if look and os.environ.get("RANK", "0") == "0":
         configs.check_run_dir(directory, config, may_be_finished=sweep)
     return config, directory
 
@@ -193,12 +220,12 @@ def _train_job(composed: DictConfig) -> None:
         if process.pid and number != signal.SIGINT:  # a terminal sends Ctrl-C to the worker as well
             os.kill(process.pid, number)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, forward) for number in SIGNALS}
     process.start()
     process.join()
     for number, handler in before.items():
         signal.signal(number, handler)
-    if stopped or process.exitcode in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+    if stopped or process.exitcode in [128 + number for number in SIGNALS]:
         sys.exit(process.exitcode)  # a sweep that is cut does not go on to its next job
     if process.exitcode:
         _failures.append(f"{directory}: this job of the sweep ended with exit code {process.exitcode}")
@@ -206,35 +233,81 @@ def _train_job(composed: DictConfig) -> None:
 
 def _work(config: configs.Config, directory: Path) -> NoReturn:
     """Train, and exit."""
+    _run(functools.partial(_train_here, config, directory), config, config.max_restarts)
+
+
+def _train_here(config: configs.Config, directory: Path) -> int:
+    """Train in this process, alone or as one of several; the exit code."""
     from resnet_train.run import train as run
 
-    _exit_with(lambda: run(config, directory))
+    return _code(lambda: run(config, directory))
 
 
 def _eval_job(composed: DictConfig) -> None:
     """One evaluation."""
+    values: Any = OmegaConf.to_container(composed, resolve=True)
+    asked = configs.check_eval(values)
+    _run(functools.partial(_eval_here, asked), asked)
+
+
+def _eval_here(asked: configs.EvalConfig) -> int:
+    """Evaluate in this process, alone or as one of several; the exit code."""
     from resnet_train.evaluate import evaluate_checkpoint
 
-    values: Any = OmegaConf.to_container(composed, resolve=True)
-    _exit_with(lambda: evaluate_checkpoint(configs.check_eval(values)))
+    return _code(lambda: evaluate_checkpoint(asked))
 
 
-def _exit_with(job: Callable[[], int | None]) -> NoReturn:
-    """Exit with the job's own code, or with one line for what the user or the machine lacks. Bugs keep their trace."""
+def _run(job: Callable[[], int], config: configs.Config | configs.EvalConfig, max_restarts: int = 0) -> NoReturn:
+    """Exit with what `job` gives: here, as one of a launcher's processes, or in new processes for several devices."""
+    if _launched():
+        code = job()
+        # torchrun takes another exit code for a failure: it would start all again, or end the whole job with 1.
+        sys.exit(0 if code > 128 and "TORCHELASTIC_RUN_ID" in os.environ else code)
+    if config.devices == 1 and not max_restarts:
+        sys.exit(job())
+    from resnet_train.launch import launch, pick_processes
+
+    sys.exit(_code(lambda: launch(job, pick_processes(config.devices, config.device), max_restarts)))
+
+
+def _code(job: Callable[[], int | None]) -> int:
+    """The job's own exit code, 0 for none; one line for what the user or the machine lacks. Bugs keep their trace.
+
+    An error that this process alone meets ends it here, without a word to those that wait for it but its end.
+    """
     import torch
 
     try:
-        sys.exit(job())
+        return job() or 0
     except UserError as error:
-        _fail(error)
+        told = error
     except torch.OutOfMemoryError as error:
-        _fail(RunError(f"out of memory; take a smaller batch_size= ({str(error).splitlines()[0]})"))
-    except OSError as error:
-        _fail(
-            RunError(f"{error.filename or 'a file'}: {error.strerror}; what is on disk is whole, free space and go on")
+        told = RunError(
+            f"out of memory; take a smaller batch_size= or device_batch_size= ({str(error).splitlines()[0]})"
         )
+    except OSError as error:
+        told = of_the_system(error)
     except KeyboardInterrupt:  # the second Ctrl-C
         sys.exit(128 + signal.SIGINT)
-    except Exception:
+    except Exception as error:
+        if _launched() and torch.distributed.is_initialized() and isinstance(error, RuntimeError):
+            _lost(error)
         traceback.print_exc()
+        sys.exit(1)
+    _tell(told)
+    if told.shared:
+        return told.code
+    sys.exit(told.code)
+
+
+def _lost(error: RuntimeError) -> None:
+    """Leave it to the launcher to end this process, if `error` came of the end of another, which it is to name."""
+    lines = [line for line in str(error).splitlines() if re.search("gloo|NCCL|[Cc]onnection|[Tt]imed out", line)]
+    if lines:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        time.sleep(10)
+        _tell(
+            RunError(f"lost the other processes ({lines[0][:200]}); the same command goes on from the last checkpoint")
+        )
         sys.exit(1)

@@ -23,8 +23,10 @@ from resnet_train.files import expand, nearest_existing
 IMAGENET_DEPTHS = (18, 34, 50, 101, 152)
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 CIFAR_FOLDER = "cifar-10-batches-py"
-# These may differ between a run and its continuation: none of them enters the mathematics.
-FREE_KEYS = {"run_dir", "resume", "checkpoint_every", "keep_every", "device", "devices", "data.root", "data.workers"}
+# These may differ between a run and its continuation: none of them enters the mathematics, but for batch norm's
+# statistics where bn_images=device leaves them to the devices; then a note is printed.
+FREE_KEYS = {"run_dir", "resume", "checkpoint_every", "keep_every", "device", "devices", "device_batch_size"}
+FREE_KEYS |= {"max_restarts", "timeout", "data.root", "data.workers"}
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,10 @@ class Config:
     depth: int
     arch: Literal["resnet", "plain"]
     seed: int
-    devices: int
-    precision: Literal["auto", "bf16", "fp16", "fp32"]
+    devices: int | Literal["auto"]
+    max_restarts: int
+    timeout: int
+    precision: Literal["auto", "bf16", "fp16", "fp32", "fp64"]
     device: Literal["auto", "cpu", "cuda"]
     checkpoint_every: int
     keep_every: int
@@ -94,6 +98,8 @@ class Config:
     zero_gamma: bool
     iterations: int
     batch_size: int
+    device_batch_size: int | None
+    bn_images: int | Literal["device", "all"]
     eval_batch_size: int
     momentum: float
     nesterov: bool
@@ -140,7 +146,9 @@ class EvalConfig:
     data: EvalData
     checkpoint: str
     split: Literal["test", "val", "train"]
+    devices: int | Literal["auto"]
     device: Literal["auto", "cpu", "cuda"]
+    timeout: int
     out: str | None
 
 
@@ -173,7 +181,11 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "augment.pad": (0, 16),
     "augment.shorter_side": (0, 4096),
     "augment.colour_noise": (0, 1),
-    "devices": (1, None),
+    "device_batch_size": (1, None),
+    "bn_images": (2, None),
+    "devices": (1, 100_000),
+    "max_restarts": (0, 1000),
+    "timeout": (1, 10**6),
     "data.validation": (0, None),
     "data.size": (8, 1024),
     "data.workers": (0, 256),
@@ -197,6 +209,9 @@ MEANT = {
     "float16": "fp16",
     "bfloat16": "bf16",
     "float32": "fp32",
+    "float64": "fp64",
+    "gpus": "devices",
+    "sync_bn": "bn_images",
 }
 
 
@@ -222,7 +237,14 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
             return value
         raise UserError(f"{key}={_shown(value)}: allowed are {', '.join(arguments)}{nearest(str(value), arguments)}")
     if origin in (typing.Union, types.UnionType):
-        return None if value is None else _convert(key, value, arguments[0])
+        words = [word for option in arguments for word in typing.get_args(option)]
+        if value in words or (value is None and type(None) in arguments):
+            return value
+        if words and isinstance(value, str):
+            raise UserError(
+                f"{key}={_shown(value)}: must be a whole number or {' or '.join(words)}{nearest(value, words)}"
+            )
+        return _convert(key, value, arguments[0])
     if origin is list:
         if not isinstance(value, list):
             example = "[256,480]" if arguments[0] is int else "[0.5,0.75]"
@@ -291,8 +313,8 @@ def check(values: Mapping[str, Any], asked: Collection[str] = ()) -> Config:
     for key in UNREAD[config.data.family]:
         if key in asked:
             raise UserError(f"{key}: means nothing to {config.data.family} data; drop it")
-    if config.devices != 1:
-        raise UserError(f"devices={config.devices}: this version trains on one device; take devices=1")
+    if config.devices != "auto":
+        share(config, config.devices)
     if config.precision == "fp16" and config.device == "cpu":
         raise UserError("precision=fp16: is for GPUs; on a CPU take bf16 or fp32")
     if config.arch == "plain" and config.zero_gamma:
@@ -322,6 +344,45 @@ def check(values: Mapping[str, Any], asked: Collection[str] = ()) -> Config:
     check_source(config.data.name, config.data.root)
     check_held_out(config.data)
     return dataclasses.replace(config, data=_anchored(config.data))
+
+
+@dataclass(frozen=True)
+class Share:
+    """How one batch is dealt: `images` per device and forward pass, `passes` per step, batch norm over `group`."""
+
+    images: int
+    passes: int
+    group: int
+
+
+def share(config: Config, devices: int) -> Share:
+    """The share of each of `devices` in a batch. Raises UserError for what does not divide, naming the nearest."""
+    each, rest = divmod(config.batch_size, devices)
+    if rest or not each:
+        near = max(1, round(config.batch_size / devices)) * devices
+        raise UserError(f"batch_size={config.batch_size}: does not divide by {devices} devices; nearest: {near}")
+    images = min(config.device_batch_size or each, each)
+    if each % images:
+        near = _nearest_divisor(each, images)
+        raise UserError(f"device_batch_size={images}: does not divide the {each} images of a device; nearest: {near}")
+    passes = each // images
+    if config.bn_images == "device":
+        return Share(images, passes, images)
+    if config.bn_images == "all":
+        if passes > 1:
+            raise UserError("bn_images=all: a batch taken in parts has no common statistics; drop device_batch_size=")
+        return Share(images, passes, config.batch_size)
+    if config.bn_images > images or images % config.bn_images:
+        near = _nearest_divisor(images, config.bn_images)
+        raise UserError(
+            f"bn_images={config.bn_images}: does not divide the {images} images that a device takes at once;"
+            f" nearest: {near}"
+        )
+    return Share(images, passes, config.bn_images)
+
+
+def _nearest_divisor(number: int, near: int) -> int:
+    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - near))
 
 
 def _check_paths(paths: Mapping[str, str | None]) -> None:

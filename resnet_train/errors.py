@@ -1,13 +1,34 @@
-"""The two ways in which a command ends badly. Both become one line on stderr."""
+"""The ways in which a command ends early: errors, each of which becomes one line on stderr, and signals."""
+
+from __future__ import annotations
+
+import signal
+
+# What ends a run in good order, with a checkpoint. Slurm sends the last two, or SIGTERM, before it takes the machine.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class UserError(Exception):
     """Something asked for cannot be had; the message says what, what is allowed and what to try. Exit code 2."""
 
     code = 2
+    shared = False  # whether all processes that train together end with it
 
 
 class RunError(UserError):
     """A run that began well cannot go on (a loss that is not finite, a full disk). Exit code 1."""
 
     code = 1
+
+
+class Elsewhere(UserError):
+    """The error of another process, which tells of it; its exit code."""
+
+    def __init__(self, error: UserError) -> None:
+        super().__init__(str(error))
+        self.code = error.code
+
+
+def of_the_system(error: OSError) -> RunError:
+    """What the operating system refused, for the user."""
+    return RunError(f"{error.filename or 'a file'}: {error.strerror}; what is on disk is whole, free space and go on")

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resnet_train import checkpoint
-from resnet_train.build import autocast, compile_network, network, open_sets, pick_device
+from resnet_train.build import compile_network, logits_of, network, open_sets, pick_device, placed
 from resnet_train.config import Config, EvalConfig, check_source, restored
+from resnet_train.distributed import from_main, joined, main, one_after_all, rank, total, world
 from resnet_train.errors import UserError
 from resnet_train.files import expand, write_json
 
@@ -53,47 +54,54 @@ def wrong_answers(logits: Tensor, labels: Tensor) -> Tensor:
 def count_errors(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], precision: str, size: int) -> Count:
     """Run `model` in evaluation mode over `batches`, whose labels count where they are not -1: `size` of them.
 
+    Of several processes each takes its own share of the batches, and all get the same count, that of one process.
     Leaves the model in training mode or not, as it was.
     """
     was_training = model.training
     model.eval()
-    totals = None
+    device = next(model.parameters()).device
+    counts = torch.zeros(3, dtype=torch.int64, device=device)
+    mine = []
     for images, labels in batches:
-        with autocast(precision, images.device):
-            logits = model(images)
-        logits = logits.float()
-        loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum").double()
-        counts = torch.cat([wrong_answers(logits, labels), (labels >= 0).sum()[None]])
-        totals = (counts, loss) if totals is None else (totals[0] + counts, totals[1] + loss)
+        logits = logits_of(model, images, precision)
+        mine.append(F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum").double())
+        counts += torch.cat([wrong_answers(logits, labels), (labels >= 0).sum()[None]])
     model.train(was_training)
-    assert totals is not None
-    wrong, wrong5, seen = totals[0].tolist()
+    wrong, wrong5, seen = total(counts).tolist()
     assert seen == size, f"{seen} images counted of {size}"
-    return Count(wrong, wrong5, seen, totals[1].item())
+    losses = torch.zeros(int(total(torch.tensor(len(mine)))), dtype=torch.float64, device=device)
+    if mine:  # each loss in its batch's place, so that their sum does not depend on the number of processes
+        losses[rank() :: world()] = torch.stack(mine)
+    return Count(wrong, wrong5, seen, total(losses).sum().item())
 
 
 def evaluate_checkpoint(asked: EvalConfig) -> None:
     """The command `resnet-eval`: the count that training reported, from the file alone; JSON and one line."""
+    device = pick_device(asked.device)
+    with joined(device, asked.timeout):
+        _evaluate(asked, device)
+
+
+def _evaluate(asked: EvalConfig, device: torch.device) -> None:
     path = expand(asked.checkpoint)
-    state = checkpoint.load(path)
+    state = from_main(lambda: checkpoint.load(path))
     config = _with_data(restored(state["config"]), asked)
-    sets = open_sets(config)
+    sets = one_after_all(lambda: open_sets(config))
     if sets.classes != state["classes"]:
         raise UserError(
             f"data: {config.data_label} has the classes {', '.join(sets.classes)[:60]}…, the checkpoint was trained on"
             f" {', '.join(state['classes'])[:60]}…"
         )
-    if asked.data.name == "same" and sets.digest != state["digest"]:
+    if asked.data.name == "same" and sets.digest != state["digest"] and main():
         print("note: these are not the images that the checkpoint was trained on", flush=True)
     if asked.split == "val" and sets.sizes["val"] == 0:
         raise UserError("split=val: no part of the training set was held out; take split=test")
-    device = pick_device(asked.device)
-    model = network(config, len(sets.classes)).to(device).to(memory_format=torch.channels_last)
-    model.load_state_dict(state["model"])
     precision, compiled = state["measure"]["precision"], state["measure"]["compile"]
+    model = placed(network(config, len(sets.classes)), device, precision)
+    model.load_state_dict(state["model"])
     if compiled:
         compiled = compile_network(model, config.depth, device)
-    batches = sets.eval_batches(asked.split, state["mean"].to(device), device, config.eval_batch_size)
+    batches = sets.eval_batches(asked.split, state["mean"].to(device), device, config.eval_batch_size, rank(), world())
     count = count_errors(model, batches, precision, sets.sizes[asked.split])
     result = {
         "checkpoint": str(path.absolute()),
@@ -113,6 +121,8 @@ def evaluate_checkpoint(asked: EvalConfig) -> None:
         "compile": compiled,
         "device": str(device),
     }
+    if not main():
+        return
     where = "" if sets.digest == state["digest"] else f"-{config.data_label}"
     out = expand(asked.out) if asked.out else path.with_name(f"{path.stem}{where}-{asked.split}.json")
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +14,43 @@ from tqdm import tqdm
 
 from resnet_train.curves import read_metrics
 
+tqdm.set_lock(threading.RLock())  # the default is a semaphore of the system, which a killed process leaves behind
+
 
 class Record:
-    """The open record of one run in `directory`, going on after `iteration`.
+    """The open record of one run in `directory`, going on after `iteration`; None for a process that tells nothing.
 
     Metrics after `iteration` are cut, so that a resumed run leaves one seamless curve. `names` (data, seed) stand in
     every line. TensorBoard gets a writer for each split, so that their curves share a chart.
     """
 
-    def __init__(self, directory: Path, names: dict[str, Any], iteration: int, iterations: int) -> None:
+    def __init__(self, directory: Path | None, names: dict[str, Any], iteration: int, iterations: int) -> None:
+        self.silent = directory is None
+        self.seconds = 0.0
+        self.bar = tqdm(
+            total=iterations,
+            initial=iteration,
+            unit="it",
+            dynamic_ncols=True,
+            disable=True if self.silent else None,
+            smoothing=0.1,
+        )
+        self.writers: dict[str, SummaryWriter] = {}
+        if directory is None:
+            return
         self.path = directory / "metrics.jsonl"
         self.names = names
         kept = [line for line in read_metrics(self.path) if line["iteration"] <= iteration]
-        self.seconds: float = max((line.get("seconds", 0.0) for line in kept), default=0.0)
+        self.seconds = max((line.get("seconds", 0.0) for line in kept), default=0.0)
         part = directory / "metrics.jsonl.part"
         part.write_text("".join(json.dumps(line) + "\n" for line in kept))
         part.replace(self.path)
         self.file = self.path.open("a")
         self.board = directory / "tensorboard"
         self.purge = iteration + 1
-        self.writers: dict[str, SummaryWriter] = {}
         for split in ("train", "val", "test"):
             if (self.board / split).exists():
                 self._writer(split)  # now, so that points after the checkpoint go from each of them
-        self.bar = tqdm(total=iterations, initial=iteration, unit="it", dynamic_ncols=True, disable=None, smoothing=0.1)
 
     def _writer(self, split: str) -> SummaryWriter:
         if split not in self.writers:
@@ -45,6 +59,8 @@ class Record:
 
     def point(self, split: str, iteration: int, **values: float | int | str) -> None:
         """One point of a curve: a metrics line, TensorBoard scalars and, where there is no bar, a printed line."""
+        if self.silent:
+            return
         line = {"iteration": iteration, "split": split, **self.names, **values}
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
@@ -64,25 +80,29 @@ class Record:
 
     def reference(self, error: float, iterations: int) -> None:
         """The paper's final error as a line across TensorBoard's error chart, once in the life of a run."""
-        if not (self.board / "paper").exists():
+        if not self.silent and not (self.board / "paper").exists():
             with SummaryWriter(str(self.board / "paper")) as writer:
                 for iteration in (0, iterations):
                     writer.add_scalar("error", error, iteration)
 
     def say(self, text: str) -> None:
         """A line that does not tear the bar."""
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        if not self.silent:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
 
     def flush(self) -> None:
         """Put everything on disk; called before a checkpoint, which must not be ahead of its record."""
+        if self.silent:
+            return
         os.fsync(self.file.fileno())
         for writer in self.writers.values():
             writer.flush()
 
     def close(self) -> None:
         """Close files and bar."""
-        self.file.close()
+        if not self.silent:
+            self.file.close()
         for writer in self.writers.values():
             writer.close()
         self.bar.close()

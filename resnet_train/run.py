@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
+import json
 import os
 import platform
 import resource
@@ -20,9 +22,20 @@ import torchvision
 from torch import nn
 
 from resnet_train import __version__, checkpoint, curves, paper
-from resnet_train.build import compile_network, network, open_sets, pick_device, pick_precision
-from resnet_train.config import Config, check_same_run, run_state
+from resnet_train.batchnorm import group_statistics
+from resnet_train.build import (
+    check_synchronised,
+    compile_network,
+    exchanging,
+    network,
+    open_sets,
+    pick_device,
+    pick_precision,
+    placed,
+)
+from resnet_train.config import Config, check_same_run, run_state, share
 from resnet_train.data.sampler import generator
+from resnet_train.distributed import from_main, joined, main, one_after_all, together, world
 from resnet_train.errors import UserError
 from resnet_train.files import expand, nearest_existing, write_json
 from resnet_train.models.resnet import multiply_adds, parameters
@@ -34,47 +47,74 @@ from resnet_train.train import Meters, Run, Stop, loop
 def train(config: Config, directory: Path) -> int:
     """The command `resnet-train`: train in `directory`, going on where a run there was cut. The exit code.
 
-    0: finished; 130 or 143: stopped by Ctrl-C or SIGTERM, with a checkpoint. Raises UserError and RunError.
+    0: finished; 128 and a signal's number: stopped by it, with a checkpoint. Raises UserError and RunError.
+    Several processes do this together, and the first alone writes and prints.
     """
-    run = build(config, directory)
-    state = _resume_state(run)
-    _check_space(run)
-    with _claimed(directory):
-        if run_state(directory) == "finished":
-            raise UserError(f"run_dir={directory}: another process has finished the run there")
-        environment = _open_directory(run, state)
-        if state is not None and config.resume != "auto":
-            _adopt(expand(config.resume), run.directory, state["iteration"])
+    device = pick_device(config.device)
+    with joined(device, config.timeout), contextlib.ExitStack() as held:
+        resume = from_main(lambda: "auto" if _restarted(directory) else config.resume)
+        config = dataclasses.replace(config, devices=world(), resume=resume)
+        run = build(config, directory)
+        state = from_main(lambda: _resume_state(run))
+        environment = from_main(lambda: _open(run, state, held))
         if state is not None:
+            run.precision, run.compiled = state["measure"]["precision"], state["measure"]["compile"]
             run.load(state)
         if config.compile:
             run.compiled = (state is None or run.compiled) and compile_network(run.model, config.depth, run.device)
-        _announce(run, state is not None)
+        if world() > 1:
+            run.net = exchanging(run.model, run.precision, (run.share.images, 3, config.data.size, config.data.size))
+        _announce(run, state)
         stop = Stop()
-        record = Record(directory, {"data": config.data_label, "seed": config.seed}, run.iteration, config.iterations)
+        record = Record(
+            directory if main() else None,
+            {"data": config.data_label, "seed": config.seed},
+            run.iteration,
+            config.iterations,
+        )
         run.seconds = record.seconds
         reference = _reference(config)
         if reference:
             record.reference(reference[1], config.iterations)
         try:
             loop(run, record, stop)
+        except RuntimeError:
+            if world() > 1 and stop.signal:  # another has died, and the launcher, which names it, ends this one
+                sys.exit(1)
+            raise
         finally:
             record.close()
         if run.iteration < config.iterations:
-            how = "the same command" if config.resume == "auto" else "the same command with resume=auto"
-            print(f"stopped at iteration {run.iteration}, checkpoint written; {how} goes on from there")
+            if main():
+                how = "the same command" if config.resume == "auto" else "the same command with resume=auto"
+                print(f"stopped at iteration {run.iteration}, checkpoint written; {how} goes on from there", flush=True)
             return 128 + stop.signal
-        _summarise(run, environment, reference)
+        from_main(lambda: _summarise(run, environment, reference))
     return 0
+
+
+def _restarted(directory: Path) -> bool:
+    """Whether this launch has already begun its run: a worker died, and the launcher starts all again."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or run_state(directory) == "new":
+        return False
+    path = directory / "environment.json"
+    return path.exists() and json.loads(path.read_text())["launch"] == os.environ.get("TORCHELASTIC_RUN_ID")
 
 
 def build(config: Config, directory: Path) -> Run:
     """Data, network and optimiser, with nothing written yet. Raises UserError."""
     device = pick_device(config.device)
-    precision = pick_precision(config.precision, device)
-    sets = open_sets(config)
+    precision = together(lambda: pick_precision(config.precision, device))
+    sets = one_after_all(lambda: open_sets(config))
     torch.manual_seed(generator(config.seed, "initialisation", 0).initial_seed())
-    model = network(config, len(sets.classes)).to(device).to(memory_format=torch.channels_last)
+    model = network(config, len(sets.classes))
+    part = share(config, world())
+    if config.bn_images == "all" and world() > 1:
+        together(lambda: check_synchronised(device))
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    elif world() > 1 or part.passes > 1 or part.group < part.images:
+        group_statistics(model, part.group)
+    model = placed(model, device, precision)
     return Run(
         config=config,
         directory=directory,
@@ -84,6 +124,8 @@ def build(config: Config, directory: Path) -> Run:
         sets=sets,
         mean=sets.mean_image().to(device),
         model=model,
+        net=model,
+        share=part,
         optimizer=optimizer(model, config, precision),
         scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
         meters=Meters(device),
@@ -122,8 +164,19 @@ def _resume_state(run: Run) -> dict[str, Any] | None:
     check_same_run(state["config"], config.plain(), str(path))
     if state["digest"] != run.sets.digest:
         raise UserError(f"data: {config.data_label} does not hold the images that the run in {path} was trained on")
-    run.precision, run.compiled = state["measure"]["precision"], state["measure"]["compile"]
     return state
+
+
+def _open(run: Run, state: dict[str, Any] | None, held: contextlib.ExitStack) -> dict[str, Any]:
+    """Take the run's directory, until `held` closes, and write what a run begins with; its environment."""
+    _check_space(run)
+    held.enter_context(_claimed(run.directory))
+    if run_state(run.directory) == "finished":
+        raise UserError(f"run_dir={run.directory}: another process has finished the run there")
+    environment = _open_directory(run, state)
+    if state is not None and run.config.resume != "auto":
+        _adopt(expand(run.config.resume), run.directory, state["iteration"])
+    return environment
 
 
 @contextlib.contextmanager
@@ -164,7 +217,9 @@ def _open_directory(run: Run, state: dict[str, Any] | None) -> dict[str, Any]:
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "git_commit": _git_commit(),
         "device": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else processor(),
+        "processes": world(),
         "threads": torch.get_num_threads(),
+        "launch": os.environ.get("TORCHELASTIC_RUN_ID"),
         "versions": {
             "resnet_train": __version__,
             "python": platform.python_version(),
@@ -225,17 +280,39 @@ def processor() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
-def _announce(run: Run, resumed: bool) -> None:
+def _announce(run: Run, state: dict[str, Any] | None) -> None:
+    if not main():
+        return
     config, sizes = run.config, run.sets.sizes
     held_out = f", {sizes['val']} held out" if sizes["val"] else ""
     print(
         f"{config.net} on {config.data_label}: {sizes['train']} training images{held_out}, {sizes['test']} for the"
-        f" test; {config.iterations} iterations of {config.batch_size}; {run.precision} on {run.device};"
+        f" test; {config.iterations} iterations of {_batch(run)}; {run.precision} on {run.device};"
         f" {'compiling, the first iterations take a while; ' if run.compiled else ''}{run.directory}"
     )
-    if resumed:
-        print(f"going on from iteration {run.iteration}")
+    if state is not None:
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        after = f", restart {attempt} after the death of a process" if attempt != "0" else ""
+        print(f"going on from iteration {run.iteration}{after}")
+        before = state["measure"]["bn_images"]
+        if before != run.share.group:
+            print(
+                f"note: batch norm's statistics were over {before} images and are now over {run.share.group};"
+                f" bn_images={min(before, run.share.group)} from the start keeps them the same on any devices"
+            )
     sys.stdout.flush()
+
+
+def _batch(run: Run) -> str:
+    """The batch in words: how it is dealt."""
+    part, details = run.share, []
+    if world() > 1:
+        details.append(f"{part.images * part.passes} in each of {world()} processes")
+    if part.passes > 1:
+        details.append(f"{part.images} at once")
+    if part.group != part.images:
+        details.append(f"batch norm over {part.group}")
+    return str(run.config.batch_size) + (f" ({', '.join(details)})" if details else "")
 
 
 def _reference(config: Config) -> tuple[str, float] | None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import math
+import os
 import signal
 import time
 from pathlib import Path
@@ -14,10 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resnet_train import checkpoint
-from resnet_train.build import autocast
-from resnet_train.config import Config
+from resnet_train.batchnorm import update_statistics
+from resnet_train.build import logits_of
+from resnet_train.config import Config, Share
 from resnet_train.data.sets import MemorySets, StreamedSets
-from resnet_train.errors import RunError
+from resnet_train.distributed import from_main, rank, shared, total, world
+from resnet_train.errors import SIGNALS, RunError
 from resnet_train.evaluate import count_errors, wrong_answers
 from resnet_train.record import Record
 from resnet_train.schedule import Progress, end_warmup, learning_rate, watch_plateau
@@ -26,29 +31,34 @@ from resnet_train.schedule import Progress, end_warmup, learning_rate, watch_pla
 class Meters:
     """Sums over the training batches since the last logged point, kept on the device and read seldom.
 
-    A loss that is not finite makes the sum so, for good: the sum is its own flag.
+    A row for each process, which adds to its own; together they are all batches. A loss that is not finite makes the
+    sum so, for good: the sum is its own flag.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.loss = torch.zeros((), device=device)
-        self.wrong = torch.zeros(2, dtype=torch.int64, device=device)  # top-1, top-5
-        self.seen = 0
+        self.loss = torch.zeros(world(), dtype=torch.float64, device=device)
+        self.wrong = torch.zeros(world(), 2, dtype=torch.int64, device=device)  # top-1, top-5
+        self.seen = 0  # in all processes
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Add one batch; no synchronisation with the device."""
-        self.loss += loss * len(labels)
-        self.wrong += wrong_answers(logits, labels)
-        self.seen += len(labels)
+        self.loss[rank()] += loss * len(labels)
+        self.wrong[rank()] += wrong_answers(logits, labels)
+        self.seen += len(labels) * world()
 
     def state(self) -> dict[str, Any]:
-        """For the checkpoint."""
-        return {"loss": self.loss.cpu(), "wrong": self.wrong.cpu(), "seen": self.seen}
+        """For the checkpoint, and to read: the rows of all processes. All of them call this."""
+        return {"loss": total(self.loss.clone()).cpu(), "wrong": total(self.wrong.clone()).cpu(), "seen": self.seen}
 
     def load(self, state: dict[str, Any]) -> None:
-        """From the checkpoint."""
-        self.loss.copy_(state["loss"])
-        self.wrong.copy_(state["wrong"])
+        """From the checkpoint. If there are now other processes than then, the first takes all sums."""
         self.seen = state["seen"]
+        for name, rows in (("loss", self.loss), ("wrong", self.wrong)):
+            rows.zero_()
+            if len(state[name]) == world():
+                rows[rank()] = state[name][rank()]
+            elif rank() == 0:
+                rows[0] = state[name].sum(0)
 
 
 @dataclasses.dataclass
@@ -63,6 +73,8 @@ class Run:
     sets: MemorySets | StreamedSets
     mean: Tensor
     model: nn.Module
+    net: nn.Module  # the model, or around it what exchanges gradients between processes
+    share: Share
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     meters: Meters
@@ -79,7 +91,7 @@ class Run:
             "config": self.config.plain() | {"run_dir": None, "resume": "auto"},  # the same file in any directory
             "classes": self.sets.classes,
             "digest": self.sets.digest,
-            "measure": {"precision": self.precision, "compile": self.compiled},
+            "measure": {"precision": self.precision, "compile": self.compiled, "bn_images": self.share.group},
             "mean": self.mean.cpu(),
             "iteration": self.iteration,
             "model": self.model.state_dict(),
@@ -107,16 +119,41 @@ class Run:
 
 
 class Stop:
-    """Set by Ctrl-C or SIGTERM: the loop ends at the next iteration boundary. A second Ctrl-C ends at once."""
+    """Set by Ctrl-C, SIGTERM, SIGUSR1 or SIGUSR2: the loop ends at an iteration boundary, in all processes the same.
+
+    The end of the launcher counts as SIGTERM. A second Ctrl-C ends a single process at once.
+    """
 
     def __init__(self) -> None:
         self.signal = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
+        self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self.asked: tuple[Any, Tensor] | None = None
+        for number in SIGNALS:
             signal.signal(number, self._set)
 
     def _set(self, number: int, _: Any) -> None:
         self.signal = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self.parent is None:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def agreed(self) -> bool:
+        """Whether all end here; asked by each between iterations. A signal to one of several ends all one later.
+
+        The question goes round while the next iteration is computed, so that nobody waits for the answer.
+        """
+        if self.parent not in (None, os.getppid()):
+            self.signal = self.signal or signal.SIGTERM
+        if world() == 1:
+            return self.signal != 0
+        if self.asked is not None:
+            work, answer = self.asked
+            work.wait()
+            if answer:
+                self.signal = int(answer)
+                return True
+        answer = torch.tensor(self.signal)
+        self.asked = torch.distributed.all_reduce(answer, torch.distributed.ReduceOp.MAX, async_op=True), answer
+        return False
 
 
 class Clock:
@@ -135,18 +172,23 @@ class Clock:
 
 
 def step(run: Run, images: Tensor, labels: Tensor, lr: float) -> None:
-    """One iteration: forward, backward, update. Nothing here waits for the device."""
+    """One iteration on this process's share of a batch: forward, backward, update. Nothing waits for the device.
+
+    A share of several parts is accumulated, its gradients exchanged between processes with the last of them.
+    """
     for group in run.optimizer.param_groups:
         group["lr"] = lr
-    with autocast(run.precision, run.device):
-        logits = run.model(images)
-    logits = logits.float()
-    loss = F.cross_entropy(logits, labels)
-    run.scaler.scale(loss).backward()
+    passes = run.share.passes
+    for part, (some, truth) in enumerate(zip(images.chunk(passes), labels.chunk(passes), strict=True), 1):
+        with contextlib.nullcontext() if part == passes or world() == 1 else run.net.no_sync():  # type: ignore[operator]
+            logits = logits_of(run.net, some, run.precision)
+            loss = F.cross_entropy(logits, truth)
+            run.scaler.scale(loss / passes).backward()
+        run.meters.add(loss.detach(), logits.detach(), truth)
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
-    run.meters.add(loss.detach(), logits.detach(), labels)
+    update_statistics(run.model, run.config.batch_size // run.share.group)
     run.iteration += 1
 
 
@@ -175,8 +217,10 @@ def loop(run: Run, record: Record, stop: Stop) -> None:
         batch_size=config.batch_size,
         augment=dataclasses.asdict(config.augment),
         start=run.iteration,
+        rank=rank(),
+        world=world(),
     )
-    while run.iteration < config.iterations and not stop.signal:
+    while run.iteration < config.iterations and not stop.agreed():
         images, labels = next(batches)
         lr = rate(config, run.iteration, run.progress)
         step(run, images, labels, lr)
@@ -198,17 +242,17 @@ def log_training(run: Run, record: Record, clock: Clock, lr: float) -> None:
 
     Here the warm-up ends and the plateau drops. Raises RunError for a loss that is not finite.
     """
-    config, meters = run.config, run.meters
+    config, sums = run.config, run.meters.state()
     require_finite(run)
-    (wrong, wrong5), loss = meters.wrong.tolist(), meters.loss.item()
+    (wrong, wrong5), loss, seen = sums["wrong"].sum(0).tolist(), sums["loss"].sum().item(), sums["seen"]
     clock.lap(run, training=True)
-    error = 100 * wrong / meters.seen
-    values = {"error": error, **({"error5": 100 * wrong5 / meters.seen} if run.sets.top5 else {})}
+    error = 100 * wrong / seen
+    values = {"error": error, **({"error5": 100 * wrong5 / seen} if run.sets.top5 else {})}
     record.point(
         "train",
         run.iteration,
         epoch=run.epoch,
-        loss=loss / meters.seen,
+        loss=loss / seen,
         **values,
         lr=lr,
         images_per_second=(run.iteration - clock.since) * config.batch_size / clock.training,
@@ -230,7 +274,7 @@ def log_test(run: Run, record: Record, clock: Clock) -> None:
     """A point of the test curve, and of the validation curve if a part is held out, which alone chooses `best`."""
     clock.lap(run, training=True)
     for split in ("val", "test") if run.sets.sizes["val"] else ("test",):
-        batches = run.sets.eval_batches(split, run.mean, run.device, run.config.eval_batch_size)
+        batches = run.sets.eval_batches(split, run.mean, run.device, run.config.eval_batch_size, rank(), world())
         count = count_errors(run.model, batches, run.precision, run.sets.sizes[split])
         record.point(
             split,
@@ -249,7 +293,7 @@ def log_test(run: Run, record: Record, clock: Clock) -> None:
             if count.error < run.best:
                 run.best, run.best_at = count.error, run.iteration
                 require_finite(run)
-                checkpoint.save(run.directory / "checkpoints" / "best.pt", run.state())
+                from_main(functools.partial(checkpoint.save, run.directory / "checkpoints" / "best.pt", run.state()))
     clock.lap(run, training=False)
 
 
@@ -268,20 +312,26 @@ def save(run: Run, record: Record, clock: Clock) -> None:
     """Write last.pt (the one before becomes previous.pt) and, where asked, the checkpoint to keep for good."""
     clock.lap(run, training=True)
     require_finite(run)
-    record.flush()
-    folder = run.directory / "checkpoints"
-    if _kept(run):  # before last.pt: a run that is killed in between makes it again
-        checkpoint.save(folder / f"iteration-{run.iteration:07d}.pt", run.state())
-    checkpoint.save(folder / "last.pt", run.state(), keep_as=folder / "previous.pt")
+    state, folder = run.state(), run.directory / "checkpoints"
+
+    def write() -> None:
+        record.flush()
+        if _kept(run):  # before last.pt: a run that is killed in between makes it again
+            checkpoint.save(folder / f"iteration-{run.iteration:07d}.pt", state)
+        checkpoint.save(folder / "last.pt", state, keep_as=folder / "previous.pt")
+
+    from_main(write)
     run.saved_at = run.iteration
     clock.lap(run, training=False)
 
 
 def require_finite(run: Run) -> None:
-    """Raise RunError if a loss since the last logged point or a weight is not finite."""
-    flags = torch.stack([run.meters.loss.isfinite(), *(p.isfinite().all() for p in run.model.parameters())])
-    if not flags.all():
-        raise RunError(
-            f"the loss is not finite at iteration {run.iteration} or shortly before; {run.directory}/checkpoints holds"
-            " the last good state; take a lower schedule.lr= in a new run, or precision=fp32"
+    """Raise RunError if a loss since the last logged point or a weight is not finite, in any process."""
+    flags = torch.stack([run.meters.loss.isfinite().all(), *(p.isfinite().all() for p in run.model.parameters())])
+    if total((~flags).sum()):
+        raise shared(
+            RunError(
+                f"the loss is not finite at iteration {run.iteration} or shortly before; {run.directory}/checkpoints"
+                " holds the last good state; take a lower schedule.lr= in a new run, or precision=fp32"
+            )
         )

@@ -32,7 +32,8 @@ OTHER = {
     "init": ("fan_in",),
     "zero_gamma": ("true",),
     "iterations": ("6400", "1e5"),
-    "batch_size": ("64", "1"),
+    "batch_size": ("64", "256"),
+    "bn_images": ("16", "8"),
     "eval_batch_size": ("100", "1"),
     "momentum": ("0.8", "0"),
     "nesterov": ("true",),
@@ -65,7 +66,10 @@ FREE = {
     "checkpoint_every": "7",
     "keep_every": "7",
     "device": "cpu",
-    "devices": None,  # only one is allowed
+    "devices": "2",
+    "device_batch_size": "16",
+    "max_restarts": "1",
+    "timeout": "30",
     "data.root": None,
     "data.workers": None,  # read for data.family=imagenet only
 }
@@ -291,7 +295,7 @@ def unread(keys):
 def test_every_key_is_read():
     keys = set().union(*(config.flat(composed(f"schedule={name}")) for name in SCHEDULES))
     keys |= set(config.flat(cli._compose("eval", ["checkpoint=x"])))
-    assert unread(keys) == {"devices"}  # check() refuses all but 1
+    assert unread(keys) == set()
     assert unread({"bn_wd", "schedule.nosuch", "seed"}) == {"bn_wd", "schedule.nosuch"}
 
 
@@ -360,9 +364,25 @@ WRONG = [
     ("seed=0.5", "whole number"),
     ("seed=1e400", "whole number"),
     ("device=cpu precision=fp16", "bf16 or fp32"),
-    ("devices=2", "devices=1"),
     ("devices=0", "at least 1"),
-    ("precision=fp8", "auto, bf16, fp16, fp32"),
+    ("devices=1.5", "whole number"),
+    ("devices=many", "whole number or auto"),
+    ("devices=atuo", "did you mean auto?"),
+    ("devices=3 batch_size=128", "does not divide by 3 devices; nearest: 129"),
+    ("devices=200 batch_size=128", "nearest: 200"),
+    ("device_batch_size=48", "nearest: 32"),
+    ("devices=2 device_batch_size=60", "the 64 images of a device; nearest: 64"),
+    ("bn_images=48", "nearest: 32"),
+    ("bn_images=256", "the 128 images that a device takes at once; nearest: 128"),
+    ("devices=2 bn_images=128", "nearest: 64"),
+    ("device_batch_size=16 bn_images=32", "nearest: 16"),
+    ("bn_images=1", "at least 2"),
+    ("bn_images=some", "whole number or device or all"),
+    ("device_batch_size=64 bn_images=all", "drop device_batch_size="),
+    ("max_restarts=-1", "at least 0"),
+    ("timeout=0", "at least 1"),
+    ("gpus=8", "did you mean devices?"),
+    ("precision=fp8", "auto, bf16, fp16, fp32, fp64"),
     ("precision=bf61", "did you mean bf16?"),
     ("precision=bfloat16", "did you mean bf16?"),
     ("device=tpu", "auto, cpu, cuda"),
@@ -750,7 +770,7 @@ def test_a_run_does_not_go_on_with_another_value(key, tmp_path):
 
 def test_what_enters_no_mathematics_may_change():
     found = checked(*(f"{key}={value}" for key, value in FREE.items() if value))
-    found = dataclasses.replace(found, devices=2, data=dataclasses.replace(found.data, root="/elsewhere", workers=7))
+    found = dataclasses.replace(found, data=dataclasses.replace(found.data, root="/elsewhere", workers=7))
     old, new = config.flat(checked().plain()), config.flat(found.plain())
     assert {key for key in old if old[key] != new[key]} == config.FREE_KEYS
     config.check_same_run(checked().plain(), found.plain(), "here")

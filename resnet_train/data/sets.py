@@ -3,12 +3,16 @@
 `MemorySets` holds small images on the device and changes whole batches there; `StreamedSets` decodes files in worker
 processes as it trains. Both have `classes`, `digest`, `sizes` (images of train, val and test), `protocol`, `top5`,
 `mean_image()`, `train_batches()` and `eval_batches()`.
+
+Processes that train together each take a contiguous part of every training batch, and every so-many-th evaluation
+batch: `rank` of `world`. Which images these are, and how they are changed, depends on neither.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +34,7 @@ from resnet_train.data.transforms import (
     mean_image,
     normalise,
 )
-from resnet_train.errors import UserError
+from resnet_train.errors import SIGNALS, UserError
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 
@@ -40,6 +44,11 @@ def split_sizes(train: int, validation: int) -> tuple[Tensor, Tensor]:
     if validation >= train:
         raise UserError(f"data.validation={validation}: the training set has {train} images; hold out fewer")
     return held_out(train, validation)
+
+
+def share_of(batch_size: int, rank: int, world: int) -> slice:
+    """The part of a batch that process `rank` of `world` takes."""
+    return slice(rank * batch_size // world, (rank + 1) * batch_size // world)
 
 
 class MemorySets:
@@ -68,21 +77,36 @@ class MemorySets:
         return self.parts[split]
 
     def train_batches(
-        self, mean: Tensor, device: torch.device, *, seed: int, batch_size: int, augment: dict[str, Any], start: int
+        self,
+        mean: Tensor,
+        device: torch.device,
+        *,
+        seed: int,
+        batch_size: int,
+        augment: dict[str, Any],
+        start: int,
+        rank: int = 0,
+        world: int = 1,
     ) -> Batches:
-        """Augmented batches without end, from iteration `start`: (B, 3, H, W) float32 channels last, (B,) int64."""
+        """Augmented batches without end, from iteration `start`: (B, 3, H, W) float32 channels last, (B,) int64.
+
+        B is `batch_size`, of all processes, divided by `world`.
+        """
         data, pad, iteration = self._on(device, "train"), augment["pad"], start
+        part = share_of(batch_size, rank, world)
         while True:
-            indices = batch_indices(seed, iteration, batch_size, len(data)).to(device, non_blocking=True)
+            indices = batch_indices(seed, iteration, batch_size, len(data))[part].to(device, non_blocking=True)
             draws = draw_crops(generator(seed, "augment", iteration), batch_size, pad, augment["flip"])
-            tops, lefts, flips = (draw.to(device, non_blocking=True) for draw in draws)
+            tops, lefts, flips = (draw[part].to(device, non_blocking=True) for draw in draws)
             yield crop_and_normalise(data.images[indices], mean, tops, lefts, flips, pad), data.labels[indices]
             iteration += 1
 
-    def eval_batches(self, split: str, mean: Tensor, device: torch.device, batch_size: int) -> Batches:
+    def eval_batches(
+        self, split: str, mean: Tensor, device: torch.device, batch_size: int, rank: int = 0, world: int = 1
+    ) -> Batches:
         """Every image once, unchanged but for the mean. All batches are full: what fills the last has label -1."""
         data = self._on(device, split)
-        for start in range(0, len(data), batch_size):
+        for start in range(rank * batch_size, len(data), world * batch_size):
             indices = torch.arange(start, start + batch_size, device=device)
             inside = indices < len(data)
             indices = indices.clamp(max=len(data) - 1)
@@ -113,40 +137,66 @@ class StreamedSets:
         return torch.tensor(IMAGENET_MEAN).view(1, 1, 3)
 
     def train_batches(
-        self, mean: Tensor, device: torch.device, *, seed: int, batch_size: int, augment: dict[str, Any], start: int
+        self,
+        mean: Tensor,
+        device: torch.device,
+        *,
+        seed: int,
+        batch_size: int,
+        augment: dict[str, Any],
+        start: int,
+        rank: int = 0,
+        world: int = 1,
     ) -> Batches:
-        """Augmented batches without end, from iteration `start`: (B, 3, S, S) float32 channels last, (B,) int64."""
-        sampler = _RandomViews(seed, start, batch_size, self.sizes["train"], augment["shorter_side"])
+        """Augmented batches without end, from iteration `start`: (B, 3, S, S) float32 channels last, (B,) int64.
+
+        B is `batch_size`, of all processes, divided by `world`.
+        """
+        part = share_of(batch_size, rank, world)
+        sampler = _RandomViews(seed, start, batch_size, self.sizes["train"], augment["shorter_side"], part)
         iteration = start
         for images, labels in self._loader(self.parts["train"], sampler, device):
             draw = generator(seed, "device augment", iteration)
-            flips = draw_crops(draw, batch_size, 0, augment["flip"])[2].to(device, non_blocking=True)
-            noise = torch.randn(batch_size, 3, generator=draw) * augment["colour_noise"]
+            flips = draw_crops(draw, batch_size, 0, augment["flip"])[2][part].to(device, non_blocking=True)
+            noise = torch.randn(batch_size, 3, generator=draw)[part] * augment["colour_noise"]
             batch = normalise(flip_some(images.to(device, non_blocking=True), flips), mean)
             yield colour_noise(batch, noise), labels.to(device, non_blocking=True)
             iteration += 1
 
-    def eval_batches(self, split: str, mean: Tensor, device: torch.device, batch_size: int) -> Batches:
+    def eval_batches(
+        self, split: str, mean: Tensor, device: torch.device, batch_size: int, rank: int = 0, world: int = 1
+    ) -> Batches:
         """The center crop of every image once, shorter side at 256 for crops of 224. What fills up has label -1."""
         part = self.parts[split]
+        starts = range(rank * batch_size, len(part), world * batch_size)
         views = [
             [(min(i, len(part) - 1), round(self.size * 256 / 224), None) for i in range(s, s + batch_size)]
-            for s in range(0, len(part), batch_size)
+            for s in starts
         ]
         place = torch.arange(batch_size)
-        for batch, (images, labels) in enumerate(self._loader(part, views, device)):
-            labels = torch.where(place + batch * batch_size < len(part), labels, -1)
+        for start, (images, labels) in zip(starts, self._loader(part, views, device), strict=True):
+            labels = torch.where(place + start < len(part), labels, -1)
             yield normalise(images.to(device, non_blocking=True), mean), labels.to(device, non_blocking=True)
 
     def _loader(self, part: list[tuple[Path, int]], views: Any, device: torch.device) -> Iterator[Any]:
         loader = DataLoader(
-            _Views(part, self.size), batch_sampler=views, num_workers=self.workers, pin_memory=device.type == "cuda"
+            _Views(part, self.size),
+            batch_sampler=views,
+            num_workers=self.workers,
+            pin_memory=device.type == "cuda",
+            worker_init_fn=_leave_signals,
         )
         try:
             yield from loader
         except UserError as error:  # from a worker it comes wrapped in that worker's traceback
             error.__traceback__ = None  # its frames would keep the workers until they time out
             raise UserError(str(error).strip().splitlines()[-1].split("UserError: ")[-1]) from None
+
+
+def _leave_signals(_: int) -> None:
+    """Signals that reach all processes of a job are for those that train; their end is the worker's end."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 # Index, shorter side, and where the crop lies, down and across, from 0 to below 1; None for the center.
@@ -172,10 +222,11 @@ class _Views(Dataset[tuple[Tensor, int]]):
 
 
 class _RandomViews(Sampler[list[View]]):
-    """Endless training batches of views with a random shorter side and place."""
+    """Endless training batches, or `part` of each, of views with a random shorter side and place."""
 
-    def __init__(self, seed: int, start: int, batch_size: int, size: int, sides: list[int]) -> None:
+    def __init__(self, seed: int, start: int, batch_size: int, size: int, sides: list[int], part: slice) -> None:
         self.seed, self.start, self.batch_size, self.size, self.sides = seed, start, batch_size, size, sides
+        self.part = part
 
     def __iter__(self) -> Iterator[list[View]]:
         iteration = self.start
@@ -184,5 +235,6 @@ class _RandomViews(Sampler[list[View]]):
             draw = generator(self.seed, "augment", iteration)
             sides = torch.randint(self.sides[0], self.sides[1] + 1, (self.batch_size,), generator=draw).tolist()
             places = [(down, across) for down, across in torch.rand(self.batch_size, 2, generator=draw).tolist()]
-            yield list(zip(indices, sides, places, strict=True))
+            views: list[View] = list(zip(indices, sides, places, strict=True))
+            yield views[self.part]
             iteration += 1

@@ -1,0 +1,66 @@
+"""Batch norm whose statistics are those of small groups of images, on however many devices the batch lies.
+
+The paper's were: 32 images on each of 8 GPUs for ImageNet, 64 on each of 2 for CIFAR-10. Here any device takes several
+such groups at once, one after another or with others, and the mathematics stays the same.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from resnet_train.distributed import total
+
+
+class GroupBatchNorm2d(nn.BatchNorm2d):
+    """nn.BatchNorm2d over groups of `images` consecutive images; its state dict is the same.
+
+    In training the running statistics are left alone: `sums` gathers mean and (unbiased) variance of each group, and
+    `update_statistics` moves them once per step. In evaluation it is nn.BatchNorm2d.
+    """
+
+    sums: Tensor  # (2, channels)
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
+
+    def __init__(self, channels: int, images: int) -> None:
+        super().__init__(channels)
+        self.images = images
+        self.register_buffer("sums", torch.zeros(2, channels), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to the same; in training N is a multiple of `images`."""
+        if not self.training:
+            return super().forward(x)
+        parts = []
+        for group in x.split(self.images):
+            mean, var = torch.zeros_like(self.sums)  # filled by batch_norm: with momentum 1 nothing of them stays
+            parts.append(F.batch_norm(group, mean, var, self.weight, self.bias, True, 1.0, self.eps))
+            self.sums += torch.stack([mean, var])
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def group_statistics(model: nn.Module, images: int) -> None:
+    """Make every batch norm of a fresh `model` take its statistics over groups of `images`, in place."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.BatchNorm2d:
+                grouped = GroupBatchNorm2d(child.num_features, images)
+                grouped.load_state_dict(child.state_dict())
+                setattr(module, name, grouped)
+
+
+@torch.no_grad()
+def update_statistics(model: nn.Module, groups: int) -> None:
+    """Move the running statistics towards the mean over the `groups` of one step, which all processes share."""
+    norms = [module for module in model.modules() if isinstance(module, GroupBatchNorm2d)]
+    if not norms:
+        return
+    found = total(torch.cat([norm.sums.flatten() for norm in norms])).div_(groups)
+    running = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
+    torch._foreach_lerp_(running, found.split([len(buffer) for buffer in running]), norms[0].momentum)
+    torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
+    torch._foreach_zero_([norm.sums for norm in norms])

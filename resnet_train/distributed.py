@@ -1,0 +1,149 @@
+"""Processes that train together: who is who, sums over all of them, and errors that one meets and all end with."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from resnet_train.errors import Elsewhere, UserError, of_the_system
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """The number of processes that train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_rank() -> int:
+    """The number of this process on its machine, from 0."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def main() -> bool:
+    """Whether this is the process that writes and prints."""
+    return rank() == 0
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum of `values` over all processes, in place."""
+    if world() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def together(job: Callable[[], T]) -> T:
+    """What `job` gives in this process, once it is done in all of them.
+
+    A UserError or OSError that it raises in any of them ends all; the first process raises it (OSError as RunError),
+    the others Elsewhere.
+    """
+    if world() == 1:
+        return job()
+    result, error = _attempt(job)
+    errors: list[UserError | None] = [None] * world()
+    dist.all_gather_object(errors, error)
+    for found in errors:
+        if found is not None:
+            raise shared(found)
+    return result  # type: ignore[return-value]
+
+
+def from_main(job: Callable[[], T]) -> T:
+    """What `job` gives in the first process, where alone it runs. Errors as in `together`."""
+    if world() == 1:
+        return job()
+    outcome: list[Any] = [*(_attempt(job) if main() else (None, None))]
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise shared(outcome[1])
+    return outcome[0]
+
+
+def _attempt(job: Callable[[], T]) -> tuple[T | None, UserError | None]:
+    try:
+        return job(), None
+    except UserError as error:
+        return None, error
+    except OSError as error:
+        return None, of_the_system(error)
+
+
+def shared(error: UserError) -> UserError:
+    """An error that all processes meet, for each of them to raise: the first tells of it."""
+    error = error if main() else Elsewhere(error)
+    error.shared = True
+    return error
+
+
+def one_after_all(job: Callable[[], T]) -> T:
+    """What `job` gives in this process; the first on each machine goes ahead, the others find what it has stored."""
+    first = together(lambda: job() if local_rank() == 0 else None)
+    return together(lambda: job() if local_rank() else first)  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def joined(device: torch.device, timeout: int) -> Iterator[None]:
+    """The processes that torchrun, Slurm or `launch` has started, joined; nothing where this is the only one.
+
+    Collectives of CPU tensors go through gloo, of CUDA tensors through NCCL. Raises UserError where the others do not
+    come within `timeout` seconds.
+    """
+    if not expected():
+        yield
+        return
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            timeout=datetime.timedelta(seconds=timeout),
+            device_id=device if device.type == "cuda" else None,
+        )
+    except (RuntimeError, ValueError) as error:
+        text = str(error)
+        if "EADDRINUSE" in text:
+            raise UserError(
+                f"MASTER_PORT={os.environ['MASTER_PORT']}: the port is taken; choose another (torchrun --master-port=,"
+                " or --rdzv-backend=c10d --rdzv-endpoint=HOST:0, which finds a free one)"
+            ) from error
+        stale = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and "connectFullMesh" in text
+        raise UserError(
+            f"{os.environ['WORLD_SIZE']} processes did not meet at {where} within timeout={timeout} s"
+            f" ({text.splitlines()[0][:200]}); "
+            + (
+                "torchrun --max-restarts= needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment"
+                if stale
+                else "see that every machine runs the same command and reaches that address"
+            )
+        ) from error
+    try:
+        yield
+    except UserError as error:
+        if error.shared:  # else the others are waiting for this process, and it would wait for them
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+def expected() -> int:
+    """The number of processes that a launcher has started, this one included; 0 where it is alone."""
+    found = all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    size = int(os.environ["WORLD_SIZE"]) if found else 1
+    return size if size > 1 else 0
+
+
+def share_cores(processes: int) -> None:
+    """Take this process's part of the CPU's cores, on which `processes` run."""
+    torch.set_num_threads(max(1, torch.get_num_threads() // processes))
