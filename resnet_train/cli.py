@@ -89,7 +89,9 @@ def _usage(message: str) -> NoReturn:
 
 def _fail(error: UserError) -> NoReturn:
     """One line on stderr, from one process of each machine, and the error's exit code."""
-    if os.environ.get("LOCAL_RANK", "0") == "0" or not _launched():
+    if _launched() and os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(10)  # a launcher that saw this one's end first would end the one that tells before it has
+    else:
         _tell(error)
     sys.exit(error.code)
 
