@@ -28,7 +28,6 @@ from resnet_train import config as configs
 from resnet_train.errors import SIGNALS, RunError, UserError, of_the_system
 
 _PACKAGE = Path(__file__).resolve().parent
-_failures: list[str] = []  # jobs of a sweep that ended badly; it goes on, and tells at its end
 CONFIG_DIR = str(next(p for p in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if p.is_dir()))
 
 
@@ -62,16 +61,16 @@ def _command(name: str, prepare: Callable[..., Any], job: Callable[[DictConfig],
                 f"-m: torchrun would start the sweep in each of its processes; take resnet-train -m"
                 f" devices={os.environ.get('LOCAL_WORLD_SIZE', '8')} … without torchrun, or torchrun for one run"
             )
+        places: list[Path] = []
+        sweep = arguments.multirun or "hydra.mode=MULTIRUN" in arguments.overrides
         if not (arguments.help or arguments.hydra_help or arguments.shell_completion or arguments.info):
-            places = []
-            sweep = arguments.multirun or "hydra.mode=MULTIRUN" in arguments.overrides
             for overrides in _jobs(arguments.overrides, sweep):
                 places.append(prepare(_compose(name, overrides), overrides, sweep, look=not arguments.cfg)[1])
                 if places[-1] in places[:-1]:
                     raise UserError(f"run_dir: two jobs of the sweep would share {places[-1]}; leave run_dir= out")
         hydra.main(version_base="1.3", config_path=CONFIG_DIR, config_name=name)(job)()
-        if _failures:
-            raise RunError("; ".join(_failures))
+        if sweep and not arguments.cfg:
+            _check_all_finished(places)
     except UserError as error:
         _fail(error)
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # Hydra's own: jobs keep theirs
@@ -81,6 +80,13 @@ def _command(name: str, prepare: Callable[..., Any], job: Callable[[DictConfig],
     except BrokenPipeError:  # as in `resnet-train --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def _check_all_finished(places: list[Path]) -> None:
+    """Tell at a sweep's end which of its runs in `places` failed, here or wherever the launcher ran them."""
+    failed = [str(place) for place in places if configs.run_state(place) != "finished"]
+    if failed:
+        raise RunError(f"{len(failed)} of {len(places)} jobs of the sweep did not finish: {', '.join(failed)}")
 
 
 def _usage(message: str) -> NoReturn:
@@ -227,10 +233,10 @@ def _train_job(composed: DictConfig) -> None:
     process.join()
     for number, handler in before.items():
         signal.signal(number, handler)
+        if number in stopped and callable(handler):  # now that the checkpoint is written: submitit's puts the job back
+            handler(number, None)  # in the queue, Python's own ends the sweep
     if stopped or process.exitcode in [128 + number for number in SIGNALS]:
         sys.exit(process.exitcode)  # a sweep that is cut does not go on to its next job
-    if process.exitcode:
-        _failures.append(f"{directory}: this job of the sweep ended with exit code {process.exitcode}")
 
 
 def _work(config: configs.Config, directory: Path) -> NoReturn:

@@ -29,6 +29,8 @@ def launch(job: Callable[[], int], processes: int, max_restarts: int) -> int:
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.CRITICAL)
     # A store that outlives a restart holds the addresses of the dead: the processes would look for each other there.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    # Seconds to the end of an iteration and its checkpoint after a signal; 30, where torch knows nothing of this.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

@@ -267,7 +267,7 @@ def test_a_sweep_goes_on_after_a_job_that_fails_and_tells_at_its_end(tmp_path):
     )
     assert done.returncode == 1
     assert all(line.startswith("error: ") for line in done.stderr.splitlines()), done.stderr
-    assert "ended with exit code 1" in done.stderr.splitlines()[-1]
+    assert "1 of 2 jobs of the sweep did not finish: runs/digits/" in done.stderr.splitlines()[-1]
     assert [path.parent.name for path in Path(tmp_path).glob("runs/digits/*/*/summary.json")] == [
         path.name for path in Path(tmp_path).glob("runs/digits/*/*schedule.lr-0.1*")
     ]
