@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torchvision
@@ -52,11 +52,13 @@ def train(config: Config, directory: Path) -> int:
     """
     device = pick_device(config.device)
     with joined(device, config.timeout), contextlib.ExitStack() as held:
-        resume = from_main(lambda: "auto" if _restarted(directory) else config.resume)
+        before = from_main(lambda: _before_restart(directory))
+        if before == "finished":  # a process died after all was done
+            return 0
+        resume = config.resume if before == "new" else "auto"
         config = dataclasses.replace(config, devices=world(), resume=resume)
         run = build(config, directory)
-        state = from_main(lambda: _resume_state(run))
-        environment = from_main(lambda: _open(run, state, held))
+        state, environment = from_main(lambda: _open(run, held))
         if state is not None:
             run.precision, run.compiled = state["measure"]["precision"], state["measure"]["compile"]
             run.load(state)
@@ -77,28 +79,28 @@ def train(config: Config, directory: Path) -> int:
         if reference:
             record.reference(reference[1], config.iterations)
         try:
-            loop(run, record, stop)
+            with contextlib.closing(record):
+                loop(run, record, stop)
+            if run.iteration == config.iterations:
+                from_main(lambda: _summarise(run, environment, reference))
+                return 0
         except RuntimeError:
             if world() > 1 and stop.signal:  # another has died, and the launcher, which names it, ends this one
                 sys.exit(1)
             raise
-        finally:
-            record.close()
-        if run.iteration < config.iterations:
-            if main():
-                how = "the same command" if config.resume == "auto" else "the same command with resume=auto"
-                print(f"stopped at iteration {run.iteration}, checkpoint written; {how} goes on from there", flush=True)
-            return 128 + stop.signal
-        from_main(lambda: _summarise(run, environment, reference))
-    return 0
+        if main():
+            how = "the same command" if config.resume == "auto" else "the same command with resume=auto"
+            print(f"stopped at iteration {run.iteration}, checkpoint written; {how} goes on from there", flush=True)
+        return 128 + stop.signal
 
 
-def _restarted(directory: Path) -> bool:
-    """Whether this launch has already begun its run: a worker died, and the launcher starts all again."""
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or run_state(directory) == "new":
-        return False
+def _before_restart(directory: Path) -> Literal["new", "unfinished", "finished"]:
+    """How far this launch had come with its run when a worker died and the launcher started all again; else new."""
     path = directory / "environment.json"
-    return path.exists() and json.loads(path.read_text())["launch"] == os.environ.get("TORCHELASTIC_RUN_ID")
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or not path.exists():
+        return "new"
+    ours = json.loads(path.read_text()).get("launch") == os.environ.get("TORCHELASTIC_RUN_ID")
+    return run_state(directory) if ours else "new"
 
 
 def build(config: Config, directory: Path) -> Run:
@@ -167,16 +169,20 @@ def _resume_state(run: Run) -> dict[str, Any] | None:
     return state
 
 
-def _open(run: Run, state: dict[str, Any] | None, held: contextlib.ExitStack) -> dict[str, Any]:
-    """Take the run's directory, until `held` closes, and write what a run begins with; its environment."""
+def _open(run: Run, held: contextlib.ExitStack) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """Take the run's directory, until `held` closes, and write what a run begins with: a checkpoint, the environment.
+
+    The checkpoint is the one to go on from, if any. Raises UserError.
+    """
+    auto = run.config.resume == "auto"
     _check_space(run)
+    state = None if auto else _resume_state(run)  # before a directory is made
     held.enter_context(_claimed(run.directory))
     if run_state(run.directory) == "finished":
         raise UserError(f"run_dir={run.directory}: another process has finished the run there")
-    environment = _open_directory(run, state)
-    if state is not None and run.config.resume != "auto":
-        _adopt(expand(run.config.resume), run.directory, state["iteration"])
-    return environment
+    if auto:  # only now: until they let go of the directory, workers of a killed run write there
+        state = _resume_state(run)
+    return state, _open_directory(run, state)
 
 
 @contextlib.contextmanager
@@ -210,7 +216,10 @@ def _check_space(run: Run) -> None:
 
 
 def _open_directory(run: Run, state: dict[str, Any] | None) -> dict[str, Any]:
-    """Write config.json, environment.json and the split; a new start removes what a run before left."""
+    """Write config.json, the split, a checkpoint from elsewhere and, given back, environment.json.
+
+    A new start removes what a run before left.
+    """
     directory, config = run.directory, run.config
     environment = {
         "command": " ".join(["resnet-train", *sys.argv[1:]]),
@@ -233,9 +242,11 @@ def _open_directory(run: Run, state: dict[str, Any] | None) -> dict[str, Any]:
                 shutil.rmtree(directory / folder, ignore_errors=True)
             (directory / "metrics.jsonl").unlink(missing_ok=True)
         write_json(directory / "config.json", config.plain())  # first: with it, the folder is a run's
-        write_json(directory / "environment.json", environment)
         if run.sets.sizes["val"]:
             write_json(directory / "split.json", {"val": run.sets.val_indices.tolist()}, indent=None)
+        if state is not None and config.resume != "auto":
+            _adopt(expand(config.resume), directory, state["iteration"])
+        write_json(directory / "environment.json", environment)  # last: with it, this launch has begun
     except OSError as error:
         raise UserError(f"run_dir={directory}: cannot be written: {error.strerror}") from error
     return environment
