@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import multiprocessing
 import os
 import re
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -220,23 +223,50 @@ def _train_job(composed: DictConfig) -> None:
     if configs.run_state(directory) == "finished":
         print(f"{directory}: finished, skipped", flush=True)
         return
-    process = multiprocessing.get_context("spawn").Process(target=_work, args=(config, directory))
+    _start_tracker()
+    process = multiprocessing.get_context("spawn").Process(target=_work_of_sweep, args=(config, directory))
     stopped: list[int] = []
 
     def forward(number: int, _: Any) -> None:
         stopped.append(number)
         if process.pid and number != signal.SIGINT:  # a terminal sends Ctrl-C to the worker as well
-            os.kill(process.pid, number)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, number)
 
     before = {number: signal.signal(number, forward) for number in SIGNALS}
     process.start()
+    for number in tuple(stopped):  # those that came while it was being started
+        forward(number, None)
     process.join()
     for number, handler in before.items():
         signal.signal(number, handler)
         if number in stopped and callable(handler):  # now that the checkpoint is written: submitit's puts the job back
             handler(number, None)  # in the queue, Python's own ends the sweep
-    if stopped or process.exitcode in [128 + number for number in SIGNALS]:
-        sys.exit(process.exitcode)  # a sweep that is cut does not go on to its next job
+    assert process.exitcode is not None
+    code = process.exitcode if process.exitcode >= 0 else 128 - process.exitcode  # as a shell counts
+    if stopped or code - 128 in SIGNALS:  # a sweep that is cut does not go on to its next job
+        sys.exit(code or 128 + stopped[0])
+
+
+def _start_tracker() -> None:
+    """Start Python's helper of spawned processes, deaf to what Slurm sends to all processes of a job.
+
+    It ignores SIGINT and SIGTERM by itself; of the others it would die, and fill stderr.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1, signal.SIGUSR2))
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGUSR1, signal.SIGUSR2))
+
+
+def _work_of_sweep(config: configs.Config, directory: Path) -> NoReturn:
+    """Train, and exit; where the sweep itself is killed, with a checkpoint, as on SIGTERM."""
+    threading.Thread(target=_follow_sweep, daemon=True).start()
+    _work(config, directory)
+
+
+def _follow_sweep() -> None:
+    multiprocessing.parent_process().join()  # type: ignore[union-attr]
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _work(config: configs.Config, directory: Path) -> NoReturn:
@@ -273,6 +303,7 @@ def _run(job: Callable[[], int], config: configs.Config | configs.EvalConfig, ma
         sys.exit(0 if code > 128 and "TORCHELASTIC_RUN_ID" in os.environ else code)
     if config.devices == 1 and not max_restarts:
         sys.exit(job())
+    _start_tracker()
     from resnet_train.launch import launch, pick_processes
 
     sys.exit(_code(lambda: launch(job, pick_processes(config.devices, config.device), max_restarts)))
