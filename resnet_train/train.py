@@ -22,10 +22,13 @@ from resnet_train.build import logits_of
 from resnet_train.config import Config, Share
 from resnet_train.data.sets import MemorySets, StreamedSets
 from resnet_train.distributed import from_main, rank, shared, total, world
-from resnet_train.errors import SIGNALS, RunError
+from resnet_train.errors import PARENT, SIGNALS, RunError
 from resnet_train.evaluate import count_errors, wrong_answers
 from resnet_train.record import Record
 from resnet_train.schedule import Progress, end_warmup, learning_rate, watch_plateau
+
+# What a checkpoint says of the keys that have no say in what a run computes, nor in how it is dealt to devices.
+INDIFFERENT = {"run_dir": None, "resume": "auto", "max_restarts": 0, "timeout": 600}
 
 
 class Meters:
@@ -88,7 +91,7 @@ class Run:
     def state(self) -> dict[str, Any]:
         """A checkpoint's content: tensors and plain values only."""
         return {
-            "config": self.config.plain() | {"run_dir": None, "resume": "auto"},  # the same file in any directory
+            "config": self.config.plain() | INDIFFERENT,  # the same file in any directory, however often it was cut
             "classes": self.sets.classes,
             "digest": self.sets.digest,
             "measure": {"precision": self.precision, "compile": self.compiled, "bn_images": self.share.group},
@@ -126,7 +129,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.signal = 0
-        self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self.parent = PARENT if "TORCHELASTIC_RUN_ID" in os.environ else None
         self.asked: tuple[Any, Tensor] | None = None
         for number in SIGNALS:
             signal.signal(number, self._set)
