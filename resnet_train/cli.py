@@ -64,6 +64,8 @@ def _command(name: str, prepare: Callable[..., Any], job: Callable[[DictConfig],
                 f"-m: torchrun would start the sweep in each of its processes; take resnet-train -m"
                 f" devices={os.environ.get('LOCAL_WORLD_SIZE', '8')} … without torchrun, or torchrun for one run"
             )
+        if _launched() > 1 and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+            _check_restarts()
         places: list[Path] = []
         sweep = arguments.multirun or "hydra.mode=MULTIRUN" in arguments.overrides
         if not (arguments.help or arguments.hydra_help or arguments.shell_completion or arguments.info):
@@ -83,6 +85,15 @@ def _command(name: str, prepare: Callable[..., Any], job: Callable[[DictConfig],
     except BrokenPipeError:  # as in `resnet-train --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def _check_restarts() -> None:
+    """Refuse a torchrun whose restarts would not come off: with its store, the addresses of the dead outlive them."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise UserError(
+            "torchrun --max-restarts= needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment and"
+            " --rdzv-backend=c10d; else the processes started again may look for those that died"
+        )
 
 
 def _check_all_finished(places: list[Path]) -> None:

@@ -118,15 +118,9 @@ def joined(device: torch.device, timeout: int) -> Iterator[None]:
                 f"MASTER_PORT={os.environ['MASTER_PORT']}: the port is taken; choose another (torchrun --master-port=,"
                 " or --rdzv-backend=c10d --rdzv-endpoint=HOST:0, which finds a free one)"
             ) from error
-        stale = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and "connectFullMesh" in text
         raise UserError(
             f"{os.environ['WORLD_SIZE']} processes did not meet at {where} within timeout={timeout} s"
-            f" ({text.splitlines()[0][:200]}); "
-            + (
-                "torchrun --max-restarts= needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment"
-                if stale
-                else "see that every machine runs the same command and reaches that address"
-            )
+            f" ({text.splitlines()[0][:200]}); see that every machine runs the same command and reaches that address"
         ) from error
     try:
         yield
