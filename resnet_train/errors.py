@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 
 # What ends a run in good order, with a checkpoint. Slurm sends the last two, or SIGTERM, before it takes the machine.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+# Who started this process, noted before torch is imported: that takes seconds, in which a launcher can be killed.
+PARENT = os.getppid()
 
 
 class UserError(Exception):
