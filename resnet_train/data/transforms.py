@@ -58,5 +58,6 @@ def colour_noise(images: Tensor, alphas: Tensor) -> Tensor:
     Images are (N, 3, H, W) in units of the full range, on any device; each gets one colour shift for all its pixels.
     `alphas` are on the CPU, so that nothing but the shifts travels and nothing waits.
     """
-    shifts = (alphas * torch.tensor(EIGENVALUES)) @ torch.tensor(EIGENVECTORS).T
+    parts = (alphas * torch.tensor(EIGENVALUES))[:, :, None] * torch.tensor(EIGENVECTORS).T
+    shifts = parts[:, 0] + parts[:, 1] + parts[:, 2]  # a matrix product rounds otherwise for other numbers of images
     return images + shifts.to(images.device, non_blocking=True)[:, :, None, None]
