@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from resnet_train import checkpoint
 from resnet_train.build import compile_network, logits_of, network, open_sets, pick_device, placed
 from resnet_train.config import Config, EvalConfig, check_source, restored
-from resnet_train.distributed import from_main, joined, main, one_after_all, rank, total, world
+from resnet_train.data.sets import MemorySets, StreamedSets
+from resnet_train.distributed import from_main, joined, main, one_after_all, rank, together, total, world
 from resnet_train.errors import UserError
 from resnet_train.files import expand, write_json
 
@@ -85,17 +87,11 @@ def evaluate_checkpoint(asked: EvalConfig) -> None:
 def _evaluate(asked: EvalConfig, device: torch.device) -> None:
     path = expand(asked.checkpoint)
     state = from_main(lambda: checkpoint.load(path))
-    config = _with_data(restored(state["config"]), asked)
+    config = together(lambda: _with_data(restored(state["config"]), asked))
     sets = one_after_all(lambda: open_sets(config))
-    if sets.classes != state["classes"]:
-        raise UserError(
-            f"data: {config.data_label} has the classes {', '.join(sets.classes)[:60]}…, the checkpoint was trained on"
-            f" {', '.join(state['classes'])[:60]}…"
-        )
+    together(lambda: _check_sets(sets, state, config, asked))
     if asked.data.name == "same" and sets.digest != state["digest"] and main():
         print("note: these are not the images that the checkpoint was trained on", flush=True)
-    if asked.split == "val" and sets.sizes["val"] == 0:
-        raise UserError("split=val: no part of the training set was held out; take split=test")
     precision, compiled = state["measure"]["precision"], state["measure"]["compile"]
     model = placed(network(config, len(sets.classes)), device, precision)
     model.load_state_dict(state["model"])
@@ -136,6 +132,17 @@ def _evaluate(asked: EvalConfig, device: torch.device) -> None:
         + (f", top-5 {count.error5:.2f} %" if sets.top5 else "")
         + f"; {out}"
     )
+
+
+def _check_sets(sets: MemorySets | StreamedSets, state: dict[str, Any], config: Config, asked: EvalConfig) -> None:
+    """Raise UserError where `sets` are not what the checkpoint's network can be held against."""
+    if sets.classes != state["classes"]:
+        raise UserError(
+            f"data: {config.data_label} has the classes {', '.join(sets.classes)[:60]}…, the checkpoint was trained on"
+            f" {', '.join(state['classes'])[:60]}…"
+        )
+    if asked.split == "val" and sets.sizes["val"] == 0:
+        raise UserError("split=val: no part of the training set was held out; take split=test")
 
 
 def _with_data(config: Config, asked: EvalConfig) -> Config:
