@@ -94,6 +94,8 @@ def _end_with_launcher() -> None:
 def pick_processes(devices: int | str, device: str) -> int:
     """The processes to start: `devices`, or for auto one for each GPU. Raises UserError for more than there are."""
     gpus = 0 if device == "cpu" else torch.cuda.device_count()
+    if device == "cuda" and not gpus:  # here, or each of the processes would tell of it
+        raise UserError("device=cuda: torch sees no GPU here; take device=cpu")
     if devices == "auto":
         return max(1, gpus)
     if gpus and int(devices) > gpus:
