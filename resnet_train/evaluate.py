@@ -17,7 +17,7 @@ from resnet_train.config import Config, EvalConfig, check_source, restored
 from resnet_train.data.sets import MemorySets, StreamedSets
 from resnet_train.distributed import from_main, joined, main, one_after_all, rank, together, total, world
 from resnet_train.errors import UserError
-from resnet_train.files import expand, write_json
+from resnet_train.files import expand, write_result
 
 
 @dataclass
@@ -121,11 +121,7 @@ def _evaluate(asked: EvalConfig, device: torch.device) -> None:
         return
     where = "" if sets.digest == state["digest"] else f"-{config.data_label}"
     out = expand(asked.out) if asked.out else path.with_name(f"{path.stem}{where}-{asked.split}.json")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(out, result)
-    except OSError as error:
-        raise UserError(f"out={out}: cannot be written: {error.strerror}") from error
+    write_result(out, result)
     print(
         f"{config.net} on {config.data_label} {asked.split} ({sets.protocol}), seed {config.seed}, iteration"
         f" {state['iteration']}: {count.wrong} of {count.seen} wrong, error {count.error:.2f} %"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,3 +29,27 @@ def write_json(path: Path, values: Any, indent: int | None = 2) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(values, indent=indent) + "\n")
     part.replace(path)
+
+
+def write_result(path: Path, values: Any) -> None:
+    """Write what a command found to the JSON file that `out=` named, and the folders above. Raises UserError."""
+    with _named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, values)
+
+
+def check_result(path: Path) -> None:
+    """Make the folders above `path` and see that a file can be written there. Raises UserError."""
+    part = path.with_name(path.name + ".part")
+    with _named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.touch()
+        part.unlink()
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"out={path}: cannot be written: {error.strerror}") from error

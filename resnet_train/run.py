@@ -35,6 +35,7 @@ from resnet_train.build import (
 )
 from resnet_train.config import Config, check_same_run, run_state, share
 from resnet_train.data.sampler import generator
+from resnet_train.data.sets import MemorySets, StreamedSets
 from resnet_train.distributed import from_main, joined, main, one_after_all, together, world
 from resnet_train.errors import UserError
 from resnet_train.files import expand, nearest_existing, write_json
@@ -103,11 +104,11 @@ def _before_restart(directory: Path) -> Literal["new", "unfinished", "finished"]
     return run_state(directory) if ours else "new"
 
 
-def build(config: Config, directory: Path) -> Run:
-    """Data, network and optimiser, with nothing written yet. Raises UserError."""
+def build(config: Config, directory: Path, sets: MemorySets | StreamedSets | None = None) -> Run:
+    """Data, if not given as `sets`, network and optimiser, with nothing written yet. Raises UserError."""
     device = pick_device(config.device)
     precision = together(lambda: pick_precision(config.precision, device))
-    sets = one_after_all(lambda: open_sets(config))
+    sets = sets or one_after_all(lambda: open_sets(config))
     torch.manual_seed(generator(config.seed, "initialisation", 0).initial_seed())
     model = network(config, len(sets.classes))
     part = share(config, world())
@@ -224,17 +225,12 @@ def _open_directory(run: Run, state: dict[str, Any] | None) -> dict[str, Any]:
     environment = {
         "command": " ".join(["resnet-train", *sys.argv[1:]]),
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
         "device": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else processor(),
         "processes": world(),
         "threads": torch.get_num_threads(),
         "launch": os.environ.get("TORCHELASTIC_RUN_ID"),
-        "versions": {
-            "resnet_train": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-        },
+        "versions": versions(),
     }
     try:
         if state is None:
@@ -275,13 +271,39 @@ def _adopt(path: Path, directory: Path, iteration: int) -> None:
         raise UserError(f"resume={path}: cannot be taken into {directory}: {error.strerror}") from error
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
+    """The commit of this package's code, where it lies in a git repository."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=5)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return found.stdout.strip() or None
+
+
+def versions() -> dict[str, str]:
+    """Of what computes."""
+    return {
+        "resnet_train": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+    }
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has held: of the GPU's memory where it trains on one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def memory_held(device: torch.device) -> int:
+    """The bytes that this process holds now, likewise; where the system does not say, the most so far."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * resource.getpagesize() if statm.exists() else peak_memory(device)
 
 
 def processor() -> str:
@@ -345,11 +367,6 @@ def _summarise(run: Run, environment: dict[str, Any], reference: tuple[str, floa
         return {s: {k: point[k] for k in wanted if k in point} for s, point in found.items() if point}
 
     last = errors(config.iterations)
-    peak = (
-        torch.cuda.max_memory_allocated(run.device)
-        if run.device.type == "cuda"
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    )
     summary = {
         "net": config.net,
         "data": config.data_label,
@@ -363,7 +380,7 @@ def _summarise(run: Run, environment: dict[str, Any], reference: tuple[str, floa
         "parameters": parameters(run.model),
         "multiply_adds": multiply_adds(network(config, len(run.sets.classes)), config.data.size),
         "seconds": run.seconds,
-        "peak_memory_bytes": peak,
+        "peak_memory_bytes": peak_memory(run.device),
         "precision": run.precision,
         "compile": run.compiled,
         **environment,
