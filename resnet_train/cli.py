@@ -49,6 +49,13 @@ def evaluate() -> None:
     _command("eval", _prepare_eval, _eval_job)
 
 
+def bench() -> None:
+    """The command `resnet-bench`."""
+    if re.fullmatch(r"[^=-][^=]*", "".join(sys.argv[1:2])):  # the first word: what to measure
+        sys.argv[1] = "bench=" + sys.argv[1]
+    _command("bench", _prepare_bench, _bench_job)
+
+
 def _command(name: str, prepare: Callable[..., Any], job: Callable[[DictConfig], Any]) -> None:
     """Check every job that the command line asks for, then let Hydra run them (or show help, config, completion)."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its exceptions to us instead of printing them
@@ -167,7 +174,7 @@ def _compose(name: str, overrides: list[str]) -> dict[str, Any]:
 
 def _diagnosis(name: str, overrides: list[str], error: Exception) -> str:
     """Why composition failed, in our words: a wrong option of a group, an unknown key, or Hydra's first line."""
-    folders = [folder for folder in Path(CONFIG_DIR).iterdir() if folder.is_dir() and name == "train"]
+    folders = [folder for folder in Path(CONFIG_DIR).iterdir() if folder.is_dir() and name != "eval"]
     groups = {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
     chosen = []
     parser = OverridesParser.create()
@@ -185,6 +192,8 @@ def _diagnosis(name: str, overrides: list[str], error: Exception) -> str:
     words = [key for key in keys if not key.startswith("hydra.")] + list(groups)
     for item in overrides:
         key = parser.parse_override(item).key_or_group
+        if name == "bench" and key in configs.FIXED_BY_BENCH:
+            return f"{item}: means nothing to resnet-bench; drop it"
         if (
             not key.startswith("hydra")
             and key not in words
@@ -202,8 +211,7 @@ def _prepare_train(
     values: dict[str, Any], overrides: list[str], sweep: bool, look: bool = True
 ) -> tuple[configs.Config, Path]:
     """The checked configuration of one job and its directory, which is looked at; a sweep may find it finished."""
-    keys = [item.lstrip("+~").split("=")[0] for item in overrides]
-    asked = [key for key in keys if not key.startswith("hydra")]
+    asked = _asked(overrides)
     if _launched():
         for key in ("devices", "max_restarts"):
             if key in asked:
@@ -222,6 +230,22 @@ def _prepare_eval(
     if sweep:
         raise UserError("-m: resnet-eval takes one checkpoint at a time")
     return configs.check_eval(values), None
+
+
+def _prepare_bench(
+    values: dict[str, Any], overrides: list[str], sweep: bool, look: bool = True
+) -> tuple[tuple[configs.BenchConfig, configs.Config], None]:
+    if sweep:
+        raise UserError("-m: resnet-bench measures one thing at a time")
+    if _launched():
+        raise UserError("resnet-bench measures one process; take it without torchrun")
+    return configs.check_bench(values, _asked(overrides)), None
+
+
+def _asked(overrides: list[str]) -> list[str]:
+    """The keys that the command line names."""
+    keys = [item.lstrip("+~").split("=")[0] for item in overrides]
+    return [key for key in keys if not key.startswith("hydra")]
 
 
 def _train_job(composed: DictConfig) -> None:
@@ -304,6 +328,19 @@ def _eval_here(asked: configs.EvalConfig) -> int:
     from resnet_train.evaluate import evaluate_checkpoint
 
     return _code(lambda: evaluate_checkpoint(asked))
+
+
+def _bench_job(composed: DictConfig) -> None:
+    """One sub-benchmark."""
+    values: Any = OmegaConf.to_container(composed, resolve=True)
+    asked, config = _prepare_bench(values, list(HydraConfig.get().overrides.task), sweep=False)[0]
+    sys.exit(_code(functools.partial(_bench_here, asked, config)))
+
+
+def _bench_here(asked: configs.BenchConfig, config: configs.Config) -> None:
+    from resnet_train.bench import bench as measure
+
+    measure(asked, config)
 
 
 def _run(job: Callable[[], int], config: configs.Config | configs.EvalConfig, max_restarts: int = 0) -> NoReturn:

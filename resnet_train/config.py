@@ -152,6 +152,29 @@ class EvalConfig:
     out: str | None
 
 
+@dataclass(frozen=True)
+class BenchConfig:
+    """What `resnet-bench` is told beside a configuration of training: configs/bench.yaml."""
+
+    bench: Literal["step", "loop", "loader", "eval", "startup", "memory"]
+    rounds: int
+    seconds: float
+    steps: int
+    out: str | None
+
+
+# What `resnet-bench` does not read of the recipe and the data set, and what it has in place of training's own keys.
+UNREAD_BY_BENCH = ("iterations", "eval_every", "data.validation")
+FIXED_BY_BENCH = {
+    "iterations": 10**9,
+    "eval_every": 10**9,
+    "checkpoint_every": 10**9,
+    "keep_every": 0,
+    "max_restarts": 0,
+    "timeout": 600,
+    "run_dir": None,
+    "resume": "never",
+}
 # What each family of nets and data does not read; refused when asked for.
 UNREAD = {
     "cifar": ("augment.shorter_side", "augment.colour_noise", "bottleneck_stride", "data.workers"),
@@ -186,6 +209,9 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "devices": (1, 100_000),
     "max_restarts": (0, 1000),
     "timeout": (1, 10**6),
+    "rounds": (1, 1000),
+    "seconds": (0, 3600),
+    "steps": (2, 10**9),
     "data.validation": (0, None),
     "data.size": (8, 1024),
     "data.workers": (0, 256),
@@ -195,7 +221,7 @@ SCHEDULE_KEYS: dict[str, tuple[str, ...]] = {
     "plateau": ("name", "lr", "factor", "patience", "threshold", "watch"),
     "cosine": ("name", "lr"),
 }
-ABOVE = {"schedule.lr", "warmup.lr", "schedule.factor", "schedule.patience"}
+ABOVE = {"schedule.lr", "warmup.lr", "schedule.factor", "schedule.patience", "seconds"}
 BELOW = {"momentum"}
 
 
@@ -296,10 +322,11 @@ def _typed(kind: type[T], values: Any, prefix: str = "") -> T:
     return kind(**found)
 
 
-def check(values: Mapping[str, Any], asked: Collection[str] = ()) -> Config:
+def check(values: Mapping[str, Any], asked: Collection[str] = (), *, needs_data: bool = True) -> Config:
     """The checked configuration of a training run from plain, resolved `values`.
 
     `asked` are the keys that the user named: a shortcut for a plain net is refused only if asked for.
+    `needs_data`: data.root= must be there where the data set has no other place.
     Looks at the command line and at directory listings only. Raises UserError.
     """
     config = _typed(Config, values)
@@ -341,7 +368,8 @@ def check(values: Mapping[str, Any], asked: Collection[str] = ()) -> Config:
         raise UserError("schedule.watch=val: needs a held-out part of the training set; add data.validation=5000")
     if config.nesterov and not config.momentum:
         raise UserError("nesterov=true: needs momentum above 0; take momentum=0.9")
-    check_source(config.data.name, config.data.root)
+    if needs_data or config.data.root is not None:
+        check_source(config.data.name, config.data.root)
     check_held_out(config.data)
     return dataclasses.replace(config, data=_anchored(config.data))
 
@@ -416,9 +444,36 @@ def check_eval(values: Mapping[str, Any]) -> EvalConfig:
         check_source(config.data.name, config.data.root)
     elif config.data.root is not None and not expand(config.data.root).exists():
         raise UserError(f"data.root={config.data.root}: there is no such file or folder")
-    if config.out is not None and (expand(config.out).is_dir() or not _writable(expand(config.out))):
-        raise UserError(f"out={config.out}: is not a file that you may write")
+    _check_out(config.out)
     return dataclasses.replace(config, data=_anchored(config.data))
+
+
+def check_bench(values: Mapping[str, Any], asked: Collection[str] = ()) -> tuple[BenchConfig, Config]:
+    """The checked configuration of a benchmark: its own, and that of the training it measures. Raises UserError."""
+    own = {field.name for field in dataclasses.fields(BenchConfig)}
+    names = typing.get_args(typing.get_type_hints(BenchConfig)["bench"])
+    if values["bench"] is None:
+        raise UserError(f"name what to measure: {', '.join(names)}; as in resnet-bench {names[1]}")
+    bench = _typed(BenchConfig, {key: value for key, value in values.items() if key in own})
+    _check_paths({"out": bench.out})
+    _check_out(bench.out)
+    for key in UNREAD_BY_BENCH:
+        if key in asked:
+            raise UserError(f"{key}: means nothing to resnet-bench; drop it")
+    if values["devices"] != 1:
+        raise UserError(f"devices={_shown(values['devices'])}: resnet-bench measures one; drop it")
+    training = {key: value for key, value in values.items() if key not in own}
+    config = check(training | FIXED_BY_BENCH, asked, needs_data=False)
+    if config.data.family == "imagenet" and bench.bench in ("loop", "loader", "eval", "memory"):
+        raise UserError(
+            f"data={config.data.name}: resnet-bench {bench.bench} measures sets in memory; take data=cifar10"
+        )
+    return bench, config
+
+
+def _check_out(out: str | None) -> None:
+    if out is not None and (expand(out).is_dir() or not _writable(expand(out))):
+        raise UserError(f"out={out}: is not a file that you may write")
 
 
 def _anchored(data: Any) -> Any:

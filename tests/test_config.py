@@ -294,13 +294,14 @@ def unread(keys):
 
 def test_every_key_is_read():
     keys = set().union(*(config.flat(composed(f"schedule={name}")) for name in SCHEDULES))
-    keys |= set(config.flat(cli._compose("eval", ["checkpoint=x"])))
+    keys |= set(config.flat(cli._compose("eval", ["checkpoint=x"]) | cli._compose("bench", [])))
     assert unread(keys) == set()
     assert unread({"bn_wd", "schedule.nosuch", "seed"}) == {"bn_wd", "schedule.nosuch"}
 
 
 def test_every_bounded_number_is_a_key():
     keys = set().union(*(config.flat(composed(f"schedule={name}")) for name in SCHEDULES))
+    keys |= cli._compose("bench", []).keys()
     assert config.RANGES.keys() <= keys
     assert config.RANGES.keys() >= config.ABOVE | config.BELOW
 

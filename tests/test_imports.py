@@ -18,6 +18,7 @@ MODULES = sorted(TREES)
 # From the command down; what is not named is a leaf.
 LAYERS = [
     ["cli"],
+    ["bench"],
     ["launch"],
     ["run"],
     ["train"],

@@ -1,0 +1,107 @@
+"""The reference of resnet-bench: the CIFAR-10 training that everybody writes. Nothing else uses it.
+
+torchvision's idiom as the most copied trainers have it: one PIL image at a time through transforms in DataLoader
+workers, float32, contiguous tensors, no compiler, `.item()` in every step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+from resnet_train.data.images import ImageSet
+
+NORMALISE = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+class Pictures(Dataset[tuple[Tensor, int]]):
+    """An image set as torchvision.datasets.CIFAR10 gives it: a transformed PIL image at a time."""
+
+    def __init__(self, data: ImageSet, *, train: bool) -> None:
+        self.images, self.labels = data.images.cpu().numpy(), data.labels.tolist()
+        random = [transforms.RandomCrop(data.images.shape[1], padding=4), transforms.RandomHorizontalFlip()]
+        self.transform = transforms.Compose([*(random if train else []), transforms.ToTensor(), NORMALISE])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(Image.fromarray(self.images[index])), self.labels[index]
+
+
+def loader(data: ImageSet, batch_size: int, device: torch.device, *, train: bool) -> DataLoader:
+    """Batches from a worker for each core; in training shuffled, and full ones only."""
+    return DataLoader(
+        Pictures(data, train=train),
+        batch_size,
+        shuffle=train,
+        drop_last=train,
+        num_workers=os.cpu_count() or 1,
+        persistent_workers=train,
+        pin_memory=device.type == "cuda",
+    )
+
+
+def endless(batches: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
+    """Epoch after epoch."""
+    while True:
+        yield from batches
+
+
+@contextlib.contextmanager
+def defaults() -> Iterator[None]:
+    """PyTorch's own float32 for convolutions on a GPU, which is TF32; ours is switched off in this process."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+class Trainer:
+    """A network with torch.optim.SGD as it comes, and the running sums that everybody prints."""
+
+    def __init__(self, net: nn.Module, device: torch.device) -> None:
+        self.net, self.device = net.to(device), device
+        self.optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+        self.criterion = nn.CrossEntropyLoss()
+        self.loss, self.right = 0.0, 0.0
+
+    def steps(self, batches: Iterator[tuple[Tensor, Tensor]], count: int) -> None:
+        """So many iterations."""
+        for _ in range(count):
+            self.step(*next(batches))
+
+    @defaults()
+    def step(self, images: Tensor, labels: Tensor) -> None:
+        """One iteration, which waits for its loss and its accuracy."""
+        images, labels = images.to(self.device), labels.to(self.device)
+        logits = self.net(images)
+        loss = self.criterion(logits, labels)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self._note(logits, labels, loss)
+
+    def _note(self, logits: Tensor, labels: Tensor, loss: Tensor) -> None:
+        self.loss += loss.item() * len(labels)
+        self.right += (logits.argmax(1) == labels).sum().item()
+
+    @defaults()
+    @torch.no_grad()
+    def evaluate(self, batches: DataLoader) -> None:
+        """One pass in evaluation mode."""
+        self.net.eval()
+        for images, labels in batches:
+            images, labels = images.to(self.device), labels.to(self.device)
+            logits = self.net(images)
+            self._note(logits, labels, self.criterion(logits, labels))
+        self.net.train()
