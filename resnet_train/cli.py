@@ -32,9 +32,9 @@ from resnet_train.errors import SIGNALS, RunError, UserError, of_the_system
 
 _PACKAGE = Path(__file__).resolve().parent
 CONFIG_DIR = str(next(p for p in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if p.is_dir()))
-
-
-GROUPS = ("data", "recipe", "schedule")
+GROUPS = sorted(path.name for path in Path(CONFIG_DIR).iterdir() if path.is_dir())
+# What composing raises for overrides that cannot be taken; OSError: an option as long as no file name may be.
+UNTAKEN = (HydraException, OmegaConfBaseException, ValueError, AssertionError, AttributeError, OSError, RecursionError)
 
 
 def train() -> None:
@@ -59,6 +59,7 @@ def bench() -> None:
 def _command(name: str, prepare: Callable[..., Any], job: Callable[[DictConfig], Any]) -> None:
     """Check every job that the command line asks for, then let Hydra run them (or show help, config, completion)."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its exceptions to us instead of printing them
+    hydras: list[str] = []  # the words that are for Hydra
     try:
         parser = get_args_parser()
         parser.error = _usage  # type: ignore[method-assign]
@@ -66,7 +67,11 @@ def _command(name: str, prepare: Callable[..., Any], job: Callable[[DictConfig],
         for flag in ("config_name", "config_path", "config_dir", "experimental_rerun"):
             if getattr(arguments, flag) is not None:
                 raise UserError(f"--{flag.replace('_', '-')}: the configurations are this command's own; drop it")
-        if arguments.multirun and _launched():
+        hydras = [item for item in arguments.overrides if re.match(r"[+~]*hydra\b", item)]
+        hydras += ["--shell-completion"] if arguments.shell_completion else []
+        _check_hydras(hydras, arguments.multirun)
+        sweep = arguments.multirun or "hydra.mode=MULTIRUN" in hydras
+        if sweep and _launched():
             raise UserError(
                 f"-m: torchrun would start the sweep in each of its processes; take resnet-train -m"
                 f" devices={os.environ.get('LOCAL_WORLD_SIZE', '8')} … without torchrun, or torchrun for one run"
@@ -74,10 +79,11 @@ def _command(name: str, prepare: Callable[..., Any], job: Callable[[DictConfig],
         if _launched() > 1 and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
             _check_restarts()
         places: list[Path] = []
-        sweep = arguments.multirun or "hydra.mode=MULTIRUN" in arguments.overrides
-        if not (arguments.help or arguments.hydra_help or arguments.shell_completion or arguments.info):
-            for overrides in _jobs(arguments.overrides, sweep):
-                places.append(prepare(_compose(name, overrides), overrides, sweep, look=not arguments.cfg)[1])
+        jobs = [] if arguments.shell_completion else _jobs(arguments.overrides, sweep)
+        if not (arguments.help or arguments.hydra_help or arguments.info):
+            for overrides in jobs:
+                values = _compose(name, overrides, arguments.package)
+                places.append(prepare(values, overrides, sweep, look=not arguments.cfg)[1])
                 if places[-1] in places[:-1]:
                     raise UserError(f"run_dir: two jobs of the sweep would share {places[-1]}; leave run_dir= out")
         hydra.main(version_base="1.3", config_path=CONFIG_DIR, config_name=name)(job)()
@@ -92,6 +98,22 @@ def _command(name: str, prepare: Callable[..., Any], job: Callable[[DictConfig],
     except BrokenPipeError:  # as in `resnet-train --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        _fail(UserError(f"{error.filename}: {error.strerror}") if error.filename else of_the_system(error))
+    except Exception as error:
+        if not hydras:
+            raise
+        _fail(UserError(f"{' '.join(hydras)}: Hydra cannot take that ({type(error).__name__}: {error})"))
+
+
+def _check_hydras(words: list[str], multirun: bool) -> None:
+    """Refuse what would go round this command's own checks. Raises UserError."""
+    for item in words:
+        key = item.lstrip("+~").partition("=")[0]
+        if key == "hydra.searchpath":
+            raise UserError(f"{item}: the configurations are this command's own; drop it")
+        if key == "hydra.mode" and (multirun or item not in ("hydra.mode=RUN", "hydra.mode=MULTIRUN")):
+            raise UserError(f"{item}: drop it; -m makes a sweep")
 
 
 def _check_restarts() -> None:
@@ -128,7 +150,14 @@ def _tell(error: UserError) -> None:
     rank = int(os.environ["RANK"]) if _launched() else 0
     if rank == 0 or not error.shared:
         who = f"rank {rank}: " if rank else ""
-        print(f"error: {who}" + " ".join(str(error).split()), file=sys.stderr, flush=True)
+        print(f"error: {who}{_line(str(error))}", file=sys.stderr, flush=True)
+
+
+def _line(text: str) -> str:
+    """`text` as one line that a terminal can show; of what is very long, its beginning and its end."""
+    words = [word if len(word) <= 240 else f"{word[:120]}…{word[-40:]}" for word in text.split()]
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(words))
+    return text if len(text) <= 900 else f"{text[:500]} … {text[-300:]}"
 
 
 def _launched() -> int:
@@ -141,61 +170,93 @@ def _jobs(overrides: list[str], multirun: bool) -> list[list[str]]:
     """The overrides of each job: the sweep written out, or the command line as it is."""
     parsed = []
     for item in overrides:
-        key, _, value = item.partition("=")
         try:
-            parsed.append(OverridesParser.create().parse_override(item))
-        except HydraException as error:
-            if not re.match(r"[+~]*[A-Za-z0-9_./@-]+=", item):
-                raise UserError(f"{item!r}: is not key=value") from error
-            raise UserError(f"{item}: the value needs quotes, as in '{key}=\"{value}\"'") from error
-        if parsed[-1].is_sweep_override() and not multirun:
+            override = OverridesParser.create().parse_override(item)
+        except (HydraException, ValueError, RecursionError) as error:
+            raise UserError(_misspelt(item, error)) from error
+        if not override.key_or_group:
+            raise UserError(f"{item!r}: is not key=value")
+        if override.package is not None:
+            raise UserError(f"{item}: no key is taken elsewhere with @ here; write {override.key_or_group}=VALUE")
+        if override.is_sweep_override() and not multirun:
             raise UserError(f"{item}: several values are a sweep; add -m, or quote a list as key=[a,b]")
-        if parsed[-1].key_or_group in GROUPS and isinstance(parsed[-1].value(), (list, dict)):
+        if override.key_or_group in GROUPS and isinstance(override.value(), (list, dict)):
             raise UserError(
-                f"{item}: takes one option; for several runs add -m, for a value {item.split('=')[0]}.KEY=VALUE"
+                f"{item}: takes one option; for several runs add -m, for a value {override.key_or_group}.KEY=VALUE"
             )
+        parsed.append(override)
     try:
         return BasicSweeper.split_arguments(parsed, None)[0] if multirun else [overrides]
-    except HydraException as error:
+    except (HydraException, ValueError) as error:
         raise UserError(f"{' '.join(overrides)}: {error}; write the values out, as in depth=20,56") from error
 
 
-def _compose(name: str, overrides: list[str]) -> dict[str, Any]:
-    """Plain, resolved values of one job. Raises UserError naming the override that is at fault."""
+def _misspelt(item: str, error: Exception) -> str:
+    """Why Hydra does not understand an override."""
+    key, equals, value = item.partition("=")
+    try:
+        OverridesParser.create().parse_override(f"{key}=1")
+    except HydraException:
+        equals = ""
+    if not equals:
+        return f"{item!r}: is not key=value"
+    if not isinstance(error, HydraException) or len(value) > 200:
+        return f"{item}: the value is too long, or nested too deeply"
+    return f"{item}: the value needs quotes, as in '{key}=\"{value}\"'"
+
+
+def _compose(name: str, overrides: list[str], package: str | None = None) -> dict[str, Any]:
+    """Plain, resolved values of one job. Raises UserError naming the override that is at fault.
+
+    `package` is a part of the configuration to be shown, which must exist.
+    """
     with hydra.initialize_config_dir(CONFIG_DIR, version_base="1.3"):
+        chosen = _check_options(name, overrides)
         try:
             composed = hydra.compose(name, overrides)
             values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-        except (HydraException, OmegaConfBaseException, ValueError, AssertionError, AttributeError) as error:
-            raise UserError(_diagnosis(name, overrides, error)) from error
+        except UNTAKEN as error:
+            raise UserError(_diagnosis(name, overrides, chosen, error)) from error
+        if package is not None:
+            found = {key for key, value in _keys(name, overrides).items() if value is not None}
+            if package not in found and not any(key.startswith(package + ".") for key in found):
+                raise UserError(f"--package {package}: is no part of the configuration")
     assert isinstance(values, dict)
     return values  # type: ignore[return-value]
 
 
-def _diagnosis(name: str, overrides: list[str], error: Exception) -> str:
-    """Why composition failed, in our words: a wrong option of a group, an unknown key, or Hydra's first line."""
-    folders = [folder for folder in Path(CONFIG_DIR).iterdir() if folder.is_dir() and name != "eval"]
-    groups = {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
+def _keys(name: str, overrides: list[str]) -> dict[str, Any]:
+    """All values, Hydra's own as well, by their dotted keys."""
+    composed = hydra.compose(name, overrides, return_hydra_config=True)
+    return configs.flat(OmegaConf.to_container(composed, resolve=False))  # type: ignore[arg-type]
+
+
+def _check_options(name: str, overrides: list[str]) -> list[str]:
+    """The overrides that choose an option of a group, once each is seen to exist. Raises UserError."""
     chosen = []
-    parser = OverridesParser.create()
-    for item in overrides:
-        parsed = parser.parse_override(item)
-        if parsed.is_add() and not parsed.is_force_add() and parsed.key_or_group in groups:
-            return f"{item}: is there already; drop the +"
-        if parsed.key_or_group in groups and not parsed.is_delete():
-            value, allowed = str(parsed.value()), groups[parsed.key_or_group]
+    for item in overrides if name != "eval" else []:
+        parsed = OverridesParser.create().parse_override(item)
+        group = parsed.key_or_group
+        if group in GROUPS and parsed.is_add():
+            raise UserError(f"{item}: is there already; drop the +")
+        if group in GROUPS and not parsed.is_delete():
+            value, allowed = str(parsed.value()), sorted(file.stem for file in Path(CONFIG_DIR, group).glob("*.yaml"))
             if value not in allowed:
-                return f"{item}: allowed are {', '.join(allowed)}{configs.nearest(value, allowed)}"
+                raise UserError(f"{item}: allowed are {', '.join(allowed)}{configs.nearest(value, allowed)}")
             chosen.append(item)
-    defaults = hydra.compose(name, chosen, return_hydra_config=True)
-    keys = configs.flat(OmegaConf.to_container(defaults, resolve=False))  # type: ignore[arg-type]
-    words = [key for key in keys if not key.startswith("hydra.")] + list(groups)
+    return chosen
+
+
+def _diagnosis(name: str, overrides: list[str], chosen: list[str], error: Exception) -> str:
+    """Why composition failed, in our words: an unknown key, one that is missing, or the override and Hydra's reason."""
+    keys = _keys(name, chosen)
+    words = [key for key in keys if not key.startswith("hydra.")] + (GROUPS if name != "eval" else [])
     for item in overrides:
-        key = parser.parse_override(item).key_or_group
+        key = OverridesParser.create().parse_override(item).key_or_group
         if name == "bench" and key in configs.FIXED_BY_BENCH:
             return f"{item}: means nothing to resnet-bench; drop it"
         if (
-            not key.startswith("hydra")
+            not re.match(r"hydra\b", key)
             and key not in words
             and not any(known == key or known.startswith(key + ".") for known in keys)
         ):
@@ -203,8 +264,10 @@ def _diagnosis(name: str, overrides: list[str], error: Exception) -> str:
     missing = next((key for key in words if keys.get(key) == "???"), None)
     if missing and not any(item.startswith(missing + "=") for item in overrides):
         return f"{missing}: is needed; add {missing}=…"
-    at_fault = getattr(error, "full_key", None)
-    return (f"{at_fault}: " if at_fault else "") + (str(error).splitlines() or [type(error).__name__])[0]
+    for reason in (error, error.__cause__):  # Hydra says which override, OmegaConf why
+        if place := getattr(reason, "full_key", None):
+            return f"{place}: {str(reason).splitlines()[0]}"
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _prepare_train(
@@ -252,7 +315,13 @@ def _train_job(composed: DictConfig) -> None:
     """One run; in a sweep in a process of its own, so that nothing leaks from one job to the next."""
     values: Any = OmegaConf.to_container(composed, resolve=True)
     sweep = HydraConfig.get().mode == RunMode.MULTIRUN
-    config, directory = _prepare_train(values, list(HydraConfig.get().overrides.task), sweep)
+    try:
+        config, directory = _prepare_train(values, list(HydraConfig.get().overrides.task), sweep)
+    except UserError as error:  # not so when the command began
+        if not sweep:
+            _fail(error)
+        _tell(error)
+        return
     if not sweep:
         _work(config, directory)
     if configs.run_state(directory) == "finished":

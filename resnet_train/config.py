@@ -6,9 +6,9 @@ import dataclasses
 import difflib
 import hashlib
 import json
-import math
 import os
 import re
+import sys
 import types
 import typing
 import zipfile
@@ -279,14 +279,16 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
     if dataclasses.is_dataclass(hint):
         return _typed(typing.cast(type, hint), value, key + ".")
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int and number and math.isfinite(value) and value == int(value):
+    if hint is int and number and (isinstance(value, int) or value.is_integer()):
         return _in_range(key, int(value))
-    if hint is float and number and math.isfinite(value):
+    if hint is float and number and abs(value) <= sys.float_info.max:
         return _in_range(key, float(value))
     if hint is bool and isinstance(value, bool):
         return value
-    if hint is str and isinstance(value, (str, int, float)) and str(value).strip() and "\0" not in str(value):
-        return str(value)
+    if hint is str and (isinstance(value, str) or number):
+        text = str(value)
+        if text.strip() and not re.search("[\0\ud800-\udfff]", text):  # neither NUL nor what was no UTF-8
+            return text
     kind = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}[hint]
     raise UserError(f"{key}={_shown(value)}: must be {kind}")
 
