@@ -40,7 +40,10 @@ def save(path: Path, state: dict[str, Any], *, keep_as: Path | None = None) -> N
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         part.unlink(missing_ok=True)
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "the disk may be full"
-        raise RunError(f"{path}: the checkpoint cannot be written ({reason}); the one before it is intact") from error
+        raise RunError(
+            f"{path}: the checkpoint cannot be written ({reason}); with room made, the same"
+            " command goes on from the one before it, which is intact"
+        ) from error
 
 
 def _canonical(value: Any) -> Any:

@@ -35,4 +35,5 @@ class Elsewhere(UserError):
 
 def of_the_system(error: OSError) -> RunError:
     """What the operating system refused, for the user."""
-    return RunError(f"{error.filename or 'a file'}: {error.strerror}; what is on disk is whole, free space and go on")
+    place = error.filename or "a file or the output"
+    return RunError(f"{place}: {error.strerror}; what is on disk is whole; with room made, the same command goes on")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,18 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from resnet_train.curves import read_metrics
+from resnet_train.errors import RunError
 
 tqdm.set_lock(threading.RLock())  # the default is a semaphore of the system, which a killed process leaves behind
+
+
+def _hook(told: threading.ExceptHookArgs, before: Any = threading.excepthook) -> None:
+    """Not a word of what a writing thread of TensorBoard's could not write: the next call to it raises that again."""
+    if not (isinstance(told.exc_value, OSError) and type(told.thread).__module__.startswith("tensorboard")):
+        before(told)
+
+
+threading.excepthook = _hook
 
 
 class Record:
@@ -43,14 +55,25 @@ class Record:
         kept = [line for line in read_metrics(self.path) if line["iteration"] <= iteration]
         self.seconds = max((line.get("seconds", 0.0) for line in kept), default=0.0)
         part = directory / "metrics.jsonl.part"
-        part.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        part.replace(self.path)
-        self.file = self.path.open("a")
-        self.board = directory / "tensorboard"
-        self.purge = iteration + 1
-        for split in ("train", "val", "test"):
-            if (self.board / split).exists():
-                self._writer(split)  # now, so that points after the checkpoint go from each of them
+        with self._writing():
+            part.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            part.replace(self.path)
+            self.file = self.path.open("a")
+            self.board = directory / "tensorboard"
+            self.purge = iteration + 1
+            for split in ("train", "val", "test"):
+                if (self.board / split).exists():
+                    self._writer(split)  # now, so that points after the checkpoint go from each of them
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunError(
+                f"{self.path.parent}: the record cannot be written ({error.strerror}); with room made, the same command"
+                " goes on from the last checkpoint, which is intact"
+            ) from error
 
     def _writer(self, split: str) -> SummaryWriter:
         if split not in self.writers:
@@ -58,15 +81,19 @@ class Record:
         return self.writers[split]
 
     def point(self, split: str, iteration: int, **values: float | int | str) -> None:
-        """One point of a curve: a metrics line, TensorBoard scalars and, where there is no bar, a printed line."""
+        """One point of a curve: a metrics line, TensorBoard scalars and, where there is no bar, a printed line.
+
+        Raises RunError where it cannot be written, as do the opening, `reference` and `flush`.
+        """
         if self.silent:
             return
         line = {"iteration": iteration, "split": split, **self.names, **values}
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
-        for name, value in values.items():
-            if isinstance(value, (int, float)) and name not in ("epoch", "seconds", "wrong", "seen"):
-                self._writer(split).add_scalar(name, value, iteration)
+        with self._writing():
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+            for name, value in values.items():
+                if isinstance(value, (int, float)) and name not in ("epoch", "seconds", "wrong", "seen"):
+                    self._writer(split).add_scalar(name, value, iteration)
         if self.bar.disable:
             shown = {"lr": "g", "images_per_second": ".0f", "epoch": ".2f", "loss": ".4f", "seconds": ".0f"}
             text = (f"{k} {v:{shown.get(k, '.2f')}}" for k, v in values.items() if isinstance(v, float))
@@ -81,7 +108,7 @@ class Record:
     def reference(self, error: float, iterations: int) -> None:
         """The paper's final error as a line across TensorBoard's error chart, once in the life of a run."""
         if not self.silent and not (self.board / "paper").exists():
-            with SummaryWriter(str(self.board / "paper")) as writer:
+            with self._writing(), SummaryWriter(str(self.board / "paper")) as writer:
                 for iteration in (0, iterations):
                     writer.add_scalar("error", error, iteration)
 
@@ -95,14 +122,17 @@ class Record:
         """Put everything on disk; called before a checkpoint, which must not be ahead of its record."""
         if self.silent:
             return
-        os.fsync(self.file.fileno())
-        for writer in self.writers.values():
-            writer.flush()
+        with self._writing():
+            os.fsync(self.file.fileno())
+            for writer in self.writers.values():
+                writer.flush()
 
     def close(self) -> None:
-        """Close files and bar."""
+        """Close files and bar. What then cannot be written has been told of, or comes after the last checkpoint."""
         if not self.silent:
-            self.file.close()
+            with contextlib.suppress(OSError):
+                self.file.close()
         for writer in self.writers.values():
-            writer.close()
+            with contextlib.suppress(OSError):
+                writer.close()
         self.bar.close()
