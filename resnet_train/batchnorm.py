@@ -6,6 +6,9 @@ such groups at once, one after another or with others, and the mathematics stays
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,6 +28,7 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
     running_var: Tensor
     num_batches_tracked: Tensor
     momentum: float
+    counted = True
 
     def __init__(self, channels: int, images: int) -> None:
         super().__init__(channels)
@@ -39,7 +43,8 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
         for group in x.split(self.images):
             mean, var = torch.zeros_like(self.sums)  # filled by batch_norm: with momentum 1 nothing of them stays
             parts.append(F.batch_norm(group, mean, var, self.weight, self.bias, True, 1.0, self.eps))
-            self.sums += torch.stack([mean, var])
+            if self.counted:
+                self.sums += torch.stack([mean, var])
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
@@ -51,6 +56,19 @@ def group_statistics(model: nn.Module, images: int) -> None:
                 grouped = GroupBatchNorm2d(child.num_features, images)
                 grouped.load_state_dict(child.state_dict())
                 setattr(module, name, grouped)
+
+
+@contextlib.contextmanager
+def uncounted(model: nn.Module) -> Iterator[None]:
+    """Gather no statistics in `model`: a forward pass that is computed again has already given its own."""
+    norms = [module for module in model.modules() if isinstance(module, GroupBatchNorm2d)]
+    for norm in norms:
+        norm.counted = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.counted = True
 
 
 @torch.no_grad()

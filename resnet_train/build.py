@@ -5,23 +5,25 @@ from __future__ import annotations
 import contextlib
 import inspect
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from resnet_train.allocator import keep_freed_memory
 from resnet_train.config import Config
 from resnet_train.data.sets import MemorySets, StreamedSets
 from resnet_train.distributed import local_rank, main
 from resnet_train.errors import UserError
 from resnet_train.models import cifar_resnet, imagenet_resnet
-from resnet_train.models.resnet import BasicBlock, Bottleneck
+from resnet_train.models.resnet import ResNet
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 WHOLE = 110  # deeper nets are compiled block by block: compiling the whole takes time in proportion to its depth
 
 
-def network(config: Config, num_classes: int) -> nn.Module:
+def network(config: Config, num_classes: int) -> ResNet:
     """The network that the configuration names, initialised from torch's random state."""
     if config.data.family == "cifar":
         return cifar_resnet(
@@ -59,6 +61,7 @@ def pick_device(name: str) -> torch.device:
             raise UserError(f"devices: torch sees {torch.cuda.device_count()} GPUs here; each process needs one")
         torch.cuda.set_device(local_rank())
         return torch.device("cuda", local_rank())
+    keep_freed_memory()
     return torch.device(name)
 
 
@@ -77,7 +80,10 @@ def _cpu_has_bf16() -> bool:
     return cpuinfo.exists() and any(flag in cpuinfo.read_text() for flag in ("avx512_bf16", "amx_bf16", "bf16 "))
 
 
-def placed(model: nn.Module, device: torch.device, precision: str) -> nn.Module:
+Net = TypeVar("Net", bound=nn.Module)
+
+
+def placed(model: Net, device: torch.device, precision: str) -> Net:
     """`model` on `device`, channels last, its weights in float32, or in float64 for fp64."""
     dtype = torch.float64 if precision == "fp64" else torch.float32
     return model.to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -119,8 +125,10 @@ def logits_of(net: nn.Module, images: Tensor, precision: str) -> Tensor:
         return net(images).float()
 
 
-def compile_network(model: nn.Module, depth: int, device: torch.device) -> bool:
-    """Compile in place, the whole net or, above 110 layers, block by block; False where there is no compiler.
+def compile_network(model: ResNet, depth: int, device: torch.device) -> bool:
+    """Compile in place, the whole net or block by block; False where there is no compiler.
+
+    Block by block above 110 layers, and where activations are computed again, which is done between blocks.
 
     Shapes are fixed: the same batch gives the same kernels, in training and in every later evaluation.
     """
@@ -131,12 +139,11 @@ def compile_network(model: nn.Module, depth: int, device: torch.device) -> bool:
         if main():
             print(f"compile=true: there is no working compiler ({reason}); going on without, slower", flush=True)
         return False
-    if depth <= WHOLE:
+    if depth <= WHOLE and not model.recompute:
         model.compile(dynamic=False)
         return True
     with contextlib.suppress(AttributeError):  # one kernel set for each shape and mode, however many blocks share it
         torch._dynamo.config.recompile_limit = 64
-    for block in model.modules():
-        if isinstance(block, (BasicBlock, Bottleneck)):
-            block.compile(dynamic=False)
+    for block in model.blocks():
+        block.compile(dynamic=False)
     return True

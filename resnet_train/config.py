@@ -26,7 +26,7 @@ CIFAR_FOLDER = "cifar-10-batches-py"
 # These may differ between a run and its continuation: none of them enters the mathematics, but for batch norm's
 # statistics where bn_images=device leaves them to the devices; then a note is printed.
 FREE_KEYS = {"run_dir", "resume", "checkpoint_every", "keep_every", "device", "devices", "device_batch_size"}
-FREE_KEYS |= {"max_restarts", "timeout", "data.root", "data.workers"}
+FREE_KEYS |= {"max_restarts", "timeout", "data.root", "data.workers", "activation_checkpointing"}
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,7 @@ class Config:
     batch_size: int
     device_batch_size: int | None
     bn_images: int | Literal["device", "all"]
+    activation_checkpointing: bool
     eval_batch_size: int
     momentum: float
     nesterov: bool
@@ -238,6 +239,7 @@ MEANT = {
     "float64": "fp64",
     "gpus": "devices",
     "sync_bn": "bn_images",
+    "gradient_checkpointing": "activation_checkpointing",
 }
 
 
@@ -399,6 +401,10 @@ def share(config: Config, devices: int) -> Share:
     if config.bn_images == "device":
         return Share(images, passes, images)
     if config.bn_images == "all":
+        if config.activation_checkpointing:
+            raise UserError(
+                "bn_images=all: would count twice what activation_checkpointing computes again; take a number"
+            )
         if passes > 1:
             raise UserError("bn_images=all: a batch taken in parts has no common statistics; drop device_batch_size=")
         return Share(images, passes, config.batch_size)

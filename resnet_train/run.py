@@ -114,9 +114,10 @@ def build(config: Config, directory: Path, sets: MemorySets | StreamedSets | Non
     part = share(config, world())
     if config.bn_images == "all" and world() > 1:
         together(lambda: check_synchronised(device))
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    elif world() > 1 or part.passes > 1 or part.group < part.images:
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    elif world() > 1 or part.passes > 1 or part.group < part.images or config.activation_checkpointing:
         group_statistics(model, part.group)
+    model.recompute = config.activation_checkpointing
     model = placed(model, device, precision)
     return Run(
         config=config,

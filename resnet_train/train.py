@@ -24,6 +24,7 @@ from resnet_train.data.sets import MemorySets, StreamedSets
 from resnet_train.distributed import from_main, rank, shared, total, world
 from resnet_train.errors import PARENT, SIGNALS, RunError
 from resnet_train.evaluate import count_errors, wrong_answers
+from resnet_train.models.resnet import ResNet
 from resnet_train.record import Record
 from resnet_train.schedule import Progress, end_warmup, learning_rate, watch_plateau
 
@@ -75,7 +76,7 @@ class Run:
     compiled: bool
     sets: MemorySets | StreamedSets
     mean: Tensor
-    model: nn.Module
+    model: ResNet
     net: nn.Module  # the model, or around it what exchanges gradients between processes
     share: Share
     optimizer: torch.optim.Optimizer

@@ -1,0 +1,103 @@
+"""Activation checkpointing changes the memory and nothing else; a step asks the device for nothing."""
+
+import copy
+import itertools
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_golden import golden
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from resnet_train.batchnorm import group_statistics, update_statistics
+from resnet_train.models import cifar_resnet, imagenet_resnet
+from resnet_train.run import build
+from resnet_train.train import step
+
+# What makes the processor wait for a GPU: reading a value, and shapes that depend on values.
+WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
+
+
+def stepped(model, images, labels, recompute):
+    """Gradients and buffers after two passes of one step and an update of the statistics."""
+    model = copy.deepcopy(model).train()
+    model.recompute = recompute
+    for some, truth in zip(images.chunk(2), labels.chunk(2), strict=True):
+        (F.cross_entropy(model(some), truth) / 2).backward()
+    update_statistics(model, 4)
+    return {name: p.grad for name, p in model.named_parameters()} | dict(model.named_buffers())
+
+
+@pytest.mark.parametrize(
+    ("make", "size"),
+    [(lambda: cifar_resnet(14, "B"), 32), (lambda: cifar_resnet(8, "none"), 32), (lambda: imagenet_resnet(50), 64)],
+)
+def test_gradients_and_statistics_are_those_of_a_net_that_keeps_all(make, size):
+    """Bit for bit, and the running statistics are counted once."""
+    torch.manual_seed(0)
+    model = make()
+    group_statistics(model, 3)
+    images, labels = torch.randn(12, 3, size, size), torch.arange(12) % 10
+    kept, again = (stepped(model, images, labels, recompute) for recompute in (False, True))
+    assert kept.keys() == again.keys()
+    assert all(torch.equal(kept[name], again[name]) for name in kept)
+    assert all(value == 1 for name, value in again.items() if name.endswith("num_batches_tracked"))
+
+
+def test_less_is_kept_for_the_backward_pass():
+    """Counted in the bytes that autograd saves between the passes, the blocks' inputs aside."""
+    torch.manual_seed(0)
+    model = cifar_resnet(32, "A").train()
+    group_statistics(model, 4)
+
+    def saved(recompute):
+        model.recompute, found = recompute, {}
+
+        def pack(tensor):
+            found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model(torch.randn(4, 3, 32, 32)).sum()
+        assert loss.isfinite()
+        return sum(found.values())
+
+    assert saved(True) < saved(False) / 3
+
+
+class Waits(TorchDispatchMode):
+    """Collects the operations that would wait for a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in WAITING:
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("extra", [[], ["device_batch_size=16"], ["activation_checkpointing=true"], ["nesterov=true"]])
+def test_a_step_waits_for_nothing(extra):
+    pytest.importorskip("sklearn")
+    config = golden.composed([*golden.TINY, *extra])
+    run = build(config, Path("nowhere"))
+    batches = run.sets.train_batches(
+        run.mean, run.device, seed=0, batch_size=config.batch_size, augment=asdict(config.augment), start=0
+    )
+    with Waits() as waits:
+        for images, labels in itertools.islice(batches, 3):
+            step(run, images, labels, 0.1)
+    assert waits.found == []
+    assert run.iteration == 3
+
+
+def test_a_value_that_is_read_is_found():
+    """The test above can fail."""
+    with Waits() as waits:
+        torch.ones(3).sum().item()
+    assert waits.found == ["_local_scalar_dense"]
