@@ -322,7 +322,7 @@ def _announce(run: Run, state: dict[str, Any] | None) -> None:
     print(
         f"{config.net} on {config.data_label}: {sizes['train']} training images{held_out}, {sizes['test']} for the"
         f" test; {config.iterations} iterations of {_batch(run)}; {run.precision} on {run.device};"
-        f" {'compiling, the first iterations take a while; ' if run.compiled else ''}{run.directory}"
+        f" {'compiling; ' if run.compiled else ''}{run.directory}"
     )
     if state is not None:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

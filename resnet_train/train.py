@@ -224,11 +224,14 @@ def loop(run: Run, record: Record, stop: Stop) -> None:
         rank=rank(),
         world=world(),
     )
+    first = run.iteration + 1
     while run.iteration < config.iterations and not stop.agreed():
         images, labels = next(batches)
         lr = rate(config, run.iteration, run.progress)
         step(run, images, labels, lr)
         record.bar.update()
+        if run.compiled and run.iteration == first:
+            record.say(f"compiled in {time.perf_counter() - clock.mark:.0f} s")
 
         last = run.iteration == config.iterations
         if last or run.iteration % config.log_every == 0:
