@@ -45,5 +45,5 @@ def start(*arguments, entry="train"):
 
 @pytest.fixture(autouse=True)
 def _few_threads():
-    """Tests use the same number of threads everywhere: sums are rounded alike."""
-    os.environ["OMP_NUM_THREADS"] = "2"
+    """One thread for each process of a test: sums are rounded alike everywhere, and the cores are not fought over."""
+    os.environ["OMP_NUM_THREADS"] = "1"
