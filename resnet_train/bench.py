@@ -338,12 +338,10 @@ def _first_step(config: Config, cache: Path) -> float:
 
 def memory(asked: BenchConfig, config: Config, folder: Path, device: torch.device) -> Outcome:
     """Memory over that at the start, in a process for each way to train, and the speed of their steps in this one."""
-    ways = {"plain": config}
-    if hasattr(config, "activation_checkpointing"):
-        ways = {
-            "checkpointing": changed(config, activation_checkpointing=True),
-            "plain": changed(config, activation_checkpointing=False),
-        }
+    ways = {
+        "checkpointing": changed(config, activation_checkpointing=True),
+        "plain": changed(config, activation_checkpointing=False),
+    }
     held = {name: in_new_process(_memory, way, asked.steps) for name, way in ways.items()}
     sets = sets_of(config)
     runs = {name: opened(way, sets, folder) for name, way in ways.items()}
@@ -355,8 +353,7 @@ def memory(asked: BenchConfig, config: Config, folder: Path, device: torch.devic
         for when, size in held[name].items()
     ]
     rows += [row(f"{name}, step", SPEED, found[name], plain=found["plain"]) for name in ways]
-    first = next(iter(ways))
-    slower = spread([fast / slow for fast, slow in zip(found["plain"], found[first], strict=True)])
+    slower = spread([fast / slow for fast, slow in zip(found["plain"], found["checkpointing"], strict=True)])
     values = {
         "peak_bytes": {name: sizes["peak"] for name, sizes in held.items()},
         "growth_bytes": {name: list(sizes.values())[2] - list(sizes.values())[1] for name, sizes in held.items()},
