@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import sys
 import zipfile
-import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import torch
 from resnet_train.errors import RunError, UserError
 
 FORMAT = 1
-KEYS = {"format", "config", "iteration", "model", "mean", "classes", "digest", "measure"}
+PARTS = {"config": dict, "iteration": int, "model": dict, "mean": torch.Tensor, "classes": list, "digest": str}
+PARTS |= {"measure": dict}
 
 
 def save(path: Path, state: dict[str, Any], *, keep_as: Path | None = None) -> None:
@@ -64,23 +66,41 @@ def read(path: Path) -> Any:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # the format's own CRC, which torch.load does not look at
+            # This attribute is a folder's: torch would read nothing and leave a tensor's memory as it happens to be.
+            marked = [member.filename for member in archive.infolist() if member.external_attr & 16]
+            damaged = damaged or next(iter(marked), None)
         if damaged:
             raise UserError(f"{path}: is damaged ({damaged})")
         return torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except pickle.UnpicklingError as error:
         raise UserError(f"{path}: is refused: it holds more than tensors and plain values") from error
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError, NotImplementedError) as error:
-        raise UserError(f"{path}: is cut short or not a checkpoint") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except Exception as error:  # the readers fail in many ways on what torch has not written
+        raise UserError(f"{path}: is cut short or not a checkpoint") from error
 
 
 def load(path: Path) -> dict[str, Any]:
     """A checkpoint, on the CPU. Raises UserError for a file that is damaged or not a checkpoint of ours."""
     state = read(path)
-    if not isinstance(state, dict) or not state.keys() >= KEYS or state["format"] != FORMAT:
+    whole = isinstance(state, dict) and all(isinstance(state.get(name), kind) for name, kind in PARTS.items())
+    if not whole or state.get("format") != FORMAT:
         raise UserError(f"{path}: is not a checkpoint of resnet-train (format {FORMAT})")
     return state
+
+
+@contextlib.contextmanager
+def fitting(name: Path | str) -> Iterator[None]:
+    """Make a UserError of what the reading of a checkpoint raises whose parts are not those of the net."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{name}: holds other things than a checkpoint of this net must ({reason})") from error
 
 
 def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -101,5 +121,5 @@ def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
                 (folder / "last.pt").replace(folder / "damaged.pt")  # lest the next save keep it as previous.pt
             return path, state
     if problems:
-        raise problems[0]
+        raise UserError("; ".join([*map(str, problems), "resume=never begins the run again"]))
     return None

@@ -89,15 +89,12 @@ def _evaluate(asked: EvalConfig, device: torch.device) -> None:
     state = from_main(lambda: checkpoint.load(path))
     config = together(lambda: _with_data(restored(state["config"]), asked))
     sets = one_after_all(lambda: open_sets(config))
-    together(lambda: _check_sets(sets, state, config, asked))
+    model, mean, precision, compiled = together(lambda: _restored(state, config, sets, asked, device))
     if asked.data.name == "same" and sets.digest != state["digest"] and main():
         print("note: these are not the images that the checkpoint was trained on", flush=True)
-    precision, compiled = state["measure"]["precision"], state["measure"]["compile"]
-    model = placed(network(config, len(sets.classes)), device, precision)
-    model.load_state_dict(state["model"])
     if compiled:
         compiled = compile_network(model, config.depth, device)
-    batches = sets.eval_batches(asked.split, state["mean"].to(device), device, config.eval_batch_size, rank(), world())
+    batches = sets.eval_batches(asked.split, mean, device, config.eval_batch_size, rank(), world())
     count = count_errors(model, batches, precision, sets.sizes[asked.split])
     result = {
         "checkpoint": str(path.absolute()),
@@ -130,15 +127,22 @@ def _evaluate(asked: EvalConfig, device: torch.device) -> None:
     )
 
 
-def _check_sets(sets: MemorySets | StreamedSets, state: dict[str, Any], config: Config, asked: EvalConfig) -> None:
-    """Raise UserError where `sets` are not what the checkpoint's network can be held against."""
+def _restored(
+    state: dict[str, Any], config: Config, sets: MemorySets | StreamedSets, asked: EvalConfig, device: torch.device
+) -> tuple[nn.Module, Tensor, str, bool]:
+    """The checkpoint's net, mean image, precision and whether it was compiled. Raises UserError."""
     if sets.classes != state["classes"]:
         raise UserError(
             f"data: {config.data_label} has the classes {', '.join(sets.classes)[:60]}…, the checkpoint was trained on"
-            f" {', '.join(state['classes'])[:60]}…"
+            f" {', '.join(map(str, state['classes']))[:60]}…"
         )
     if asked.split == "val" and sets.sizes["val"] == 0:
         raise UserError("split=val: no part of the training set was held out; take split=test")
+    with checkpoint.fitting(asked.checkpoint):
+        precision = state["measure"]["precision"]
+        model = placed(network(config, len(sets.classes)), device, precision)
+        model.load_state_dict(state["model"])
+        return model, state["mean"].to(device), precision, state["measure"]["compile"]
 
 
 def _with_data(config: Config, asked: EvalConfig) -> Config:

@@ -60,9 +60,7 @@ def train(config: Config, directory: Path) -> int:
         config = dataclasses.replace(config, devices=world(), resume=resume)
         run = build(config, directory)
         state, environment = from_main(lambda: _open(run, held))
-        if state is not None:
-            run.precision, run.compiled = state["measure"]["precision"], state["measure"]["compile"]
-            run.load(state)
+        together(lambda: _go_on(run, state))
         if config.compile:
             run.compiled = (state is None or run.compiled) and compile_network(run.model, config.depth, run.device)
         if world() > 1:
@@ -165,10 +163,20 @@ def _resume_state(run: Run) -> dict[str, Any] | None:
     else:
         path = expand(config.resume)
         state = checkpoint.load(path)
+        if state["iteration"] == config.iterations and not (path.absolute().parent.parent / "metrics.jsonl").exists():
+            raise UserError(f"resume={path}: no iteration is left; resnet-eval checkpoint={path} measures it")
     check_same_run(state["config"], config.plain(), str(path))
     if state["digest"] != run.sets.digest:
         raise UserError(f"data: {config.data_label} does not hold the images that the run in {path} was trained on")
     return state
+
+
+def _go_on(run: Run, state: dict[str, Any] | None) -> None:
+    """Take over a checkpoint, if there is one. Raises UserError for one that does not fit."""
+    if state is not None:
+        with checkpoint.fitting(f"the checkpoint to go on from in {run.directory}"):
+            run.precision, run.compiled = state["measure"]["precision"], state["measure"]["compile"]
+            run.load(state)
 
 
 def _open(run: Run, held: contextlib.ExitStack) -> tuple[dict[str, Any] | None, dict[str, Any]]:
@@ -184,6 +192,7 @@ def _open(run: Run, held: contextlib.ExitStack) -> tuple[dict[str, Any] | None, 
         raise UserError(f"run_dir={run.directory}: another process has finished the run there")
     if auto:  # only now: until they let go of the directory, workers of a killed run write there
         state = _resume_state(run)
+    _go_on(run, state)  # before a checkpoint that does not fit takes the place of one that does
     return state, _open_directory(run, state)
 
 
@@ -328,7 +337,7 @@ def _announce(run: Run, state: dict[str, Any] | None) -> None:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         after = f", restart {attempt} after the death of a process" if attempt != "0" else ""
         print(f"going on from iteration {run.iteration}{after}")
-        before = state["measure"]["bn_images"]
+        before = state["measure"].get("bn_images", run.share.group)
         if before != run.share.group:
             print(
                 f"note: batch norm's statistics were over {before} images and are now over {run.share.group};"
