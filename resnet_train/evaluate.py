@@ -18,6 +18,7 @@ from resnet_train.data.sets import MemorySets, StreamedSets
 from resnet_train.distributed import from_main, joined, main, one_after_all, rank, together, total, world
 from resnet_train.errors import UserError
 from resnet_train.files import expand, write_result
+from resnet_train.models.resnet import ResNet
 
 
 @dataclass
@@ -129,7 +130,7 @@ def _evaluate(asked: EvalConfig, device: torch.device) -> None:
 
 def _restored(
     state: dict[str, Any], config: Config, sets: MemorySets | StreamedSets, asked: EvalConfig, device: torch.device
-) -> tuple[nn.Module, Tensor, str, bool]:
+) -> tuple[ResNet, Tensor, str, bool]:
     """The checkpoint's net, mean image, precision and whether it was compiled. Raises UserError."""
     if sets.classes != state["classes"]:
         raise UserError(

@@ -43,7 +43,7 @@ def start(*arguments, entry="train"):
     ]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def _few_threads():
     """One thread for each process of a test: sums are rounded alike everywhere, and the cores are not fought over."""
     os.environ["OMP_NUM_THREADS"] = "1"
