@@ -1,0 +1,119 @@
+"""What each of several processes that train together finds, for test_distributed.py; alone, what one process finds.
+
+python several.py PROCESSES FOLDER starts them; each leaves FOLDER/RANK.pt.
+"""
+
+import dataclasses
+import functools
+import itertools
+import sys
+from pathlib import Path
+
+import hydra
+import torch
+from omegaconf import OmegaConf
+
+from resnet_train import checkpoint
+from resnet_train import config as configs
+from resnet_train.build import exchanging
+from resnet_train.cli import CONFIG_DIR
+from resnet_train.distributed import joined, rank, world
+from resnet_train.errors import UserError
+from resnet_train.evaluate import count_errors
+from resnet_train.launch import launch
+from resnet_train.run import build
+from resnet_train.train import step
+
+CPU = torch.device("cpu")
+DIGITS = ["data=digits", "data.size=8", "augment.pad=1", "data.validation=137", "batch_size=128", "device=cpu"]
+STEPS = 3
+# Name: batch norm's groups, precision, and the most images at once.
+CASES = {
+    "fp32": ["bn_images=32", "precision=fp32"],
+    "fp32 in parts": ["bn_images=32", "precision=fp32", "device_batch_size=32"],
+    "fp64": ["bn_images=32", "precision=fp64"],
+    "fp64 in parts": ["bn_images=32", "precision=fp64", "device_batch_size=32"],
+    "fp64 by device": ["bn_images=device", "precision=fp64"],
+}
+# What evaluation batches hold: 360 test and 137 validation images make 8 and 3 batches, or 2 and 1.
+EVALUATED = (50, 200)
+
+
+def composed(*overrides):
+    """What the command line would make of `overrides`."""
+    with hydra.initialize_config_dir(CONFIG_DIR, version_base="1.3"):
+        return configs.check(OmegaConf.to_container(hydra.compose("train", list(overrides)), resolve=True))
+
+
+def batches(run):
+    """The training batches of this process."""
+    return run.sets.train_batches(
+        run.mean,
+        run.device,
+        seed=run.config.seed,
+        batch_size=run.config.batch_size,
+        augment=dataclasses.asdict(run.config.augment),
+        start=0,
+        rank=rank(),
+        world=world(),
+    )
+
+
+def trained(config):
+    """Some steps: the gradients and running statistics of the first, and the state after the last."""
+    run = build(dataclasses.replace(config, devices=world()), Path("nowhere"))
+    if world() > 1:
+        run.net = exchanging(run.model, run.precision, (run.share.images, 3, config.data.size, config.data.size))
+    gradients, buffers = [], []
+    run.optimizer.register_step_pre_hook(lambda *_: gradients.append([p.grad.clone() for p in run.model.parameters()]))
+    for images, labels in itertools.islice(batches(run), STEPS):
+        step(run, images, labels, 0.1)
+        buffers.append({name: value.clone() for name, value in run.model.state_dict().items() if "running" in name})
+    return {"gradients": gradients[0], "statistics": buffers[0], "state": run.state()}
+
+
+def counted(config):
+    """The outcome of evaluations in batches of several sizes."""
+    run = build(config, Path("nowhere"))
+    return {
+        f"{split} {size}": dataclasses.asdict(
+            count_errors(
+                run.model,
+                run.sets.eval_batches(split, run.mean, run.device, size, rank(), world()),
+                "fp32",
+                run.sets.sizes[split],
+            )
+        )
+        for split in ("test", "val")
+        for size in EVALUATED
+    }
+
+
+def refused(config):
+    """The error that building a run raises here, and whether another process tells of it."""
+    try:
+        build(config, Path("nowhere"))
+    except UserError as error:
+        return f"{type(error).__name__}: {error}", error.shared
+    return None
+
+
+def work(folder, cases, plain, synchronised):
+    """One process: what it finds, to FOLDER/RANK.pt."""
+    with joined(CPU, 300):
+        found = {name: trained(config) for name, config in cases.items()}
+        found |= {"counts": counted(plain), "refused": refused(synchronised)}
+        checkpoint.save(Path(folder) / f"{rank()}.pt", found)
+    return 0
+
+
+def job(folder):
+    """`work` with its configurations, to be called in each process."""
+    cases = {name: composed(*DIGITS, *words) for name, words in CASES.items()}
+    return functools.partial(
+        work, folder, cases, composed(*DIGITS, "precision=fp32"), composed(*DIGITS, "bn_images=all", "precision=fp32")
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(launch(job(sys.argv[2]), int(sys.argv[1]), 0))

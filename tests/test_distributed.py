@@ -1,0 +1,494 @@
+"""Several processes do what one does: the same mathematics, images, counts and files, and runs that change shape."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count, islice
+from pathlib import Path
+
+import pytest
+import several
+import torch
+import torch.nn.functional as F
+from conftest import start
+from several import CPU, DIGITS
+from test_sets import SHAPES, equal, photograph
+from torch import nn
+
+from resnet_train import checkpoint
+from resnet_train.batchnorm import GroupBatchNorm2d, group_statistics, update_statistics
+from resnet_train.data.sets import MemorySets, StreamedSets
+from resnet_train.models import cifar_resnet
+from resnet_train.run import build
+
+pytest.importorskip("sklearn")
+pytestmark = pytest.mark.timeout(1200)
+# One thread for each process: kernels then add in one order, and what should be equal is so to the last bit.
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4", "--no-python"]
+# 360 test images make seven batches and a rest, 137 for validation two.
+LONG = [*DIGITS, "bn_images=32", "precision=fp64", "iterations=50", "log_every=1", "eval_every=25"]
+LONG += ["eval_batch_size=50", "run_dir=run"]
+SHAPED = ("parts", "sweep/64", "sweep/32", "four", "there and back")  # what should be as the one run of one process
+EVALUATED = {"two by one": ("sweep/64", 1), "two by three": ("sweep/64", 3), "four by one": ("four", 1)}
+
+
+def finished(*line):
+    """A job for a folder: the command line, which has to end well; it gives what was printed."""
+
+    def job(folder):
+        done = subprocess.run(line, cwd=folder, env=ONE_THREAD, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return job
+
+
+def stopped(folder, iteration, *more):
+    """A run ended by SIGTERM once it has logged `iteration`: what it printed."""
+    with subprocess.Popen(
+        start(*LONG, *more), cwd=folder, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        printed = ""
+        for line in process.stdout:
+            printed += line
+            if line.startswith(f"iteration {iteration}/50 train"):
+                process.send_signal(signal.SIGTERM)
+    assert process.returncode == 128 + signal.SIGTERM, printed
+    return printed
+
+
+def there_and_back(folder):
+    """One process, then two, then one."""
+    return [stopped(folder, 5), stopped(folder, 12, "devices=2"), finished(*start(*LONG))(folder)]
+
+
+JOBS = {
+    "sweep": finished(
+        *start("-m", *LONG, "devices=2", "device_batch_size=64,32", "run_dir=${device_batch_size}/run"),
+    ),
+    "there and back": there_and_back,
+    "one": finished(*start(*LONG)),
+    "parts": finished(*start(*LONG, "device_batch_size=32")),
+    "four": finished(*TORCHRUN, str(Path(sys.executable).parent / "resnet-train"), *LONG),
+    "several 2": finished(sys.executable, several.__file__, "2", "."),
+    "several 4": finished(sys.executable, several.__file__, "4", "."),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folder and output of a job by its name. Two run at a time, all of them once the first is asked for."""
+    base, jobs = tmp_path_factory.mktemp("runs"), {}
+
+    def evaluated(name, devices):
+        def job(folder):
+            got(name)
+            file = f"checkpoint={base / name}/run/checkpoints/last.pt"
+            return finished(*start(file, f"devices={devices}", "out=result.json", entry="evaluate"))(folder)
+
+        return job
+
+    def got(name):
+        return base / name, jobs[name.split("/")[0]].result()
+
+    with ThreadPoolExecutor(2) as pool:
+        for name, job in (JOBS | {name: evaluated(*what) for name, what in EVALUATED.items()}).items():
+            (base / name).mkdir()
+            jobs[name] = pool.submit(job, base / name)
+        yield got
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What one process finds of what several are to find."""
+    folder = tmp_path_factory.mktemp("alone")
+    several.job(folder)()
+    return checkpoint.read(folder / "0.pt")
+
+
+def found(runs, processes):
+    """What each of several processes finds."""
+    folder, _ = runs(f"several {processes}")
+    return [checkpoint.read(folder / f"{rank}.pt") for rank in range(processes)]
+
+
+def metrics(folder):
+    """The metrics without what depends on the clock."""
+    lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in lines]
+
+
+def last(folder):
+    """The last checkpoint."""
+    return checkpoint.load(folder / "run/checkpoints/last.pt")
+
+
+def apart(some, others):
+    """The largest distance of two lists of tensors, each in relation to the norm of the other's."""
+    pairs = [(a.double(), b.double()) for a, b in zip(some, others, strict=True)]
+    return max(((a - b).norm() / b.norm()).item() if b.any() else a.norm().item() for a, b in pairs)
+
+
+# Batch norm over groups
+
+
+def test_groups_are_plain_batch_norms_one_after_another():
+    """Forward and backward, bit for bit, and the statistics of each group."""
+    torch.manual_seed(0)
+    grouped, x = GroupBatchNorm2d(3, 4), torch.randn(12, 3, 5, 7, requires_grad=True)
+    nn.init.uniform_(grouped.weight)
+    nn.init.uniform_(grouped.bias)
+    ours = grouped(x)
+    theirs, sums = [], torch.zeros(2, 3)
+    for group in x.split(4):
+        plain = nn.BatchNorm2d(3, momentum=1.0)
+        plain.weight, plain.bias = grouped.weight, grouped.bias
+        theirs.append(plain(group))
+        sums += torch.stack([plain.running_mean, plain.running_var])
+    assert torch.equal(ours, torch.cat(theirs))
+    assert torch.equal(grouped.sums, sums)
+    given = [x, grouped.weight, grouped.bias]
+    towards = torch.randn_like(ours)
+    mine, plain = (torch.autograd.grad((out * towards).sum(), given) for out in (ours, torch.cat(theirs)))
+    assert all(torch.equal(a, b) for a, b in zip(mine, plain, strict=True))
+
+
+@pytest.mark.parametrize("passes", [1, 3])
+def test_running_statistics_move_once_per_step_to_the_mean_over_the_groups(passes):
+    torch.manual_seed(0)
+    grouped, mean, var = GroupBatchNorm2d(3, 4).double(), torch.zeros(3).double(), torch.ones(3).double()
+    for number in range(1, 4):
+        x = torch.randn(12, 3, 5, 7).double() * number + number
+        for part in x.chunk(passes):
+            grouped(part)
+            assert torch.allclose(grouped.running_mean, mean, rtol=1e-12)  # not before the step is over
+        update_statistics(grouped, 3)
+        groups = x.view(3, 4, 3, 5, 7).transpose(1, 2).reshape(3, 3, -1)  # group, channel, values
+        mean = 0.9 * mean + 0.1 * groups.mean(2).mean(0)
+        var = 0.9 * var + 0.1 * groups.var(2, correction=1).mean(0)
+        torch.testing.assert_close(grouped.running_mean, mean, rtol=1e-12, atol=0)
+        torch.testing.assert_close(grouped.running_var, var, rtol=1e-12, atol=0)
+        assert grouped.num_batches_tracked == number
+        assert not grouped.sums.any()
+
+
+def test_one_group_of_the_whole_batch_is_plain_batch_norm():
+    """Losses bit for bit; the running statistics round otherwise."""
+    torch.manual_seed(0)
+    plain = cifar_resnet(8, "B").double()
+    grouped = cifar_resnet(8, "B").double()
+    group_statistics(grouped, 12)
+    grouped.double().load_state_dict(plain.state_dict())
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in plain.modules())
+    assert sum(isinstance(module, GroupBatchNorm2d) for module in grouped.modules()) == norms == 9
+    optimizers = [torch.optim.SGD(net.parameters(), lr=0.1) for net in (plain, grouped)]
+    for _ in range(3):
+        images, labels = torch.randn(12, 3, 16, 16).double(), torch.randint(0, 10, (12,))
+        losses = []
+        for net, optimizer in zip((plain, grouped), optimizers, strict=True):
+            loss = F.cross_entropy(net(images), labels)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        update_statistics(grouped, 1)
+        assert losses[0] == losses[1]
+    assert plain.state_dict().keys() == grouped.state_dict().keys()
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(grouped.state_dict()[name], value, rtol=1e-12, atol=1e-15)
+
+
+def by_hand(group):
+    """Gradients and running statistics of the first step, from a plain net that takes one group after another."""
+    run = build(several.composed(*DIGITS, "precision=fp64"), Path("nowhere"))
+    norms = [module for module in run.model.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert {type(norm) for norm in norms} == {nn.BatchNorm2d}
+    images, labels = next(several.batches(run))
+    stats = []
+    for norm in norms:
+        norm.momentum = 1.0  # keeps nothing of the group before
+    for some, truth in zip(images.double().split(group), labels.split(group), strict=True):
+        (F.cross_entropy(run.model(some), truth) * group / 128).backward()
+        stats.append([(norm.running_mean.clone(), norm.running_var.clone()) for norm in norms])
+    moved = []
+    for index in range(len(norms)):
+        means, variances = (torch.stack([found[index][kind] for found in stats]) for kind in (0, 1))
+        moved += [0.1 * means.mean(0), 0.9 + 0.1 * variances.mean(0)]
+    return [p.grad for p in run.model.parameters()], moved
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_the_first_step_is_that_of_plain_batch_norms_written_out(runs, alone, processes):
+    """In groups of 32, in parts too; and where each device is one group, in groups of its share."""
+    mine = alone if processes == 1 else found(runs, processes)[0]
+    for case, group in (("fp64", 32), ("fp64 in parts", 32), ("fp64 by device", 128 // processes)):
+        gradients, statistics = by_hand(group)
+        assert apart(mine[case]["gradients"], gradients) < 1e-12
+        assert apart(list(mine[case]["statistics"].values()), statistics) < 1e-12
+        tracked = [v for name, v in mine[case]["state"]["model"].items() if name.endswith("num_batches_tracked")]
+        assert tracked == [several.STEPS] * 7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_gradients_of_several_processes_are_those_of_one(runs, alone, processes):
+    many = found(runs, processes)
+    for case in ("fp32", "fp32 in parts"):
+        assert apart(many[0][case]["gradients"], alone["fp32"]["gradients"]) < 1e-5
+    for case in ("fp64", "fp64 in parts"):
+        assert apart(many[0][case]["gradients"], alone["fp64"]["gradients"]) < 1e-12
+
+
+@pytest.mark.slow
+def test_gradients_of_an_accumulated_batch_are_those_of_the_whole(alone):
+    assert apart(alone["fp32 in parts"]["gradients"], alone["fp32"]["gradients"]) < 1e-5
+    assert apart(alone["fp64 in parts"]["gradients"], alone["fp64"]["gradients"]) < 1e-12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_all_processes_hold_the_same_state(runs, processes, tmp_path):
+    """Weights, running statistics, momentum and meters, to the last bit: any of them could write the checkpoint."""
+    many = found(runs, processes)
+    for case in several.CASES:
+        for rank, mine in enumerate(many):
+            checkpoint.save(tmp_path / f"{rank}.pt", mine[case]["state"])
+            assert (tmp_path / f"{rank}.pt").read_bytes() == (tmp_path / "0.pt").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_meters_hold_the_sums_of_all_processes(runs, alone, processes):
+    theirs = alone["fp64"]["state"]["meters"]
+    for case in ("fp64", "fp64 in parts"):
+        mine = found(runs, processes)[0][case]["state"]["meters"]
+        assert mine["wrong"].sum(0).tolist() == theirs["wrong"].sum(0).tolist()
+        assert mine["seen"] == theirs["seen"] == 128 * several.STEPS
+        assert mine["loss"].sum().item() == pytest.approx(theirs["loss"].sum().item(), rel=1e-12)
+
+
+@pytest.mark.slow
+def test_synchronised_batch_norm_is_refused_on_a_cpu_in_one_line(runs, alone):
+    assert alone["refused"] is None  # one process has nothing to synchronise
+    message = "UserError: bn_images=all: PyTorch's synchronised batch norm needs GPUs; take a number of images"
+    first, second = (mine["refused"] for mine in found(runs, 2))
+    assert first == (message, True)
+    assert second == (message.replace("UserError", "Elsewhere"), True)  # which is left to the first to tell
+
+
+# The same images
+
+
+def test_training_images_depend_on_the_seed_and_not_on_the_processes():
+    """Which images, their crops and their flips."""
+    sets = MemorySets(name="digits", root=None, size=16, validation=137)
+    augment = {"pad": 4, "flip": True, "shorter_side": [0, 0], "colour_noise": 0.0}
+    the_same_images(sets, augment)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_photographs_depend_on_the_seed_and_not_on_the_processes(photographs, workers):
+    """Which images, their scales, crops, flips and colours."""
+    sets = StreamedSets(root=str(photographs), size=24, validation=0, workers=workers)
+    augment = {"pad": 0, "flip": True, "shorter_side": [28, 40], "colour_noise": 0.1}
+    the_same_images(sets, augment)
+
+
+def the_same_images(sets, augment):
+    def training(seed, rank, world):
+        batches = sets.train_batches(
+            sets.mean_image(), CPU, seed=seed, batch_size=24, augment=augment, start=2, rank=rank, world=world
+        )
+        found = [(images.clone(), labels.clone()) for images, labels in islice(batches, 2)]
+        batches.close()
+        return found
+
+    whole = training(3, 0, 1)
+    for world in (2, 3, 4):
+        parts = [training(3, rank, world) for rank in range(world)]
+        joined = [tuple(torch.cat(pieces) for pieces in zip(*batch, strict=True)) for batch in zip(*parts, strict=True)]
+        assert {len(labels) for part in parts for _, labels in part} == {24 // world}
+        assert equal(joined, whole)
+    assert not equal(training(4, 0, 1), whole)
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """13 to train and 9 to test, of three classes and seven shapes."""
+    root, number = tmp_path_factory.mktemp("photographs"), count()
+    for part, counts in (("train", (7, 4, 2)), ("val", (2, 4, 3))):
+        for name, images in zip(("cat", "dog", "eel"), counts, strict=True):
+            for index in range(images):
+                seed = next(number)
+                photograph(root / part / name / f"{index}.JPEG", SHAPES[seed % len(SHAPES)], seed)
+    return root
+
+
+# Evaluation
+
+
+@pytest.mark.parametrize("batch_size", [50, 100, 200, 360, 500])
+def test_evaluation_batches_are_dealt_whole(batch_size):
+    sets = MemorySets(name="digits", root=None, size=8, validation=137)
+    dealt_whole(sets, "test", batch_size, sets.parts["test"].labels.tolist())
+    dealt_whole(sets, "val", batch_size, sets.parts["val"].labels.tolist())
+
+
+@pytest.mark.parametrize("batch_size", [2, 4, 9, 10])
+def test_evaluation_batches_of_photographs_are_dealt_whole(photographs, batch_size):
+    sets = StreamedSets(root=str(photographs), size=24, validation=0, workers=0)
+    dealt_whole(sets, "test", batch_size, [label for _, label in sets.parts["test"]])
+
+
+def dealt_whole(sets, split, batch_size, labels):
+    """Batches of one process, each whole at one of several; every image once, though some get no batch at all."""
+    mean = sets.mean_image()
+    whole = list(sets.eval_batches(split, mean, CPU, batch_size))
+    assert [label for _, some in whole for label in some.tolist() if label >= 0] == labels
+    for world in (1, 2, 3, 4):
+        dealt = [list(sets.eval_batches(split, mean, CPU, batch_size, rank, world)) for rank in range(world)]
+        assert sum(map(len, dealt)) == len(whole)
+        assert equal([dealt[number % world][number // world] for number in range(len(whole))], whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_counts_and_loss_are_those_of_one_process_exactly(runs, alone, processes):
+    """In eight, three, two batches and one, so that some processes have more than others and some none."""
+    assert [(name, outcome["seen"]) for name, outcome in alone["counts"].items()] == [
+        ("test 50", 360),
+        ("test 200", 360),
+        ("val 50", 137),
+        ("val 200", 137),
+    ]
+    for mine in found(runs, processes):
+        assert mine["counts"] == alone["counts"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EVALUATED)
+def test_a_checkpoint_evaluated_by_others_gives_the_logged_figure(runs, name):
+    """What two or four processes have written, one or three evaluate."""
+    folder, printed = runs(name)
+    result = json.loads((folder / "result.json").read_text())
+    logged = metrics(runs(EVALUATED[name][0])[0])[-1]
+    assert (logged["split"], logged["iteration"], logged["seen"]) == ("test", 50, 360)
+    assert {k: result[k] for k in ("wrong", "seen", "error", "loss")} == {
+        k: logged[k] for k in ("wrong", "seen", "error", "loss")
+    }
+    assert printed.count("\n") == 1
+    assert os.listdir(folder) == ["result.json"]
+
+
+# Whole runs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHAPED)
+def test_losses_of_50_iterations_are_those_of_one_process_to_nine_digits(runs, name):
+    """Test and validation losses too, hence the running statistics; all errors and counts exactly."""
+    theirs, mine = metrics(runs("one")[0]), metrics(runs(name)[0])
+    assert [line["iteration"] for line in theirs if line["split"] == "train"] == [*range(1, 51)]
+    assert [line.pop("loss") for line in mine] == pytest.approx([line.pop("loss") for line in theirs], rel=1e-9, abs=0)
+    assert mine == theirs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHAPED)
+def test_final_weights_are_those_of_one_process_to_nine_digits(runs, name):
+    """Running statistics and momentum too."""
+    theirs, mine = last(runs("one")[0]), last(runs(name)[0])
+    assert mine["model"].keys() == theirs["model"].keys()
+    assert apart(mine["model"].values(), theirs["model"].values()) < 1e-9
+    momentum = [
+        [entry["momentum_buffer"] for entry in state["optimizer"]["state"].values()] for state in (mine, theirs)
+    ]
+    assert len(momentum[0]) == 23
+    assert apart(*momentum) < 1e-9
+    tracked = [value for key, value in mine["model"].items() if key.endswith("num_batches_tracked")]
+    assert tracked == [50] * 7
+    assert mine["iteration"] == theirs["iteration"] == 50
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_processes(runs):
+    """One, two and one again: each from where the last one stopped."""
+    _, (first, second, third) = runs("there and back")
+    stops = [int(text.split("stopped at iteration ")[1].split(",")[0]) for text in (first, second)]
+    assert 5 <= stops[0] < stops[1] < 50
+    assert "128 (batch norm over 32)" in first
+    assert f"going on from iteration {stops[0]}\n" in second
+    assert "128 (64 in each of 2 processes, batch norm over 32)" in second
+    assert f"going on from iteration {stops[1]}\n" in third
+    assert "note:" not in second + third  # batch norm's groups are what they were
+
+
+def files(folder):
+    """The files below, the names of events without host and time."""
+    return sorted(str(path.relative_to(folder)).split(".tfevents.")[0] for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sweep/64", "sweep/32", "four"])
+def test_several_processes_leave_the_files_of_one(runs, name):
+    """The others write no directory, no log, no TensorBoard."""
+    assert files(runs(name)[0]) == files(runs("one")[0])
+    processes = 4 if name == "four" else 2
+    assert json.loads((runs(name)[0] / "run/environment.json").read_text())["processes"] == processes
+
+
+def heads(printed):
+    """What each line tells of, without the figures."""
+    return [line.split(":")[0] for line in printed.splitlines()]
+
+
+@pytest.mark.slow
+def test_under_torchrun_one_process_prints(runs):
+    theirs, mine = runs("one")[1], runs("four")[1]
+    assert len(set(heads(theirs))) == len(heads(theirs)) == 1 + 50 + 2 * 2 + 2
+    assert heads(mine) == heads(theirs)
+    assert "128 (32 in each of 4 processes); fp64 on cpu" in mine
+
+
+@pytest.mark.slow
+def test_jobs_of_a_sweep_with_two_devices_run_one_after_another(runs):
+    """Each with its own directory."""
+    folder, printed = runs("sweep")
+    assert {"32", "64"} <= set(os.listdir(folder))
+    assert heads(printed) == 2 * heads(runs("one")[1])
+    assert "64/run" in printed.splitlines()[0]
+
+
+# The command line under torchrun
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-m"], "error: -m: torchrun would start the sweep in each of its processes; take resnet-train -m devices=2"),
+        (["devices=2"], "error: devices=2: that is the launcher's to say, such as torchrun; drop it"),
+        (["max_restarts=3"], "error: max_restarts=3: that is the launcher's to say, such as torchrun; drop it"),
+        (["batch_size=127"], "error: batch_size=127: does not divide by 2 devices; nearest: 128"),
+    ],
+)
+def test_what_is_the_launchers_to_say_is_refused_under_torchrun(command, tmp_path, arguments, message):
+    there = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    there |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    done = command(*DIGITS, *arguments, env=os.environ | there)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith(message)
+    assert not os.listdir(tmp_path)
