@@ -1,14 +1,27 @@
-"""What several test files need: the command as a user types it, and the shared real data."""
+"""What several test files need: the command as a user types it, a small whole run, and the shared real data."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data" / "unpack"
+# Odd on purpose: 61 iterations of 37 images cut 1,300 in mid-epoch, and no interval divides another.
+TINY = [
+    "data=digits",
+    "data.validation=137",
+    "depth=8",
+    "iterations=61",
+    "batch_size=37",
+    "log_every=5",
+    "eval_every=12",
+]
+TINY += ["eval_batch_size=50", "checkpoint_every=7", "device=cpu", "warmup.depth=8", "warmup.error=85"]
 
 
 @pytest.fixture(scope="session")
@@ -47,3 +60,46 @@ def start(*arguments, entry="train"):
 def _few_threads():
     """One thread for each process of a test: sums are rounded alike everywhere, and the cores are not fought over."""
     os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory):
+    """A finished run."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    done = subprocess.run(start(*TINY, "run_dir=run"), cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+def metrics(folder):
+    """The metrics without what depends on the clock."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in lines]
+
+
+def curves(folder):
+    """TensorBoard's points: {(writer, tag): [(iteration, value), …]}."""
+    found = {}
+    for writer in sorted(folder.glob("tensorboard/*")):
+        events = EventAccumulator(str(writer), size_guidance={"scalars": 0})
+        events.Reload()
+        for tag in events.Tags()["scalars"]:
+            if tag != "images_per_second":
+                found[writer.name, tag] = [(event.step, event.value) for event in events.Scalars(tag)]
+    return found
+
+
+def differences(folder, other):
+    """In what two finished runs differ: files byte for byte, metrics and curves without what depends on the clock."""
+    files = [f"checkpoints/{name}.pt" for name in ("last", "previous", "best")]
+    found = [name for name in files if (folder / name).read_bytes() != (other / name).read_bytes()]
+    found += ["metrics"] if metrics(folder) != metrics(other) else []
+    return found + (["curves"] if curves(folder) != curves(other) else [])
+
+
+def stamp(folder):
+    """When the last checkpoint was written."""
+    try:
+        return (folder / "checkpoints" / "last.pt").stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
