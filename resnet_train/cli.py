@@ -33,6 +33,7 @@ from resnet_train.errors import SIGNALS, RunError, UserError, of_the_system
 _PACKAGE = Path(__file__).resolve().parent
 CONFIG_DIR = str(next(p for p in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if p.is_dir()))
 GROUPS = sorted(path.name for path in Path(CONFIG_DIR).iterdir() if path.is_dir())
+LAUNCHERS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what each of them sets in the environment
 # What composing raises for overrides that cannot be taken; OSError: an option as long as no file name may be.
 UNTAKEN = (HydraException, OmegaConfBaseException, ValueError, AssertionError, AttributeError, OSError, RecursionError)
 
@@ -138,7 +139,7 @@ def _usage(message: str) -> NoReturn:
 
 def _fail(error: UserError) -> NoReturn:
     """One line on stderr, from one process of each machine, and the error's exit code."""
-    if _launched() and os.environ.get("LOCAL_RANK", "0") != "0":
+    if _rank() != "0" and os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(10)  # a launcher that saw this one's end first would end the one that tells before it has
     else:
         _tell(error)
@@ -147,9 +148,9 @@ def _fail(error: UserError) -> NoReturn:
 
 def _tell(error: UserError) -> None:
     """One line on stderr; an error that all processes meet is the first one's to tell."""
-    rank = int(os.environ["RANK"]) if _launched() else 0
-    if rank == 0 or not error.shared:
-        who = f"rank {rank}: " if rank else ""
+    rank = _rank()
+    if rank == "0" or not error.shared:
+        who = "" if rank == "0" else f"rank {rank}: "
         print(f"error: {who}{_line(str(error))}", file=sys.stderr, flush=True)
 
 
@@ -160,10 +161,19 @@ def _line(text: str) -> str:
     return text if len(text) <= 900 else f"{text[:500]} … {text[-300:]}"
 
 
+def _rank() -> str:
+    """The number of this process among those that a launcher has started, as the launcher spells it."""
+    return os.environ["RANK"] if all(name in os.environ for name in LAUNCHERS) else "0"
+
+
 def _launched() -> int:
     """The number of processes that torchrun, Slurm or our own launcher has started; 0 outside of them."""
-    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    return int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in names) else 0
+    if not all(name in os.environ for name in LAUNCHERS):
+        return 0
+    for name in ("RANK", "WORLD_SIZE"):
+        if not os.environ[name].isdecimal():
+            raise UserError(f"{name}={os.environ[name]}: must be a whole number; unset it, or leave it to torchrun")
+    return int(os.environ["WORLD_SIZE"])
 
 
 def _jobs(overrides: list[str], multirun: bool) -> list[list[str]]:
@@ -278,7 +288,7 @@ def _prepare_train(
     if _launched():
         for key in ("devices", "max_restarts"):
             if key in asked:
-                raise UserError(f"{key}={values[key]}: that is the launcher's to say, such as torchrun; drop it")
+                raise UserError(f"{key}={values.get(key)}: that is the launcher's to say, such as torchrun; drop it")
         values["devices"] = _launched()
     config = configs.check(values, asked)
     directory = configs.run_directory(config, asked)

@@ -5,6 +5,10 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import socket
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -105,7 +109,13 @@ def joined(device: torch.device, timeout: int) -> Iterator[None]:
         yield
         return
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    unmet = f"{os.environ['WORLD_SIZE']} processes did not meet at {where} within timeout={timeout} s"
+    watch = threading.Timer(3 * timeout, _end, [f"{unmet} (something else may be listening there); take another port"])
+    watch.daemon = True
+    watch.start()
     try:
+        if os.environ["RANK"] != "0":
+            _wait_for(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             timeout=datetime.timedelta(seconds=timeout),
@@ -119,9 +129,11 @@ def joined(device: torch.device, timeout: int) -> Iterator[None]:
                 " or --rdzv-backend=c10d --rdzv-endpoint=HOST:0, which finds a free one)"
             ) from error
         raise UserError(
-            f"{os.environ['WORLD_SIZE']} processes did not meet at {where} within timeout={timeout} s"
-            f" ({text.splitlines()[0][:200]}); see that every machine runs the same command and reaches that address"
+            f"{unmet} ({text.splitlines()[0][:200]}); see that every machine runs the same command and reaches that"
+            " address"
         ) from error
+    finally:
+        watch.cancel()
     try:
         yield
     except UserError as error:
@@ -129,6 +141,25 @@ def joined(device: torch.device, timeout: int) -> Iterator[None]:
             dist.destroy_process_group()
         raise
     dist.destroy_process_group()
+
+
+def _wait_for(host: str, port: int, timeout: int) -> None:
+    """Wait until something listens there; torch would, too, but print its own trace of calls when nothing does."""
+    end = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=timeout).close()
+            return
+        except OSError as error:
+            if time.monotonic() > end:
+                raise RuntimeError(error.strerror or str(error)) from error
+            time.sleep(0.2)
+
+
+def _end(message: str) -> None:
+    """End this process with a message while torch waits in its own code, where no exception reaches it."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(UserError.code)
 
 
 def expected() -> int:
