@@ -66,7 +66,7 @@ def launch(job: Callable[[], int], processes: int, max_restarts: int) -> int:
             return 128 - failure.exitcode
         raise RunError(
             f"rank {rank} (process {failure.pid}) was killed by {signal.Signals(-failure.exitcode).name}"
-            + (f", after {max_restarts} restarts" if max_restarts else "")
+            + (f" after all restarts (max_restarts={max_restarts})" if max_restarts else "")
             + "; the same command goes on from the last checkpoint"
             + ("" if max_restarts else ", and with max_restarts=3 by itself")
         ) from error
@@ -81,6 +81,7 @@ def _work(job: Callable[[], int], processes: int, told: list[int]) -> int:
         return 128 + told[0]
     share_cores(processes)
     code = job()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the engine's, where another has died: nothing is left to save
     threading.Thread(target=_end_with_launcher, daemon=True).start()
     return code
 

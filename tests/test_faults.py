@@ -69,8 +69,8 @@ def kill_a_worker_that_is_replaced_and_then_another(folder):
         os.kill(second[0], signal.SIGKILL)
         assert job.wait(60) == 1
         assert errors(out) == (
-            f"error: rank 0 (process {second[0]}) was killed by SIGKILL, after 1 restarts; the same command goes on"
-            " from the last checkpoint\n"
+            f"error: rank 0 (process {second[0]}) was killed by SIGKILL after all restarts (max_restarts=1); the same"
+            " command goes on from the last checkpoint\n"
         )
         assert not any(map(alive, second))
 
