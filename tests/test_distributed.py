@@ -282,6 +282,18 @@ def test_meters_hold_the_sums_of_all_processes(runs, alone, processes):
 
 
 @pytest.mark.slow
+def test_meters_in_a_checkpoint_go_on_in_any_number_of_processes(runs, alone):
+    """Sums since the last logged point, left by one, two, three and four."""
+    for mine in (alone, *found(runs, 2), *found(runs, 4)):
+        assert mine["taken over"] == {
+            "1": [0, 0, 1, 100],
+            "2": [1, 2, 4, 200],
+            "3": [3, 6, 9, 300],
+            "4": [6, 12, 16, 400],
+        }
+
+
+@pytest.mark.slow
 def test_synchronised_batch_norm_is_refused_on_a_cpu_in_one_line(runs, alone):
     assert alone["refused"] is None  # one process has nothing to synchronise
     message = "UserError: bn_images=all: PyTorch's synchronised batch norm needs GPUs; take a number of images"

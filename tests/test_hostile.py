@@ -39,7 +39,7 @@ RUN = [
     "eval_every=30",
     "eval_batch_size=120",
 ]
-RUN += ["checkpoint_every=7", "device=cpu", "precision=fp32"]
+RUN += ["eval_batch_size=120", "checkpoint_every=7", "device=cpu", "precision=fp32"]
 
 
 def train(folder, *words, entry="train", **environment):
@@ -317,18 +317,13 @@ def test_processes_that_do_not_meet_end_with_what_to_do(tmp_path):
     A machine that does not come at all is torchrun's to tell, before it starts any process of ours: with
     --rdzv-backend=c10d a RendezvousTimeoutError after the ten minutes of --rdzv-conf=join_timeout=600.
     """
-    with socket.create_server(("localhost", 0)) as stranger, socket.create_server(("localhost", 0)) as closed:
-        taken, free = stranger.getsockname()[1], closed.getsockname()[1]
-        closed.close()
+    with socket.create_server(("localhost", 0)) as stranger, socket.socket() as silent:
+        silent.bind(("localhost", 0))  # and does not listen
+        taken, silence = stranger.getsockname()[1], silent.getsockname()[1]
         cases = {
             "taken": (0, taken, 60, f"error: MASTER_PORT={taken}: the port is taken; choose another "),
-            "nobody": (0, free, 2, f"2 processes did not meet at localhost:{free} within timeout=2 s "),
-            "silence": (
-                1,
-                free + 1,
-                2,
-                f"rank 1: 2 processes did not meet at localhost:{free + 1} within timeout=2 s ",
-            ),
+            "nobody": (0, 0, 2, "error: 2 processes did not meet at localhost:0 within timeout=2 s "),  # 0: any port
+            "silence": (1, silence, 2, f"rank 1: 2 processes did not meet at localhost:{silence} within timeout=2 s "),
             "stranger": (1, taken, 2, f"2 processes did not meet at localhost:{taken} within timeout=2 s "),
         }
         jobs = {}
