@@ -28,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from resnet_train import config as configs
-from resnet_train.errors import SIGNALS, RunError, UserError, of_the_system
+from resnet_train.errors import SIGNALS, RunError, UserError, of_a_peer, of_the_system
 
 _PACKAGE = Path(__file__).resolve().parent
 CONFIG_DIR = str(next(p for p in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if p.is_dir()))
@@ -468,12 +468,10 @@ def _code(job: Callable[[], int | None]) -> int:
 
 def _lost(error: RuntimeError) -> None:
     """Leave it to the launcher to end this process, if `error` came of the end of another, which it is to name."""
-    lines = [line for line in str(error).splitlines() if re.search("gloo|NCCL|[Cc]onnection|[Tt]imed out", line)]
-    if lines:
+    line = of_a_peer(error)
+    if line:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
         time.sleep(10)
-        _tell(
-            RunError(f"lost the other processes ({lines[0][:200]}); the same command goes on from the last checkpoint")
-        )
+        _tell(RunError(f"lost the other processes ({line[:200]}); the same command goes on from the last checkpoint"))
         sys.exit(1)

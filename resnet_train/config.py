@@ -407,6 +407,8 @@ def share(config: Config, devices: int) -> Share:
             )
         if passes > 1:
             raise UserError("bn_images=all: a batch taken in parts has no common statistics; drop device_batch_size=")
+        if config.compile:
+            raise UserError("bn_images=all: PyTorch does not compile its synchronised batch norm; add compile=false")
         return Share(images, passes, config.batch_size)
     if config.bn_images > images or images % config.bn_images:
         near = _nearest_divisor(images, config.bn_images)

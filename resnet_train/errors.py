@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 
 # What ends a run in good order, with a checkpoint. Slurm sends the last two, or SIGTERM, before it takes the machine.
@@ -31,6 +32,12 @@ class Elsewhere(UserError):
     def __init__(self, error: UserError) -> None:
         super().__init__(str(error))
         self.code = error.code
+
+
+def of_a_peer(error: RuntimeError) -> str | None:
+    """The line of `error` that says that another process is gone, if that is what it says."""
+    lines = (line for line in str(error).splitlines() if re.search("gloo|NCCL|[Cc]onnection|[Tt]imed out", line))
+    return next(lines, None)
 
 
 def of_the_system(error: OSError) -> RunError:

@@ -36,8 +36,8 @@ from resnet_train.build import (
 from resnet_train.config import Config, check_same_run, run_state, share
 from resnet_train.data.sampler import generator
 from resnet_train.data.sets import MemorySets, StreamedSets
-from resnet_train.distributed import from_main, joined, main, one_after_all, together, world
-from resnet_train.errors import UserError
+from resnet_train.distributed import from_main, joined, main, one_after_all, together, total, world
+from resnet_train.errors import UserError, of_a_peer
 from resnet_train.files import expand, nearest_existing, write_json
 from resnet_train.models.resnet import multiply_adds, parameters
 from resnet_train.record import Record
@@ -53,7 +53,8 @@ def train(config: Config, directory: Path) -> int:
     """
     device = pick_device(config.device)
     with joined(device, config.timeout), contextlib.ExitStack() as held:
-        before = from_main(lambda: _before_restart(directory))
+        restarts = int(total(torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))))
+        before = from_main(lambda: _before_restart(directory, restarts))
         if before == "finished":  # a process died after all was done
             return 0
         resume = config.resume if before == "new" else "auto"
@@ -83,8 +84,10 @@ def train(config: Config, directory: Path) -> int:
             if run.iteration == config.iterations:
                 from_main(lambda: _summarise(run, environment, reference))
                 return 0
-        except RuntimeError:
-            if world() > 1 and stop.signal:  # another has died, and the launcher, which names it, ends this one
+        except RuntimeError as error:
+            if (
+                world() > 1 and stop.signal and of_a_peer(error)
+            ):  # another has died, and the launcher, which names it, ends this one
                 sys.exit(1)
             raise
         if main():
@@ -93,10 +96,10 @@ def train(config: Config, directory: Path) -> int:
         return 128 + stop.signal
 
 
-def _before_restart(directory: Path) -> Literal["new", "unfinished", "finished"]:
+def _before_restart(directory: Path, restarts: int) -> Literal["new", "unfinished", "finished"]:
     """How far this launch had come with its run when a worker died and the launcher started all again; else new."""
     path = directory / "environment.json"
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or not path.exists():
+    if not restarts or not path.exists():
         return "new"
     ours = json.loads(path.read_text()).get("launch") == os.environ.get("TORCHELASTIC_RUN_ID")
     return run_state(directory) if ours else "new"
@@ -106,10 +109,10 @@ def build(config: Config, directory: Path, sets: MemorySets | StreamedSets | Non
     """Data, if not given as `sets`, network and optimiser, with nothing written yet. Raises UserError."""
     device = pick_device(config.device)
     precision = together(lambda: pick_precision(config.precision, device))
+    part = together(lambda: share(config, world()))
     sets = sets or one_after_all(lambda: open_sets(config))
     torch.manual_seed(generator(config.seed, "initialisation", 0).initial_seed())
     model = network(config, len(sets.classes))
-    part = share(config, world())
     if config.bn_images == "all" and world() > 1:
         together(lambda: check_synchronised(device))
         nn.SyncBatchNorm.convert_sync_batchnorm(model)

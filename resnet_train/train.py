@@ -230,7 +230,7 @@ def loop(run: Run, record: Record, stop: Stop) -> None:
         lr = rate(config, run.iteration, run.progress)
         step(run, images, labels, lr)
         record.bar.update()
-        if run.compiled and run.iteration == first:
+        if run.compiled and world() == 1 and run.iteration == first:
             record.say(f"compiled in {time.perf_counter() - clock.mark:.0f} s")
 
         last = run.iteration == config.iterations

@@ -382,6 +382,7 @@ WRONG = [
     ("bn_images=some", "whole number or device or all"),
     ("device_batch_size=64 bn_images=all", "drop device_batch_size="),
     ("activation_checkpointing=true bn_images=all", "activation_checkpointing computes again"),
+    ("bn_images=all", "add compile=false"),
     ("max_restarts=-1", "at least 0"),
     ("timeout=0", "at least 1"),
     ("gpus=8", "did you mean devices?"),

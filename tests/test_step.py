@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -44,6 +45,25 @@ def test_gradients_and_statistics_are_those_of_a_net_that_keeps_all(make, size):
     assert kept.keys() == again.keys()
     assert all(torch.equal(kept[name], again[name]) for name in kept)
     assert all(value == 1 for name, value in again.items() if name.endswith("num_batches_tracked"))
+
+
+@pytest.mark.slow
+def test_compiled_steps_of_two_processes_that_compute_again_are_those_of_one_that_does_not(command, tmp_path):
+    """Compiled block by block, with gradients exchanged: the losses of the first three steps, and the statistics."""
+    pytest.importorskip("sklearn")
+    words = ["data=digits", "depth=8", "iterations=3", "batch_size=32", "bn_images=16", "log_every=1", "eval_every=3"]
+    words += ["precision=fp32", "device=cpu", "schedule.lr=0.01"]
+    ways = {"plain": [], "whole": ["compile=true"], "again": ["compile=true", "activation_checkpointing=true"]}
+    losses = {}
+    for name, more in ways.items():
+        done = command(*words, *more, f"run_dir={name}", *(["devices=2"] if more else []), timeout=280)
+        assert done.returncode == 0, done.stderr
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        losses[name] = [line["loss"] for line in lines]
+        assert json.loads((tmp_path / name / "summary.json").read_text())["compile"] == bool(more)
+    assert len(losses["plain"]) == 4
+    assert losses["whole"] == pytest.approx(losses["plain"], rel=1e-4)
+    assert losses["again"] == pytest.approx(losses["plain"], rel=1e-4)
 
 
 def test_less_is_kept_for_the_backward_pass():
