@@ -10,7 +10,7 @@ demo: $(VENV)/installed-digits
 	$(BIN)/resnet-train data=digits run_dir=runs/demo
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .

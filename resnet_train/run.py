@@ -61,7 +61,7 @@ def train(config: Config, directory: Path) -> int:
         config = dataclasses.replace(config, devices=world(), resume=resume)
         run = build(config, directory)
         state, environment = from_main(lambda: _open(run, held))
-        together(lambda: _go_on(run, state))
+        together(lambda: None if main() else _go_on(run, state))  # as the first has in `_open`
         if config.compile:
             run.compiled = (state is None or run.compiled) and compile_network(run.model, config.depth, run.device)
         if world() > 1:
@@ -85,9 +85,8 @@ def train(config: Config, directory: Path) -> int:
                 from_main(lambda: _summarise(run, environment, reference))
                 return 0
         except RuntimeError as error:
-            if (
-                world() > 1 and stop.signal and of_a_peer(error)
-            ):  # another has died, and the launcher, which names it, ends this one
+            # Another has died, and the launcher, which names it, ends this one.
+            if world() > 1 and stop.signal and of_a_peer(error):
                 sys.exit(1)
             raise
         if main():

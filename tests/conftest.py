@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,6 +61,15 @@ def start(*arguments, entry="train"):
 def _few_threads():
     """One thread for each process of a test: sums are rounded alike everywhere, and the cores are not fought over."""
     os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """torch in this process: for small batches a second thread costs more than it gives, most on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ from resnet_train.models import cifar_resnet
 from resnet_train.run import build
 
 pytest.importorskip("sklearn")
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = [pytest.mark.timeout(1200), pytest.mark.usefixtures("one_thread")]
 # One thread for each process: kernels then add in one order, and what should be equal is so to the last bit.
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4", "--no-python"]
@@ -77,14 +77,6 @@ JOBS = {
     "several 2": finished(sys.executable, several.__file__, "2", "."),
     "several 4": finished(sys.executable, several.__file__, "4", "."),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

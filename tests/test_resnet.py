@@ -11,19 +11,11 @@ from torch import nn
 from resnet_train.models import cifar_resnet, imagenet_resnet
 from resnet_train.models.resnet import BasicBlock, Bottleneck, BottleneckV1, PaddedIdentity, multiply_adds, parameters
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SHORTCUTS = ("A", "B", "C", "none")
 MEGA = {20: (0.27, 2), 32: (0.46, 2), 44: (0.66, 2), 56: (0.85, 2), 110: (1.7, 1), 1202: (19.4, 1)}  # table 6
 MULTIPLY_ADDS = {18: 1.8e9, 34: 3.6e9, 50: 3.8e9, 101: 7.6e9, 152: 11.3e9}  # table 1
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}  # table 1
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Small batches: a second thread costs more than it gives, above all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def on_meta(make, *args, **kwargs):

@@ -15,6 +15,7 @@ from resnet_train.data.sets import MemorySets, StreamedSets, split_sizes
 from resnet_train.data.transforms import EIGENVECTORS, IMAGENET_MEAN
 from resnet_train.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 AUGMENT = {"pad": 4, "flip": True, "shorter_side": [28, 40], "colour_noise": 0.1}
 PLAIN = {"pad": 0, "flip": False, "shorter_side": [24, 24], "colour_noise": 0.0}
@@ -23,15 +24,6 @@ PLAIN = {"pad": 0, "flip": False, "shorter_side": [24, 24], "colour_noise": 0.0}
 @pytest.fixture(autouse=True)
 def _own_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("RESNET_TRAIN_DATA", str(tmp_path / "cache"))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Small batches are slower on several threads, and very much so where other work keeps the cores busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
