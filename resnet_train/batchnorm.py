@@ -7,7 +7,7 @@ such groups at once, one after another or with others, and the mathematics stays
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -82,3 +82,23 @@ def update_statistics(model: nn.Module, groups: int) -> None:
     torch._foreach_lerp_(running, found.split([len(buffer) for buffer in running]), norms[0].momentum)
     torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
     torch._foreach_zero_([norm.sums for norm in norms])
+
+
+@torch.no_grad()
+def average_statistics(model: nn.Module, passes: Iterable[Tensor], count: int) -> None:
+    """Set the running statistics to true averages over groups, as the authors' release has them at test time.
+
+    `passes` are forward passes of `model` in training mode over one group each, made as they are asked for: this
+    process's share of `count`. Summed in float64, so that the number of processes makes no difference.
+    """
+    norms = [module for module in model.modules() if isinstance(module, GroupBatchNorm2d)]
+    was_training = model.training
+    model.train()
+    sums = torch.cat([torch.zeros_like(norm.sums, dtype=torch.float64).flatten() for norm in norms])
+    for _ in passes:
+        sums += torch.cat([norm.sums.flatten() for norm in norms])
+        torch._foreach_zero_([norm.sums for norm in norms])
+    running = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
+    for buffer, mean in zip(running, total(sums).div_(count).split([len(b) for b in running]), strict=True):
+        buffer.copy_(mean)
+    model.train(was_training)

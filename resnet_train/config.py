@@ -145,7 +145,9 @@ class EvalConfig:
     """Everything that `resnet-eval` is told: configs/eval.yaml."""
 
     data: EvalData
-    checkpoint: str
+    checkpoint: list[str]
+    protocol: Literal["center", "tencrop", "multiscale"]
+    precise_bn: int
     split: Literal["test", "val", "train"]
     devices: int | Literal["auto"]
     device: Literal["auto", "cpu", "cuda"]
@@ -210,6 +212,7 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "devices": (1, 100_000),
     "max_restarts": (0, 1000),
     "timeout": (1, 10**6),
+    "precise_bn": (0, 10**6),
     "rounds": (1, 1000),
     "seconds": (0, 3600),
     "steps": (2, 10**9),
@@ -239,6 +242,9 @@ MEANT = {
     "float64": "fp64",
     "gpus": "devices",
     "sync_bn": "bn_images",
+    "10crop": "tencrop",
+    "10-crop": "tencrop",
+    "multi-scale": "multiscale",
     "gradient_checkpointing": "activation_checkpointing",
 }
 
@@ -442,20 +448,32 @@ def restored(values: Mapping[str, Any]) -> Config:
 
 def check_eval(values: Mapping[str, Any]) -> EvalConfig:
     """The checked configuration of an evaluation. Raises UserError."""
-    config = _typed(EvalConfig, values)
-    _check_paths({"checkpoint": config.checkpoint, "data.root": config.data.root, "out": config.out})
-    if expand(config.checkpoint).is_dir():
-        raise UserError(f"checkpoint={config.checkpoint}: is a folder; name a file in it, such as checkpoints/last.pt")
-    if not expand(config.checkpoint).is_file():
-        raise UserError(f"checkpoint={config.checkpoint}: there is no such file; a run keeps its in RUN/checkpoints/")
-    if not zipfile.is_zipfile(expand(config.checkpoint)):
-        raise UserError(f"checkpoint={config.checkpoint}: is cut short or not a checkpoint")
+    named = values["checkpoint"]
+    config = _typed(EvalConfig, {**values, "checkpoint": named if isinstance(named, list) else [named]})
+    _check_paths({"data.root": config.data.root, "out": config.out})
+    check_checkpoints(config.checkpoint)
     if config.data.name != "same":
         check_source(config.data.name, config.data.root)
     elif config.data.root is not None and not expand(config.data.root).exists():
         raise UserError(f"data.root={config.data.root}: there is no such file or folder")
     _check_out(config.out)
     return dataclasses.replace(config, data=_anchored(config.data))
+
+
+def check_checkpoints(names: list[str]) -> None:
+    """Refuse what is no checkpoint at a first look. Raises UserError."""
+    if not names:
+        raise UserError("checkpoint=[]: name at least one")
+    for number, name in enumerate(names):
+        _check_paths({"checkpoint": name})
+        if expand(name).is_dir():
+            raise UserError(f"checkpoint={name}: is a folder; name a file in it, such as checkpoints/last.pt")
+        if not expand(name).is_file():
+            raise UserError(f"checkpoint={name}: there is no such file; a run keeps its in RUN/checkpoints/")
+        if not zipfile.is_zipfile(expand(name)):
+            raise UserError(f"checkpoint={name}: is cut short or not a checkpoint")
+        if name in names[:number]:
+            raise UserError(f"checkpoint={name}: is named twice")
 
 
 def check_bench(values: Mapping[str, Any], asked: Collection[str] = ()) -> tuple[BenchConfig, Config]:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resnet_train import checkpoint
+from resnet_train.batchnorm import average_statistics, group_statistics
 from resnet_train.build import compile_network, logits_of, network, open_sets, pick_device, placed
 from resnet_train.config import Config, EvalConfig, check_source, restored
-from resnet_train.data.sets import MemorySets, StreamedSets
+from resnet_train.data.sets import PROTOCOLS, MemorySets, StreamedSets, Views
 from resnet_train.distributed import from_main, joined, main, one_after_all, rank, together, total, world
 from resnet_train.errors import UserError
 from resnet_train.files import expand, write_result
@@ -53,23 +57,35 @@ def wrong_answers(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([(real & ~top[:, 0]).sum(), (real & ~top.any(1)).sum()])
 
 
-@torch.no_grad()
+@contextlib.contextmanager
+def testing(model: nn.Module) -> Iterator[None]:
+    """`model` in evaluation mode, without gradients; after it in training mode or not, as it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
 def count_errors(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], precision: str, size: int) -> Count:
     """Run `model` in evaluation mode over `batches`, whose labels count where they are not -1: `size` of them.
 
     Of several processes each takes its own share of the batches, and all get the same count, that of one process.
-    Leaves the model in training mode or not, as it was.
     """
-    was_training = model.training
-    model.eval()
     device = next(model.parameters()).device
+    with testing(model):
+        return count(((logits_of(model, images, precision), labels) for images, labels in batches), size, device)
+
+
+def count(outcomes: Iterable[tuple[Tensor, Tensor]], size: int, device: torch.device) -> Count:
+    """Count this process's share of batches of logits (or log-probabilities) and labels, and add all shares."""
     counts = torch.zeros(3, dtype=torch.int64, device=device)
     mine = []
-    for images, labels in batches:
-        logits = logits_of(model, images, precision)
+    for logits, labels in outcomes:
         mine.append(F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum").double())
         counts += torch.cat([wrong_answers(logits, labels), (labels >= 0).sum()[None]])
-    model.train(was_training)
     wrong, wrong5, seen = total(counts).tolist()
     assert seen == size, f"{seen} images counted of {size}"
     losses = torch.zeros(int(total(torch.tensor(len(mine)))), dtype=torch.float64, device=device)
@@ -78,70 +94,186 @@ def count_errors(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], pre
     return Count(wrong, wrong5, seen, total(losses).sum().item())
 
 
+def probabilities(model: nn.Module, batches: Iterable[Views], precision: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """The softmax of `model`, averaged over the views of each image (section 3.4), with the labels: (N, K), (N,)."""
+    with testing(model):
+        for views, labels in batches:
+            sums: Tensor | None = None
+            for images, whose in views:
+                found = logits_of(model, images, precision).softmax(1)
+                sums = found.new_zeros(len(labels), found.shape[1]) if sums is None else sums
+                sums[whose] += found.view(-1, len(whose), found.shape[1]).sum(0)
+            assert sums is not None
+            yield sums / sums.sum(1, keepdim=True), labels
+
+
 def evaluate_checkpoint(asked: EvalConfig) -> None:
-    """The command `resnet-eval`: the count that training reported, from the file alone; JSON and one line."""
+    """The command `resnet-eval`: the error of a checkpoint, or of several together; JSON and one line.
+
+    Under the protocol of training, the count that training reported, from the file alone.
+    """
     device = pick_device(asked.device)
     with joined(device, asked.timeout):
         _evaluate(asked, device)
 
 
+@dataclass
+class Member:
+    """A checkpoint to be tested, alone or in an ensemble."""
+
+    path: Path
+    config: Config
+    state: dict[str, Any]
+
+    def told(self) -> dict[str, Any]:
+        """What a result says of it."""
+        return {
+            "checkpoint": str(self.path.absolute()),
+            "net": self.config.net,
+            "seed": self.config.seed,
+            "iteration": self.state["iteration"],
+            "iterations": self.config.iterations,
+        }
+
+
 def _evaluate(asked: EvalConfig, device: torch.device) -> None:
-    path = expand(asked.checkpoint)
-    state = from_main(lambda: checkpoint.load(path))
-    config = together(lambda: _with_data(restored(state["config"]), asked))
+    members = [_member(expand(name), asked) for name in asked.checkpoint]
+    config = members[0].config
+    together(lambda: _check_members(members, asked))
     sets = one_after_all(lambda: open_sets(config))
-    model, mean, precision, compiled = together(lambda: _restored(state, config, sets, asked, device))
-    if asked.data.name == "same" and sets.digest != state["digest"] and main():
+    if any(sets.digest != member.state["digest"] for member in members) and asked.data.name == "same" and main():
         print("note: these are not the images that the checkpoint was trained on", flush=True)
-    if compiled:
-        compiled = compile_network(model, config.depth, device)
-    batches = sets.eval_batches(asked.split, mean, device, config.eval_batch_size, rank(), world())
-    count = count_errors(model, batches, precision, sets.sizes[asked.split])
+    size = sets.sizes[asked.split]
+    together(lambda: _check_split(sets, asked))
+    counted, precision, compiled = _counted(members, sets, asked, device, size)
+    one = len(members) == 1
     result = {
-        "checkpoint": str(path.absolute()),
-        "net": config.net,
+        **(members[0].told() if one else {"net": f"ensemble of {len(members)}"}),
+        **({} if one else {"members": [member.told() for member in members]}),
         "data": config.data_label,
         "split": asked.split,
-        "protocol": sets.protocol,
-        "seed": config.seed,
-        "iteration": state["iteration"],
-        "iterations": config.iterations,
-        "wrong": count.wrong,
-        "seen": count.seen,
-        "error": count.error,
-        **({"wrong5": count.wrong5, "error5": count.error5} if sets.top5 else {}),
-        "loss": count.loss,
+        "protocol": PROTOCOLS.get(asked.protocol, sets.protocol),
+        "image_size": config.data.size,
+        "batch_norm": f"averages over {asked.precise_bn} training batches" if asked.precise_bn else "moving averages",
+        "wrong": counted.wrong,
+        "seen": counted.seen,
+        "error": counted.error,
+        **({"wrong5": counted.wrong5, "error5": counted.error5} if sets.top5 else {}),
+        "loss": counted.loss,
         "precision": precision,
         "compile": compiled,
         "device": str(device),
     }
     if not main():
         return
-    where = "" if sets.digest == state["digest"] else f"-{config.data_label}"
-    out = expand(asked.out) if asked.out else path.with_name(f"{path.stem}{where}-{asked.split}.json")
+    out = expand(asked.out) if asked.out else _default_out(members, sets.digest, asked)
     write_result(out, result)
+    what = " + ".join(f"{m.config.net} (seed {m.config.seed}, iteration {m.state['iteration']})" for m in members)
     print(
-        f"{config.net} on {config.data_label} {asked.split} ({sets.protocol}), seed {config.seed}, iteration"
-        f" {state['iteration']}: {count.wrong} of {count.seen} wrong, error {count.error:.2f} %"
-        + (f", top-5 {count.error5:.2f} %" if sets.top5 else "")
+        f"{what} on {config.data_label} {asked.split}, {result['protocol']}"
+        + (f", batch norm over {asked.precise_bn} batches" if asked.precise_bn else "")
+        + f": {counted.wrong} of {counted.seen} wrong, error {counted.error:.2f} %"
+        + (f", top-5 {counted.error5:.2f} %" if sets.top5 else "")
         + f"; {out}"
     )
 
 
+def _member(path: Path, asked: EvalConfig) -> Member:
+    state = from_main(lambda: checkpoint.load(path))
+    return Member(path, together(lambda: _with_data(restored(state["config"]), asked)), state)
+
+
+def _check_members(members: list[Member], asked: EvalConfig) -> None:
+    """Refuse an ensemble whose members do not look at the same images. Raises UserError."""
+    first = members[0]
+    for key in ("name", "root", "family", "size", *(["validation"] if asked.split != "test" else [])):
+        for other in members[1:]:
+            here, there = getattr(first.config.data, key), getattr(other.config.data, key)
+            if here != there:
+                raise UserError(
+                    f"checkpoint: {first.path} has data.{key}={here} and {other.path} data.{key}={there}; an ensemble"
+                    " looks at the same images"
+                )
+    if asked.protocol != "center" and first.config.data.family == "cifar":
+        raise UserError(f"protocol={asked.protocol}: is for ImageNet nets; nets for CIFAR see each image once: center")
+
+
+def _check_split(sets: MemorySets | StreamedSets, asked: EvalConfig) -> None:
+    if sets.sizes[asked.split] == 0:
+        raise UserError(f"split={asked.split}: no part of the training set was held out; take split=test")
+
+
+def _counted(
+    members: list[Member], sets: MemorySets | StreamedSets, asked: EvalConfig, device: torch.device, size: int
+) -> tuple[Count, str, bool]:
+    """The count of all members together, their precision, and whether all were compiled."""
+    sums: list[tuple[Tensor, Tensor]] = []
+    precisions, compiled = set(), True
+    for member in members:
+        model, mean, precision, compile = together(lambda member=member: _restored(member, sets, asked, device))  # type: ignore[misc]
+        precisions.add(precision)
+        if asked.precise_bn:
+            _true_averages(model, mean, member, sets, asked.precise_bn, precision)
+        compile = compile and compile_network(model, member.config.depth, device)
+        compiled = compiled and compile
+        deal = (asked.split, mean, device, member.config.eval_batch_size, rank(), world())
+        if len(members) == 1 and asked.protocol == "center":
+            return count_errors(model, sets.eval_batches(*deal), precision, size), precision, compiled
+        found = probabilities(model, sets.eval_views(asked.protocol, *deal), precision)
+        if not sums:
+            sums = [(p.cpu(), labels.cpu()) for p, labels in found]
+        else:
+            sums = [(total + p.cpu(), labels) for (total, labels), (p, _) in zip(sums, found, strict=True)]
+    means = (((p / len(members)).log(), labels) for p, labels in sums)
+    return count(means, size, torch.device("cpu")), " and ".join(sorted(precisions)), compiled
+
+
+def _true_averages(
+    model: nn.Module, mean: Tensor, member: Member, sets: MemorySets | StreamedSets, count: int, precision: str
+) -> None:
+    """Batch norm's statistics as true averages over `count` training batches, dealt to the processes."""
+    config, images = member.config, member.state["measure"]["bn_images"]
+    start, stop = rank() * count // world(), (rank() + 1) * count // world()
+    batches = sets.train_batches(
+        mean,
+        mean.device,
+        seed=config.seed,
+        batch_size=images,
+        augment=dataclasses.asdict(config.augment),
+        start=start,
+    )
+    passes = (logits_of(model, images, precision) for images, _ in islice(batches, stop - start))
+    average_statistics(model, passes, count)
+
+
+def _default_out(members: list[Member], digest: str, asked: EvalConfig) -> Path:
+    """Beside the first checkpoint, named after what was measured."""
+    first = members[0]
+    words = [first.path.stem] if len(members) == 1 else [f"ensemble-of-{len(members)}"]
+    words += [] if digest == first.state["digest"] else [first.config.data_label]
+    words += [] if asked.protocol == "center" else [asked.protocol]
+    words += [f"precise-bn-{asked.precise_bn}"] if asked.precise_bn else []
+    return first.path.with_name("-".join([*words, asked.split]) + ".json")
+
+
 def _restored(
-    state: dict[str, Any], config: Config, sets: MemorySets | StreamedSets, asked: EvalConfig, device: torch.device
+    member: Member, sets: MemorySets | StreamedSets, asked: EvalConfig, device: torch.device
 ) -> tuple[ResNet, Tensor, str, bool]:
     """The checkpoint's net, mean image, precision and whether it was compiled. Raises UserError."""
+    config, state = member.config, member.state
     if sets.classes != state["classes"]:
         raise UserError(
             f"data: {config.data_label} has the classes {', '.join(sets.classes)[:60]}…, the checkpoint was trained on"
             f" {', '.join(map(str, state['classes']))[:60]}…"
         )
-    if asked.split == "val" and sets.sizes["val"] == 0:
-        raise UserError("split=val: no part of the training set was held out; take split=test")
-    with checkpoint.fitting(asked.checkpoint):
-        precision = state["measure"]["precision"]
-        model = placed(network(config, len(sets.classes)), device, precision)
+    with checkpoint.fitting(member.path):
+        precision = str(state["measure"]["precision"])
+        if precision not in get_args(get_type_hints(Config)["precision"]):
+            raise ValueError(f"precision {precision}")
+        model = network(config, len(sets.classes))
+        if asked.precise_bn:
+            group_statistics(model, state["measure"]["bn_images"])
+        model = placed(model, device, precision)
         model.load_state_dict(state["model"])
         return model, state["mean"].to(device), precision, state["measure"]["compile"]
 

@@ -302,7 +302,7 @@ def test_every_key_is_read():
 
 def test_every_bounded_number_is_a_key():
     keys = set().union(*(config.flat(composed(f"schedule={name}")) for name in SCHEDULES))
-    keys |= cli._compose("bench", []).keys()
+    keys |= cli._compose("bench", []).keys() | cli._compose("eval", ["checkpoint=x"]).keys()
     assert config.RANGES.keys() <= keys
     assert config.RANGES.keys() >= config.ABOVE | config.BELOW
 
@@ -875,6 +875,10 @@ def test_resume_takes_two_words_or_a_file(resume, tmp_path):
         ("checkpoint=nosuch.pt", "checkpoint=nosuch.pt: there is no such file"),
         ("checkpoint=", "checkpoint=: must be"),
         ("checkpoint=.", "is a folder"),
+        ("checkpoint=[]", "checkpoint=[]: name at least one"),
+        ("checkpoint=[last.pt,last.pt]", "checkpoint=last.pt: is named twice"),
+        ("checkpoint=last.pt protocol=10-crop", "protocol=10-crop: allowed are center, tencrop, multiscale; did you"),
+        ("checkpoint=last.pt precise_bn=-1", "precise_bn=-1: must be at least 0"),
         ("checkpoint=" + 300 * "x", "too long"),
         ("checkpoint=last.pt split=tst", "split=tst: allowed are test, val, train; did you mean test?"),
         ("checkpoint=last.pt device=gpu", "device=gpu: allowed are auto, cpu, cuda"),

@@ -1,9 +1,31 @@
-"""Errors are exact counts."""
+"""Errors are exact counts, under each protocol."""
 
+import copy
+import dataclasses
+import itertools
+import json
+
+import hydra
+import pytest
 import torch
+from omegaconf import OmegaConf
+from several import composed
+from test_sets import SHAPES, photograph
+from torchvision.transforms.v2 import functional as TF
 
-from resnet_train.evaluate import Count, count_errors, wrong_answers
-from resnet_train.models import cifar_resnet
+from resnet_train import checkpoint
+from resnet_train.batchnorm import average_statistics, group_statistics
+from resnet_train.cli import CONFIG_DIR
+from resnet_train.config import check_eval, restored
+from resnet_train.data.images import read_image
+from resnet_train.data.sets import StreamedSets, same_shape
+from resnet_train.data.transforms import IMAGENET_MEAN
+from resnet_train.errors import UserError
+from resnet_train.evaluate import Count, count_errors, evaluate_checkpoint, probabilities, wrong_answers
+from resnet_train.models import cifar_resnet, imagenet_resnet
+from resnet_train.run import build
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_wrong_answers_by_hand():
@@ -45,7 +67,172 @@ def test_evaluation_leaves_the_running_statistics_alone():
 
 
 def batches(images, labels, size):
-    for start in range(0, len(images), size):
-        part, truth = images[start : start + size], labels[start : start + size]
+    for first in range(0, len(images), size):
+        part, truth = images[first : first + size], labels[first : first + size]
         fill = size - len(part)
         yield torch.cat([part, part[:1].expand(fill, -1, -1, -1)]), torch.cat([truth, truth.new_full((fill,), -1)])
+
+
+# Protocols of section 3.4
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """Nine photographs to test and some to train, of seven shapes, as sets of 32 px."""
+    root = tmp_path_factory.mktemp("photographs")
+    for part, count in (("train", 8), ("val", 9)):
+        for number in range(count):
+            photograph(root / part / f"class-{number % 3}" / f"{number}.JPEG", SHAPES[number % len(SHAPES)], number)
+    return StreamedSets(root=str(root), size=32, validation=0, workers=0)
+
+
+def net(seed):
+    """An ImageNet net for three classes that tells images apart."""
+    torch.manual_seed(seed)
+    model = imagenet_resnet(18, "B", num_classes=3).double()
+    model(torch.randn(8, 3, 64, 64).double())  # moves the running statistics
+    model.fc.weight.data.mul_(20)
+    return model.eval()
+
+
+def by_hand(model, sets, views):
+    """The mean softmax of all `views` of each test photograph, one at a time, through torchvision's transforms."""
+    found = []
+    for path, _ in sets.parts["test"]:
+        mean = torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
+        scores = [model(((view.double() - mean) / 255)[None]).softmax(1) for view in views(read_image(path))]
+        found.append(torch.cat(scores).mean(0))
+    return torch.stack(found)
+
+
+def ten(image):
+    return with_mirrored(TF.five_crop(TF.resize(image, [round(32 * 256 / 224)], antialias=True), [32, 32]))
+
+
+def scales(image):
+    return with_mirrored(
+        TF.resize(image, [round(32 * side / 224)], antialias=True) for side in (224, 256, 384, 480, 640)
+    )
+
+
+def with_mirrored(views):
+    return [both for view in views for both in (view, TF.horizontal_flip(view))]
+
+
+def viewed(protocol, model, sets, batch_size=20, rank=0, world=1):
+    views = sets.eval_views(protocol, "test", sets.mean_image(), torch.device("cpu"), batch_size, rank, world)
+    return list(probabilities(model, views, "fp64"))
+
+
+@pytest.mark.parametrize(("protocol", "views"), [("tencrop", ten), ("multiscale", scales)])
+@torch.no_grad()
+def test_a_protocol_is_the_average_over_its_views(protocol, views, photographs):
+    model = net(0)
+    expected = by_hand(model, photographs, views)
+    assert (expected.amax(0) - expected.amin(0)).max() > 0.05
+    for batch_size in (20, 1000):  # two at a time, and all at once
+        found = torch.cat([p for p, _ in viewed(protocol, model, photographs, batch_size)])
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)  # images are float32
+
+
+@pytest.mark.parametrize("protocol", ["center", "tencrop", "multiscale"])
+def test_processes_share_the_images_of_a_protocol(protocol, photographs):
+    model = net(0)
+    whole = viewed(protocol, model, photographs)
+    for world in (2, 3):
+        dealt = [viewed(protocol, model, photographs, 20, rank, world) for rank in range(world)]
+        assert sum(map(len, dealt)) == len(whole)
+        for number, (p, labels) in enumerate(whole):
+            mine = dealt[number % world][number // world]
+            assert torch.equal(mine[0], p)
+            assert torch.equal(mine[1], labels)
+
+
+def test_views_of_one_shape_go_together_and_not_too_many_at_once():
+    wide, tall = torch.zeros(1, 4, 6, 3, dtype=torch.uint8), torch.ones(1, 6, 4, 3, dtype=torch.uint8)
+    found = [(images.shape[1:3], whose.tolist()) for images, whose in same_shape([[wide], [tall], [wide], [wide]], 96)]
+    assert found == [((4, 6), [0, 2]), ((4, 6), [3]), ((6, 4), [1])]  # 24 pixels and their mirror image: two in 96
+
+
+def test_true_averages_are_those_of_the_batches_alone():
+    torch.manual_seed(0)
+    model, batches = cifar_resnet(8, "B"), [torch.randn(6, 3, 16, 16) * (n + 1) for n in range(3)]
+    plain = copy.deepcopy(model).train()
+    group_statistics(model, 6)
+    average_statistics(model.eval(), (model(images) for images in batches), 3)
+    assert not model.training
+    means = {name: 0 for name, _ in plain.named_buffers() if "running" in name}
+    for module in plain.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0  # the statistics of the last batch alone
+    for images in batches:
+        plain(images)
+        means = {name: total + plain.get_buffer(name) / 3 for name, total in means.items()}
+    for name, mean in means.items():
+        torch.testing.assert_close(model.get_buffer(name), mean, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def saved(photographs, tmp_path_factory):
+    """Checkpoints of two nets for the photographs, and of one for digits, as they begin."""
+    folder, root = tmp_path_factory.mktemp("saved"), photographs.parts["test"][0][0].parents[2]
+    images = ["depth=18", "data=imagenet", f"data.root={root}", "data.size=32", "data.workers=0", "batch_size=4"]
+    images += ["augment.shorter_side=[36,40]", "eval_batch_size=20"]
+    for name, words in {"0": images, "1": [*images, "seed=1", "arch=plain"], "digits": ["data=digits"]}.items():
+        run = build(composed(*words, "device=cpu", "precision=fp32"), folder)
+        checkpoint.save(folder / name / "last.pt", run.state())
+    return folder
+
+
+def measured(folder, monkeypatch, *words):
+    """What `resnet-eval` does in this process."""
+    monkeypatch.chdir(folder)
+    with hydra.initialize_config_dir(CONFIG_DIR, version_base="1.3"):
+        values = OmegaConf.to_container(hydra.compose("eval", [*words, "device=cpu"]))
+    evaluate_checkpoint(check_eval(values))
+
+
+def test_an_ensemble_and_its_members_under_a_protocol(saved, photographs, monkeypatch, capsys):
+    measured(saved, monkeypatch, "checkpoint=[0/last.pt,1/last.pt]", "protocol=tencrop", "precise_bn=3")
+    told = capsys.readouterr().out
+    result = json.loads((saved / "0/ensemble-of-2-tencrop-precise-bn-3-test.json").read_text())
+    assert (result["net"], result["protocol"], result["seen"]) == ("ensemble of 2", "10-crop", 9)
+    assert [(m["net"], m["seed"], m["iteration"]) for m in result["members"]] == [
+        ("resnet-18-B", 0, 0),
+        ("plain-18", 1, 0),
+    ]
+    assert "resnet-18-B (seed 0, iteration 0) + plain-18 (seed 1, iteration 0)" in told
+    nets = []
+    for name, arch in (("0", "B"), ("1", "none")):
+        state = checkpoint.load(saved / name / "last.pt")
+        model, config = imagenet_resnet(18, arch, num_classes=3), restored(state["config"])
+        model.load_state_dict(state["model"])
+        group_statistics(model, 4)
+        batches = photographs.train_batches(
+            photographs.mean_image(),
+            torch.device("cpu"),
+            seed=config.seed,
+            batch_size=4,
+            augment=dataclasses.asdict(config.augment),
+            start=0,
+        )
+        average_statistics(model, (model(images) for images, _ in itertools.islice(batches, 3)), 3)
+        nets.append(model.eval())
+    with torch.no_grad():
+        scores = sum(torch.cat([p for p, _ in viewed("tencrop", n.double(), photographs)]) for n in nets) / 2
+    labels = torch.tensor([label for _, label in photographs.parts["test"]])
+    assert result["wrong"] == int((scores.argmax(1) != labels).sum())
+    assert result["loss"] == pytest.approx(-scores[range(9), labels].log().mean().item(), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["checkpoint=digits/last.pt", "protocol=tencrop"], "protocol=tencrop: is for ImageNet nets"),
+        (["checkpoint=[0/last.pt,digits/last.pt]"], "an ensemble looks at the same images"),
+        (["checkpoint=0/last.pt", "split=val"], "split=val: no part of the training set was held out"),
+    ],
+)
+def test_what_cannot_be_tested_is_refused(words, expected, saved, monkeypatch):
+    with pytest.raises(UserError, match=expected):
+        measured(saved, monkeypatch, *words)

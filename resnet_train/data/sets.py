@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,11 @@ from resnet_train.data.transforms import (
 from resnet_train.errors import SIGNALS, UserError
 
 Batches = Iterator[tuple[Tensor, Tensor]]
+# Of a batch of images: views of them (V times N, 3, H, W), which N images of the batch these show, V times over, and
+# the labels of all.
+Views = tuple[list[tuple[Tensor, Tensor]], Tensor]
+PROTOCOLS = {"tencrop": "10-crop", "multiscale": "multi-scale, fully convolutional"}
+SCALES = (224, 256, 384, 480, 640)  # shorter sides of the fully convolutional test (section 3.4)
 
 
 def split_sizes(train: int, validation: int) -> tuple[Tensor, Tensor]:
@@ -112,6 +117,13 @@ class MemorySets:
             indices = indices.clamp(max=len(data) - 1)
             yield normalise(data.images[indices], mean), torch.where(inside, data.labels[indices], -1)
 
+    def eval_views(
+        self, _: str, split: str, mean: Tensor, device: torch.device, batch_size: int, rank: int = 0, world: int = 1
+    ) -> Iterator[Views]:
+        """`eval_batches`, each image as its only view."""
+        for images, labels in self.eval_batches(split, mean, device, batch_size, rank, world):
+            yield [(images, torch.arange(len(labels), device=device))], labels
+
 
 class StreamedSets:
     """A train/<class>/*, val/<class>/* tree of photographs, decoded in worker processes (section 3.4)."""
@@ -155,7 +167,7 @@ class StreamedSets:
         part = share_of(batch_size, rank, world)
         sampler = _RandomViews(seed, start, batch_size, self.sizes["train"], augment["shorter_side"], part)
         iteration = start
-        for images, labels in self._loader(self.parts["train"], sampler, device):
+        for images, labels in self._loader(_Views(self.parts["train"], self.size), sampler, device):
             draw = generator(seed, "device augment", iteration)
             flips = draw_crops(draw, batch_size, 0, augment["flip"])[2][part].to(device, non_blocking=True)
             noise = torch.randn(batch_size, 3, generator=draw)[part] * augment["colour_noise"]
@@ -174,14 +186,50 @@ class StreamedSets:
             for s in starts
         ]
         place = torch.arange(batch_size)
-        for start, (images, labels) in zip(starts, self._loader(part, views, device), strict=True):
+        for start, (images, labels) in zip(starts, self._loader(_Views(part, self.size), views, device), strict=True):
             labels = torch.where(place + start < len(part), labels, -1)
             yield normalise(images.to(device, non_blocking=True), mean), labels.to(device, non_blocking=True)
 
-    def _loader(self, part: list[tuple[Path, int]], views: Any, device: torch.device) -> Iterator[Any]:
+    def eval_views(
+        self,
+        protocol: str,
+        split: str,
+        mean: Tensor,
+        device: torch.device,
+        batch_size: int,
+        rank: int = 0,
+        world: int = 1,
+    ) -> Iterator[Views]:
+        """Every image once, in the views of `protocol`, about `batch_size` of them at a time.
+
+        center: one view. tencrop: the corners and the center of the image, whose shorter side is 256 for crops of
+        224, and their mirror images. multiscale: the whole image at each of `SCALES`, likewise in proportion to the
+        size of crops, and its mirror image.
+        """
+        if protocol == "center":
+            for images, labels in self.eval_batches(split, mean, device, batch_size, rank, world):
+                yield [(images, torch.arange(len(labels), device=device))], labels
+            return
+        part, count = self.parts[split], max(1, batch_size // 10)
+        sides = (256,) if protocol == "tencrop" else SCALES
+        wholes = [round(self.size * side / 224) for side in sides]
+        batches = [range(s, min(s + count, len(part))) for s in range(rank * count, len(part), world * count)]
+        data = _Wholes(part, wholes, self.size if protocol == "tencrop" else None)
+        for found in self._loader(data, batches, device, collate=list):
+            labels = torch.tensor([label for _, label in found], device=device)
+            views = []
+            for images, whose in same_shape([images for images, _ in found], batch_size * self.size**2):
+                images = normalise(images.to(device, non_blocking=True), mean)
+                views.append((torch.cat([images, images.flip(3)]), whose.to(device)))
+            yield views, labels
+
+    def _loader(
+        self, data: Dataset[Any], views: Any, device: torch.device, collate: Callable[..., Any] | None = None
+    ) -> Iterator[Any]:
         loader = DataLoader(
-            _Views(part, self.size),
+            data,
             batch_sampler=views,
+            collate_fn=collate,
             num_workers=self.workers,
             pin_memory=device.type == "cuda",
             worker_init_fn=_leave_signals,
@@ -219,6 +267,36 @@ class _Views(Dataset[tuple[Tensor, int]]):
             top, left = (int(p * (n - self.size + 1)) for p, n in zip(place, image.shape[1:], strict=True))
             image = TF.crop(image, top, left, self.size, self.size)
         return image.permute(1, 2, 0).contiguous(), label
+
+
+class _Wholes(Dataset[tuple[list[Tensor], int]]):
+    """Files as uint8 (V, H, W, 3) at several shorter sides: whole, or the corners and the center of size `crop`."""
+
+    def __init__(self, files: list[tuple[Path, int]], sides: list[int], crop: int | None) -> None:
+        self.files, self.sides, self.crop = files, sides, crop
+
+    def __getitem__(self, index: int) -> tuple[list[Tensor], int]:
+        path, label = self.files[index]
+        image, found = read_image(path), []
+        for side in self.sides:
+            resized = TF.resize(image, [side], antialias=True)
+            views = TF.five_crop(resized, [self.crop, self.crop]) if self.crop else (resized,)
+            found.append(torch.stack(views).permute(0, 2, 3, 1).contiguous())
+        return found, label
+
+
+def same_shape(found: list[list[Tensor]], pixels: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Views of one shape together, at most `pixels` of them: (V times N, H, W, 3) and which N images they show.
+
+    `found` holds for each image its (V, H, W, 3) at each scale. Images keep their order.
+    """
+    for scale in zip(*found, strict=True):
+        for shape in dict.fromkeys(views.shape for views in scale):
+            whose = [number for number, views in enumerate(scale) if views.shape == shape]
+            at_once = max(1, pixels // (2 * shape[0] * shape[1] * shape[2]))
+            for start in range(0, len(whose), at_once):
+                some = whose[start : start + at_once]
+                yield torch.stack([scale[number] for number in some], 1).flatten(0, 1), torch.tensor(some)
 
 
 class _RandomViews(Sampler[list[View]]):

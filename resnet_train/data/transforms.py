@@ -20,8 +20,12 @@ def mean_image(images: Tensor) -> Tensor:
 def normalise(images: Tensor, mean: Tensor) -> Tensor:
     """(N, H, W, 3) uint8 minus `mean`, in units of the full range: (N, 3, H, W) float32, channels last.
 
+    A mean image of another size than theirs gives its channel averages.
+
     Section 4.2 subtracts the mean and divides by no standard deviation; 1/255 is a unit, not a statistic.
     """
+    if mean.shape[:2] not in (images.shape[1:3], (1, 1)):
+        mean = mean.mean((0, 1))
     return images.float().sub_(mean).mul_(1 / 255).permute(0, 3, 1, 2)
 
 
