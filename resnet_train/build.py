@@ -45,7 +45,9 @@ def open_sets(config: Config) -> MemorySets | StreamedSets:
     if data.family == "cifar":
         return MemorySets(name=data.name, root=data.root, size=data.size, validation=data.validation)
     assert data.root is not None  # config.check has seen to it
-    return StreamedSets(root=data.root, size=data.size, validation=data.validation, workers=data.workers)
+    return StreamedSets(
+        root=data.root, size=data.size, validation=data.validation, workers=data.workers, subtract=config.normalise
+    )
 
 
 def pick_device(name: str) -> torch.device:

@@ -65,11 +65,13 @@ class Warmup:
 
 @dataclass(frozen=True)
 class Augment:
-    """Random changes of the training images: zero padding and crop, flip, scale, colour."""
+    """Random changes of the training images: zero padding and crop, flip, scale or area, colour."""
 
     pad: int
     flip: bool
-    shorter_side: list[int]
+    shorter_side: list[int] | None
+    area: list[float] | None
+    colour_jitter: float
     colour_noise: float
 
 
@@ -107,6 +109,7 @@ class Config:
     weight_decay: float
     decay: Literal["all", "weights"]
     warmup: Warmup
+    normalise: Literal["image", "channels", "standard"]
     augment: Augment
     compile: bool
     log_every: int
@@ -180,7 +183,10 @@ FIXED_BY_BENCH = {
 }
 # What each family of nets and data does not read; refused when asked for.
 UNREAD = {
-    "cifar": ("augment.shorter_side", "augment.colour_noise", "bottleneck_stride", "data.workers"),
+    "cifar": (
+        *("augment.shorter_side", "augment.area", "augment.colour_jitter", "augment.colour_noise", "normalise"),
+        *("bottleneck_stride", "data.workers"),
+    ),
     "imagenet": ("augment.pad",),
 }
 # What a number may be: at least, at most; None for no bound. Open below where the name stands in ABOVE.
@@ -206,6 +212,8 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "warmup.error": (0, 100),
     "augment.pad": (0, 16),
     "augment.shorter_side": (0, 4096),
+    "augment.area": (0, 1),
+    "augment.colour_jitter": (0, 1),
     "augment.colour_noise": (0, 1),
     "device_batch_size": (1, None),
     "bn_images": (2, None),
@@ -369,9 +377,8 @@ def check(values: Mapping[str, Any], asked: Collection[str] = (), *, needs_data:
             f"data.size={config.data.size}: ImageNet nets halve the image five times; must be a multiple of 32,"
             f" such as {max(32, round(config.data.size / 32) * 32)}"
         )
-    sides = config.augment.shorter_side
-    if len(sides) != 2 or sides[0] > sides[1] or (config.data.family == "imagenet" and sides[0] < config.data.size):
-        raise UserError(f"augment.shorter_side={sides}: must be [LOW,HIGH], LOW at least data.size={config.data.size}")
+    if config.data.family == "imagenet":
+        check_crops(config.augment, config.data.size)
     if config.schedule.drops != sorted(set(config.schedule.drops)):
         raise UserError(f"schedule.drops={config.schedule.drops}: must rise, as [0.5,0.75] does")
     if config.schedule.watch == "val" and not config.data.validation:
@@ -438,10 +445,25 @@ def _check_paths(paths: Mapping[str, str | None]) -> None:
             raise UserError(f"{key}={_shown(text)}: {getattr(error, 'strerror', None) or error}") from error
 
 
+# What earlier versions did where there was no such key yet.
+EARLIER = {"normalise": "channels", "augment.area": None, "augment.colour_jitter": 0.0}
+
+
+def completed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration that an earlier version stored, with what it did where it had no key."""
+    found = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+    for key, value in EARLIER.items():
+        group, _, name = key.rpartition(".")
+        place = found.get(group) if group else found
+        if isinstance(place, dict):
+            place.setdefault(name, value)
+    return found
+
+
 def restored(values: Mapping[str, Any]) -> Config:
     """The configuration that a checkpoint or a run directory holds. Raises UserError if it is of another version."""
     try:
-        return _typed(Config, values)
+        return _typed(Config, completed(values))
     except UserError as error:
         raise UserError(f"the stored configuration cannot be read: {error}") from error
 
@@ -507,6 +529,20 @@ def _check_out(out: str | None) -> None:
 def _anchored(data: Any) -> Any:
     """`data` with an absolute root, so that the record of a run holds from any folder."""
     return data if data.root is None else dataclasses.replace(data, root=str(expand(data.root).absolute()))
+
+
+def check_crops(augment: Augment, size: int) -> None:
+    """Refuse ways to cut training images of `size` from photographs that cannot be gone. Raises UserError."""
+    sides, area = augment.shorter_side, augment.area
+    if (sides is None) == (area is None):
+        raise UserError(
+            f"augment.shorter_side={_shown(sides)}: and augment.area={_shown(area)} are two ways to cut; give one, and"
+            " null for the other"
+        )
+    if sides is not None and (len(sides) != 2 or sides[0] > sides[1] or sides[0] < size):
+        raise UserError(f"augment.shorter_side={sides}: must be [LOW,HIGH], LOW at least data.size={size}")
+    if area is not None and (len(area) != 2 or not 0 < area[0] <= area[1]):
+        raise UserError(f"augment.area={area}: must be [LOW,HIGH], parts of the image such as [0.08,1]")
 
 
 def check_depth(depth: int, family: str) -> None:
@@ -643,7 +679,7 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def check_same_run(old: Mapping[str, Any], new: Mapping[str, Any], where: str) -> None:
     """Refuse to go on with the run in `where` under a configuration that changes its mathematics."""
-    was, now = flat(old), flat(new)
+    was, now = flat(completed(old)), flat(new)
     for key in sorted(was.keys() | now.keys()):
         if key not in FREE_KEYS and was.get(key) != now.get(key):
             raise UserError(

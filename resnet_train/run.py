@@ -126,7 +126,7 @@ def build(config: Config, directory: Path, sets: MemorySets | StreamedSets | Non
         precision=precision,
         compiled=False,
         sets=sets,
-        mean=sets.mean_image().to(device),
+        mean=one_after_all(sets.mean_image).to(device),
         model=model,
         net=model,
         share=part,

@@ -108,6 +108,7 @@ class Run:
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
+        self.mean = state["mean"].to(self.device)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])

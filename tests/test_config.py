@@ -16,6 +16,7 @@ from hydra.core.override_parser.types import OverrideType, QuotedString
 
 from resnet_train import cli, config
 from resnet_train.errors import UserError
+from resnet_train.schedule import Progress, learning_rate
 
 PACKAGE = Path(config.__file__).parent
 CONFIGS = Path(cli.CONFIG_DIR)
@@ -55,11 +56,13 @@ OTHER = {
 PLATEAU = {"schedule.patience": ("0.5", "1"), "schedule.threshold": ("0", "2"), "schedule.watch": ("val",)}
 PHOTOS = {  # read for data.family=imagenet only
     "bottleneck_stride": ("3x3",),
+    "normalise": ("channels", "standard"),
     "augment.shorter_side": ("[224,224]", "[256,300]"),
+    "augment.colour_jitter": ("0.4", "1"),
     "augment.colour_noise": ("0", "1"),
 }
-# Not in the table: arch (tested by name), and what the data set decides.
-DECIDED_BY_DATA = {"arch", "recipe", "data.name", "data.family", "data.size", "schedule.name"}
+# Not in the table: arch and augment.area (tested by name), and what the data set decides.
+DECIDED_BY_DATA = {"arch", "augment.area", "recipe", "data.name", "data.family", "data.size", "schedule.name"}
 FREE = {
     "run_dir": "x",
     "resume": "never",
@@ -204,7 +207,48 @@ def test_all_files_of_a_group_have_the_same_keys(files):
 
 
 def test_every_data_set_has_a_recipe():
-    assert DATA.keys() == RECIPES.keys()
+    assert DATA.keys() | {"torch2016", "torchvision"} == RECIPES.keys()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "jitter", "noise", "nesterov"), [("torch2016", 0.4, 0.1, True), ("torchvision", 0, 0, False)]
+)
+def test_the_other_recipes_for_imagenet_are_those_of_their_sources(recipe, jitter, noise, nesterov, tmp_path):
+    """fb.resnet.torch's opts.lua and datasets/imagenet.lua; torchvision's references/classification."""
+    found = checked(*needs_root("imagenet", tmp_path), f"recipe={recipe}")
+    assert (found.recipe, found.schedule.name, found.schedule.lr, found.schedule.factor) == (recipe, "step", 0.1, 0.1)
+    plan = {"name": "step", "lr": found.schedule.lr, "warmup_lr": 0.0, "factor": 0.1, "drops": found.schedule.drops}
+    marks = (0, 149_999, 150_000, 299_999, 300_000)
+    rates = [learning_rate(iteration, found.iterations, Progress(warm=False), **plan) for iteration in marks]
+    assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001])  # 150,000 batches of 256 are 30 passes
+    assert (found.iterations, found.batch_size, found.shortcut, found.bottleneck_stride) == (450_000, 256, "B", "3x3")
+    assert (found.momentum, found.nesterov, found.weight_decay, found.decay) == (0.9, nesterov, 1e-4, "all")
+    assert (found.init, found.zero_gamma, found.normalise) == ("fan_out", False, "standard")
+    augment = found.augment
+    assert (augment.shorter_side, augment.area, augment.flip) == (None, [0.08, 1], True)
+    assert (augment.colour_jitter, augment.colour_noise) == (jitter, noise)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["augment.area=[0.08,1]"],
+        ["augment.shorter_side=null"],
+        ["augment.shorter_side=null", "augment.area=[0.5]"],
+        ["augment.shorter_side=null", "augment.area=[0,1]"],
+        ["augment.shorter_side=null", "augment.area=[1,0.5]"],
+    ],
+)
+def test_photographs_are_cut_in_one_way(words, tmp_path):
+    assert refusal(*needs_root("imagenet", tmp_path), *words).startswith("augment.")
+
+
+def test_a_configuration_of_an_earlier_version_is_read():
+    values = checked().plain()
+    del values["normalise"], values["augment"]["area"], values["augment"]["colour_jitter"]
+    found = config.restored(values)
+    assert (found.normalise, found.augment.area, found.augment.colour_jitter) == ("channels", None, 0)
+    config.check_same_run(values, found.plain(), "run")
 
 
 @pytest.mark.parametrize("data", DATA)
@@ -221,7 +265,8 @@ def test_the_numbers_are_the_papers(data, tmp_path):
         assert (found.augment.pad, found.augment.colour_noise) == (4, 0)
         assert found.augment.flip == (data != "digits")
     else:
-        assert (found.augment.shorter_side, found.data.size) == ([256, 480], 224)
+        assert (found.augment.shorter_side, found.data.size, found.normalise) == ([256, 480], 224, "image")
+        assert (found.augment.area, found.augment.colour_jitter, found.augment.colour_noise) == (None, 0, 0.1)
 
 
 # --- Every value can be changed, and every key is read ---------------------------------------------------------------
@@ -249,17 +294,17 @@ def test_every_value_can_be_changed(schedule, which):
 
 @pytest.mark.parametrize("key", [*PHOTOS, "data.workers"])
 def test_what_photographs_need_can_be_changed(key, tmp_path):
-    base = needs_root("imagenet", tmp_path)
+    base = base_of(key, tmp_path)
     for text in PHOTOS.get(key, ("0", "7")):
         found = config.flat(checked(*base, f"{key}={text}").plain())[key]
         assert found == to_plain(OverridesParser.create().parse_override(f"{key}={text}").value())
-        assert found != config.flat(checked(*base).plain())[key]
+        assert found != config.flat(composed(*base))[key]
 
 
 @pytest.mark.parametrize(("family", "key"), [(family, key) for family, keys in config.UNREAD.items() for key in keys])
 def test_what_a_family_does_not_read_is_refused(family, key, tmp_path):
     base = needs_root("imagenet", tmp_path) if family == "imagenet" else []
-    value = (OTHER | PHOTOS | {"data.workers": ("7",)})[key][0]
+    value = (OTHER | PHOTOS | {"data.workers": ("7",), "augment.area": ("[0.08,1]",)})[key][0]
     assert refusal(*base, f"{key}={value}").startswith(f"{key}: ")
     assert not base_of(key, tmp_path / "other") or family == "cifar"
 
@@ -500,7 +545,7 @@ def test_a_wrong_value_is_named_with_what_is_allowed(line, advice):
         ("data=null", "cifar10, digits, imagefolder, imagenet"),
         ("schedule=cos", "did you mean cosine?"),
         ("schedule=cosine schedule.drops=[0.5]", "no key schedule.drops"),
-        ("recipe=torch", "cifar10, digits, imagefolder, imagenet"),
+        ("recipe=torch", "cifar10, digits, imagefolder, imagenet, torch2016, torchvision"),
         ("~nosuch", "no key nosuch"),
     ],
 )

@@ -308,7 +308,7 @@ def test_training_images_depend_on_the_seed_and_not_on_the_processes():
 def test_photographs_depend_on_the_seed_and_not_on_the_processes(photographs, workers):
     """Which images, their scales, crops, flips and colours."""
     sets = StreamedSets(root=str(photographs), size=24, validation=0, workers=workers)
-    augment = {"pad": 0, "flip": True, "shorter_side": [28, 40], "colour_noise": 0.1}
+    augment = {"pad": 0, "flip": True, "shorter_side": [28, 40], "colour_jitter": 0.4, "colour_noise": 0.1}
     the_same_images(sets, augment)
 
 

@@ -10,15 +10,15 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
-from resnet_train.data.images import load, read_image
+from resnet_train.data.images import cache_folder, load, read_image
 from resnet_train.data.sets import MemorySets, StreamedSets, split_sizes
 from resnet_train.data.transforms import EIGENVECTORS, IMAGENET_MEAN
 from resnet_train.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
-AUGMENT = {"pad": 4, "flip": True, "shorter_side": [28, 40], "colour_noise": 0.1}
-PLAIN = {"pad": 0, "flip": False, "shorter_side": [24, 24], "colour_noise": 0.0}
+AUGMENT = {"pad": 4, "flip": True, "shorter_side": [28, 40], "colour_jitter": 0, "colour_noise": 0.1}
+PLAIN = {"pad": 0, "flip": False, "shorter_side": [24, 24], "colour_jitter": 0, "colour_noise": 0.0}
 
 
 @pytest.fixture(autouse=True)
@@ -361,3 +361,32 @@ def test_a_wrong_tree_is_refused_when_it_is_opened(tree, tmp_path):
     shutil.rmtree(tmp_path / "copy" / "val" / "eel")
     with pytest.raises(UserError, match="class eel"):
         streamed(tmp_path / "copy")
+
+
+# What is subtracted
+
+
+def test_the_mean_image_is_that_of_the_center_crops(tree):
+    sets = StreamedSets(root=str(tree), size=24, validation=3, workers=0, subtract="image")
+    crops = [
+        TF.center_crop(TF.resize(read_image(path), [round(24 * 256 / 224)], antialias=True), [24, 24])
+        for path, _ in sets.parts["train"]
+    ]
+    expected = torch.stack(crops).double().mean(0).permute(1, 2, 0)
+    found = sets.mean_image()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
+    shutil.rmtree(cache_folder() / "decoded", ignore_errors=True)
+    assert torch.equal(sets.mean_image(), found)  # from the cache
+    whole = StreamedSets(root=str(tree), size=24, validation=0, workers=0, subtract="image").mean_image()
+    assert not torch.equal(whole, found)
+
+
+def test_standard_input_is_over_the_std_after_all_else(tree):
+    plain = StreamedSets(root=str(tree), size=24, validation=0, workers=0)
+    divided = StreamedSets(root=str(tree), size=24, validation=0, workers=0, subtract="standard")
+    std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    pairs = [*zip(training(plain, 2), training(divided, 2), strict=True)]
+    pairs += zip(evaluating(plain, "test", 5), evaluating(divided, "test", 5), strict=True)
+    for (images, labels), (others, same) in pairs:
+        assert torch.equal(labels, same)
+        torch.testing.assert_close(others, images / std, rtol=1e-6, atol=1e-7)

@@ -9,9 +9,11 @@ from torchvision.transforms.v2 import functional as TF
 from resnet_train.data.transforms import (
     EIGENVALUES,
     EIGENVECTORS,
+    colour_jitter,
     colour_noise,
     crop_and_normalise,
     draw_crops,
+    draw_jitter,
     flip_some,
     mean_image,
     normalise,
@@ -167,3 +169,37 @@ def test_the_principal_components_are_orthonormal_and_the_first_is_brightness():
     torch.testing.assert_close(vectors.T @ vectors, torch.eye(3), rtol=0, atol=1e-3)
     assert len(set(vectors[:, 0].sign().tolist())) == 1
     assert list(EIGENVALUES) == sorted(EIGENVALUES, reverse=True)
+
+
+def test_a_mean_image_of_another_size_gives_its_channel_averages():
+    batch, mean = images(3, 20, 31), mean_of()
+    assert torch.equal(normalise(batch, mean), normalise(batch, mean.mean((0, 1), keepdim=True)))
+
+
+def jittered(image, order, factors):
+    """fb.resnet.torch's ColorJitter of one (H, W, 3) image: brightness, contrast and saturation in `order`."""
+    for which, factor in zip(order.tolist(), factors.tolist(), strict=True):
+        grey = image[..., 0] * 0.299 + image[..., 1] * 0.587 + image[..., 2] * 0.114
+        target = [torch.zeros_like(image), torch.full_like(image, grey.mean()), grey[..., None].expand_as(image)][which]
+        image = image * factor + target * (1 - factor)
+    return image
+
+
+def test_colour_jitter_is_that_of_each_image_alone():
+    batch = images(12, 9, 7)
+    order, factors = draw_jitter(seeded(), 12, 0.4)
+    assert len({tuple(row) for row in order.tolist()}) > 3
+    found = colour_jitter(batch, order, factors)
+    expected = torch.stack([jittered(*one) for one in zip(batch.double(), order, factors.double(), strict=True)])
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-3)
+
+
+def test_jitter_draws_all_orders_and_factors_of_the_whole_range():
+    order, factors = draw_jitter(seeded(), 4000, 0.4)
+    counts = torch.tensor([tuple(row) in itertools.permutations(range(3)) for row in order.tolist()])
+    assert counts.all()
+    rows, how_often = order.unique(dim=0, return_counts=True)
+    assert len(rows) == 6
+    assert how_often.min() > 550
+    assert 0.6 <= factors.min() < 0.601 < 1.399 < factors.max() <= 1.4
+    assert draw_jitter(seeded(), 9, 0)[1].unique().tolist() == [1]

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -122,24 +123,29 @@ def _cached(name: str, files: list[Path], key: str, make: Callable[[], DataSet])
     except (UserError, TypeError, KeyError):
         pass  # not there yet, or damaged, or something else: made again
     found = make()
+    keep(
+        path,
+        {
+            "train": [found.train.images, found.train.labels],
+            "test": [found.test.images, found.test.labels],
+            "classes": found.classes,
+            "digest": found.digest,
+        },
+    )
+    return found
+
+
+def keep(path: Path, values: Any) -> None:
+    """Write what was made to the cache folder, whole or not at all; where that cannot be done, say so and go on."""
     part = path.with_suffix(f".{os.getpid()}.part")
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(
-            {
-                "train": [found.train.images, found.train.labels],
-                "test": [found.test.images, found.test.labels],
-                "classes": found.classes,
-                "digest": found.digest,
-            },
-            part,
-        )
+        torch.save(values, part)
         part.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
         tqdm.write(f"{path.parent}: the decoded images cannot be kept there ({error}); set RESNET_TRAIN_DATA")
-    return found
 
 
 def _batch_folder(root: Path) -> Path:

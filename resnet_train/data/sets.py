@@ -10,6 +10,7 @@ batch: `rank` of `world`. Which images these are, and how they are changed, depe
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import signal
@@ -21,15 +22,20 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms.v2 import functional as TF
+from tqdm import tqdm
 
+from resnet_train import checkpoint
 from resnet_train.config import class_folders
-from resnet_train.data.images import ImageSet, listing, load, read_image
+from resnet_train.data.images import ImageSet, cache_folder, keep, listing, load, read_image
 from resnet_train.data.sampler import batch_indices, generator, held_out
 from resnet_train.data.transforms import (
     IMAGENET_MEAN,
+    IMAGENET_STD,
+    colour_jitter,
     colour_noise,
     crop_and_normalise,
     draw_crops,
+    draw_jitter,
     flip_some,
     mean_image,
     normalise,
@@ -41,6 +47,7 @@ Batches = Iterator[tuple[Tensor, Tensor]]
 # the labels of all.
 Views = tuple[list[tuple[Tensor, Tensor]], Tensor]
 PROTOCOLS = {"tencrop": "10-crop", "multiscale": "multi-scale, fully convolutional"}
+MEAN_OF = 10_000  # training images that the mean image is the mean of
 SCALES = (224, 256, 384, 480, 640)  # shorter sides of the fully convolutional test (section 3.4)
 
 
@@ -131,8 +138,8 @@ class StreamedSets:
     protocol = "center crop"
     top5 = True
 
-    def __init__(self, *, root: str, size: int, validation: int, workers: int) -> None:
-        self.size, self.workers = size, workers
+    def __init__(self, *, root: str, size: int, validation: int, workers: int, subtract: str = "channels") -> None:
+        self.size, self.workers, self.subtract = size, workers, subtract
         path = Path(root)
         self.classes, test = class_folders(path)
         train, tested = listing(path / "train", self.classes), listing(path / test, self.classes)
@@ -145,8 +152,36 @@ class StreamedSets:
         self.sizes = {split: len(part) for split, part in self.parts.items()}
 
     def mean_image(self) -> Tensor:
-        """ImageNet's channel means as a (1, 1, 3) image, in 0 to 255."""
-        return torch.tensor(IMAGENET_MEAN).view(1, 1, 3)
+        """What is subtracted, in 0 to 255: ImageNet's channel means (1, 1, 3), or the mean image (S, S, 3).
+
+        The mean image is that of the center crops of `MEAN_OF` training images, evenly spread over the classes; made
+        once, then from the cache folder.
+        """
+        if self.subtract != "image":
+            return torch.tensor(IMAGENET_MEAN).view(1, 1, 3)
+        part = self.parts["train"]
+        key = hashlib.sha256(f"{self.digest} {self.size} {len(self.val_indices)}".encode()).hexdigest()[:16]
+        path = cache_folder() / "means" / f"{key}.pt"
+        with contextlib.suppress(UserError):
+            kept = checkpoint.read(path)
+            if isinstance(kept, Tensor) and kept.shape == (self.size, self.size, 3):
+                return kept
+        indices = torch.linspace(0, len(part) - 1, min(MEAN_OF, len(part))).long().tolist()
+        side = round(self.size * 256 / 224)
+        views = [
+            [(index, side, None) for index in indices[start : start + 100]] for start in range(0, len(indices), 100)
+        ]
+        total = torch.zeros(self.size, self.size, 3, dtype=torch.int64)
+        loader = self._loader(_Views(part, self.size), views, torch.device("cpu"))
+        for images, _ in tqdm(loader, total=len(views), desc="mean image", disable=None):
+            total += images.sum(0, dtype=torch.int64)
+        found = (total.double() / len(indices)).float()
+        keep(path, found)
+        return found
+
+    def _divisor(self, device: torch.device) -> Tensor | None:
+        """The std that what is left is divided by: (1, 3, 1, 1)."""
+        return torch.tensor(IMAGENET_STD, device=device).view(1, 3, 1, 1) if self.subtract == "standard" else None
 
     def train_batches(
         self,
@@ -164,15 +199,20 @@ class StreamedSets:
 
         B is `batch_size`, of all processes, divided by `world`.
         """
-        part = share_of(batch_size, rank, world)
+        part, std = share_of(batch_size, rank, world), self._divisor(device)
         sampler = _RandomViews(seed, start, batch_size, self.sizes["train"], augment["shorter_side"], part)
         iteration = start
         for images, labels in self._loader(_Views(self.parts["train"], self.size), sampler, device):
             draw = generator(seed, "device augment", iteration)
             flips = draw_crops(draw, batch_size, 0, augment["flip"])[2][part].to(device, non_blocking=True)
             noise = torch.randn(batch_size, 3, generator=draw)[part] * augment["colour_noise"]
-            batch = normalise(flip_some(images.to(device, non_blocking=True), flips), mean)
-            yield colour_noise(batch, noise), labels.to(device, non_blocking=True)
+            batch = flip_some(images.to(device, non_blocking=True), flips)
+            if augment["colour_jitter"]:
+                jitter = draw_jitter(draw, batch_size, augment["colour_jitter"])
+                batch = colour_jitter(batch, *(part_of[part].to(device, non_blocking=True) for part_of in jitter))
+            # Noise is in units of the full range: before it is divided by the std, where it is.
+            batch = colour_noise(normalise(batch, mean), noise)
+            yield batch if std is None else batch / std, labels.to(device, non_blocking=True)
             iteration += 1
 
     def eval_batches(
@@ -185,10 +225,11 @@ class StreamedSets:
             [(min(i, len(part) - 1), round(self.size * 256 / 224), None) for i in range(s, s + batch_size)]
             for s in starts
         ]
-        place = torch.arange(batch_size)
+        place, std = torch.arange(batch_size), self._divisor(device)
         for start, (images, labels) in zip(starts, self._loader(_Views(part, self.size), views, device), strict=True):
-            labels = torch.where(place + start < len(part), labels, -1)
-            yield normalise(images.to(device, non_blocking=True), mean), labels.to(device, non_blocking=True)
+            labels = torch.where(place + start < len(part), labels, -1).to(device, non_blocking=True)
+            images = normalise(images.to(device, non_blocking=True), mean)
+            yield images if std is None else images / std, labels
 
     def eval_views(
         self,
@@ -215,11 +256,13 @@ class StreamedSets:
         wholes = [round(self.size * side / 224) for side in sides]
         batches = [range(s, min(s + count, len(part))) for s in range(rank * count, len(part), world * count)]
         data = _Wholes(part, wholes, self.size if protocol == "tencrop" else None)
+        std = self._divisor(device)
         for found in self._loader(data, batches, device, collate=list):
             labels = torch.tensor([label for _, label in found], device=device)
             views = []
             for images, whose in same_shape([images for images, _ in found], batch_size * self.size**2):
                 images = normalise(images.to(device, non_blocking=True), mean)
+                images = images if std is None else images / std
                 views.append((torch.cat([images, images.flip(3)]), whose.to(device)))
             yield views, labels
 

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)  # channel averages, in 0 to 255
+IMAGENET_STD = (0.229, 0.224, 0.225)  # in units of the full range, as fb.resnet.torch and torchvision have both
+GREY = (0.299, 0.587, 0.114)  # what red, green and blue give to grey
 # Krizhevsky et al. 2012, "[21]": principal components of ImageNet's RGB values in 0 to 1 (columns: eigenvectors).
 EIGENVALUES = (0.2175, 0.0188, 0.0045)
 EIGENVECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
@@ -18,13 +20,13 @@ def mean_image(images: Tensor) -> Tensor:
 
 
 def normalise(images: Tensor, mean: Tensor) -> Tensor:
-    """(N, H, W, 3) uint8 minus `mean`, in units of the full range: (N, 3, H, W) float32, channels last.
+    """(N, H, W, 3) minus `mean`, in units of the full range: (N, 3, H, W) float32, channels last.
 
     A mean image of another size than theirs gives its channel averages.
 
     Section 4.2 subtracts the mean and divides by no standard deviation; 1/255 is a unit, not a statistic.
     """
-    if mean.shape[:2] not in (images.shape[1:3], (1, 1)):
+    if mean.shape[-3:-1] not in (images.shape[1:3], (1, 1)):
         mean = mean.mean((0, 1))
     return images.float().sub_(mean).mul_(1 / 255).permute(0, 3, 1, 2)
 
@@ -65,3 +67,25 @@ def colour_noise(images: Tensor, alphas: Tensor) -> Tensor:
     parts = (alphas * torch.tensor(EIGENVALUES))[:, :, None] * torch.tensor(EIGENVECTORS).T
     shifts = parts[:, 0] + parts[:, 1] + parts[:, 2]  # a matrix product rounds otherwise for other numbers of images
     return images + shifts.to(images.device, non_blocking=True)[:, :, None, None]
+
+
+def draw_jitter(generator: torch.Generator, count: int, strength: float) -> tuple[Tensor, Tensor]:
+    """The order of brightness (0), contrast (1) and saturation (2) for each image, and the factors: (count, 3) each."""
+    order = torch.rand(count, 3, generator=generator).argsort(1)
+    return order, 1 + strength * (2 * torch.rand(count, 3, generator=generator) - 1)
+
+
+def colour_jitter(images: Tensor, order: Tensor, factors: Tensor) -> Tensor:
+    """fb.resnet.torch's colour jitter: images (N, H, W, 3), in 0 to 255 and not clipped, in float32.
+
+    Each is blended with black, with its mean grey and with its own grey, in the `order` and by the `factors` (N, 3)
+    that `draw_jitter` gives for it.
+    """
+    images = images.float()
+    for step in range(3):
+        which, factor = order[:, step, None, None, None], factors[:, step, None, None, None]
+        red, green, blue = images.unbind(3)
+        grey = (GREY[0] * red + GREY[1] * green + GREY[2] * blue)[..., None]
+        target = torch.where(which == 1, grey.mean((1, 2), keepdim=True), torch.where(which == 2, grey, 0.0))
+        images = images * factor + target * (1 - factor)
+    return images
