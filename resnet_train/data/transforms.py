@@ -44,13 +44,20 @@ def crop_and_normalise(images: Tensor, mean: Tensor, tops: Tensor, lefts: Tensor
     (N, H, W, 3) uint8 to (N, 3, H, W) float32, channels last. The zeros come after the mean: padded image minus
     padded mean is the padded difference, so both are cropped alike and one subtraction does for all.
     """
-    count, height, width, _ = images.shape
-    margin = (0, 0, pad, pad, pad, pad)
-    rows = (tops[:, None] + torch.arange(height, device=images.device))[:, :, None]
-    across = torch.arange(width, device=images.device).expand(count, -1)
-    columns = (lefts[:, None] + torch.where(flips[:, None], across.flip(1), across))[:, None, :]
-    which = torch.arange(count, device=images.device)[:, None, None]
-    return normalise(F.pad(images, margin)[which, rows, columns], F.pad(mean, margin)[rows, columns])
+    count, height, width, channels = images.shape
+    across, margin = width + 2 * pad, (0, 0, pad, pad, pad, pad)
+    lefts = torch.where(flips, 2 * pad - lefts, lefts)  # the offset in the mirrored image
+    rows = (tops[:, None] + torch.arange(height, device=images.device)) * across + lefts[:, None]
+
+    def cut(padded: Tensor, which: Tensor) -> Tensor:
+        """The crop of `padded[which]` for each image, copied row by row from wherever in memory a row begins."""
+        begins = which[:, None] * (across * (height + 2 * pad)) + rows
+        runs = padded.flatten().unfold(0, width * channels, channels)
+        return runs[begins.flatten()].view(count, height, width, channels)
+
+    crops = cut(F.pad(flip_some(images, flips), margin), torch.arange(count, device=images.device))
+    means = cut(F.pad(torch.stack([mean, mean.flip(1)]), margin), flips.long())
+    return normalise(crops, means)
 
 
 def flip_some(images: Tensor, flips: Tensor) -> Tensor:
