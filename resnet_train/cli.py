@@ -33,6 +33,7 @@ from resnet_train.errors import SIGNALS, RunError, UserError, of_a_peer, of_the_
 _PACKAGE = Path(__file__).resolve().parent
 CONFIG_DIR = str(next(p for p in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if p.is_dir()))
 GROUPS = sorted(path.name for path in Path(CONFIG_DIR).iterdir() if path.is_dir())
+GROUPED = ("train", "bench")  # the commands that choose options of groups
 LAUNCHERS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what each of them sets in the environment
 # What composing raises for overrides that cannot be taken; OSError: an option as long as no file name may be.
 UNTAKEN = (HydraException, OmegaConfBaseException, ValueError, AssertionError, AttributeError, OSError, RecursionError)
@@ -57,6 +58,33 @@ def bench() -> None:
     _command("bench", _prepare_bench, _bench_job)
 
 
+def report() -> None:
+    """The command `resnet-report`."""
+    # What is no key=value is a run; the first word may also say what to report on.
+    words = ["open=true" if word == "--open" else word for word in sys.argv[1:]]
+    folders = [word for word in words if not word.startswith("-") and ("=" not in word or Path(word).is_dir())]
+    kept = [word for word in words if word not in folders]
+    if folders[:1] == ["complexity"]:
+        kept.append("report=complexity")
+        folders = folders[1:]
+    if folders:
+        kept.append(f"runs=[{','.join(map(_quoted, folders))}]")
+    # Hydra takes overrides together, not around a flag.
+    sys.argv[1:] = sorted(kept, key=lambda word: not word.startswith("-") and "=" in word)
+    _command("report", _prepare_report, _report_job)
+
+
+def responses() -> None:
+    """The command `resnet-responses`."""
+    sys.argv = ["data.name=" + a.removeprefix("data=") if a.startswith("data=") else a for a in sys.argv]
+    _command("responses", _prepare_responses, _responses_job)
+
+
+def _quoted(text: str) -> str:
+    """`text` as Hydra reads it back, whatever it holds."""
+    return '"' + re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + ('\\"' if found[2] else ""), text) + '"'
+
+
 def _command(name: str, prepare: Callable[..., Any], job: Callable[[DictConfig], Any]) -> None:
     """Check every job that the command line asks for, then let Hydra run them (or show help, config, completion)."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its exceptions to us instead of printing them
@@ -72,6 +100,8 @@ def _command(name: str, prepare: Callable[..., Any], job: Callable[[DictConfig],
         hydras += ["--shell-completion"] if arguments.shell_completion else []
         _check_hydras(hydras, arguments.multirun)
         sweep = arguments.multirun or "hydra.mode=MULTIRUN" in hydras
+        if name == "train" and not arguments.shell_completion:
+            arguments.overrides = _with_jobs(arguments.overrides, sweep)
         if sweep and _launched():
             raise UserError(
                 f"-m: torchrun would start the sweep in each of its processes; take resnet-train -m"
@@ -86,7 +116,7 @@ def _command(name: str, prepare: Callable[..., Any], job: Callable[[DictConfig],
                 values = _compose(name, overrides, arguments.package)
                 places.append(prepare(values, overrides, sweep, look=not arguments.cfg)[1])
                 if places[-1] in places[:-1]:
-                    raise UserError(f"run_dir: two jobs of the sweep would share {places[-1]}; leave run_dir= out")
+                    raise UserError(f"run_dir: two jobs of the sweep would share {places[-1]}; leave run_dir= out, or the key that they differ in")
         hydra.main(version_base="1.3", config_path=CONFIG_DIR, config_name=name)(job)()
         if sweep and not arguments.cfg:
             _check_all_finished(places)
@@ -201,6 +231,31 @@ def _jobs(overrides: list[str], multirun: bool) -> list[list[str]]:
         raise UserError(f"{' '.join(overrides)}: {error}; write the values out, as in depth=20,56") from error
 
 
+def _with_jobs(overrides: list[str], sweep: bool) -> list[str]:
+    """The overrides, and in a sweep of an experiment that names no job, all its jobs, here and in sys.argv.
+
+    Raises UserError for a job that the experiment does not have.
+    """
+    named = next((item for item in overrides if item.startswith("experiment=")), "")
+    if "," in named:
+        raise UserError(f"{named}: takes one experiment at a time")
+    path = Path(CONFIG_DIR, "experiment", named.removeprefix("experiment=") + ".yaml")
+    if not named or not path.is_file():  # a wrong name is told of with those of all groups
+        return overrides
+    jobs = [str(job) for job in OmegaConf.load(path)["jobs"]]
+    asked = [item for item in overrides if item.startswith("job=")]
+    for job in asked[-1].removeprefix("job=").split(",") if asked else []:
+        if job not in jobs:
+            raise UserError(f"job={job}: {named} has {', '.join(jobs)}{configs.nearest(job, jobs)}")
+    if asked:
+        return overrides
+    if not sweep:
+        raise UserError(f"{named}: has {len(jobs)} jobs; add -m for all, or name one, as in job={jobs[0]}")
+    words = "job=" + ",".join(jobs)
+    sys.argv.insert(sys.argv.index(named) + 1, words)
+    return [*overrides, words]
+
+
 def _misspelt(item: str, error: Exception) -> str:
     """Why Hydra does not understand an override."""
     key, equals, value = item.partition("=")
@@ -244,7 +299,7 @@ def _keys(name: str, overrides: list[str]) -> dict[str, Any]:
 def _check_options(name: str, overrides: list[str]) -> list[str]:
     """The overrides that choose an option of a group, once each is seen to exist. Raises UserError."""
     chosen = []
-    for item in overrides if name != "eval" else []:
+    for item in overrides if name in GROUPED else []:
         parsed = OverridesParser.create().parse_override(item)
         group = parsed.key_or_group
         if group in GROUPS and parsed.is_add():
@@ -260,7 +315,7 @@ def _check_options(name: str, overrides: list[str]) -> list[str]:
 def _diagnosis(name: str, overrides: list[str], chosen: list[str], error: Exception) -> str:
     """Why composition failed, in our words: an unknown key, one that is missing, or the override and Hydra's reason."""
     keys = _keys(name, chosen)
-    words = [key for key in keys if not key.startswith("hydra.")] + (GROUPS if name != "eval" else [])
+    words = [key for key in keys if not key.startswith("hydra.")] + (GROUPS if name in GROUPED else [])
     for item in overrides:
         key = OverridesParser.create().parse_override(item).key_or_group
         if name == "bench" and key in configs.FIXED_BY_BENCH:
@@ -285,13 +340,16 @@ def _prepare_train(
 ) -> tuple[configs.Config, Path]:
     """The checked configuration of one job and its directory, which is looked at; a sweep may find it finished."""
     asked = _asked(overrides)
+    for key in ("experiment", "job", "jobs"):  # they have said which net and seed
+        values.pop(key, None)
+    scale = values.pop("scale")
     if _launched():
         for key in ("devices", "max_restarts"):
             if key in asked:
                 raise UserError(f"{key}={values.get(key)}: that is the launcher's to say, such as torchrun; drop it")
         values["devices"] = _launched()
-    config = configs.check(values, asked)
-    directory = configs.run_directory(config, asked)
+    config = configs.scaled(configs.check(values, asked), scale)
+    directory = configs.run_directory(config, asked, scale)
     if look and os.environ.get("RANK", "0") == "0":
         configs.check_run_dir(directory, config, may_be_finished=sweep)
     return config, directory
@@ -303,6 +361,24 @@ def _prepare_eval(
     if sweep:
         raise UserError("-m: resnet-eval takes one checkpoint at a time")
     return configs.check_eval(values), None
+
+
+def _prepare_report(
+    values: dict[str, Any], _: list[str], sweep: bool, look: bool = True
+) -> tuple[configs.ReportConfig, None]:
+    if sweep:
+        raise UserError("-m: resnet-report takes all runs at once")
+    return configs.check_report(values), None
+
+
+def _prepare_responses(
+    values: dict[str, Any], _: list[str], sweep: bool, look: bool = True
+) -> tuple[configs.ResponsesConfig, None]:
+    if sweep:
+        raise UserError("-m: resnet-responses takes all checkpoints at once, as checkpoint=[one.pt,two.pt]")
+    if _launched() > 1:
+        raise UserError("resnet-responses is one process; take it without torchrun")
+    return configs.check_responses(values), None
 
 
 def _prepare_bench(
@@ -407,6 +483,27 @@ def _eval_here(asked: configs.EvalConfig) -> int:
     from resnet_train.evaluate import evaluate_checkpoint
 
     return _code(lambda: evaluate_checkpoint(asked))
+
+
+def _report_job(composed: DictConfig) -> None:
+    """One report, in this process, without torch."""
+    values: Any = OmegaConf.to_container(composed, resolve=True)
+    asked = configs.check_report(values)
+    from resnet_train.report.command import report as write
+
+    write(asked)
+
+
+def _responses_job(composed: DictConfig) -> None:
+    """The responses of all checkpoints."""
+    values: Any = OmegaConf.to_container(composed, resolve=True)
+    sys.exit(_code(functools.partial(_responses_here, configs.check_responses(values))))
+
+
+def _responses_here(asked: configs.ResponsesConfig) -> None:
+    from resnet_train.responses import responses as measure
+
+    measure(asked)
 
 
 def _bench_job(composed: DictConfig) -> None:

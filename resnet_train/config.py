@@ -159,6 +159,28 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class ReportConfig:
+    """Everything that `resnet-report` is told: configs/report.yaml."""
+
+    report: Literal["runs", "complexity"]
+    runs: list[str]
+    out: str
+    open: bool
+
+
+@dataclass(frozen=True)
+class ResponsesConfig:
+    """Everything that `resnet-responses` is told: configs/responses.yaml."""
+
+    checkpoint: list[str]
+    data: EvalData
+    split: Literal["test", "val", "train"]
+    images: int
+    device: Literal["auto", "cpu", "cuda"]
+    out: str
+
+
+@dataclass(frozen=True)
 class BenchConfig:
     """What `resnet-bench` is told beside a configuration of training: configs/bench.yaml."""
 
@@ -192,6 +214,7 @@ UNREAD = {
 # What a number may be: at least, at most; None for no bound. Open below where the name stands in ABOVE.
 RANGES: dict[str, tuple[float | None, float | None]] = {
     "seed": (0, 2**63 - 1),
+    "scale": (0, 1),
     "depth": (None, 100_000),
     "iterations": (1, 10**9),
     "batch_size": (1, 10**6),
@@ -221,6 +244,7 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "max_restarts": (0, 1000),
     "timeout": (1, 10**6),
     "precise_bn": (0, 10**6),
+    "images": (2, None),
     "rounds": (1, 1000),
     "seconds": (0, 3600),
     "steps": (2, 10**9),
@@ -233,7 +257,8 @@ SCHEDULE_KEYS: dict[str, tuple[str, ...]] = {
     "plateau": ("name", "lr", "factor", "patience", "threshold", "watch"),
     "cosine": ("name", "lr"),
 }
-ABOVE = {"schedule.lr", "warmup.lr", "schedule.factor", "schedule.patience", "seconds"}
+COUNTED = ("iterations", "log_every", "eval_every", "checkpoint_every", "keep_every")
+ABOVE = {"scale", "schedule.lr", "warmup.lr", "schedule.factor", "schedule.patience", "seconds"}
 BELOW = {"momentum"}
 
 
@@ -391,6 +416,13 @@ def check(values: Mapping[str, Any], asked: Collection[str] = (), *, needs_data:
     return dataclasses.replace(config, data=_anchored(config.data))
 
 
+def scaled(config: Config, scale: Any) -> Config:
+    """`config` with all that counts iterations multiplied by `scale`. Raises UserError."""
+    factor = _convert("scale", scale, float)
+    counts = {key: getattr(config, key) for key in COUNTED}
+    return dataclasses.replace(config, **{key: max(1, round(n * factor)) for key, n in counts.items() if n})
+
+
 @dataclass(frozen=True)
 class Share:
     """How one batch is dealt: `images` per device and forward pass, `passes` per step, batch norm over `group`."""
@@ -496,6 +528,43 @@ def check_checkpoints(names: list[str]) -> None:
             raise UserError(f"checkpoint={name}: is cut short or not a checkpoint")
         if name in names[:number]:
             raise UserError(f"checkpoint={name}: is named twice")
+
+
+def check_report(values: Mapping[str, Any]) -> ReportConfig:
+    """The checked configuration of a report. Raises UserError."""
+    named = values["runs"]
+    config = _typed(ReportConfig, {**values, "runs": named if isinstance(named, list) else [named]})
+    if config.report == "complexity" and config.runs:
+        raise UserError(f"resnet-report complexity: is about nets, not about runs; drop {config.runs[0]}")
+    if config.report == "runs" and not config.runs:
+        raise UserError("name the runs, or folders of runs, as in resnet-report runs out=report")
+    for name in config.runs:
+        _check_paths({"runs": name})
+        if not expand(name).is_dir():
+            raise UserError(f"{name}: there is no such folder")
+    _check_folder(config.out)
+    return config
+
+
+def check_responses(values: Mapping[str, Any]) -> ResponsesConfig:
+    """The checked configuration of a measurement of layer responses. Raises UserError."""
+    named = values["checkpoint"]
+    config = _typed(ResponsesConfig, {**values, "checkpoint": named if isinstance(named, list) else [named]})
+    check_checkpoints(config.checkpoint)
+    _check_paths({"data.root": config.data.root})
+    if config.data.name != "same":
+        check_source(config.data.name, config.data.root)
+    elif config.data.root is not None and not expand(config.data.root).exists():
+        raise UserError(f"data.root={config.data.root}: there is no such file or folder")
+    _check_folder(config.out)
+    return dataclasses.replace(config, data=_anchored(config.data))
+
+
+def _check_folder(out: str) -> None:
+    """Refuse a folder for results that is none or cannot be written. Raises UserError."""
+    _check_paths({"out": out})
+    if (expand(out).exists() and not expand(out).is_dir()) or not _writable(expand(out) / "file"):
+        raise UserError(f"out={out}: is not a folder that you may write to")
 
 
 def check_bench(values: Mapping[str, Any], asked: Collection[str] = ()) -> tuple[BenchConfig, Config]:
@@ -644,12 +713,15 @@ def is_image(name: str) -> bool:
     return not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
 
 
-def run_directory(config: Config, asked: Iterable[str]) -> Path:
-    """Where the run goes: `run_dir`, or runs/DATA/NET/ and the values of the other keys that were `asked` for."""
+def run_directory(config: Config, asked: Iterable[str], scale: float = 1) -> Path:
+    """Where the run goes: `run_dir`, or runs/DATA/NET/ and the values of the other keys that were `asked` for.
+
+    An experiment's runs lie where the same runs lie without it, so that experiments share them.
+    """
     if config.run_dir is not None:
         return expand(config.run_dir)
     told = {"data", "depth", "arch", "shortcut", "seed"} | FREE_KEYS
-    values = flat(config.plain()) | {"schedule": config.schedule.name}
+    values = flat(config.plain()) | {"schedule": config.schedule.name} | ({"scale": scale} if scale != 1 else {})
     rest: dict[str, Any] = {}
     for word in set(asked) - told:
         named = [word] if word in values else [key for key in values if key.startswith(word + ".")]

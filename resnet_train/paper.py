@@ -1,4 +1,129 @@
-"""Published numbers of the paper, as data. Errors in %."""
+"""Published numbers and the recipe of the paper, as data. Errors in %, None where the paper prints none."""
 
 # Table 6: test error of the residual nets on CIFAR-10 (option A; 110 layers: the best of five, 6.61 +- 0.16).
 CIFAR10_TEST_ERROR = {20: 8.75, 32: 7.51, 44: 7.17, 56: 6.97, 110: 6.43, 1202: 7.93}
+FIVE_OF_110 = (6.61, 0.16)
+
+# Each table: what a row's net is called here, the paper's top-1 and top-5 error. Published rows of others: `OTHERS`.
+TABLES: dict[str, dict[str, tuple[float | None, float | None]]] = {
+    "table 2": {
+        "plain-18": (27.94, None),
+        "resnet-18-A": (27.88, None),
+        "plain-34": (28.54, None),
+        "resnet-34-A": (25.03, None),
+    },
+    "table 3": {
+        "plain-34": (28.54, 10.02),
+        "resnet-34-A": (25.03, 7.76),
+        "resnet-34-B": (24.52, 7.46),
+        "resnet-34-C": (24.19, 7.40),
+        "resnet-50-B": (22.85, 6.71),
+        "resnet-101-B": (21.75, 6.05),
+        "resnet-152-B": (21.43, 5.71),
+    },
+    "table 4": {
+        "resnet-34-B": (21.84, 5.71),
+        "resnet-34-C": (21.53, 5.60),
+        "resnet-50-B": (20.74, 5.25),
+        "resnet-101-B": (19.87, 4.60),
+        "resnet-152-B": (19.38, 4.49),
+    },
+    "table 5": {"ensemble of 6": (None, 3.57)},
+    "table 6": {
+        "plain-20": (None, None),
+        "plain-32": (None, None),
+        "plain-44": (None, None),
+        "plain-56": (None, None),
+        **{f"resnet-{depth}-A": (error, None) for depth, error in CIFAR10_TEST_ERROR.items()},
+    },
+}
+OTHERS: dict[str, dict[str, tuple[float | None, float | None]]] = {
+    "table 3": {"VGG-16": (28.07, 9.33), "GoogLeNet": (None, 9.15), "PReLU-net": (24.27, 7.38)},
+    "table 4": {"VGG (v5)": (24.4, 7.1), "PReLU-net": (21.59, 5.71), "BN-Inception": (21.99, 5.81)},
+    "table 5": {
+        "VGG": (None, 7.32),
+        "VGG (v5)": (None, 6.8),
+        "GoogLeNet": (None, 6.66),
+        "PReLU-net": (None, 4.94),
+        "BN-Inception": (None, 4.82),
+    },
+    "table 6": {
+        "Maxout": (9.38, None),
+        "NIN": (8.81, None),
+        "DSN": (8.22, None),
+        "FitNet-19": (8.39, None),
+        "Highway-19": (7.54, None),
+        "Highway-32": (8.80, None),
+    },
+}
+
+# Table 1 and section 4.1: multiply-adds for one image of 224x224. Table 6: parameters.
+MULTIPLY_ADDS = {
+    "resnet-18-B": 1.8e9,
+    "plain-34": 3.6e9,
+    "resnet-34-B": 3.6e9,
+    "resnet-50-B": 3.8e9,
+    "resnet-101-B": 7.6e9,
+    "resnet-152-B": 11.3e9,
+    "vgg-16": 15.3e9,
+    "vgg-19": 19.6e9,
+}
+PARAMETERS = {20: 0.27e6, 32: 0.46e6, 44: 0.66e6, 56: 0.85e6, 110: 1.7e6, 1202: 19.4e6}
+
+# The recipes (section 3.4 and 4.2), in this program's keys, as far as they enter the mathematics.
+_BOTH = {
+    "batch_size": 128,
+    "bn_images": 64,
+    "momentum": 0.9,
+    "nesterov": False,
+    "weight_decay": 1e-4,
+    "decay": "all",
+    "init": "fan_out",
+    "zero_gamma": False,
+    "precision": "fp32",
+    "schedule.name": "step",
+    "schedule.lr": 0.1,
+    "schedule.factor": 0.1,
+    "schedule.drops": [0.5, 0.75],
+    "schedule.patience": 1.0,
+    "schedule.threshold": 0.0,
+    "schedule.watch": "train",
+    "warmup.depth": 110,
+    "warmup.lr": 0.01,
+    "warmup.error": 80.0,
+    "augment.pad": 4,
+    "augment.flip": True,
+    "augment.shorter_side": [0, 0],
+    "augment.colour_noise": 0.0,
+    "bottleneck_stride": "1x1",
+    "data.validation": 0,
+    "data.size": 32,
+    "iterations": 64_000,
+}
+RECIPES = {
+    "cifar": _BOTH,
+    "imagenet": {
+        **_BOTH,
+        "batch_size": 256,
+        "bn_images": 32,
+        "schedule.name": "plateau",
+        "schedule.drops": [],
+        "schedule.patience": 0.03,
+        "schedule.threshold": 0.1,
+        "warmup.depth": 0,
+        "augment.pad": 0,
+        "augment.shorter_side": [256, 480],
+        "augment.colour_noise": 0.1,
+        "data.size": 224,
+        "iterations": 600_000,
+    },
+}
+
+
+def shortened(family: str, iterations: int) -> str:
+    """`SHORTENED: …`, to stand over everything that a run shorter than the paper's has made; else nothing."""
+    whole = RECIPES[family]["iterations"]
+    assert isinstance(whole, int)
+    if iterations >= whole:
+        return ""
+    return f"SHORTENED: {iterations:,} of the paper's {whole:,} iterations ({100 * iterations / whole:.2g} %)"

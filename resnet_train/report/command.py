@@ -1,0 +1,148 @@
+"""The command `resnet-report`."""
+
+from __future__ import annotations
+
+import csv
+import shlex
+import webbrowser
+from pathlib import Path
+
+from resnet_train import paper
+from resnet_train.config import ReportConfig
+from resnet_train.errors import UserError
+from resnet_train.files import expand
+from resnet_train.report import figures, page, runs, tables, verdict
+from resnet_train.report.page import Section
+from resnet_train.report.runs import Run
+
+FIGURES = {
+    "figure 1": "Figure 1: plain nets of 20 and 56 layers.",
+    "figure 4": "Figure 4: plain nets (left) and residual nets (right) of 18 and 34 layers.",
+    "figure 6": "Figure 6: plain nets, residual nets, and residual nets of 110 and 1202 layers.",
+}
+
+
+def report(asked: ReportConfig) -> None:
+    """Write the report of the runs that were named, or of complexity; one line for each file to look at.
+
+    Raises UserError.
+    """
+    out = expand(asked.out)
+    if asked.report == "complexity":
+        from resnet_train.report.complexity import complexity_table
+
+        sections = [Section("Parameters and multiply-adds of every net of tables 1 and 6", tables=[complexity_table()])]
+        notes, title = [], "Complexity"
+        print(sections[0].tables[0].markdown())
+    else:
+        folders = [expand(name) for name in asked.runs]
+        found, notes = runs.find(folders)
+        _check_out(out, found)
+        groups = runs.groups(found)
+        notes += _kept_apart(groups)
+        title = "Deep Residual Learning for Image Recognition: these runs beside the paper"
+    for note in notes:
+        print(f"note: {note}")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if asked.report == "runs":
+            sections = _sections(groups, folders, out)
+        _write(asked, title, notes, sections, out)
+    except OSError as error:
+        raise UserError(f"out={out}: cannot be written: {error.strerror}") from error
+    print(f"{out / 'index.html'}")
+    if asked.open:
+        webbrowser.open((out / "index.html").resolve().as_uri())
+
+
+def _write(asked: ReportConfig, title: str, notes: list[str], sections: list[Section], out: Path) -> None:
+    command = shlex.join(["resnet-report", *asked.runs, f"out={asked.out}"])
+    command = command if asked.report == "runs" else f"resnet-report complexity {shlex.quote(f'out={asked.out}')}"
+    intro = [f"Made by `{command}`.", *(f"Note: {note}." for note in notes)]
+    for table in (table for section in sections for table in section.tables):
+        _put(out / f"{table.name}.csv", table.csv())
+    _put(out / "report.md", page.markdown(title, intro, sections))
+    _put(out / "index.html", page.html_page(title, intro, sections, out))  # last: it needs the figures
+
+
+def _put(path: Path, text: str) -> None:
+    """Write whole or not at all."""
+    part = path.with_name(f".{path.name}")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def _check_out(out: Path, found: list[Run]) -> None:
+    """Refuse to write into a run. Raises UserError."""
+    for run in found:
+        if out.resolve().is_relative_to(run.folder.resolve()):
+            raise UserError(f"out={out}: lies in the run {run.folder}; take another folder")
+
+
+def _kept_apart(groups: list[list[Run]]) -> list[str]:
+    """Why runs stand in different rows and figures."""
+    first = groups[0]
+    return [
+        f"not in one row or figure: {_names(first)} and {_names(other)}, which differ in"
+        f" {runs.differences(first, other)}"
+        for other in groups[1:]
+    ]
+
+
+def _names(group: list[Run]) -> str:
+    names = [f"{run.net} seed {run.seed}" for run in group]
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _sections(groups: list[list[Run]], folders: list[Path], out: Path) -> list[Section]:
+    """A section for each group of runs that may stand together, and what concerns all; draws the figures into `out`."""
+    sections = [_section(group, number, out) for number, group in enumerate(groups, 1)]
+    if measured := [one for folder in folders for one in _responses(folder)]:
+        figures.save(figures.draw_responses(measured), out / "figure-7")
+        caption = "Figure 7: standard deviation of the layer responses, by layer (above) and by magnitude (below)."
+        words = [f"mean over the layers of {one.net}: {sum(one.stds) / len(one.stds):.3f}" for one in measured]
+        sections.append(Section("Layer responses", words=words, figures=[("figure-7", caption)]))
+    everyone = [run for group in groups for run in group]
+    sections.append(Section("Recipes and commands", tables=[tables.deviations_table(groups), tables.runs_table(everyone)]))
+    return sections
+
+
+def _section(group: list[Run], number: int, out: Path) -> Section:
+    first = group[0]
+    where = "" if number == 1 else f"-{number}"
+    runs_said = f"{len(group)} run{'s' if len(group) > 1 else ''}"
+    seen = f"{first.data}: {runs_said} of {first.iterations:,} iterations, {first.protocol}"
+    section = Section(f"{number}. {seen}", runs=group)
+    if short := paper.shortened(first.family, first.iterations):
+        section.warnings.append(short)
+    section.warnings += [f"{why}" for why in tables.incomparable(first) if " is not " in why]
+    section.words = [verdict.summary(group)]
+    section.words += [f"{v.shallow} and {v.deep}: {v.words}." for v in verdict.verdicts(group)]
+    section.words = [words for words in [*section.words, verdict.ordering(group)] if words]
+    section.words.append(f"Training errors at the end are those of the last {100 // runs.END} % of the iterations.")
+    for name, caption in FIGURES.items():
+        figure = figures.draw(name, group)
+        if figure is not None:
+            file = name.replace(" ", "-") + where
+            figures.save(figure, out / file)
+            section.figures.append((file, caption))
+    names = ("table 6",) if first.family == "cifar" else ("table 2", "table 3", "table 4")
+    made = [tables.errors_table(group, name, where) for name in names]
+    section.tables = [table for table in (*made, tables.ensemble_table(group, where)) if table is not None]
+    return section
+
+
+def _responses(folder: Path) -> list[figures.Responses]:
+    """What resnet-responses has left in a folder. Raises UserError for a file that it has not written."""
+    found = []
+    for path in sorted(folder.rglob("responses.csv")):
+        stds: dict[tuple[str, str, str, str], list[float]] = {}
+        try:
+            with path.open(newline="", encoding="utf-8") as file:
+                for row in csv.DictReader(file):
+                    key = (row["net"], row["data"], row["seed"], row["note"])
+                    stds.setdefault(key, []).append(float(row["std"]))
+        except (OSError, KeyError, ValueError, TypeError) as error:
+            raise UserError(f"{path}: is no table of resnet-responses ({type(error).__name__}: {error})") from error
+        found += [figures.Responses(net, data, int(seed), std, note) for (net, data, seed, note), std in stds.items()]
+    return found

@@ -1,0 +1,221 @@
+"""Tables 2 to 6 with our figures beside the paper's; as Markdown and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from resnet_train import paper
+from resnet_train.report.runs import Run, by_net, deviations, mean_and_std
+
+Spread = tuple[float, float | None, int]  # mean, standard deviation over seeds, number of seeds
+Cell = str | int | float | Spread | None
+VIEWS = {"table 2": "10-crop", "table 3": "10-crop", "table 4": "multi-scale", "table 5": "multi-scale"}
+
+
+@dataclass
+class Table:
+    """A table: `name` for files and anchors, `title` to read, rows of cells, notes to stand below."""
+
+    name: str
+    title: str
+    header: list[str]
+    rows: list[list[Cell]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def shown(self) -> list[list[str]]:
+        """The rows as they are read."""
+        return [[show(cell) for cell in row] for row in self.rows]
+
+    def markdown(self) -> str:
+        """With title and notes."""
+        lines = [f"### {self.title}", "", _line(self.header), _line(["---"] * len(self.header))]
+        lines += [_line([cell.replace("|", "\\|") for cell in row]) for row in self.shown()]
+        return "\n".join([*lines, "", *(f"- {note}" for note in self.notes), ""])
+
+    def csv(self) -> str:
+        """Numbers in full; a mean is three columns: mean, std, n."""
+        wide = [any(isinstance(row[i], tuple) for row in self.rows) for i in range(len(self.header))]
+        header = [
+            word
+            for name, spread in zip(self.header, wide, strict=True)
+            for word in ([name, f"{name}: std", f"{name}: n"] if spread else [name])
+        ]
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(header)
+        for row in self.rows:
+            cells: list[Any] = []
+            for cell, spread in zip(row, wide, strict=True):
+                cells += (cell if isinstance(cell, tuple) else [cell, None, None]) if spread else [cell]
+            writer.writerow(["" if cell is None else cell for cell in cells])
+        return text.getvalue()
+
+
+def show(cell: Cell) -> str:
+    """A cell as it is read: errors with two decimals, a mean with its spread and n."""
+    if cell is None:
+        return "–"
+    if isinstance(cell, tuple):
+        mean, std, n = cell
+        return f"{mean:.2f}" + ("" if std is None else f" ± {std:.2f}") + f" (n={n})"
+    if isinstance(cell, float):
+        return f"{cell:.2f}"
+    return f"{cell:,}" if isinstance(cell, int) else cell
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def spread(values: list[float]) -> Spread | None:
+    """Mean, standard deviation and number; None of nothing."""
+    return (*mean_and_std(values), len(values)) if values else None
+
+
+def incomparable(run: Run) -> list[str]:
+    """Why a figure of this run cannot be held against the paper's, if it cannot."""
+    keys = [key for key, _, _ in deviations(run)]
+    found = [f"{run.data} is not CIFAR-10" if run.family == "cifar" else f"{run.data} is not ImageNet"]
+    found = found if "data" in keys else []
+    if short := paper.shortened(run.family, run.iterations):
+        found.append(short[len("SHORTENED: ") :])
+    return found + (["another training set"] if "data.validation" in keys else [])
+
+
+def errors_table(group: list[Run], name: str, where: str) -> Table | None:
+    """Our test errors beside those of `name` (table 2, 3, 4 or 6), or None if the group has no net of it.
+
+    `last` is the figure; `best` is the test error where a validation part's error was lowest. Means are over the seeds
+    of finished runs; 110 layers are held against the mean of the paper's five.
+    """
+    nets = by_net(group)
+    published = paper.TABLES[name]
+    extra = [net for net in nets if net not in published] if name == "table 6" else []
+    rows = [net for net in published if net in nets] + extra
+    if not rows:
+        return None
+    reasons = incomparable(group[0])
+    photos = group[0].family == "imagenet"
+    view = VIEWS.get(name, group[0].protocol)
+    header = ["net", "parameters", "paper", f"ours, last ({view})", "difference", "best seed"]
+    header += ["best, by validation error"] if any(run.curves["val"] for run in group) else []
+    header += [f"ours, last ({group[0].protocol})", "paper, top-5", f"ours, top-5 ({view})"] if photos else []
+    header += ["training error at the end"]
+    table = Table(f"{name.replace(' ', '-')}{where}", f"{name.capitalize()}: error in %, {group[0].data}", header)
+    for net in rows:
+        done = [run for run in nets[net] if run.finished]
+        finals = {run.seed: error for run in done if (error := final_error(run, view)) is not None}
+        ours = spread(list(finals.values()))
+        theirs, top5 = published.get(net, (None, None))
+        against = paper.FIVE_OF_110[0] if net == "resnet-110-A" else theirs
+        seed = min(finals, key=lambda seed: (finals[seed], seed)) if finals else None
+        row: list[Cell] = [net, next((run.parameters for run in done if run.parameters), None)]
+        shown = "6.43 (five: 6.61 ± 0.16)" if net == "resnet-110-A" and theirs else theirs
+        row += [shown, ours, ours[0] - against if ours and against is not None else None]
+        row += [f"{finals[seed]:.2f} (seed {seed})" if seed is not None and len(finals) > 1 else None]
+        if "best, by validation error" in header:
+            row += [spread([run.chosen_error for run in done if run.chosen_error is not None])]
+        if photos:
+            row += [spread([run.test_error for run in done]), top5]
+            row += [spread([error for run in done if (error := final_error(run, view, "error5")) is not None])]
+        table.rows.append([*row, spread([run.train_error for run in done])])
+        if missing := [run for run in done if run.seed not in finals]:
+            table.notes += [f"{net}: for the {view} error: {command(view, [run])}" for run in missing]
+        table.notes += [
+            f"{net}, seed {run.seed}: unfinished, at iteration {run.reached:,} of {run.iterations:,}; test error so far"
+            f" {run.test_error:.2f} %; in no mean"
+            for run in nets[net]
+            if not run.finished
+        ]
+    table.notes += [f"Not comparable with the paper's: {'; '.join(reasons)}."] if reasons else []
+    if absent := [net for net in published if net not in nets]:
+        table.notes.append(f"Not run here: {', '.join(absent)}.")
+    if others := paper.OTHERS.get(name):
+        table.notes.append("In the paper also: " + "; ".join(f"{who} {_both(*errors)}" for who, errors in others.items()))
+    table.notes.append("± is the standard deviation over seeds, n their number; a best seed is no result.")
+    return table
+
+
+def ensemble_table(group: list[Run], where: str) -> Table | None:
+    """Table 5: what resnet-eval found for several nets together, or the command that finds it."""
+    found = {str(result): result for run in group for result in run.results if "members" in result}
+    members = [run for run in group if run.finished and run.net in paper.TABLES["table 4"]]
+    if group[0].family != "imagenet" or not (found or members):
+        return None
+    table = Table(f"table-5{where}", f"Table 5: ensembles, {group[0].data}", ["nets", "view", "top-1", "top-5"])
+    table.rows.append(["the paper's six (test server)", "multi-scale", None, 3.57])
+    for result in found.values():
+        if result["data"] == group[0].data:
+            nets = ", ".join(str(member["net"]) for member in result["members"])
+            table.rows.append([nets, result["protocol"], result["error"], result.get("error5")])
+    if not found:
+        table.notes.append(f"For the ensemble's error: {command('multi-scale', members)}")
+    others = "; ".join(f"{who} {top5}" for who, (_, top5) in paper.OTHERS["table 5"].items())
+    table.notes.append(f"In the paper also, top-5: {others}. Its figures are of the test server's images.")
+    return table
+
+
+def final_error(run: Run, view: str, key: str = "error") -> float | None:
+    """The error of the last iteration under a protocol: training's own, or one that resnet-eval has measured."""
+    if run.protocol == view:
+        return run.test_error if key == "error" else run.curves["test"][-1][2]
+    for result in run.results:
+        last = result.get("iteration") == run.iterations and result["split"] == "test" and "members" not in result
+        plain = result.get("batch_norm", "moving averages") == "moving averages"
+        if last and plain and result["data"] == run.data and str(result["protocol"]).startswith(view):
+            return result.get(key)
+    return None
+
+
+def command(view: str, runs: list[Run]) -> str:
+    """The resnet-eval command that measures what is missing."""
+    files = [str(run.folder / "checkpoints" / "last.pt") for run in runs]
+    protocol = {"10-crop": "tencrop", "multi-scale": "multiscale"}.get(view, "center")
+    given = f"'checkpoint=[{','.join(files)}]'" if len(files) > 1 else f"checkpoint={files[0]}"
+    return f"resnet-eval protocol={protocol} {given}"
+
+
+def _both(top1: float | None, top5: float | None) -> str:
+    return " / ".join("–" if error is None else f"{error:g}" for error in ((top1, top5) if top5 else (top1,)))
+
+
+def deviations_table(groups: list[list[Run]]) -> Table:
+    """Who deviates from the paper's recipe, and in what."""
+    table = Table("deviations", "Where these runs are not the paper's recipe", ["runs", "what", "here", "paper"])
+    for group in groups:
+        found: dict[tuple[str, str, str], list[str]] = {}
+        for run in group:
+            for deviation in deviations(run):
+                found.setdefault(deviation, []).append(f"{run.net} seed {run.seed}")
+        for (key, here, there), runs in found.items():
+            who = f"all {len(group)} on {group[0].data}" if len(runs) == len(group) > 1 else ", ".join(runs)
+            table.rows.append([who, key, here, there])
+    table.notes.append("What is the same in every run of this program: README, “Where this is not the paper”.")
+    return table
+
+
+def runs_table(runs: list[Run]) -> Table:
+    """Every run with its state and the command that made it."""
+    header = ["net", "seed", "data", "iterations", "test error", "protocol", "device", "command", "folder"]
+    table = Table("runs", "Every run, and the command that made it", header)
+    for run in runs:
+        length = f"{run.iterations:,}" if run.finished else f"{run.reached:,} of {run.iterations:,}, unfinished"
+        made = run.command or "not recorded"
+        if "-m" in run.command.split():
+            made += f" (a sweep; this is arch={run.arch} depth={run.depth} seed={run.seed})"
+        shown = run.test_error if run.curves["test"] else None
+        row = [run.net, str(run.seed), run.data, length, shown, run.protocol, run.device, made, str(run.folder)]
+        table.rows.append(row)  # type: ignore[arg-type]
+    return table
+
+
+def save(tables: list[Table], out: Path, write: Callable[[Path, str], None]) -> None:
+    """Each as CSV, all as one Markdown file."""
+    for table in tables:
+        write(out / f"{table.name}.csv", table.csv())
+    write(out / "tables.md", "\n".join(table.markdown() for table in tables))
