@@ -116,7 +116,10 @@ def _command(name: str, prepare: Callable[..., Any], job: Callable[[DictConfig],
                 values = _compose(name, overrides, arguments.package)
                 places.append(prepare(values, overrides, sweep, look=not arguments.cfg)[1])
                 if places[-1] in places[:-1]:
-                    raise UserError(f"run_dir: two jobs of the sweep would share {places[-1]}; leave run_dir= out, or the key that they differ in")
+                    raise UserError(
+                        f"run_dir: two jobs of the sweep would share {places[-1]}; leave out run_dir=, or the key that"
+                        " the jobs themselves set"
+                    )
         hydra.main(version_base="1.3", config_path=CONFIG_DIR, config_name=name)(job)()
         if sweep and not arguments.cfg:
             _check_all_finished(places)
@@ -242,7 +245,7 @@ def _with_jobs(overrides: list[str], sweep: bool) -> list[str]:
     path = Path(CONFIG_DIR, "experiment", named.removeprefix("experiment=") + ".yaml")
     if not named or not path.is_file():  # a wrong name is told of with those of all groups
         return overrides
-    jobs = [str(job) for job in OmegaConf.load(path)["jobs"]]
+    jobs = [str(job) for job in OmegaConf.load(path).jobs]
     asked = [item for item in overrides if item.startswith("job=")]
     for job in asked[-1].removeprefix("job=").split(",") if asked else []:
         if job not in jobs:
@@ -491,7 +494,10 @@ def _report_job(composed: DictConfig) -> None:
     asked = configs.check_report(values)
     from resnet_train.report.command import report as write
 
-    write(asked)
+    try:
+        write(asked)
+    except UserError as error:
+        _fail(error)
 
 
 def _responses_job(composed: DictConfig) -> None:

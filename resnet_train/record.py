@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from resnet_train.curves import read_metrics
@@ -48,6 +49,7 @@ class Record:
             smoothing=0.1,
         )
         self.writers: dict[str, SummaryWriter] = {}
+        self.train_error = 0.0  # of the last logged point
         if directory is None:
             return
         self.path = directory / "metrics.jsonl"
@@ -87,6 +89,8 @@ class Record:
         """
         if self.silent:
             return
+        if split == "train":
+            self.train_error = float(values["error"])
         line = {"iteration": iteration, "split": split, **self.names, **values}
         with self._writing():
             self.file.write(json.dumps(line) + "\n")
@@ -104,6 +108,19 @@ class Record:
             )
         else:
             self.say(f"iteration {iteration}: {split} error {values['error']:.2f} %")
+
+    def hyper_parameters(self, iteration: int, values: dict[str, str | bool | int | float]) -> None:
+        """A row of TensorBoard's HPARAMS tab with the final errors, once, before the last checkpoint.
+
+        In the events of the test curve, whose `error` is one of the row's: add_hparams would make a run of its own.
+        """
+        if self.silent:
+            return
+        with self._writing():
+            writer = self._writer("test")
+            writer.add_scalar("final/train_error", self.train_error, iteration)
+            for summary in hparams(values, {"error": None, "final/train_error": None}):
+                writer._get_file_writer().add_summary(summary, iteration)
 
     def reference(self, error: float, iterations: int) -> None:
         """The paper's final error as a line across TensorBoard's error chart, once in the life of a run."""

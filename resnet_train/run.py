@@ -399,10 +399,12 @@ def _summarise(run: Run, environment: dict[str, Any], reference: tuple[str, floa
         "finished": time.strftime("%Y-%m-%d %H:%M:%S %z"),
     }
     title = f"{config.net} on {config.data_label}, seed {config.seed}"
-    curves.draw({config.net: metrics}, title, directory / "curves.png", reference)
+    short = paper.shortened(config.data.family, config.iterations)
+    curves.draw({config.net: metrics}, f"{short}\n{title}" if short else title, directory / "curves.png", reference)
     write_json(directory / "summary.json", summary)
     test = last["test"]
     print(
         f"{title}: test error {test['error']:.2f} % ({test['wrong']} of {test['seen']} wrong, {test['protocol']}) at"
-        f" iteration {config.iterations}, the last\ncurves: {directory}/curves.png; tensorboard --logdir {directory}"
+        f" iteration {config.iterations}, the last{'; ' if short else ''}{short}\ncurves: {directory}/curves.png;"
+        f" tensorboard --logdir {directory}"
     )

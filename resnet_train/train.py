@@ -239,6 +239,8 @@ def loop(run: Run, record: Record, stop: Stop) -> None:
             log_training(run, record, clock, lr)
         if last or run.iteration % config.eval_every == 0:
             log_test(run, record, clock)
+        if last:
+            record.hyper_parameters(run.iteration, _hyper_parameters(run))
         if last or run.iteration % config.checkpoint_every == 0 or _kept(run):
             save(run, record, clock)
     if run.saved_at != run.iteration:
@@ -303,6 +305,19 @@ def log_test(run: Run, record: Record, clock: Clock) -> None:
                 require_finite(run)
                 from_main(functools.partial(checkpoint.save, run.directory / "checkpoints" / "best.pt", run.state()))
     clock.lap(run, training=False)
+
+
+def _hyper_parameters(run: Run) -> dict[str, str | bool | int | float]:
+    """Those that runs are told apart by, for TensorBoard's table of runs."""
+    config = run.config
+    keys = ("arch", "depth", "shortcut", "seed", "iterations", "batch_size", "momentum", "weight_decay", "init")
+    found = {"data": config.data_label, "validation": config.data.validation, "precision": run.precision}
+    return {
+        **found,
+        **{key: getattr(config, key) for key in keys},
+        "schedule": config.schedule.name,
+        "lr": config.schedule.lr,
+    }
 
 
 def _watch(run: Run, error: float) -> None:

@@ -19,6 +19,8 @@ MODULES = sorted(TREES)
 LAYERS = [
     ["cli"],
     ["bench"],
+    ["report.command"],
+    ["responses"],
     ["launch"],
     ["run"],
     ["train"],
@@ -74,7 +76,7 @@ def loaded_by(module):
     return seen
 
 
-@pytest.mark.parametrize("name", ["errors", "config", "cli", "paper", "curves", "schedule"])
+@pytest.mark.parametrize("name", ["errors", "config", "cli", "paper", "curves", "schedule", "report.command"])
 def test_torch_is_not_needed(name):
     """Nor by anything that they import."""
     for module in loaded_by(f"resnet_train.{name}"):

@@ -28,11 +28,12 @@ def report(asked: ReportConfig) -> None:
     Raises UserError.
     """
     out = expand(asked.out)
+    notes: list[str] = []
     if asked.report == "complexity":
         from resnet_train.report.complexity import complexity_table
 
         sections = [Section("Parameters and multiply-adds of every net of tables 1 and 6", tables=[complexity_table()])]
-        notes, title = [], "Complexity"
+        title = "Complexity"
         print(sections[0].tables[0].markdown())
     else:
         folders = [expand(name) for name in asked.runs]
@@ -59,7 +60,9 @@ def _write(asked: ReportConfig, title: str, notes: list[str], sections: list[Sec
     command = shlex.join(["resnet-report", *asked.runs, f"out={asked.out}"])
     command = command if asked.report == "runs" else f"resnet-report complexity {shlex.quote(f'out={asked.out}')}"
     intro = [f"Made by `{command}`.", *(f"Note: {note}." for note in notes)]
-    for table in (table for section in sections for table in section.tables):
+    tabular = [table for section in sections for table in section.tables]
+    everyone = [run for section in sections for run in section.runs]
+    for table in [*tabular, tables.runs_table(everyone)] if everyone else tabular:
         _put(out / f"{table.name}.csv", table.csv())
     _put(out / "report.md", page.markdown(title, intro, sections))
     _put(out / "index.html", page.html_page(title, intro, sections, out))  # last: it needs the figures
@@ -102,8 +105,7 @@ def _sections(groups: list[list[Run]], folders: list[Path], out: Path) -> list[S
         caption = "Figure 7: standard deviation of the layer responses, by layer (above) and by magnitude (below)."
         words = [f"mean over the layers of {one.net}: {sum(one.stds) / len(one.stds):.3f}" for one in measured]
         sections.append(Section("Layer responses", words=words, figures=[("figure-7", caption)]))
-    everyone = [run for group in groups for run in group]
-    sections.append(Section("Recipes and commands", tables=[tables.deviations_table(groups), tables.runs_table(everyone)]))
+    sections.append(Section("Recipes", tables=[tables.deviations_table(groups)]))
     return sections
 
 
@@ -126,10 +128,20 @@ def _section(group: list[Run], number: int, out: Path) -> Section:
             file = name.replace(" ", "-") + where
             figures.save(figure, out / file)
             section.figures.append((file, caption))
+    section.commands = [(_told(run), tables.made_by(run)) for run in group]
     names = ("table 6",) if first.family == "cifar" else ("table 2", "table 3", "table 4")
     made = [tables.errors_table(group, name, where) for name in names]
     section.tables = [table for table in (*made, tables.ensemble_table(group, where)) if table is not None]
     return section
+
+
+def _told(run: Run) -> str:
+    """A run in a line: how far it is, what it gave, where it was made and lies."""
+    state = f"test error {run.test_error:.2f} %" + (
+        "" if run.finished else f", unfinished ({run.reached:,} iterations)"
+    )
+    where = f", on {run.device}" if run.device else ""
+    return f"{run.net}, seed {run.seed}: {state}{where}; {run.folder}"
 
 
 def _responses(folder: Path) -> list[figures.Responses]:

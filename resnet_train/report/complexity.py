@@ -37,8 +37,8 @@ def complexity_table() -> Table:
         for depth, published in paper.PARAMETERS.items():
             add(f"resnet-{depth}-A", cifar_resnet(depth, "A"), 32, depth, published)
     table.notes = [
-        f"152 layers are {152 / 19:.0f} times the depth of VGG-19, with {deep / 1e9:.1f} against {vgg / 1e9:.1f} billion"
-        f" multiply-adds: {100 * deep / vgg:.0f} %.",
+        f"152 layers are {152 / 19:.0f} times the depth of VGG-19, with {deep / 1e9:.1f} against {vgg / 1e9:.1f}"
+        f" billion multiply-adds: {100 * deep / vgg:.0f} %.",
         "Convolutions and classifiers; the paper's figures are rounded, and of VGG-16 without the classifiers.",
         "VGG: torchvision's, with biases.",
     ]

@@ -23,7 +23,7 @@ PANELS: dict[str, list[tuple[str, tuple[str, ...]]]] = {
 }
 AXES = {"cifar": (0.0, 20.0), "imagenet": (20.0, 60.0)}  # the paper's, in %
 POINTS = 500  # drawn of a curve: more than a panel has pixels for
-COLOURS = dict(zip((18, 20, 32, 34, 44, 56, 110, 1202), "C1 C1 C8 C0 C2 C0 C3 C4".split(), strict=True))
+COLOURS = {18: "C1", 34: "C0", 20: "C1", 32: "C8", 44: "C2", 56: "C0", 110: "C3", 1202: "C4"}
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def draw(name: str, group: list[Run]) -> Any:
                 axes.plot(*_xy(run.curves["train"]), color=colour, **style, label=None if test else label)
             if test:
                 axes.plot(*_xy(run.curves["test"]), color=colour, linewidth=2, label=label)
-        axes.set(title=title, xlabel="iterations (10$^4$)", ylabel="error (%)", ylim=(low, high))
+        axes.set(title=title, xlabel="iterations (10$^4$)", ylabel="error (%)", ylim=(low, high), xlim=(0, None))
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     dashes = "thin: training" if name == "figure 4" else "dashed: training"

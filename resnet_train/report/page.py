@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from resnet_train.errors import UserError
 from resnet_train.report.figures import thinned
 from resnet_train.report.runs import Run
-from resnet_train.report.tables import Table
+from resnet_train.report.tables import NOTHING, Table
 
 
 @dataclass
@@ -25,6 +26,7 @@ class Section:
     runs: list[Run] = field(default_factory=list)  # for the interactive plot
     figures: list[tuple[str, str]] = field(default_factory=list)  # file name without suffix, caption
     tables: list[Table] = field(default_factory=list)
+    commands: list[tuple[str, str]] = field(default_factory=list)  # run, and the command that made its curves
 
 
 STYLE = """
@@ -37,14 +39,16 @@ h1 { font-size: 1.6rem; line-height: 1.2; } h2 { margin-top: 2.5rem; border-bott
 .scroll { overflow-x: auto; margin: 0 0 .4rem; } table { border-collapse: collapse; font-size: .88rem; }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top; }
 td.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
-td.long { min-width: 17rem; font: .8rem/1.4 ui-monospace, monospace; overflow-wrap: anywhere; }
+td:first-child { white-space: nowrap; } .commands li { margin-bottom: .5rem; font-size: .9rem; }
 ul { padding-left: 1.2rem; } .notes { font-size: .85rem; color: #444; margin-top: 0; }
-figure { margin: 1rem 0; } figure img { max-width: 100%; height: auto; } figcaption { font-size: .85rem; color: #444; }
+figure { margin: 1rem 0; overflow-x: auto; } figure img { max-width: 100%; min-width: min(100%, 60rem); height: auto; }
+figcaption { font-size: .85rem; color: #444; }
 code { font: .85em ui-monospace, monospace; overflow-wrap: anywhere; }
-@media (max-width: 30rem) { body { padding: .6rem; } .warning { font-size: 1.15rem; } h1 { font-size: 1.35rem; } }
+@media (max-width: 30rem) { body { padding: .6rem; } .warning { font-size: 1.15rem; } h1 { font-size: 1.35rem; }
+  figure img { max-width: none; width: 40rem; } }
 @media print { body { max-width: none; font-size: 10pt; } h2, h3 { break-after: avoid; } .screen { display: none; }
   figure, tr, .warning { break-inside: avoid; } .scroll { overflow: visible; } table { font-size: 7.5pt; }
-  td.long { min-width: 0; font-size: 6.5pt; } }
+  figure img { min-width: 0; max-width: 100%; } }
 """
 
 
@@ -68,6 +72,11 @@ def html_page(title: str, intro: list[str], sections: list[Section], out: Path) 
             body.append(f'<div class="screen"><p>{hint}</p>{places[section.title]}</div>')
         body += [_figure(out, name, caption) for name, caption in section.figures]
         body += [_table(table) for table in section.tables]
+        if section.commands:
+            lines = (
+                f"<li>{html.escape(run)}<br><code>{html.escape(made)}</code></li>" for run, made in section.commands
+            )
+            body.append(f'<h3>The command of each curve</h3><ul class="commands">{"".join(lines)}</ul>')
         body.append("</section>")
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
     text = [f'<!DOCTYPE html>\n<html lang="en"><head>{head}<title>{html.escape(title)}</title>', library]
@@ -76,22 +85,24 @@ def html_page(title: str, intro: list[str], sections: list[Section], out: Path) 
 
 def plot(runs: list[Run]) -> Any:
     """Training (dashed), validation (dotted) and test error over iterations, a colour for each run."""
-    from bokeh.models import ColumnDataSource, HoverTool, Legend, LegendItem
+    from bokeh.models import ColumnDataSource, HoverTool, NumeralTickFormatter, Range1d
+    from bokeh.models.annotations import Legend, LegendItem
     from bokeh.palettes import Category20_20
     from bokeh.plotting import figure
 
+    highest = max(point[1] for run in runs for curve in run.curves.values() for point in curve)
     # Nothing is dragged unless a tool is chosen, so that a finger on the plot still scrolls the page.
     canvas = figure(
-        height=460,
+        height=430 + 21 * math.ceil(len(runs) / 2),  # the legend is a part of it
         sizing_mode="stretch_width",
         tools="box_zoom,pan,reset,save",
         active_drag=None,
         toolbar_location="above",
         x_axis_label="iteration",
         y_axis_label="error (%)",
-        y_range=(0, 1.05 * max(error for run in runs for curve in run.curves.values() for _, error, _ in curve)),
+        y_range=Range1d(0, min(100, 1.05 * highest)),
     )
-    canvas.xaxis.formatter.use_scientific = False
+    canvas.xaxis.formatter = NumeralTickFormatter(format="0,0")
     items = []
     order = [2 * number % 20 + (number >= 10) for number in range(20)]  # the palette's strong colours first
     for number, run in enumerate(runs):
@@ -110,7 +121,9 @@ def plot(runs: list[Run]) -> Any:
             canvas.add_tools(HoverTool(renderers=[line], tooltips=tips, visible=False, line_policy="nearest"))
             lines.append(line)
         items.append(LegendItem(label=name, renderers=lines))
-    legend = Legend(items=items, click_policy="hide", ncols=2, label_text_font_size="12px", border_line_color=None)
+    legend = Legend(
+        items=items, click_policy="hide", ncols=2, label_text_font_size="12px", spacing=0, border_line_color=None
+    )
     canvas.add_layout(legend, "below")
     return canvas
 
@@ -123,6 +136,9 @@ def markdown(title: str, intro: list[str], sections: list[Section]) -> str:
         lines += [*(f"- {words}" for words in section.words), ""]
         lines += [f"![{caption}]({name}.png)\n" for name, caption in section.figures]
         lines += [table.markdown() for table in section.tables]
+        if section.commands:
+            lines += ["### The command of each curve", ""]
+            lines += [*(f"- {run}: `{made}`" for run, made in section.commands), ""]
     return "\n".join(lines)
 
 
@@ -139,13 +155,14 @@ def _figure(out: Path, name: str, caption: str) -> str:
 
 def _table(table: Table) -> str:
     def cell(text: str) -> str:
-        kind = "number" if re.match(r"[-+]?[\d,.]+( ±.*| \(n=\d+\).*)?$|–$", text) else "long" if len(text) > 60 else ""
+        kind = "number" if text == NOTHING or re.match(r"[-+]?[\d,.]+( ±.*| \(n=\d+\).*)?$", text) else ""
         return f'<td class="{kind}">{html.escape(text)}</td>' if kind else f"<td>{html.escape(text)}</td>"
 
     head = "".join(f"<th>{html.escape(word)}</th>" for word in table.header)
     rows = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in table.shown())
     notes = "".join(f"<li>{_text(note)}</li>" for note in table.notes)
     return (
-        f'<h3 id="{table.name}">{html.escape(table.title)}</h3><div class="scroll"><table><thead><tr>{head}</tr></thead>'
+        f'<h3 id="{table.name}">{html.escape(table.title)}</h3>'
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
         f'<tbody>{rows}</tbody></table></div><ul class="notes">{notes}</ul>'
     )

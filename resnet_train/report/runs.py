@@ -98,7 +98,7 @@ def find(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
             configs = sorted(path for path in folder.rglob("config.json") if path.is_file())
         except OSError as error:
             raise UserError(f"{error.filename or folder}: {error.strerror}") from error
-        if not configs:
+        if not configs and not any(folder.rglob("responses.csv")):
             raise UserError(f"{folder}: holds no run (a folder with config.json and metrics.jsonl)")
         found |= {path.parent.resolve(): path.parent for path in configs if path.parent.resolve() not in found}
     runs = []
@@ -109,7 +109,7 @@ def find(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
         else:
             notes.append(f"{folder}: has no metrics yet, left out")
     if not runs:
-        raise UserError("; ".join(notes))
+        raise UserError("; ".join(notes) or "there are layer responses and no runs; name the runs too")
     return _once(runs, notes), notes
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from resnet_train import paper
@@ -14,6 +12,7 @@ from resnet_train.report.runs import Run, by_net, deviations, mean_and_std
 
 Spread = tuple[float, float | None, int]  # mean, standard deviation over seeds, number of seeds
 Cell = str | int | float | Spread | None
+NOTHING = "\N{EN DASH}"  # what stands in an empty cell
 VIEWS = {"table 2": "10-crop", "table 3": "10-crop", "table 4": "multi-scale", "table 5": "multi-scale"}
 
 
@@ -59,7 +58,7 @@ class Table:
 def show(cell: Cell) -> str:
     """A cell as it is read: errors with two decimals, a mean with its spread and n."""
     if cell is None:
-        return "–"
+        return NOTHING
     if isinstance(cell, tuple):
         mean, std, n = cell
         return f"{mean:.2f}" + ("" if std is None else f" ± {std:.2f}") + f" (n={n})"
@@ -136,7 +135,9 @@ def errors_table(group: list[Run], name: str, where: str) -> Table | None:
     if absent := [net for net in published if net not in nets]:
         table.notes.append(f"Not run here: {', '.join(absent)}.")
     if others := paper.OTHERS.get(name):
-        table.notes.append("In the paper also: " + "; ".join(f"{who} {_both(*errors)}" for who, errors in others.items()))
+        table.notes.append(
+            "In the paper also: " + "; ".join(f"{who} {_both(*errors)}" for who, errors in others.items())
+        )
     table.notes.append("± is the standard deviation over seeds, n their number; a best seed is no result.")
     return table
 
@@ -181,7 +182,7 @@ def command(view: str, runs: list[Run]) -> str:
 
 
 def _both(top1: float | None, top5: float | None) -> str:
-    return " / ".join("–" if error is None else f"{error:g}" for error in ((top1, top5) if top5 else (top1,)))
+    return " / ".join(NOTHING if error is None else f"{error:g}" for error in ((top1, top5) if top5 else (top1,)))
 
 
 def deviations_table(groups: list[list[Run]]) -> Table:
@@ -201,21 +202,17 @@ def deviations_table(groups: list[list[Run]]) -> Table:
 
 def runs_table(runs: list[Run]) -> Table:
     """Every run with its state and the command that made it."""
-    header = ["net", "seed", "data", "iterations", "test error", "protocol", "device", "command", "folder"]
-    table = Table("runs", "Every run, and the command that made it", header)
+    header = ["net", "seed", "data", "iterations", "of", "test error", "protocol", "device", "command", "folder"]
+    table = Table("runs", "Every run", header)
     for run in runs:
-        length = f"{run.iterations:,}" if run.finished else f"{run.reached:,} of {run.iterations:,}, unfinished"
-        made = run.command or "not recorded"
-        if "-m" in run.command.split():
-            made += f" (a sweep; this is arch={run.arch} depth={run.depth} seed={run.seed})"
         shown = run.test_error if run.curves["test"] else None
-        row = [run.net, str(run.seed), run.data, length, shown, run.protocol, run.device, made, str(run.folder)]
-        table.rows.append(row)  # type: ignore[arg-type]
+        table.rows.append([run.net, str(run.seed), run.data, run.reached, run.iterations, shown])
+        table.rows[-1] += [run.protocol, run.device, made_by(run), str(run.folder)]
     return table
 
 
-def save(tables: list[Table], out: Path, write: Callable[[Path, str], None]) -> None:
-    """Each as CSV, all as one Markdown file."""
-    for table in tables:
-        write(out / f"{table.name}.csv", table.csv())
-    write(out / "tables.md", "\n".join(table.markdown() for table in tables))
+def made_by(run: Run) -> str:
+    """The command that made a run; of a sweep, with the words that name this one."""
+    words = run.command.split()
+    sweep = "-m" in words or "--multirun" in words
+    return (run.command or "not recorded") + (f" # arch={run.arch} depth={run.depth} seed={run.seed}" if sweep else "")

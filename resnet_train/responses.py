@@ -1,0 +1,163 @@
+"""Figure 7: how strongly the 3x3 layers of a trained CIFAR net respond."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import math
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from resnet_train import checkpoint, paper
+from resnet_train.build import logits_of, open_sets, pick_device
+from resnet_train.config import Config, EvalConfig, ResponsesConfig, restored
+from resnet_train.data.sets import MemorySets
+from resnet_train.errors import UserError
+from resnet_train.evaluate import _restored, _with_data
+from resnet_train.files import expand
+from resnet_train.models.resnet import ResNet
+from resnet_train.report import figures
+
+
+def layers(model: ResNet) -> dict[str, nn.Module]:
+    """The batch norms after the 3x3 layers of a CIFAR net, in the order of the layers: 6n+1 of them."""
+    found: dict[str, nn.Module] = {"bn1": model.bn1}
+    for stage in model.stages:
+        for number, block in enumerate(getattr(model, stage)):
+            found |= {f"{stage}.{number}.{name}": getattr(block, name) for name in ("bn1", "bn2")}
+    return found
+
+
+class Moments:
+    """The number, mean and sum of squared distances from the mean of all values seen so far (Chan et al. 1979).
+
+    On the device, in float64; nothing of the values themselves is kept.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.count = 0
+        self.mean = torch.zeros((), dtype=torch.float64, device=device)
+        self.squares = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(self, values: Tensor) -> None:
+        """Add all elements of `values`."""
+        variance, mean = torch.var_mean(values.double(), correction=0)
+        count = self.count + values.numel()
+        distance = mean - self.mean
+        self.squares += variance * values.numel() + distance**2 * (self.count * values.numel() / count)
+        self.mean += distance * (values.numel() / count)
+        self.count = count
+
+    def std(self) -> float:
+        """The standard deviation (over n)."""
+        return math.sqrt(self.squares.item() / self.count)
+
+
+@contextlib.contextmanager
+def measured(model: ResNet, real: Callable[[], int]) -> Iterator[dict[str, Moments]]:
+    """The moments of every layer's response, gathered by forward hooks; of a batch the first `real()` images count."""
+    device = next(model.parameters()).device
+    moments = {name: Moments(device) for name in layers(model)}
+
+    def hook(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        return lambda module, inputs, output: moments[name].add(output[: real()])
+
+    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers(model).items()]
+    try:
+        yield moments
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def response_stds(
+    model: ResNet, batches: Iterable[tuple[Tensor, Tensor]], images: int, precision: str
+) -> dict[str, float]:
+    """The standard deviation of each 3x3 layer's response over the first `images` of `batches`, in one pass.
+
+    `batches` are images (N, 3, H, W) and labels (N,), -1 for what fills the last batch up. In evaluation mode.
+    """
+    model.eval()
+    left, real = images, 0
+    with measured(model, lambda: real) as moments:
+        for batch, labels in batches:
+            real = min(left, int((labels >= 0).sum()))
+            logits_of(model, batch, precision)
+            left -= real
+            if not left:
+                break
+    return {name: moment.std() for name, moment in moments.items()}
+
+
+def responses(asked: ResponsesConfig) -> None:
+    """The command `resnet-responses`: both panels of figure 7, and their values as CSV. Raises UserError."""
+    device = pick_device(asked.device)
+    opened = [_opened(name, asked) for name in asked.checkpoint]  # all, before the first is measured
+    rows, found = [], []
+    for path, state, config in opened:
+        stds = _measure(path, state, config, asked, device)
+        note = paper.shortened(config.data.family, config.iterations)
+        if state["iteration"] < config.iterations:
+            note += f"{'; ' if note else ''}UNFINISHED: at iteration {state['iteration']:,}"
+        found.append(figures.Responses(config.net, config.data_label, config.seed, list(stds.values()), note))
+        rows += [
+            (config.net, config.data_label, config.seed, number, name, std, asked.split, asked.images, path, note)
+            for number, (name, std) in enumerate(stds.items(), 1)
+        ]
+        mean = sum(stds.values()) / len(stds)
+        print(
+            f"{config.net} on {config.data_label} {asked.split}, seed {config.seed}, iteration {state['iteration']}:"
+            f" {len(stds)} layers, {asked.images} images, mean std {mean:.4f}, largest {max(stds.values()):.4f}",
+            flush=True,
+        )
+    out = expand(asked.out)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["net", "data", "seed", "index", "layer", "std", "split", "images", "checkpoint", "note"])
+    writer.writerows(rows)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        figures.save(figures.draw_responses(found), out / "figure-7")
+        part = out / ".responses.csv"
+        part.write_text(text.getvalue(), encoding="utf-8")
+        part.replace(out / "responses.csv")
+    except OSError as error:
+        raise UserError(f"out={out}: cannot be written: {error.strerror}") from error
+    print(f"{out}/figure-7.png, figure-7.svg, responses.csv")
+
+
+def _opened(name: str, asked: ResponsesConfig) -> tuple[Path, dict[str, Any], Config]:
+    """A checkpoint and its configuration, on the data that was asked for. Raises UserError for an ImageNet net."""
+    path = expand(name)
+    state = checkpoint.load(path)
+    config = restored(state["config"])
+    if config.data.family != "cifar":
+        raise UserError(f"checkpoint={name}: holds {config.net} for ImageNet; figure 7 is about CIFAR nets")
+    return path, state, _with_data(config, _as_test(name, asked))
+
+
+def _measure(
+    path: Path, state: dict[str, Any], config: Config, asked: ResponsesConfig, device: torch.device
+) -> dict[str, float]:
+    sets = open_sets(config)
+    assert isinstance(sets, MemorySets)
+    test = _as_test(str(path), asked)
+    model, mean, precision, _ = _restored(state, config, sets, test, device)
+    size = sets.sizes[asked.split]
+    if asked.images > size:
+        raise UserError(f"images={asked.images}: {config.data_label} {asked.split} has {size}; take fewer")
+    batches = sets.eval_batches(asked.split, mean, device, min(config.eval_batch_size, asked.images))
+    return response_stds(model, batches, asked.images, precision)
+
+
+def _as_test(name: str, asked: ResponsesConfig) -> EvalConfig:
+    """What resnet-eval would be told for the same net and images."""
+    return EvalConfig(
+        data=asked.data, checkpoint=name, split=asked.split, devices=1, device=asked.device, timeout=600, out=None
+    )

@@ -1,0 +1,111 @@
+"""Every figure and table of the paper is an experiment, whose jobs are exactly its nets and seeds."""
+
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from resnet_train import cli, config
+from resnet_train.errors import UserError
+
+# Written out from the paper: net and seed of each run. Five runs of 110 layers (table 6), two nets of 152 (table 5).
+SHALLOW = ("plain-20", "plain-32", "plain-44", "plain-56", "resnet-20-A", "resnet-32-A", "resnet-44-A", "resnet-56-A")
+SINGLE = ("resnet-34-B", "resnet-34-C", "resnet-50-B", "resnet-101-B", "resnet-152-B")
+EXPECTED = {
+    "fig1": {("plain-20", 0), ("plain-56", 0)},
+    "fig4": {("plain-18", 0), ("plain-34", 0), ("resnet-18-A", 0), ("resnet-34-A", 0)},
+    "fig6": {(net, 0) for net in (*SHALLOW, "resnet-1202-A")} | {("resnet-110-A", seed) for seed in range(5)},
+    "fig7": {(net, 0) for net in ("plain-20", "plain-56", "resnet-20-A", "resnet-56-A", "resnet-110-A")},
+    "table3": {(net, 0) for net in ("resnet-34-A", *SINGLE)},
+    "table4": {(net, 0) for net in SINGLE},
+    "table5": {(net, 0) for net in SINGLE} | {("resnet-152-B", 1)},
+}
+FILES = {path.stem: path for path in Path(cli.CONFIG_DIR, "experiment").glob("*.yaml")}
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    """An empty folder, and in it two classes of photographs for the nets of ImageNet."""
+    monkeypatch.chdir(tmp_path)
+    for part in ("train/cat", "train/dog", "val/cat", "val/dog"):
+        Path(part).mkdir(parents=True)
+        Path(part, "0.png").touch()
+
+
+def jobs(*words, monkeypatch):
+    """The checked configuration and the folder of every job of a sweep, as the command comes to them."""
+    monkeypatch.setattr("sys.argv", ["resnet-train", "-m", *words])
+    overrides = cli._with_jobs(list(words), True)
+    found = []
+    for one in cli._jobs(overrides, True):
+        found.append(cli._prepare_train(cli._compose("train", one), one, True))
+    return found
+
+
+def test_every_figure_and_table_has_one():
+    assert FILES.keys() == EXPECTED.keys()
+
+
+@pytest.mark.parametrize("name", sorted(EXPECTED))
+def test_jobs_are_the_papers_nets_and_seeds(name, monkeypatch):
+    root = "data.root=." if OmegaConf.load(FILES[name])["defaults"][0]["override /data"] == "imagenet" else "seed=0"
+    words = [f"experiment={name}", *([root] if root != "seed=0" else [])]
+    found = jobs(*words, monkeypatch=monkeypatch)
+    assert sorted((run.net, run.seed) for run, _ in found) == sorted(EXPECTED[name])
+    assert len({folder for _, folder in found}) == len(found)
+    for run, folder in found:
+        whole = run.data.family == "cifar"
+        assert (run.iterations, run.batch_size) == ((64_000, 128) if whole else (600_000, 256))
+        assert folder.parent.name == run.net, "TensorBoard groups by folder"
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_a_file_opens_with_what_it_is_the_command_and_the_result(name):
+    text = FILES[name].read_text()
+    assert f"resnet-train -m experiment={name}" in text
+    assert "# Expected" in text
+    assert OmegaConf.load(FILES[name])["experiment"] == name
+
+
+def test_a_job_is_the_same_run_without_its_experiment(monkeypatch):
+    """So that figure 1 finds what figure 6 has trained."""
+    (one, here), *_ = jobs("experiment=fig6", "job=resnet-56-A", monkeypatch=monkeypatch)
+    words = ["depth=56"]
+    other, there = cli._prepare_train(cli._compose("train", words), words, False)
+    assert (one, here) == (other, there)
+
+
+def test_scale_shortens_all_that_counts_iterations(monkeypatch):
+    words = ("experiment=fig1", "job=plain-20", "scale=0.1", "keep_every=5000")
+    ((run, folder),) = jobs(*words, monkeypatch=monkeypatch)
+    counts = (run.iterations, run.log_every, run.eval_every, run.checkpoint_every, run.keep_every)
+    assert counts == (6400, 10, 40, 100, 500)
+    assert run.schedule.drops == [0.5, 0.75]
+    assert str(folder) == "runs/cifar10/plain-20/scale-0.1+seed-0"
+    tiny = config.scaled(run, 1e-9)
+    assert (tiny.iterations, tiny.log_every) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("experiment=fig8", "did you mean fig"),
+        ("experiment=fig6 job=plain-110", "job=plain-110: experiment=fig6 has plain-20, "),
+        ("experiment=fig1,fig6", "one experiment at a time"),
+        ("experiment=fig1 scale=0", "scale=0: must be above 0"),
+        ("experiment=fig1 scale=10", "scale=10: must be at most 1"),
+        ("experiment=fig1 scale=half", "scale=half: must be a number"),
+        ("job=plain-20", "there is no key job"),
+    ],
+)
+def test_wrong_words(words, named, monkeypatch):
+    with pytest.raises(UserError) as error:
+        jobs(*words.split(), monkeypatch=monkeypatch)
+    assert named in str(error.value)
+
+
+def test_an_experiment_without_m_names_its_jobs():
+    with pytest.raises(
+        UserError, match=r"experiment=fig1: has 2 jobs; add -m for all, or name one, as in job=plain-20"
+    ):
+        cli._with_jobs(["experiment=fig1"], False)
