@@ -103,11 +103,10 @@ def responses(asked: ResponsesConfig) -> None:
     for path, state, config in opened:
         stds = _measure(path, state, config, asked, device)
         note = paper.shortened(config.data.family, config.iterations)
-        if state["iteration"] < config.iterations:
-            note += f"{'; ' if note else ''}UNFINISHED: at iteration {state['iteration']:,}"
-        found.append(figures.Responses(config.net, config.data_label, config.seed, list(stds.values()), note))
+        done = state["iteration"], state["iteration"] == config.iterations
+        found.append(figures.Responses(config.net, config.data_label, config.seed, list(stds.values()), note, done[1]))
         rows += [
-            (config.net, config.data_label, config.seed, number, name, std, asked.split, asked.images, path, note)
+            (config.net, config.data_label, config.seed, *done, number, name, std, asked.split, asked.images, note)
             for number, (name, std) in enumerate(stds.items(), 1)
         ]
         mean = sum(stds.values()) / len(stds)
@@ -119,7 +118,9 @@ def responses(asked: ResponsesConfig) -> None:
     out = expand(asked.out)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["net", "data", "seed", "index", "layer", "std", "split", "images", "checkpoint", "note"])
+    writer.writerow(
+        ["net", "data", "seed", "iteration", "finished", "index", "layer", "std", "split", "images", "note"]
+    )
     writer.writerows(rows)
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -310,7 +310,7 @@ def log_test(run: Run, record: Record, clock: Clock) -> None:
 def _hyper_parameters(run: Run) -> dict[str, str | bool | int | float]:
     """Those that runs are told apart by, for TensorBoard's table of runs."""
     config = run.config
-    keys = ("arch", "depth", "shortcut", "seed", "iterations", "batch_size", "momentum", "weight_decay", "init")
+    keys = ("arch", "depth", "shortcut", "seed", "iterations", "batch_size", "momentum", "weight_decay")
     found = {"data": config.data_label, "validation": config.data.validation, "precision": run.precision}
     return {
         **found,

@@ -84,36 +84,36 @@ def _check_out(out: Path, found: list[Run]) -> None:
 
 def _kept_apart(groups: list[list[Run]]) -> list[str]:
     """Why runs stand in different rows and figures."""
-    first = groups[0]
-    return [
-        f"not in one row or figure: {_names(first)} and {_names(other)}, which differ in"
-        f" {runs.differences(first, other)}"
-        for other in groups[1:]
-    ]
-
-
-def _names(group: list[Run]) -> str:
-    names = [f"{run.net} seed {run.seed}" for run in group]
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    notes = []
+    for number, other in enumerate(groups[1:], 2):
+        why = ", ".join(f"{key} ({here} and {there})" for key, here, there in runs.differences(groups[0], other))
+        who = f"{groups[0][0].folder}, … and {other[0].folder}, …"
+        notes.append(f"the runs of sections 1 and {number} ({who}) are not in one row or figure: they differ in {why}")
+    return notes
 
 
 def _sections(groups: list[list[Run]], folders: list[Path], out: Path) -> list[Section]:
     """A section for each group of runs that may stand together, and what concerns all; draws the figures into `out`."""
-    sections = [_section(group, number, out) for number, group in enumerate(groups, 1)]
+    apart = {key for other in groups[1:] for key, _, _ in runs.differences(groups[0], other)}
+    sections = [_section(group, number, apart, out) for number, group in enumerate(groups, 1)]
     if measured := [one for folder in folders for one in _responses(folder)]:
         figures.save(figures.draw_responses(measured), out / "figure-7")
         caption = "Figure 7: standard deviation of the layer responses, by layer (above) and by magnitude (below)."
         words = [f"mean over the layers of {one.net}: {sum(one.stds) / len(one.stds):.3f}" for one in measured]
-        sections.append(Section("Layer responses", words=words, figures=[("figure-7", caption)]))
+        warnings = list(dict.fromkeys(one.note for one in measured if one.note))
+        sections.append(Section("Layer responses", warnings, words, figures=[("figure-7", caption)]))
     sections.append(Section("Recipes", tables=[tables.deviations_table(groups)]))
     return sections
 
 
-def _section(group: list[Run], number: int, out: Path) -> Section:
+def _section(group: list[Run], number: int, apart: set[str], out: Path) -> Section:
+    """Of runs that may stand together; `apart` are the keys in which they are not like those of other sections."""
     first = group[0]
     where = "" if number == 1 else f"-{number}"
     runs_said = f"{len(group)} run{'s' if len(group) > 1 else ''}"
     seen = f"{first.data}: {runs_said} of {first.iterations:,} iterations, {first.protocol}"
+    told = sorted(apart - {"data", "iterations", "protocol"})
+    seen += "".join(f", {key}={runs.shown(first.setting[key])}" for key in told)
     section = Section(f"{number}. {seen}", runs=group)
     if short := paper.shortened(first.family, first.iterations):
         section.warnings.append(short)
@@ -148,13 +148,14 @@ def _responses(folder: Path) -> list[figures.Responses]:
     """What resnet-responses has left in a folder. Raises UserError for a file that it has not written."""
     found = []
     for path in sorted(folder.rglob("responses.csv")):
-        stds: dict[tuple[str, str, str, str], list[float]] = {}
+        stds: dict[tuple[str, str, str, str, str], list[float]] = {}
         try:
             with path.open(newline="", encoding="utf-8") as file:
                 for row in csv.DictReader(file):
-                    key = (row["net"], row["data"], row["seed"], row["note"])
+                    key = (row["net"], row["data"], row["seed"], row["note"], row["finished"])
                     stds.setdefault(key, []).append(float(row["std"]))
         except (OSError, KeyError, ValueError, TypeError) as error:
             raise UserError(f"{path}: is no table of resnet-responses ({type(error).__name__}: {error})") from error
-        found += [figures.Responses(net, data, int(seed), std, note) for (net, data, seed, note), std in stds.items()]
+        for (net, data, seed, note, finished), std in stds.items():
+            found.append(figures.Responses(net, data, int(seed), std, note, finished == "True"))
     return found

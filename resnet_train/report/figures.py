@@ -34,7 +34,8 @@ class Responses:
     data: str
     seed: int
     stds: Sequence[float]
-    note: str = ""  # such as that the training was shortened
+    note: str = ""  # that the training was shortened
+    finished: bool = True
 
 
 def draw(name: str, group: list[Run]) -> Any:
@@ -72,6 +73,7 @@ def draw(name: str, group: list[Run]) -> Any:
 def draw_responses(measured: Sequence[Responses]) -> Any:
     """Figure 7: the standard deviations in layer order (above) and from the largest on (below)."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 6.4), layout="constrained")
     above, below = figure.subplots(2, 1)
@@ -79,12 +81,14 @@ def draw_responses(measured: Sequence[Responses]) -> Any:
         style = {"linestyle": "--" if one.net.startswith("plain") else "-", "color": f"C{number}", "linewidth": 1.2}
         layers = range(1, len(one.stds) + 1)
         seeds = sum(other.net == one.net for other in measured) > 1
-        above.plot(layers, one.stds, **style, label=one.net + (f", seed {one.seed}" if seeds else ""))
+        name = one.net + (f", seed {one.seed}" if seeds else "") + ("" if one.finished else ", unfinished")
+        above.plot(layers, one.stds, **style, label=name)
         below.plot(layers, sorted(one.stds, reverse=True), **style)
     above.set(xlabel="layer index (original)", ylabel="std")
     below.set(xlabel="layer index (sorted by magnitude)", ylabel="std")
     for axes in (above, below):
         axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
     above.legend(fontsize=8)
     data = " and ".join(dict.fromkeys(one.data for one in measured))

@@ -69,6 +69,7 @@ def html_page(title: str, intro: list[str], sections: list[Section], out: Path) 
         body.append("<ul>" + "".join(f"<li>{_text(words)}</li>" for words in section.words) + "</ul>")
         if section.title in places:
             hint = "A click on a name hides a run or shows it again; the pointer, or a finger, reads off values."
+            hint += "" if all(run.finished for run in section.runs) else " … marks a run that is not finished."
             body.append(f'<div class="screen"><p>{hint}</p>{places[section.title]}</div>')
         body += [_figure(out, name, caption) for name, caption in section.figures]
         body += [_table(table) for table in section.tables]
@@ -100,14 +101,15 @@ def plot(runs: list[Run]) -> Any:
         toolbar_location="above",
         x_axis_label="iteration",
         y_axis_label="error (%)",
-        y_range=Range1d(0, min(100, 1.05 * highest)),
+        y_range=Range1d(start=0, end=min(100, 1.05 * highest)),
     )
     canvas.xaxis.formatter = NumeralTickFormatter(format="0,0")
     items = []
     order = [2 * number % 20 + (number >= 10) for number in range(20)]  # the palette's strong colours first
     for number, run in enumerate(runs):
-        colour, lines = Category20_20[order[number % 20]], []
-        name = f"{run.net}, seed {run.seed}" + ("" if run.finished else ", unfinished")
+        colour = Category20_20[order[number % 20]]
+        lines: list[Any] = []
+        name = f"{run.net}, seed {run.seed}" + ("" if run.finished else " …")
         for split, dash, width in (("train", "dashed", 1.0), ("val", "dotted", 1.5), ("test", "solid", 2.5)):
             points = thinned(run.curves[split])
             columns = {

@@ -232,23 +232,24 @@ def groups(runs: list[Run]) -> list[list[Run]]:
     return sorted(found.values(), key=lambda group: (-len(group), group[0].data))
 
 
-def differences(one: list[Run], other: list[Run]) -> str:
-    """Why two groups are not one, as in `iterations (64000 and 6400)`."""
+def differences(one: list[Run], other: list[Run]) -> list[tuple[str, str, str]]:
+    """Why two groups are not one: key, its value in one, in the other."""
     here, there = one[0].setting, other[0].setting
     keys = [key for key in {**here, **there} if here.get(key) != there.get(key)]
-    return ", ".join(f"{key} ({_shown(here.get(key))} and {_shown(there.get(key))})" for key in keys)
+    return [(key, shown(here.get(key)), shown(there.get(key))) for key in keys]
 
 
 def deviations(run: Run) -> list[tuple[str, str, str]]:
     """In what a run is not the paper's recipe: key, its value, the paper's."""
     recipe = paper.RECIPES[run.family]
     actual = run.setting | ({"precision": run.precision} if run.precision else {})
-    found = [(key, _shown(actual[key]), _shown(value)) for key, value in recipe.items() if actual[key] != value]
+    found = [(key, shown(actual[key]), shown(value)) for key, value in recipe.items() if actual[key] != value]
     whole = {"cifar": "cifar10", "imagenet": "imagenet"}[run.family]
     return ([("data", run.data, whole)] if run.data != whole else []) + found
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value as it is typed."""
     if isinstance(value, bool):
         return str(value).lower()
     return json.dumps(value).replace('"', "").replace(" ", "") if isinstance(value, list) else str(value)

@@ -1,0 +1,38 @@
+"""Put what is small of finished runs under results/, measure the layer responses of one run of each net, and report.
+
+python scripts/results.py RUNS results/NAME
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+SMALL = ("config.json", "environment.json", "metrics.jsonl", "summary.json", "checkpoints/*-test.json")
+
+
+def run(*words: str) -> None:
+    """One of this program's commands."""
+    print(" ".join(words), flush=True)
+    subprocess.run([Path(sys.executable).with_name(words[0]), *words[1:]], check=True)
+
+
+def main(runs: Path, results: Path) -> None:
+    """Copy, measure, report."""
+    checkpoints: dict[str, str] = {}
+    for summary in sorted(runs.rglob("summary.json")):
+        folder = summary.parent
+        for file in (file for pattern in SMALL for file in folder.glob(pattern)):
+            place = results / "runs" / file.relative_to(runs)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, place)
+        if (folder / "checkpoints" / "last.pt").exists():
+            checkpoints.setdefault(json.loads(summary.read_text())["net"], f'"{folder}/checkpoints/last.pt"')
+    if checkpoints:
+        run("resnet-responses", f"checkpoint=[{','.join(checkpoints.values())}]", f"out={results}/responses")
+    run("resnet-report", str(results), f"out={results}/report")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
