@@ -180,7 +180,7 @@ def _evaluate(asked: EvalConfig, device: torch.device) -> None:
 
 def _member(path: Path, asked: EvalConfig) -> Member:
     state = from_main(lambda: checkpoint.load(path))
-    return Member(path, together(lambda: _with_data(restored(state["config"]), asked)), state)
+    return Member(path, together(lambda: with_data(restored(state["config"]), asked)), state)
 
 
 def _check_members(members: list[Member], asked: EvalConfig) -> None:
@@ -210,7 +210,7 @@ def _counted(
     sums: list[tuple[Tensor, Tensor]] = []
     precisions, compiled = set(), True
     for member in members:
-        model, mean, precision, compile = together(lambda member=member: _restored(member, sets, asked, device))  # type: ignore[misc]
+        model, mean, precision, compile = together(lambda member=member: restored_net(member, sets, asked, device))  # type: ignore[misc]
         precisions.add(precision)
         if asked.precise_bn:
             _true_averages(model, mean, member, sets, asked.precise_bn, precision)
@@ -256,7 +256,7 @@ def _default_out(members: list[Member], digest: str, asked: EvalConfig) -> Path:
     return first.path.with_name("-".join([*words, asked.split]) + ".json")
 
 
-def _restored(
+def restored_net(
     member: Member, sets: MemorySets | StreamedSets, asked: EvalConfig, device: torch.device
 ) -> tuple[ResNet, Tensor, str, bool]:
     """The checkpoint's net, mean image, precision and whether it was compiled. Raises UserError."""
@@ -278,7 +278,7 @@ def _restored(
         return model, state["mean"].to(device), precision, state["measure"]["compile"]
 
 
-def _with_data(config: Config, asked: EvalConfig) -> Config:
+def with_data(config: Config, asked: EvalConfig) -> Config:
     """The checkpoint's configuration, on the data that the command line names, if any."""
     data = config.data
     if asked.data.name != "same":

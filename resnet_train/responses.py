@@ -7,7 +7,6 @@ import csv
 import io
 import math
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +14,10 @@ from torch import Tensor, nn
 
 from resnet_train import checkpoint, paper
 from resnet_train.build import logits_of, open_sets, pick_device
-from resnet_train.config import Config, EvalConfig, ResponsesConfig, restored
+from resnet_train.config import EvalConfig, ResponsesConfig, restored
 from resnet_train.data.sets import MemorySets
 from resnet_train.errors import UserError
-from resnet_train.evaluate import _restored, _with_data
+from resnet_train.evaluate import Member, restored_net, testing, with_data
 from resnet_train.files import expand
 from resnet_train.models.resnet import ResNet
 from resnet_train.report import figures
@@ -75,7 +74,6 @@ def measured(model: ResNet, real: Callable[[], int]) -> Iterator[dict[str, Momen
             handle.remove()
 
 
-@torch.no_grad()
 def response_stds(
     model: ResNet, batches: Iterable[tuple[Tensor, Tensor]], images: int, precision: str
 ) -> dict[str, float]:
@@ -83,9 +81,8 @@ def response_stds(
 
     `batches` are images (N, 3, H, W) and labels (N,), -1 for what fills the last batch up. In evaluation mode.
     """
-    model.eval()
     left, real = images, 0
-    with measured(model, lambda: real) as moments:
+    with testing(model), measured(model, lambda: real) as moments:
         for batch, labels in batches:
             real = min(left, int((labels >= 0).sum()))
             logits_of(model, batch, precision)
@@ -100,8 +97,9 @@ def responses(asked: ResponsesConfig) -> None:
     device = pick_device(asked.device)
     opened = [_opened(name, asked) for name in asked.checkpoint]  # all, before the first is measured
     rows, found = [], []
-    for path, state, config in opened:
-        stds = _measure(path, state, config, asked, device)
+    for member in opened:
+        state, config = member.state, member.config
+        stds = _measure(member, asked, device)
         note = paper.shortened(config.data.family, config.iterations)
         done = state["iteration"], state["iteration"] == config.iterations
         found.append(figures.Responses(config.net, config.data_label, config.seed, list(stds.values()), note, done[1]))
@@ -133,23 +131,21 @@ def responses(asked: ResponsesConfig) -> None:
     print(f"{out}/figure-7.png, figure-7.svg, responses.csv")
 
 
-def _opened(name: str, asked: ResponsesConfig) -> tuple[Path, dict[str, Any], Config]:
+def _opened(name: str, asked: ResponsesConfig) -> Member:
     """A checkpoint and its configuration, on the data that was asked for. Raises UserError for an ImageNet net."""
     path = expand(name)
     state = checkpoint.load(path)
     config = restored(state["config"])
     if config.data.family != "cifar":
         raise UserError(f"checkpoint={name}: holds {config.net} for ImageNet; figure 7 is about CIFAR nets")
-    return path, state, _with_data(config, _as_test(name, asked))
+    return Member(path, with_data(config, _as_test(asked)), state)
 
 
-def _measure(
-    path: Path, state: dict[str, Any], config: Config, asked: ResponsesConfig, device: torch.device
-) -> dict[str, float]:
+def _measure(member: Member, asked: ResponsesConfig, device: torch.device) -> dict[str, float]:
+    config = member.config
     sets = open_sets(config)
     assert isinstance(sets, MemorySets)
-    test = _as_test(str(path), asked)
-    model, mean, precision, _ = _restored(state, config, sets, test, device)
+    model, mean, precision, _ = restored_net(member, sets, _as_test(asked), device)
     size = sets.sizes[asked.split]
     if asked.images > size:
         raise UserError(f"images={asked.images}: {config.data_label} {asked.split} has {size}; take fewer")
@@ -157,8 +153,16 @@ def _measure(
     return response_stds(model, batches, asked.images, precision)
 
 
-def _as_test(name: str, asked: ResponsesConfig) -> EvalConfig:
-    """What resnet-eval would be told for the same net and images."""
+def _as_test(asked: ResponsesConfig) -> EvalConfig:
+    """What resnet-eval would be told for the same nets and images."""
     return EvalConfig(
-        data=asked.data, checkpoint=name, split=asked.split, devices=1, device=asked.device, timeout=600, out=None
+        data=asked.data,
+        checkpoint=asked.checkpoint,
+        protocol="center",
+        precise_bn=0,
+        split=asked.split,
+        devices=1,
+        device=asked.device,
+        timeout=600,
+        out=None,
     )

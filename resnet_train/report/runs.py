@@ -14,6 +14,7 @@ from resnet_train.curves import read_metrics
 from resnet_train.errors import UserError
 
 Point = tuple[int, float, float | None]  # iteration, top-1 and top-5 error in %
+EARLIER = {"normalise": "channels"}  # what was done before there was this key
 END = 20  # the training error at the end is that of the last twentieth of a run
 
 
@@ -195,12 +196,12 @@ def _run(folder: Path, config: dict[str, Any], metrics: list[dict[str, Any]]) ->
 
 
 def _recipe(config: dict[str, Any], family: str) -> dict[str, Any]:
-    """Of a configuration, what enters the mathematics; a key that it does not have (yet) has the paper's value."""
+    """Of a configuration, what enters the mathematics; a key that there was not yet has the paper's value."""
     found = {}
     for key, default in paper.RECIPES[family].items():
         value: Any = config
         for word in key.split("."):
-            value = value.get(word, default) if isinstance(value, dict) else default
+            value = value.get(word, EARLIER.get(key, default)) if isinstance(value, dict) else default
         found[key] = value
     each = config["batch_size"] // (config.get("devices") or 1)
     at_once = min(config.get("device_batch_size") or each, each)
