@@ -345,14 +345,13 @@ def _prepare_train(
     asked = _asked(overrides)
     for key in ("experiment", "job", "jobs"):  # they have said which net and seed
         values.pop(key, None)
-    scale = values.pop("scale")
     if _launched():
         for key in ("devices", "max_restarts"):
             if key in asked:
                 raise UserError(f"{key}={values.get(key)}: that is the launcher's to say, such as torchrun; drop it")
         values["devices"] = _launched()
-    config = configs.scaled(configs.check(values, asked), scale)
-    directory = configs.run_directory(config, asked, scale)
+    config = configs.check(values, asked)
+    directory = configs.run_directory(config, asked, values["scale"])
     if look and os.environ.get("RANK", "0") == "0":
         configs.check_run_dir(directory, config, may_be_finished=sweep)
     return config, directory

@@ -304,7 +304,9 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
             return value
         raise UserError(f"{key}={_shown(value)}: allowed are {', '.join(arguments)}{nearest(str(value), arguments)}")
     if origin in (typing.Union, types.UnionType):
-        words = [word for option in arguments for word in typing.get_args(option)]
+        words = [
+            word for option in arguments if typing.get_origin(option) is Literal for word in typing.get_args(option)
+        ]
         if value in words or (value is None and type(None) in arguments):
             return value
         if words and isinstance(value, str):
@@ -372,7 +374,8 @@ def check(values: Mapping[str, Any], asked: Collection[str] = (), *, needs_data:
     `needs_data`: data.root= must be there where the data set has no other place.
     Looks at the command line and at directory listings only. Raises UserError.
     """
-    config = _typed(Config, values)
+    config = _typed(Config, {key: value for key, value in values.items() if key != "scale"})
+    config = scaled(config, values.get("scale", 1))
     _check_paths({"data.root": config.data.root, "run_dir": config.run_dir, "resume": config.resume})
     kind = config.schedule.name
     for key in sorted(values["schedule"].keys() ^ set(SCHEDULE_KEYS[kind])):

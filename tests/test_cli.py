@@ -146,8 +146,9 @@ def test_help_shows_examples_groups_and_values(outcomes):
     assert "resnet-train -m " in text
     for group, options in {
         "data": "cifar10, digits, imagefolder, imagenet",
-        "recipe": "cifar10, digits, imagefolder, imagenet",
-        "schedule": "cosine, plateau, step",
+        "experiment": "fig1, fig4, fig6, fig7, table3, table4, table5",
+        "recipe": "cifar10, digits, imagefolder, imagenet, torch2016, torchvision",
+        "schedule": "cosine, plateau, step, thirds",
     }.items():
         assert f"{group}: {options}\n" in text
     assert "shortcut: A\n" in text
@@ -164,7 +165,8 @@ def test_every_example_of_the_help_is_a_command_that_works(outcomes, tmp_path, m
     assert len(examples) >= 4
     for words in examples:
         overrides = [word for word in words if "=" in word]
-        for job in cli._jobs(overrides, "-m" in words):
+        monkeypatch.setattr("sys.argv", ["resnet-train", *words])
+        for job in cli._jobs(cli._with_jobs(overrides, "-m" in words), "-m" in words):
             cli._prepare_train(cli._compose("train", job), job, "-m" in words)
 
 
