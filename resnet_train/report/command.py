@@ -100,10 +100,22 @@ def _sections(groups: list[list[Run]], folders: list[Path], out: Path) -> list[S
         figures.save(figures.draw_responses(measured), out / "figure-7")
         caption = "Figure 7: standard deviation of the layer responses, by layer (above) and by magnitude (below)."
         words = [f"mean over the layers of {one.net}: {sum(one.stds) / len(one.stds):.3f}" for one in measured]
+        words += _less_or_more(measured)
         warnings = list(dict.fromkeys(one.note for one in measured if one.note))
         sections.append(Section("Layer responses", warnings, words, figures=[("figure-7", caption)]))
     sections.append(Section("Recipes", tables=[tables.deviations_table(groups)]))
     return sections
+
+
+def _less_or_more(measured: list[figures.Responses]) -> list[str]:
+    """Figure 7 in words: whether a residual net responds less than the plain one of its depth, by the mean."""
+    means = {one.net: sum(one.stds) / len(one.stds) for one in measured}
+    pairs = [(net, f"plain-{net.split('-')[1]}") for net in means if not net.startswith("plain")]
+    return [
+        f"{net} responds {'less' if means[net] < means[plain] else 'no less'} than {plain}; in the paper, less"
+        for net, plain in pairs
+        if plain in means
+    ]
 
 
 def _section(group: list[Run], number: int, apart: set[str], out: Path) -> Section:

@@ -87,12 +87,12 @@ def _with(mean: float, std: float | None, n: int) -> str:
 
 
 def summary(group: list[Run]) -> str:
-    """One sentence on figures 1, 4 and 6, or nothing where no pair is there."""
+    """One sentence on figures 1, 4 and 6."""
     found = verdicts(group)
     plain = [v.worse for v in found if v.shallow.startswith("plain")]
     residual = [v.worse for v in found if not v.shallow.startswith("plain")]
     if not found:
-        return ""
+        return "Degradation: no verdict, there are no two depths of one kind to compare."
     words = {True: "shown", False: "not seen", None: "not shown"}
     one = f"Degradation in plain nets: {words[plain[0]]}." if plain else "Plain nets: not run in two depths."
     if not residual:
