@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import shlex
 import webbrowser
 from pathlib import Path
@@ -29,6 +30,8 @@ def report(asked: ReportConfig) -> None:
     """
     out = expand(asked.out)
     notes: list[str] = []
+    if importlib.util.find_spec("bokeh") is None:
+        raise UserError("resnet-report needs Bokeh: pip install 'resnet-train[report]'")
     if asked.report == "complexity":
         from resnet_train.report.complexity import complexity_table
 

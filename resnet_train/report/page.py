@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from resnet_train.errors import UserError
 from resnet_train.report.figures import thinned
 from resnet_train.report.runs import Run
 from resnet_train.report.tables import NOTHING, Table
@@ -53,12 +52,10 @@ code { font: .85em ui-monospace, monospace; overflow-wrap: anywhere; }
 
 
 def html_page(title: str, intro: list[str], sections: list[Section], out: Path) -> str:
-    """The page, with the figures in `out` inside it. Raises UserError where Bokeh is not installed."""
-    try:
-        from bokeh.embed import components
-        from bokeh.resources import Resources
-    except ImportError as error:
-        raise UserError("the page needs Bokeh: pip install 'resnet-train[report]'") from error
+    """The page, with the figures in `out` inside it."""
+    from bokeh.embed import components
+    from bokeh.resources import Resources
+
     plots = {section.title: plot(section.runs) for section in sections if section.runs}
     script, places = components(plots) if plots else ("", {})
     library = Resources(mode="inline", components=["bokeh"]).render() if plots else ""
