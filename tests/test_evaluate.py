@@ -119,9 +119,9 @@ def with_mirrored(views):
     return [both for view in views for both in (view, TF.horizontal_flip(view))]
 
 
-def viewed(protocol, model, sets, batch_size=20, rank=0, world=1):
+def viewed(protocol, model, sets, batch_size=20, rank=0, world=1, precision="fp64"):
     views = sets.eval_views(protocol, "test", sets.mean_image(), torch.device("cpu"), batch_size, rank, world)
-    return list(probabilities(model, views, "fp64"))
+    return list(probabilities(model, views, precision))
 
 
 @pytest.mark.parametrize(("protocol", "views"), [("tencrop", ten), ("multiscale", scales)])
@@ -177,7 +177,7 @@ def saved(photographs, tmp_path_factory):
     """Checkpoints of two nets for the photographs, and of one for digits, as they begin."""
     folder, root = tmp_path_factory.mktemp("saved"), photographs.parts["test"][0][0].parents[2]
     images = ["depth=18", "data=imagenet", f"data.root={root}", "data.size=32", "data.workers=0", "batch_size=4"]
-    images += ["augment.shorter_side=[36,40]", "eval_batch_size=20"]
+    images += ["augment.shorter_side=[36,40]", "eval_batch_size=20", "normalise=channels"]
     for name, words in {"0": images, "1": [*images, "seed=1", "arch=plain"], "digits": ["data=digits"]}.items():
         run = build(composed(*words, "device=cpu", "precision=fp32"), folder)
         checkpoint.save(folder / name / "last.pt", run.state())
@@ -219,7 +219,8 @@ def test_an_ensemble_and_its_members_under_a_protocol(saved, photographs, monkey
         average_statistics(model, (model(images) for images, _ in itertools.islice(batches, 3)), 3)
         nets.append(model.eval())
     with torch.no_grad():
-        scores = sum(torch.cat([p for p, _ in viewed("tencrop", n.double(), photographs)]) for n in nets) / 2
+        found = [torch.cat([p for p, _ in viewed("tencrop", n, photographs, precision="fp32")]) for n in nets]
+        scores = (found[0] + found[1]) / 2
     labels = torch.tensor([label for _, label in photographs.parts["test"]])
     assert result["wrong"] == int((scores.argmax(1) != labels).sum())
     assert result["loss"] == pytest.approx(-scores[range(9), labels].log().mean().item(), rel=1e-3)
