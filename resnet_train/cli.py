@@ -29,11 +29,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from resnet_train import config as configs
 from resnet_train.errors import SIGNALS, RunError, UserError, of_a_peer, of_the_system
+from resnet_train.files import expand
 
 _PACKAGE = Path(__file__).resolve().parent
 CONFIG_DIR = str(next(p for p in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if p.is_dir()))
 GROUPS = sorted(path.name for path in Path(CONFIG_DIR).iterdir() if path.is_dir())
 LAUNCHERS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what each of them sets in the environment
+UNGROUPED = ("eval", "pack")  # commands whose configurations have no groups
 # What composing raises for overrides that cannot be taken; OSError: an option as long as no file name may be.
 UNTAKEN = (HydraException, OmegaConfBaseException, ValueError, AssertionError, AttributeError, OSError, RecursionError)
 
@@ -55,6 +57,11 @@ def bench() -> None:
     if re.fullmatch(r"[^=-][^=]*", "".join(sys.argv[1:2])):  # the first word: what to measure
         sys.argv[1] = "bench=" + sys.argv[1]
     _command("bench", _prepare_bench, _bench_job)
+
+
+def pack() -> None:
+    """The command `resnet-pack`."""
+    _command("pack", _prepare_pack, _pack_job)
 
 
 def _command(name: str, prepare: Callable[..., Any], job: Callable[[DictConfig], Any]) -> None:
@@ -244,7 +251,7 @@ def _keys(name: str, overrides: list[str]) -> dict[str, Any]:
 def _check_options(name: str, overrides: list[str]) -> list[str]:
     """The overrides that choose an option of a group, once each is seen to exist. Raises UserError."""
     chosen = []
-    for item in overrides if name != "eval" else []:
+    for item in overrides if name not in UNGROUPED else []:
         parsed = OverridesParser.create().parse_override(item)
         group = parsed.key_or_group
         if group in GROUPS and parsed.is_add():
@@ -260,7 +267,7 @@ def _check_options(name: str, overrides: list[str]) -> list[str]:
 def _diagnosis(name: str, overrides: list[str], chosen: list[str], error: Exception) -> str:
     """Why composition failed, in our words: an unknown key, one that is missing, or the override and Hydra's reason."""
     keys = _keys(name, chosen)
-    words = [key for key in keys if not key.startswith("hydra.")] + (GROUPS if name != "eval" else [])
+    words = [key for key in keys if not key.startswith("hydra.")] + (GROUPS if name not in UNGROUPED else [])
     for item in overrides:
         key = OverridesParser.create().parse_override(item).key_or_group
         if name == "bench" and key in configs.FIXED_BY_BENCH:
@@ -303,6 +310,16 @@ def _prepare_eval(
     if sweep:
         raise UserError("-m: resnet-eval takes one checkpoint at a time")
     return configs.check_eval(values), None
+
+
+def _prepare_pack(
+    values: dict[str, Any], _: list[str], sweep: bool, look: bool = True
+) -> tuple[configs.PackConfig, None]:
+    if sweep:
+        raise UserError("-m: resnet-pack packs one tree at a time")
+    if _launched():
+        raise UserError("resnet-pack starts its own processes (workers=); take it without torchrun")
+    return configs.check_pack(values), None
 
 
 def _prepare_bench(
@@ -420,6 +437,32 @@ def _bench_here(asked: configs.BenchConfig, config: configs.Config) -> None:
     from resnet_train.bench import bench as measure
 
     measure(asked, config)
+
+
+def _pack_job(composed: DictConfig) -> None:
+    """One packing, or the check of one."""
+    values: Any = OmegaConf.to_container(composed, resolve=True)
+    sys.exit(_code(functools.partial(_pack_here, configs.check_pack(values))))
+
+
+def _pack_here(asked: configs.PackConfig) -> None:
+    from resnet_train.data.pack import check_packed
+    from resnet_train.data.pack import pack as write
+
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    if asked.check is not None:
+        return check_packed(asked.check, asked.workers)
+    assert asked.data.root is not None  # config.check_pack has seen to it
+    assert asked.out is not None
+    return write(
+        root=asked.data.root,
+        out=expand(asked.out),
+        shorter_side=asked.shorter_side,
+        quality=asked.quality,
+        images=asked.images,
+        workers=asked.workers,
+        broken=asked.data.broken,
+    )
 
 
 def _run(job: Callable[[], int], config: configs.Config | configs.EvalConfig, max_restarts: int = 0) -> NoReturn:

@@ -120,7 +120,7 @@ def found(runs, processes):
 def metrics(folder):
     """The metrics without what depends on the clock."""
     lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second", "waited")} for line in lines]
 
 
 def last(folder):
