@@ -75,7 +75,8 @@ FREE = {
     "max_restarts": "1",
     "timeout": "30",
     "data.root": None,
-    "data.workers": None,  # read for data.family=imagenet only
+    "data.workers": None,  # read for data.family=imagenet only, as is the next
+    "data.broken": None,
 }
 ODD = set(" '\"\\$&;|<>()[]{}*?!#~`=,%öß图片\n")  # of these some need quotes for Hydra, some for the shell
 ALL_KEYS = OTHER.keys() | PLATEAU.keys() | PHOTOS.keys() | DECIDED_BY_DATA | FREE.keys()
@@ -138,7 +139,7 @@ def directory(*overrides):
 
 def base_of(key, tmp_path):
     """The words that make a key one that is read."""
-    if key in PHOTOS or key == "data.workers":
+    if key in PHOTOS or key in ("data.workers", "data.broken"):
         return needs_root("imagenet", tmp_path)
     return ["schedule=plateau", "data.validation=100"] if key in PLATEAU else []
 

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import struct
+import weakref
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable
@@ -58,6 +59,7 @@ class Shard:
         """Raises UserError for a file whose table cannot be."""
         self.path = path
         self.file = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.file)
         count = struct.unpack("<I", os.pread(self.file, 4, 0).ljust(4, b"\0"))[0]
         table = os.pread(self.file, 4 * count + 4, 4)
         self.ends = np.frombuffer(table[: len(table) // 4 * 4], dtype="<u4")
@@ -69,10 +71,6 @@ class Shard:
 
     def __len__(self) -> int:
         return len(self.ends) - 1
-
-    def __del__(self) -> None:
-        if hasattr(self, "file"):
-            os.close(self.file)
 
     def item(self, place: int) -> tuple[str, bytes, int]:
         """Name, encoded image and label, which lie there after their three sizes. Raises UserError."""

@@ -283,9 +283,9 @@ class StreamedSets:
             yield views, labels
 
     def _tell(self, broken: list[str]) -> None:
-        """Count the images of a batch that were skipped, and print a line of each once."""
+        """Count the images of a batch that others stand in for, and print the line of each broken one once."""
         self.skipped = sum(map(bool, broken))
-        for line in sorted(set(broken) - self.told - {""}):
+        for line in sorted({line for lines in broken for line in lines.splitlines()} - self.told):
             tqdm.write(f"skipped: {line}", file=sys.stderr)
             self.told.add(line)
 
@@ -335,7 +335,7 @@ class _Views(Dataset[tuple[Tensor, int, str]]):
         broken: list[str] = []
         for step in range(self.tries):
             try:
-                return *self._cut((index + step) % len(self.part), what), "; ".join(broken)
+                return *self._cut((index + step) % len(self.part), what), "\n".join(broken)
             except ImageError as error:
                 broken.append(str(error))
         raise ImageError(broken[0] if self.tries == 1 else f"{broken[0]}; and so are the {self.tries - 1} after it")
