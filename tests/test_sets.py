@@ -4,7 +4,6 @@ import contextlib
 import itertools
 import multiprocessing
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -252,15 +251,16 @@ def test_the_paper_s_224_is_cut_from_256(tree):
 
 def test_streamed_validation_is_no_part_of_training(tree):
     sets = streamed(tree, validation=4)
-    paths = {split: [Path(part.entry(index)[0]) for index in range(len(part))] for split, part in sets.parts.items()}
+    paths = {split: [path for path, _ in sets.parts[split]] for split in sets.parts}
     assert sorted(paths["train"] + paths["val"]) == sorted((tree / "train").glob("*/*"))
     assert paths["test"] == sorted((tree / "val").glob("*/*"))
     assert (len(paths["train"]), len(paths["val"])) == (9, 4)
     for split in ("train", "val", "test"):
-        labels = [sets.parts[split].label(index) for index in range(len(paths[split]))]
-        assert labels == [sets.classes.index(path.parent.name) for path in paths[split]]
+        assert [label for _, label in sets.parts[split]] == [
+            sets.classes.index(path.parent.name) for path in paths[split]
+        ]
     _, labels = evaluating(sets, "val", 5)[0]
-    assert labels.tolist() == [*(sets.parts["val"].label(index) for index in range(4)), -1]
+    assert labels.tolist() == [*(label for _, label in sets.parts["val"]), -1]
 
 
 @pytest.fixture(scope="module")

@@ -90,9 +90,10 @@ class Files:
         chosen.__dict__.update(self.__dict__, indices=self.indices[indices.numpy()])
         return chosen
 
-    def label(self, index: int) -> int:
-        """The class of a file."""
-        return int(self.labels[self.indices[index]])
+    def __getitem__(self, index: int) -> tuple[Path, int]:
+        """The path and the label of a file."""
+        path, _, label = self.entry(index)
+        return Path(path), label
 
     def entry(self, index: int) -> tuple[str, int, int]:
         """Path, size and label of a file, as listed."""
