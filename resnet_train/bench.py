@@ -12,24 +12,29 @@ import io
 import itertools
 import os
 import platform
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from resnet_train import classic
 from resnet_train.build import compile_network, network, open_sets, pick_device, pick_precision
-from resnet_train.config import BenchConfig, Config
+from resnet_train.config import BenchConfig, Config, is_packed
+from resnet_train.data.images import decode
 from resnet_train.data.made_up import MadeUp
-from resnet_train.data.sets import Batches, MemorySets, StreamedSets
+from resnet_train.data.photographs import Part, open_photographs
+from resnet_train.data.sampler import generator
+from resnet_train.data.sets import Batches, MemorySets, StreamedSets, random_views
 from resnet_train.errors import RunError
 from resnet_train.evaluate import count_errors
 from resnet_train.files import check_result, expand, write_result
@@ -236,6 +241,8 @@ def _shares(run: Run, record: Record) -> dict[str, float]:
 
 def loader(asked: BenchConfig, config: Config, folder: Path, device: torch.device) -> Outcome:
     """Augmentation on one core against torchvision's transforms of one image at a time, and its share of a step."""
+    if config.data.family == "imagenet":
+        return decoding(asked, config)
     sets = in_memory(config)
     pictures = classic.Pictures(sets.parts["train"], train=True)
     places = itertools.cycle(range(len(pictures)))
@@ -256,6 +263,70 @@ def loader(asked: BenchConfig, config: Config, folder: Path, device: torch.devic
     share = spread([slow / fast for slow, fast in zip(step_, all_threads, strict=True)])
     note = f"share of a step: {share['median']:.2%} ({share['min']:.2%} to {share['max']:.2%})"
     return Outcome(rows, {"share_of_step": share["median"]}, [note])
+
+
+def decoding(asked: BenchConfig, config: Config) -> Outcome:
+    """Photographs in a DataLoader's worker, from files and packed, against torchvision's recipe and decoding alone.
+
+    Images per second of one core: of the worker's own time, whatever else the machine does.
+    """
+    size, batch, seed = config.data.size, config.batch_size, config.seed
+    augment = dataclasses.asdict(config.augment)
+    named = {"data.root": config.data.root, "packed": asked.packed}
+    parts = {
+        f"{'packed' if is_packed(root) else 'files'}": open_photographs(root).train
+        for root in named.values()
+        if root is not None
+    }
+    first = next(iter(parts))
+    loaders = {}
+    for name, part in parts.items():
+        loaders[f"ours, {name}"] = functools.partial(random_views, part, size, seed, batch, augment)
+    loaders[f"classic, {first}"] = functools.partial(_whole, classic.Photographs(parts[first], size), batch)
+    for name, part in parts.items():
+        loaders[f"decoding alone, {name}"] = functools.partial(_whole, _Decoded(part), batch)
+    found = interleaved({name: _per_core(make, batch, asked.seconds) for name, make in loaders.items()}, asked.rounds)
+    reference, alone = found[f"classic, {first}"], found[f"decoding alone, {first}"]
+    rows = [row(name, SPEED, values, classic=reference, decoding=alone) for name, values in found.items()]
+    values = {f"ratio_of_{name}": r["ratios"]["classic"]["median"] for name, r in zip(parts, rows, strict=False)}
+    images = ", ".join(f"{len(part)} ({name})" for name, part in parts.items())
+    return Outcome(rows, values, [f"of one core, a worker's own time, batches of {batch}; images: {images}"])
+
+
+def _per_core(make: Callable[[int], DataLoader], batch: int, seconds: float) -> Callable[[], float]:
+    """Measures images per second of a worker process' own time, over about `seconds` of it."""
+
+    def spent(count: int) -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        for _ in make(count):
+            pass
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)  # of those that have ended: the loader's worker
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    spent(1)
+    count = max(1, round(seconds / (spent(3) - spent(1)) * 2))
+    return lambda: count * batch / spent(count)
+
+
+class _Decoded(Dataset[int]):
+    """Decodes photographs and gives nothing."""
+
+    def __init__(self, part: Part) -> None:
+        self.part = part
+
+    def __len__(self) -> int:
+        return len(self.part)
+
+    def __getitem__(self, index: int) -> int:
+        name, data, label = self.part.read(index)
+        decode(data, name)
+        return label
+
+
+def _whole(data: Dataset[Any], batch: int, count: int) -> DataLoader:
+    """`count` batches of a data set, shuffled, over and over."""
+    order = torch.randint(len(data), (count, batch), generator=generator(0, "bench", count))  # type: ignore[arg-type]
+    return DataLoader(data, batch_sampler=order.tolist(), num_workers=1)
 
 
 def _on_one_thread(work: Work) -> Work:

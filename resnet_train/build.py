@@ -46,7 +46,12 @@ def open_sets(config: Config) -> MemorySets | StreamedSets:
         return MemorySets(name=data.name, root=data.root, size=data.size, validation=data.validation)
     assert data.root is not None  # config.check has seen to it
     return StreamedSets(
-        root=data.root, size=data.size, validation=data.validation, workers=data.workers, subtract=config.normalise
+        root=data.root,
+        size=data.size,
+        validation=data.validation,
+        workers=data.workers,
+        broken=data.broken,
+        subtract=config.normalise,
     )
 
 

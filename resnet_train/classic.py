@@ -1,4 +1,4 @@
-"""The reference of resnet-bench: the CIFAR-10 training that everybody writes. Nothing else uses it.
+"""The reference of resnet-bench: the training that everybody writes. Nothing else uses it.
 
 torchvision's idiom as the most copied trainers have it: one PIL image at a time through transforms in DataLoader
 workers, float32, contiguous tensors, no compiler, `.item()` in every step.
@@ -7,6 +7,7 @@ workers, float32, contiguous tensors, no compiler, `.item()` in every step.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 from collections.abc import Iterator
 
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from resnet_train.data.images import ImageSet
+from resnet_train.data.photographs import Part
 
 NORMALISE = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -34,6 +36,22 @@ class Pictures(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.transform(Image.fromarray(self.images[index])), self.labels[index]
+
+
+class Photographs(Dataset[tuple[Tensor, int]]):
+    """Photographs through torchvision's recipe for ImageNet: one PIL image at a time, a random part of it resized."""
+
+    def __init__(self, part: Part, size: int) -> None:
+        self.part = part
+        random = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()]
+        self.transform = transforms.Compose([*random, transforms.ToTensor(), NORMALISE])
+
+    def __len__(self) -> int:
+        return len(self.part)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        _, data, label = self.part.read(index)
+        return self.transform(Image.open(io.BytesIO(data)).convert("RGB")), label
 
 
 def loader(data: ImageSet, batch_size: int, device: torch.device, *, train: bool) -> DataLoader:

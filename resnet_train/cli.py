@@ -29,6 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from resnet_train import config as configs
 from resnet_train.errors import SIGNALS, RunError, UserError, of_a_peer, of_the_system
+from resnet_train.files import expand
 
 _PACKAGE = Path(__file__).resolve().parent
 CONFIG_DIR = str(next(p for p in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if p.is_dir()))
@@ -83,6 +84,11 @@ def responses() -> None:
 def _quoted(text: str) -> str:
     """`text` as Hydra reads it back, whatever it holds."""
     return '"' + re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + ('\\"' if found[2] else ""), text) + '"'
+
+
+def pack() -> None:
+    """The command `resnet-pack`."""
+    _command("pack", _prepare_pack, _pack_job)
 
 
 def _command(name: str, prepare: Callable[..., Any], job: Callable[[DictConfig], Any]) -> None:
@@ -383,6 +389,16 @@ def _prepare_responses(
     return configs.check_responses(values), None
 
 
+def _prepare_pack(
+    values: dict[str, Any], _: list[str], sweep: bool, look: bool = True
+) -> tuple[configs.PackConfig, None]:
+    if sweep:
+        raise UserError("-m: resnet-pack packs one tree at a time")
+    if _launched():
+        raise UserError("resnet-pack starts its own processes (workers=); take it without torchrun")
+    return configs.check_pack(values), None
+
+
 def _prepare_bench(
     values: dict[str, Any], overrides: list[str], sweep: bool, look: bool = True
 ) -> tuple[tuple[configs.BenchConfig, configs.Config], None]:
@@ -522,6 +538,32 @@ def _bench_here(asked: configs.BenchConfig, config: configs.Config) -> None:
     from resnet_train.bench import bench as measure
 
     measure(asked, config)
+
+
+def _pack_job(composed: DictConfig) -> None:
+    """One packing, or the check of one."""
+    values: Any = OmegaConf.to_container(composed, resolve=True)
+    sys.exit(_code(functools.partial(_pack_here, configs.check_pack(values))))
+
+
+def _pack_here(asked: configs.PackConfig) -> None:
+    from resnet_train.data.pack import check_packed
+    from resnet_train.data.pack import pack as write
+
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    if asked.check is not None:
+        return check_packed(asked.check, asked.workers)
+    assert asked.data.root is not None  # config.check_pack has seen to it
+    assert asked.out is not None
+    return write(
+        root=asked.data.root,
+        out=expand(asked.out),
+        shorter_side=asked.shorter_side,
+        quality=asked.quality,
+        images=asked.shard_images,
+        workers=asked.workers,
+        broken=asked.data.broken,
+    )
 
 
 def _run(job: Callable[[], int], config: configs.Config | configs.EvalConfig, max_restarts: int = 0) -> NoReturn:

@@ -23,10 +23,13 @@ from resnet_train.files import expand, nearest_existing
 IMAGENET_DEPTHS = (18, 34, 50, 101, 152)
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 CIFAR_FOLDER = "cifar-10-batches-py"
+PACKED = "pack.json"  # in a folder that resnet-pack has written, once it is whole
+PACKING = "packing"  # in one where it is not: what is done so far
+REMOTE = ("s3://", "gs://", "azure://", "r2://", "local:")  # where litdata reads from
 # These may differ between a run and its continuation: none of them enters the mathematics, but for batch norm's
 # statistics where bn_images=device leaves them to the devices; then a note is printed.
 FREE_KEYS = {"run_dir", "resume", "checkpoint_every", "keep_every", "device", "devices", "device_batch_size"}
-FREE_KEYS |= {"max_restarts", "timeout", "data.root", "data.workers", "activation_checkpointing"}
+FREE_KEYS |= {"max_restarts", "timeout", "data.root", "data.workers", "data.broken", "activation_checkpointing"}
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Data:
     validation: int
     size: int
     workers: int
+    broken: Literal["stop", "skip"]
 
 
 @dataclass(frozen=True)
@@ -188,7 +192,29 @@ class BenchConfig:
     rounds: int
     seconds: float
     steps: int
+    packed: str | None
     out: str | None
+
+
+@dataclass(frozen=True)
+class PackData:
+    """The tree to pack."""
+
+    root: str | None
+    broken: Literal["stop", "skip"]
+
+
+@dataclass(frozen=True)
+class PackConfig:
+    """Everything that `resnet-pack` is told: configs/pack.yaml."""
+
+    data: PackData
+    out: str | None
+    check: str | None
+    shorter_side: int
+    quality: int
+    shard_images: int
+    workers: int
 
 
 # What `resnet-bench` does not read of the recipe and the data set, and what it has in place of training's own keys.
@@ -207,7 +233,7 @@ FIXED_BY_BENCH = {
 UNREAD = {
     "cifar": (
         *("augment.shorter_side", "augment.area", "augment.colour_jitter", "augment.colour_noise", "normalise"),
-        *("bottleneck_stride", "data.workers"),
+        *("bottleneck_stride", "data.workers", "data.broken"),
     ),
     "imagenet": ("augment.pad",),
 }
@@ -251,6 +277,10 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "data.validation": (0, None),
     "data.size": (8, 1024),
     "data.workers": (0, 256),
+    "shorter_side": (8, 4096),
+    "quality": (1, 100),
+    "shard_images": (1, 100_000),
+    "workers": (0, 256),
 }
 SCHEDULE_KEYS: dict[str, tuple[str, ...]] = {
     "step": ("name", "lr", "factor", "drops"),
@@ -481,7 +511,7 @@ def _check_paths(paths: Mapping[str, str | None]) -> None:
 
 
 # What earlier versions did where there was no such key yet.
-EARLIER = {"normalise": "channels", "augment.area": None, "augment.colour_jitter": 0.0}
+EARLIER = {"data.broken": "stop", "normalise": "channels", "augment.area": None, "augment.colour_jitter": 0.0}
 
 
 def completed(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -570,6 +600,36 @@ def _check_folder(out: str) -> None:
         raise UserError(f"out={out}: is not a folder that you may write to")
 
 
+def check_pack(values: Mapping[str, Any]) -> PackConfig:
+    """The checked configuration of a packing, or of the check of a packed folder. Raises UserError."""
+    config = _typed(PackConfig, values)
+    _check_paths({"data.root": config.data.root, "out": config.out, "check": config.check})
+    if config.check is not None:
+        for key, value in (("data.root", config.data.root), ("out", config.out)):
+            if value is not None:
+                raise UserError(f"{key}={value}: means nothing to check=; drop it")
+        if "://" in config.check and not is_remote(config.check):
+            raise UserError(f"check={config.check}: allowed are folders and {' '.join(REMOTE)}")
+        if not is_packed(config.check):
+            raise UserError(f"check={config.check}: is no packed folder; it has no {PACKED}, which is written last")
+        return config
+    if config.out is None or config.data.root is None:
+        raise UserError("resnet-pack: needs data.root=TREE out=FOLDER, or check=FOLDER")
+    if is_packed(config.data.root):
+        raise UserError(f"data.root={config.data.root}: is packed already; name the tree of class folders")
+    if "://" in config.out or is_remote(config.out):
+        raise UserError(f"out={config.out}: pack to a folder, and copy that there with its provider's own tool")
+    check_source("imagenet", config.data.root)
+    out, root = expand(config.out), expand(config.data.root)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"out={config.out}: is a file; name a folder")
+    if out.resolve().is_relative_to(root.resolve()):
+        raise UserError(f"out={config.out}: lies in the tree itself; take another folder")
+    if not _writable(out / PACKED):
+        raise UserError(f"out={config.out}: is not a folder that you may write to")
+    return dataclasses.replace(config, data=_anchored(config.data))
+
+
 def check_bench(values: Mapping[str, Any], asked: Collection[str] = ()) -> tuple[BenchConfig, Config]:
     """The checked configuration of a benchmark: its own, and that of the training it measures. Raises UserError."""
     own = {field.name for field in dataclasses.fields(BenchConfig)}
@@ -586,7 +646,14 @@ def check_bench(values: Mapping[str, Any], asked: Collection[str] = ()) -> tuple
         raise UserError(f"devices={_shown(values['devices'])}: resnet-bench measures one; drop it")
     training = {key: value for key, value in values.items() if key not in own}
     config = check(training | FIXED_BY_BENCH, asked, needs_data=False)
-    if config.data.family == "imagenet" and bench.bench in ("loop", "loader", "eval", "memory"):
+    photographs = config.data.family == "imagenet" and bench.bench == "loader"
+    if photographs and config.data.root is None:
+        raise UserError("data.root: resnet-bench loader measures real photographs; name their tree or packed folder")
+    if bench.packed is not None and not (photographs and is_packed(bench.packed)):
+        raise UserError(f"packed={bench.packed}: must be a packed folder, for resnet-bench loader data=imagenet")
+    if bench.packed is not None and is_packed(config.data.root or ""):
+        raise UserError(f"packed={bench.packed}: data.root is packed already; name the tree there")
+    if config.data.family == "imagenet" and bench.bench in ("loop", "eval", "memory"):
         raise UserError(
             f"data={config.data.name}: resnet-bench {bench.bench} measures sets in memory; take data=cifar10"
         )
@@ -600,7 +667,11 @@ def _check_out(out: str | None) -> None:
 
 def _anchored(data: Any) -> Any:
     """`data` with an absolute root, so that the record of a run holds from any folder."""
-    return data if data.root is None else dataclasses.replace(data, root=str(expand(data.root).absolute()))
+    return (
+        data
+        if data.root is None or is_remote(data.root)
+        else dataclasses.replace(data, root=str(expand(data.root).absolute()))
+    )
 
 
 def check_crops(augment: Augment, size: int) -> None:
@@ -644,13 +715,29 @@ def check_source(name: str, given: str | None) -> None:
     root = expand(given)
     if name == "digits":
         raise UserError(f"data.root={given}: data=digits comes with scikit-learn and takes none; drop it")
+    if "://" in given or is_remote(given):
+        if name != "imagenet" or not is_remote(given):
+            raise UserError(f"data.root={given}: data=imagenet reads packed folders from {' '.join(REMOTE)}")
+        return
     if not root.exists():
         raise UserError(f"data.root={given}: there is no such file or folder")
     if name == "cifar10" and is_official_cifar10(root):
         return
     if not root.is_dir():
         raise UserError(f"data.root={given}: is a file; data={name} takes a folder with train/ and test/ or val/")
+    if name == "imagenet" and is_packed(given):
+        return
     class_folders(root)
+
+
+def is_remote(root: str) -> bool:
+    """Whether `root` is a place on object storage, where packed folders may lie."""
+    return root.startswith(REMOTE)
+
+
+def is_packed(root: str) -> bool:
+    """Whether `root` is a packed folder, or may be one that is elsewhere."""
+    return is_remote(root) or (expand(root) / PACKED).is_file()
 
 
 def _is_official(data: Data) -> bool:
@@ -665,7 +752,7 @@ def check_family(data: Data) -> None:
 
 def check_held_out(data: Data) -> None:
     """Refuse a held-out part that the data set cannot have. Raises UserError."""
-    if data.validation:
+    if data.validation and data.family == "cifar":  # photographs are counted when they are listed
         known = 50_000 if _is_official(data) else 1_437 if data.name == "digits" else None
         images = known or _count(expand(data.root or "") / "train")
         if data.validation >= images:
@@ -683,6 +770,10 @@ def class_folders(root: Path) -> tuple[list[str], str]:
     Raises UserError where the two parts do not have the same classes or a class has no images.
     """
     try:
+        if (root / PACKED).is_file():
+            raise UserError(f"data.root={root}: is a packed folder, which data=imagenet reads")
+        if (root / PACKING).is_dir():
+            raise UserError(f"data.root={root}: is not packed to the end; the same resnet-pack command goes on with it")
         # ImageNet's own test/ is flat, without classes: there val/ is the test part.
         test = next((name for name in ("test", "val") if any(path.is_dir() for path in root.glob(f"{name}/*"))), None)
         test = test or next((name for name in ("test", "val") if (root / name).is_dir()), None)

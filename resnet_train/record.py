@@ -105,6 +105,7 @@ class Record:
         elif split == "train":
             self.bar.set_postfix_str(
                 f"loss {values['loss']:.3f}, error {values['error']:.2f} %, {values['images_per_second']:.0f} images/s"
+                f" ({values['waited']:.0%} waiting for data)"
             )
         else:
             self.say(f"iteration {iteration}: {split} error {values['error']:.2f} %")

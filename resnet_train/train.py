@@ -20,7 +20,7 @@ from resnet_train import checkpoint
 from resnet_train.batchnorm import update_statistics
 from resnet_train.build import logits_of
 from resnet_train.config import Config, Share
-from resnet_train.data.sets import MemorySets, StreamedSets
+from resnet_train.data.sets import Batches, MemorySets, StreamedSets
 from resnet_train.distributed import from_main, rank, shared, total, world
 from resnet_train.errors import PARENT, SIGNALS, RunError
 from resnet_train.evaluate import count_errors, wrong_answers
@@ -43,6 +43,7 @@ class Meters:
         self.loss = torch.zeros(world(), dtype=torch.float64, device=device)
         self.wrong = torch.zeros(world(), 2, dtype=torch.int64, device=device)  # top-1, top-5
         self.seen = 0  # in all processes
+        self.skipped = 0  # broken images that others stood in for, in this process
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Add one batch; no synchronisation with the device."""
@@ -52,11 +53,12 @@ class Meters:
 
     def state(self) -> dict[str, Any]:
         """For the checkpoint, and to read: the rows of all processes. All of them call this."""
-        return {"loss": total(self.loss.clone()).cpu(), "wrong": total(self.wrong.clone()).cpu(), "seen": self.seen}
+        loss, wrong = total(self.loss.clone()).cpu(), total(self.wrong.clone()).cpu()
+        return {"loss": loss, "wrong": wrong, "seen": self.seen, "skipped": int(total(torch.tensor(self.skipped)))}
 
     def load(self, state: dict[str, Any]) -> None:
         """From the checkpoint. If there are now other processes than then, the first takes all sums."""
-        self.seen = state["seen"]
+        self.seen, self.skipped = state["seen"], state["skipped"] if rank() == 0 else 0
         for name, rows in (("loss", self.loss), ("wrong", self.wrong)):
             rows.zero_()
             if len(state[name]) == world():
@@ -167,6 +169,14 @@ class Clock:
     def __init__(self, iteration: int) -> None:
         self.mark = time.perf_counter()
         self.training, self.since = 0.0, iteration
+        self.waited = 0.0  # of the training, for the next batch
+
+    def next_of(self, batches: Batches) -> tuple[Tensor, Tensor]:
+        """The next batch, waited for by the clock."""
+        start = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - start
+        return batch
 
     def lap(self, run: Run, *, training: bool) -> None:
         """Book the time since the last call to the run and, where it was spent on iterations, to training."""
@@ -227,7 +237,8 @@ def loop(run: Run, record: Record, stop: Stop) -> None:
     )
     first = run.iteration + 1
     while run.iteration < config.iterations and not stop.agreed():
-        images, labels = next(batches)
+        images, labels = clock.next_of(batches)
+        run.meters.skipped += run.sets.skipped
         lr = rate(config, run.iteration, run.progress)
         step(run, images, labels, lr)
         record.bar.update()
@@ -266,6 +277,8 @@ def log_training(run: Run, record: Record, clock: Clock, lr: float) -> None:
         **values,
         lr=lr,
         images_per_second=(run.iteration - clock.since) * config.batch_size / clock.training,
+        waited=clock.waited / clock.training,  # the share of the time that the data took
+        **({"skipped": sums["skipped"]} if config.data.broken == "skip" else {}),
         seconds=run.seconds,
         protocol="augmented batches in training mode",
     )
@@ -276,7 +289,7 @@ def log_training(run: Run, record: Record, clock: Clock, lr: float) -> None:
     tenth = config.iterations / 10
     if error > 0.98 * chance and run.iteration - config.log_every < tenth <= run.iteration:
         record.say(f"warning: a tenth of the run is over and the training error is still at chance ({chance:.1f} %)")
-    clock.training, clock.since = 0.0, run.iteration
+    clock.training, clock.waited, clock.since = 0.0, 0.0, run.iteration
     run.meters = Meters(run.device)
 
 

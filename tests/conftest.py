@@ -84,7 +84,7 @@ def undisturbed(tmp_path_factory):
 def metrics(folder):
     """The metrics without what depends on the clock."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second", "waited")} for line in lines]
 
 
 def curves(folder):
@@ -94,7 +94,7 @@ def curves(folder):
         events = EventAccumulator(str(writer), size_guidance={"scalars": 0})
         events.Reload()
         for tag in events.Tags()["scalars"]:
-            if tag != "images_per_second":
+            if tag not in ("images_per_second", "waited"):
                 found[writer.name, tag] = [(event.step, event.value) for event in events.Scalars(tag)]
     return found
 

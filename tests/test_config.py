@@ -75,7 +75,8 @@ FREE = {
     "max_restarts": "1",
     "timeout": "30",
     "data.root": None,
-    "data.workers": None,  # read for data.family=imagenet only
+    "data.workers": None,  # read for data.family=imagenet only, as is the next
+    "data.broken": None,
 }
 ODD = set(" '\"\\$&;|<>()[]{}*?!#~`=,%öß图片\n")  # of these some need quotes for Hydra, some for the shell
 ALL_KEYS = OTHER.keys() | PLATEAU.keys() | PHOTOS.keys() | DECIDED_BY_DATA | FREE.keys()
@@ -138,7 +139,7 @@ def directory(*overrides):
 
 def base_of(key, tmp_path):
     """The words that make a key one that is read."""
-    if key in PHOTOS or key == "data.workers":
+    if key in PHOTOS or key in ("data.workers", "data.broken"):
         return needs_root("imagenet", tmp_path)
     return ["schedule=plateau", "data.validation=100"] if key in PLATEAU else []
 
@@ -292,10 +293,10 @@ def test_every_value_can_be_changed(schedule, which):
         assert found[key] != base[key], key
 
 
-@pytest.mark.parametrize("key", [*PHOTOS, "data.workers"])
+@pytest.mark.parametrize("key", [*PHOTOS, "data.workers", "data.broken"])
 def test_what_photographs_need_can_be_changed(key, tmp_path):
     base = base_of(key, tmp_path)
-    for text in PHOTOS.get(key, ("0", "7")):
+    for text in PHOTOS.get(key, ("skip",) if key == "data.broken" else ("0", "7")):
         found = config.flat(checked(*base, f"{key}={text}").plain())[key]
         assert found == to_plain(OverridesParser.create().parse_override(f"{key}={text}").value())
         assert found != config.flat(composed(*base))[key]
@@ -304,7 +305,7 @@ def test_what_photographs_need_can_be_changed(key, tmp_path):
 @pytest.mark.parametrize(("family", "key"), [(family, key) for family, keys in config.UNREAD.items() for key in keys])
 def test_what_a_family_does_not_read_is_refused(family, key, tmp_path):
     base = needs_root("imagenet", tmp_path) if family == "imagenet" else []
-    value = (OTHER | PHOTOS | {"data.workers": ("7",), "augment.area": ("[0.08,1]",)})[key][0]
+    value = (OTHER | PHOTOS | {"data.workers": ("7",), "data.broken": ("skip",), "augment.area": ("[0.08,1]",)})[key][0]
     assert refusal(*base, f"{key}={value}").startswith(f"{key}: ")
     assert not base_of(key, tmp_path / "other") or family == "cifar"
 
@@ -342,14 +343,15 @@ def test_every_key_is_read():
     keys = set().union(*(config.flat(composed(f"schedule={name}")) for name in SCHEDULES))
     keys |= set(config.flat(cli._compose("eval", ["checkpoint=x"]) | cli._compose("bench", [])))
     keys |= set(config.flat(cli._compose("responses", ["checkpoint=x"]) | cli._compose("report", [])))
+    keys |= set(config.flat(cli._compose("pack", [])))
     assert unread(keys) == {"scale"}  # which config.check multiplies the counts by: tests/test_experiments.py
     assert unread({"bn_wd", "schedule.nosuch", "seed"}) == {"bn_wd", "schedule.nosuch"}
 
 
 def test_every_bounded_number_is_a_key():
     keys = set().union(*(config.flat(composed(f"schedule={name}")) for name in SCHEDULES))
-    keys |= cli._compose("bench", []).keys() | cli._compose("eval", ["checkpoint=x"]).keys()
-    keys |= cli._compose("responses", ["checkpoint=x"]).keys()
+    for name, words in (("bench", []), ("eval", ["checkpoint=x"]), ("responses", ["checkpoint=x"]), ("pack", [])):
+        keys |= cli._compose(name, words).keys()
     assert config.RANGES.keys() <= keys
     assert config.RANGES.keys() >= config.ABOVE | config.BELOW
 
@@ -821,7 +823,9 @@ def test_a_run_does_not_go_on_with_another_value(key, tmp_path):
 
 def test_what_enters_no_mathematics_may_change():
     found = checked(*(f"{key}={value}" for key, value in FREE.items() if value))
-    found = dataclasses.replace(found, data=dataclasses.replace(found.data, root="/elsewhere", workers=7))
+    found = dataclasses.replace(
+        found, data=dataclasses.replace(found.data, root="/elsewhere", workers=7, broken="skip")
+    )
     old, new = config.flat(checked().plain()), config.flat(found.plain())
     assert {key for key in old if old[key] != new[key]} == config.FREE_KEYS
     config.check_same_run(checked().plain(), found.plain(), "here")

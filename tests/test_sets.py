@@ -11,14 +11,15 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
 from resnet_train.data.images import cache_folder, load, read_image
+from resnet_train.data.photographs import area_box
 from resnet_train.data.sets import MemorySets, StreamedSets, split_sizes
 from resnet_train.data.transforms import EIGENVECTORS, IMAGENET_MEAN
 from resnet_train.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
-AUGMENT = {"pad": 4, "flip": True, "shorter_side": [28, 40], "colour_jitter": 0, "colour_noise": 0.1}
-PLAIN = {"pad": 0, "flip": False, "shorter_side": [24, 24], "colour_jitter": 0, "colour_noise": 0.0}
+AUGMENT = {"pad": 4, "flip": True, "shorter_side": [28, 40], "area": None, "colour_jitter": 0, "colour_noise": 0.1}
+PLAIN = {"pad": 0, "flip": False, "shorter_side": [24, 24], "area": None, "colour_jitter": 0, "colour_noise": 0.0}
 
 
 @pytest.fixture(autouse=True)
@@ -390,3 +391,42 @@ def test_standard_input_is_over_the_std_after_all_else(tree):
     for (images, labels), (others, same) in pairs:
         assert torch.equal(labels, same)
         torch.testing.assert_close(others, images / std, rtol=1e-6, atol=1e-7)
+
+
+# Parts of a photograph, by area
+
+
+def drawn(count, height, width):
+    draws = torch.rand(count, 11, 2, generator=torch.Generator().manual_seed(1)).tolist()
+    return [area_box(height, width, area=[0.08, 1], tries=row[:10], place=row[10]) for row in draws]
+
+
+def test_parts_by_area_lie_inside_and_are_of_all_sizes_and_shapes():
+    found = drawn(3000, 300, 400)
+    areas = [down * across / 120_000 for _, _, down, across in found]
+    ratios = [across / down for _, _, down, across in found]
+    assert all(0 <= t <= 300 - h and 0 <= left <= 400 - w for t, left, h, w in found)
+    assert {t == 0 for t, *_ in found} == {t + h == 300 for t, _, h, _ in found} == {True, False}
+    assert 0.079 < min(areas) < 0.1 < 0.95 < max(areas) <= 1
+    assert 0.74 < min(ratios) < 0.77 < 1.3 < max(ratios) < 1.35
+    # before those that do not fit are drawn again, the logarithm of the ratio is uniform: small parts all fit
+    small = [across < down for (_, _, down, across), area in zip(found, areas, strict=True) if area < 0.4]
+    assert 0.45 < sum(small) / len(small) < 0.55
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"), [((10, 100), (0, 43, 10, 13)), ((100, 10), (43, 0, 13, 10)), ((60, 61), (0, 0, 60, 61))]
+)
+def test_where_no_part_fits_the_middle_is_taken(shape, expected):
+    assert area_box(*shape, area=[2, 2], tries=[(0.5, 0.5)] * 10, place=(0.9, 0.9)) == expected
+
+
+def test_a_batch_by_area_is_cut_from_its_photographs(tree):
+    augment = PLAIN | {"shorter_side": None, "area": [0.25, 1]}
+    sets = streamed(tree)
+    means = torch.stack([read_image(path).float().mean((1, 2)) for path, _ in sets.parts["train"]])
+    images, _ = training(sets, 1, augment=augment)[0]
+    assert images.shape == (8, 3, 24, 24)
+    colours = images.mean((2, 3)) * 255 + torch.tensor(IMAGENET_MEAN)
+    assert (colours[:, None] - means).abs().amax(2).amin(1).max() < 60
+    assert not torch.equal(training(sets, 1, start=1, augment=augment)[0][0], images)

@@ -19,14 +19,27 @@ def generator(seed: int, purpose: str, count: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
+WINDOW = 16  # shards whose images are shuffled together
+
+
 @functools.lru_cache(maxsize=2)
-def permutation(seed: int, epoch: int, size: int) -> Tensor:
-    """The order of the training images in the given pass: (size,) int64."""
-    return torch.randperm(size, generator=generator(seed, "order", epoch))
+def permutation(seed: int, epoch: int, size: int, blocks: tuple[int, ...] = ()) -> Tensor:
+    """The order of the training images in the given pass: (size,) int64.
+
+    Where images lie together in shards, of so many as `blocks` says, the shards are taken in random order and the
+    images shuffled within windows of several shards, so that what is read lies close together.
+    """
+    draw = generator(seed, "order", epoch)
+    if not blocks:
+        return torch.randperm(size, generator=draw)
+    shards = torch.arange(size).split(list(blocks))
+    order = torch.randperm(len(shards), generator=draw).tolist()
+    windows = [torch.cat([shards[n] for n in order[start : start + WINDOW]]) for start in range(0, len(shards), WINDOW)]
+    return torch.cat([window[torch.randperm(len(window), generator=draw)] for window in windows])
 
 
-def batch_indices(seed: int, iteration: int, batch_size: int, size: int) -> Tensor:
-    """The images of one batch: (batch_size,) int64.
+def batch_indices(seed: int, iteration: int, batch_size: int, size: int, blocks: tuple[int, ...] = ()) -> Tensor:
+    """The images of one batch: (batch_size,) int64. `blocks` as in `permutation`.
 
     Batches are cut from an endless sequence of permutations and may straddle passes, so that every batch is full and
     every image comes once per permutation: 64,000 batches of 128 are 163.84 passes over 50,000 images.
@@ -34,7 +47,7 @@ def batch_indices(seed: int, iteration: int, batch_size: int, size: int) -> Tens
     parts, place, missing = [], iteration * batch_size, batch_size
     while missing:
         epoch, offset = divmod(place, size)
-        part = permutation(seed, epoch, size)[offset : offset + missing]
+        part = permutation(seed, epoch, size, blocks)[offset : offset + missing]
         parts.append(part)
         place, missing = place + len(part), missing - len(part)
     return torch.cat(parts)

@@ -2,7 +2,7 @@
 
 `MemorySets` holds small images on the device and changes whole batches there; `StreamedSets` decodes files in worker
 processes as it trains. Both have `classes`, `digest`, `sizes` (images of train, val and test), `protocol`, `top5`,
-`mean_image()`, `train_batches()` and `eval_batches()`.
+`skipped`, `mean_image()`, `train_batches()` and `eval_batches()`.
 
 Processes that train together each take a contiguous part of every training batch, and every so-many-th evaluation
 batch: `rank` of `world`. Which images these are, and how they are changed, depends on neither.
@@ -11,11 +11,12 @@ batch: `rank` of `world`. Which images these are, and how they are changed, depe
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
-import os
+import itertools
 import signal
+import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,8 +26,8 @@ from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 from resnet_train import checkpoint
-from resnet_train.config import class_folders
-from resnet_train.data.images import ImageSet, cache_folder, keep, listing, load, read_image
+from resnet_train.data.images import ImageError, ImageSet, cache_folder, keep, load
+from resnet_train.data.photographs import Box, Part, area_box, cut, image_of, open_photographs, scaled_box
 from resnet_train.data.sampler import batch_indices, generator, held_out
 from resnet_train.data.transforms import (
     IMAGENET_MEAN,
@@ -47,6 +48,7 @@ Batches = Iterator[tuple[Tensor, Tensor]]
 # the labels of all.
 Views = tuple[list[tuple[Tensor, Tensor]], Tensor]
 PROTOCOLS = {"tencrop": "10-crop", "multiscale": "multi-scale, fully convolutional"}
+TRIES = 100  # broken images in a row after which nothing is skipped any more
 MEAN_OF = 10_000  # training images that the mean image is the mean of
 SCALES = (224, 256, 384, 480, 640)  # shorter sides of the fully convolutional test (section 3.4)
 
@@ -68,6 +70,7 @@ class MemorySets:
 
     protocol = "single view"
     top5 = False
+    skipped = 0
 
     def __init__(self, *, name: str, root: str | None, size: int, validation: int) -> None:
         found = load(name, root, size)
@@ -133,22 +136,35 @@ class MemorySets:
 
 
 class StreamedSets:
-    """A train/<class>/*, val/<class>/* tree of photographs, decoded in worker processes (section 3.4)."""
+    """Photographs in class folders or packed, decoded in worker processes (section 3.4).
+
+    A training image that is broken stops all with its name, or, with `broken="skip"`, is replaced by the next one of
+    its part that is not, cut alike; `skipped` counts those of the last training batch of this process.
+    """
 
     protocol = "center crop"
     top5 = True
 
-    def __init__(self, *, root: str, size: int, validation: int, workers: int, subtract: str = "channels") -> None:
-        self.size, self.workers, self.subtract = size, workers, subtract
-        path = Path(root)
-        self.classes, test = class_folders(path)
-        train, tested = listing(path / "train", self.classes), listing(path / test, self.classes)
-        digest = hashlib.sha256(repr(self.classes).encode())
-        for file, _ in train + tested:
-            digest.update(f"{file.relative_to(path)} {os.stat(file).st_size}\n".encode())
-        self.digest = digest.hexdigest()
-        kept, self.val_indices = split_sizes(len(train), validation)
-        self.parts = {"train": [train[i] for i in kept], "val": [train[i] for i in self.val_indices], "test": tested}
+    def __init__(
+        self,
+        *,
+        root: str,
+        size: int,
+        validation: int,
+        workers: int,
+        broken: str = "stop",
+        subtract: str = "channels",
+    ) -> None:
+        self.size, self.workers, self.subtract, self.broken, self.skipped = size, workers, subtract, broken, 0
+        self.told: set[str] = set()  # the broken images of which a line has been printed
+        found = open_photographs(root)
+        self.classes, self.digest = found.classes, found.digest
+        kept, self.val_indices = split_sizes(len(found.train), validation)
+        self.parts = {
+            "train": found.train.part(kept),
+            "val": found.train.part(self.val_indices),
+            "test": found.test,
+        }
         self.sizes = {split: len(part) for split, part in self.parts.items()}
 
     def mean_image(self) -> Tensor:
@@ -168,12 +184,11 @@ class StreamedSets:
                 return kept
         indices = torch.linspace(0, len(part) - 1, min(MEAN_OF, len(part))).long().tolist()
         side = round(self.size * 256 / 224)
-        views = [
-            [(index, side, None) for index in indices[start : start + 100]] for start in range(0, len(indices), 100)
-        ]
+        views = [[(index, side) for index in indices[start : start + 100]] for start in range(0, len(indices), 100)]
         total = torch.zeros(self.size, self.size, 3, dtype=torch.int64)
-        loader = self._loader(_Views(part, self.size), views, torch.device("cpu"))
-        for images, _ in tqdm(loader, total=len(views), desc="mean image", disable=None):
+        loader = self._loader(_Views(part, self.size, self.broken), views, torch.device("cpu"))
+        for images, _, broken in tqdm(loader, total=len(views), desc="mean image", disable=None):
+            self._tell(broken)
             total += images.sum(0, dtype=torch.int64)
         found = (total.double() / len(indices)).float()
         keep(path, found)
@@ -200,9 +215,11 @@ class StreamedSets:
         B is `batch_size`, of all processes, divided by `world`.
         """
         part, std = share_of(batch_size, rank, world), self._divisor(device)
-        sampler = _RandomViews(seed, start, batch_size, self.sizes["train"], augment["shorter_side"], part)
+        train = self.parts["train"]
+        sampler = _RandomViews(seed, start, batch_size, self.size, augment, train, part)
         iteration = start
-        for images, labels in self._loader(_Views(self.parts["train"], self.size), sampler, device):
+        for images, labels, broken in self._loader(_Views(train, self.size, self.broken), sampler, device):
+            self._tell(broken)
             draw = generator(seed, "device augment", iteration)
             flips = draw_crops(draw, batch_size, 0, augment["flip"])[2][part].to(device, non_blocking=True)
             noise = torch.randn(batch_size, 3, generator=draw)[part] * augment["colour_noise"]
@@ -221,12 +238,11 @@ class StreamedSets:
         """The center crop of every image once, shorter side at 256 for crops of 224. What fills up has label -1."""
         part = self.parts[split]
         starts = range(rank * batch_size, len(part), world * batch_size)
-        views = [
-            [(min(i, len(part) - 1), round(self.size * 256 / 224), None) for i in range(s, s + batch_size)]
-            for s in starts
-        ]
+        side = round(self.size * 256 / 224)
+        views = [[(min(i, len(part) - 1), side) for i in range(s, s + batch_size)] for s in starts]
         place, std = torch.arange(batch_size), self._divisor(device)
-        for start, (images, labels) in zip(starts, self._loader(_Views(part, self.size), views, device), strict=True):
+        loader = self._loader(_Views(part, self.size), views, device)
+        for start, (images, labels, _) in zip(starts, loader, strict=True):
             labels = torch.where(place + start < len(part), labels, -1).to(device, non_blocking=True)
             images = normalise(images.to(device, non_blocking=True), mean)
             yield images if std is None else images / std, labels
@@ -266,6 +282,13 @@ class StreamedSets:
                 views.append((torch.cat([images, images.flip(3)]), whose.to(device)))
             yield views, labels
 
+    def _tell(self, broken: list[str]) -> None:
+        """Count the images of a batch that others stand in for, and print the line of each broken one once."""
+        self.skipped = sum(map(bool, broken))
+        for line in sorted({line for lines in broken for line in lines.splitlines()} - self.told):
+            tqdm.write(f"skipped: {line}", file=sys.stderr)
+            self.told.add(line)
+
     def _loader(
         self, data: Dataset[Any], views: Any, device: torch.device, collate: Callable[..., Any] | None = None
     ) -> Iterator[Any]:
@@ -281,7 +304,13 @@ class StreamedSets:
             yield from loader
         except UserError as error:  # from a worker it comes wrapped in that worker's traceback
             error.__traceback__ = None  # its frames would keep the workers until they time out
-            raise UserError(str(error).strip().splitlines()[-1].split("UserError: ")[-1]) from None
+            raise UserError(str(error).strip().splitlines()[-1].split(f".{type(error).__name__}: ")[-1]) from None
+
+
+def random_views(part: Part, size: int, seed: int, batch_size: int, augment: dict[str, Any], count: int) -> DataLoader:
+    """The first `count` batches of one worker as training takes them, before they go to the device; to measure."""
+    sampler = _RandomViews(seed, 0, batch_size, size, augment, part, slice(None))
+    return DataLoader(_Views(part, size), batch_sampler=list(itertools.islice(sampler, count)), num_workers=1)
 
 
 def _leave_signals(_: int) -> None:
@@ -290,37 +319,44 @@ def _leave_signals(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-# Index, shorter side, and where the crop lies, down and across, from 0 to below 1; None for the center.
-View = tuple[int, int, tuple[float, float] | None]
+# An index, and what to cut: the center once the shorter side has so many pixels, or the part that a function of height
+# and width gives.
+View = tuple[int, int | Callable[[int, int], Box]]
 
 
-class _Views(Dataset[tuple[Tensor, int]]):
-    """Square uint8 crops (S, S, 3) of files, as each view says."""
+class _Views(Dataset[tuple[Tensor, int, str]]):
+    """Square uint8 crops (S, S, 3) of photographs, as each view says, their labels, and which were broken, if any."""
 
-    def __init__(self, files: list[tuple[Path, int]], size: int) -> None:
-        self.files, self.size = files, size
+    def __init__(self, part: Part, size: int, broken: str = "stop") -> None:
+        self.part, self.size, self.tries = part, size, min(len(part), TRIES) if broken == "skip" else 1
 
-    def __getitem__(self, view: View) -> tuple[Tensor, int]:
-        index, side, place = view
-        path, label = self.files[index]
-        image = TF.resize(read_image(path), [side], antialias=True)
-        if place is None:
-            image = TF.center_crop(image, [self.size, self.size])
-        else:  # every offset is as likely, the first and the last included
-            top, left = (int(p * (n - self.size + 1)) for p, n in zip(place, image.shape[1:], strict=True))
-            image = TF.crop(image, top, left, self.size, self.size)
-        return image.permute(1, 2, 0).contiguous(), label
+    def __getitem__(self, view: View) -> tuple[Tensor, int, str]:
+        index, what = view
+        broken: list[str] = []
+        for step in range(self.tries):
+            try:
+                return *self._cut((index + step) % len(self.part), what), "\n".join(broken)
+            except ImageError as error:
+                broken.append(str(error))
+        raise ImageError(broken[0] if self.tries == 1 else f"{broken[0]}; and so are the {self.tries - 1} after it")
+
+    def _cut(self, index: int, what: int | Callable[[int, int], Box]) -> tuple[Tensor, int]:
+        if isinstance(what, int):  # for a test: as exact as can be
+            image, label = image_of(self.part, index)
+            image = TF.center_crop(TF.resize(image, [what], antialias=True), [self.size, self.size])
+            return image.permute(1, 2, 0).contiguous(), label
+        name, data, label = self.part.read(index)
+        return cut(data, name, self.size, what), label
 
 
 class _Wholes(Dataset[tuple[list[Tensor], int]]):
-    """Files as uint8 (V, H, W, 3) at several shorter sides: whole, or the corners and the center of size `crop`."""
+    """Photographs as uint8 (V, H, W, 3) at several shorter sides: whole, or corners and center of size `crop`."""
 
-    def __init__(self, files: list[tuple[Path, int]], sides: list[int], crop: int | None) -> None:
-        self.files, self.sides, self.crop = files, sides, crop
+    def __init__(self, part: Part, sides: list[int], crop: int | None) -> None:
+        self.part, self.sides, self.crop = part, sides, crop
 
     def __getitem__(self, index: int) -> tuple[list[Tensor], int]:
-        path, label = self.files[index]
-        image, found = read_image(path), []
+        (image, label), found = image_of(self.part, index), []
         for side in self.sides:
             resized = TF.resize(image, [side], antialias=True)
             views = TF.five_crop(resized, [self.crop, self.crop]) if self.crop else (resized,)
@@ -343,19 +379,32 @@ def same_shape(found: list[list[Tensor]], pixels: int) -> Iterator[tuple[Tensor,
 
 
 class _RandomViews(Sampler[list[View]]):
-    """Endless training batches, or `part` of each, of views with a random shorter side and place."""
+    """Endless training batches of views of `part`, or the `share` of each, with a random scale or area and place."""
 
-    def __init__(self, seed: int, start: int, batch_size: int, size: int, sides: list[int], part: slice) -> None:
-        self.seed, self.start, self.batch_size, self.size, self.sides = seed, start, batch_size, size, sides
-        self.part = part
+    def __init__(
+        self, seed: int, start: int, batch_size: int, size: int, augment: dict[str, Any], part: Part, share: slice
+    ) -> None:
+        self.seed, self.start, self.batch_size, self.size = seed, start, batch_size, size
+        self.augment, self.count, self.blocks, self.share = augment, len(part), part.blocks, share
 
     def __iter__(self) -> Iterator[list[View]]:
-        iteration = self.start
-        while True:
-            indices = batch_indices(self.seed, iteration, self.batch_size, self.size).tolist()
-            draw = generator(self.seed, "augment", iteration)
-            sides = torch.randint(self.sides[0], self.sides[1] + 1, (self.batch_size,), generator=draw).tolist()
-            places = [(down, across) for down, across in torch.rand(self.batch_size, 2, generator=draw).tolist()]
-            views: list[View] = list(zip(indices, sides, places, strict=True))
-            yield views[self.part]
-            iteration += 1
+        for iteration in itertools.count(self.start):
+            indices = batch_indices(self.seed, iteration, self.batch_size, self.count, self.blocks).tolist()
+            yield list(zip(indices, self._boxes(generator(self.seed, "augment", iteration)), strict=True))[self.share]
+
+    def _boxes(self, draw: torch.Generator) -> list[int | Callable[[int, int], Box]]:
+        """What is cut from each photograph of a batch."""
+        count, area = self.batch_size, self.augment["area"]
+        if area is not None:
+            tries = torch.rand(count, 10, 2, generator=draw).tolist()
+            places = torch.rand(count, 2, generator=draw).tolist()
+            return [
+                functools.partial(area_box, area=area, tries=t, place=p) for t, p in zip(tries, places, strict=True)
+            ]
+        low, high = self.augment["shorter_side"]
+        sides = torch.randint(low, high + 1, (count,), generator=draw).tolist()
+        places = torch.rand(count, 2, generator=draw).tolist()
+        return [
+            functools.partial(scaled_box, size=self.size, side=side, place=place)
+            for side, place in zip(sides, places, strict=True)
+        ]

@@ -1,0 +1,249 @@
+"""Photographs: found in a tree of class folders, read, decoded, and cut.
+
+A part of a data set is a source with `len()`, `read(index)` (name, encoded image, label) and `part(indices)`; this
+file has the kind that lies in folders, packed.py the other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import simplejpeg
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from resnet_train import checkpoint
+from resnet_train.config import class_folders, is_image, is_packed
+from resnet_train.data.images import cache_folder, decode, keep
+from resnet_train.errors import UserError
+
+LISTERS = 16  # folders that are listed at once: on a file server each waits for its answers
+SETTLED = 10.0  # seconds: a folder that changed less than these ago may change again without a new time
+
+
+class Part(Protocol):
+    """Encoded images with labels, of any kind."""
+
+    blocks: tuple[int, ...]  # how many images, in order, lie together in each shard; empty: each lies by itself
+
+    def __len__(self) -> int:
+        """The number of images."""
+
+    def read(self, index: int) -> tuple[str, bytes, int]:
+        """The name of an image, for errors, the image as it is stored, and its label. Raises UserError."""
+
+    def part(self, indices: Tensor) -> Part:
+        """The images at `indices`, perhaps in another order."""
+
+
+@dataclass
+class Photographs:
+    """A training and a test part with the names of their classes and a digest of both."""
+
+    train: Part
+    test: Part
+    classes: list[str]
+    digest: str
+
+
+def open_photographs(root: str) -> Photographs:
+    """What lies at `root`: a tree of class folders, or a packed one, which may be remote. Raises UserError."""
+    if is_packed(root):
+        from resnet_train.data.packed import open_packed
+
+        return open_packed(root)
+    return _open_tree(Path(root))
+
+
+# --- A tree of class folders -----------------------------------------------------------------------------------------
+
+
+class Files:
+    """Image files below folder/<class>/. Compact: a million of them take 60 MB, which workers share."""
+
+    blocks: tuple[int, ...] = ()
+
+    def __init__(self, folder: Path, classes: list[str], found: dict[str, Tensor]) -> None:
+        """`found`: the names, one after another, the end of each, sizes in bytes, labels."""
+        self.folder, self.classes = folder, classes
+        self.names, self.ends = found["names"].numpy().tobytes(), found["ends"].numpy()
+        self.sizes, self.labels = found["sizes"].numpy(), found["labels"].numpy()
+        self.indices = np.arange(len(self.ends))
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def part(self, indices: Tensor) -> Files:
+        """The files at `indices`, in that order."""
+        chosen = object.__new__(Files)
+        chosen.__dict__.update(self.__dict__, indices=self.indices[indices.numpy()])
+        return chosen
+
+    def __getitem__(self, index: int) -> tuple[Path, int]:
+        """The path and the label of a file."""
+        path, _, label = self.entry(index)
+        return Path(path), label
+
+    def entry(self, index: int) -> tuple[str, int, int]:
+        """Path, size and label of a file, as listed."""
+        place = self.indices[index]
+        name = os.fsdecode(self.names[self.ends[place - 1] if place else 0 : self.ends[place]])
+        label = int(self.labels[place])
+        return os.path.join(self.folder, self.classes[label], name), int(self.sizes[place]), label
+
+    def read(self, index: int) -> tuple[str, bytes, int]:
+        """The path, the content and the label of a file. Raises UserError if it is not what was listed."""
+        path, size, label = self.entry(index)
+        return path, read_file(path, size), label
+
+
+def read_file(path: str, size: int) -> bytes:
+    """The content of a file that was listed with `size` bytes. Raises UserError if it is another by now."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            data = file.read()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    if len(data) != size:
+        raise UserError(
+            f"{path}: has {len(data)} bytes and had {size} when the tree was listed; touch {os.path.dirname(path)} and"
+            " start again"
+        )
+    return data
+
+
+def _open_tree(root: Path) -> Photographs:
+    """A train/<class>/*, val/<class>/* tree, listed once and then, as long as its folders stay as they are, known."""
+    classes, test = class_folders(root)
+    place = os.path.realpath(root)
+    listing = cache_folder() / "listings" / f"{root.name}-{hashlib.sha256(os.fsencode(place)).hexdigest()[:16]}.pt"
+    folders = [root / part / name for part in ("train", test) for name in classes]
+    stamp, newest = _stamp(folders)
+    found: dict[str, Any] = {}
+    with contextlib.suppress(UserError):  # not there yet, or damaged: made again
+        found = checkpoint.read(listing)
+    if found.get("stamp") != stamp:
+        parts = {part: _listed([root / part / name for name in classes]) for part in ("train", test)}
+        digest = hashlib.sha256(repr(classes).encode())
+        for part, files in parts.items():
+            for label, name, size in files:
+                digest.update(os.fsencode(f"{part}/{classes[label]}/{name} {size}\n"))
+        found = {"stamp": stamp, "digest": digest.hexdigest()}
+        found |= {part: _compact(files) for part, files in parts.items()}
+        if _stamp(folders)[0] != stamp:
+            raise UserError(f"data.root={root}: changed while it was listed; start again when it is complete")
+        if time.time() - newest > SETTLED:
+            keep(listing, found)
+    train, tested = (Files(root / part, classes, found[part]) for part in ("train", test))
+    return Photographs(train, tested, classes, found["digest"])
+
+
+def _stamp(folders: Sequence[Path]) -> tuple[str, float]:
+    """What changes when a file comes into one of `folders` or leaves it, or the folder is another; the newest change.
+
+    Contents that change in place show when they are read: by their size.
+    """
+    stamp, newest = hashlib.sha256(), 0.0
+    for folder in folders:
+        try:
+            status = os.stat(folder)
+        except OSError as error:
+            raise UserError(f"data.root: {folder}: {error.strerror}") from error
+        stamp.update(os.fsencode(f"{folder.parent.name}/{folder.name}"))
+        stamp.update(f" {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}\n".encode())
+        newest = max(newest, status.st_mtime, status.st_ctime)
+    return stamp.hexdigest(), newest
+
+
+def _listed(folders: list[Path]) -> list[tuple[int, str, int]]:
+    """The label, name and size of every image in `folders`, one for each class, in order."""
+
+    def one(folder: Path) -> list[tuple[str, int]]:
+        try:
+            with os.scandir(folder) as entries:
+                return sorted((entry.name, entry.stat().st_size) for entry in entries if is_image(entry.name))
+        except OSError as error:
+            raise UserError(f"data.root: {error.filename}: {error.strerror}") from error
+
+    with ThreadPoolExecutor(LISTERS) as pool:
+        bar = tqdm(pool.map(one, folders), total=len(folders), desc=f"listing {folders[0].parent.name}", disable=None)
+        return [(label, name, size) for label, files in enumerate(bar) for name, size in files]
+
+
+def _compact(files: list[tuple[int, str, int]]) -> dict[str, Tensor]:
+    names = [os.fsencode(name) for _, name, _ in files]
+    return {
+        "names": torch.frombuffer(bytearray(b"".join(names)), dtype=torch.uint8),
+        "ends": torch.tensor([len(name) for name in names]).cumsum(0),
+        "sizes": torch.tensor([size for _, _, size in files]),
+        "labels": torch.tensor([label for label, _, _ in files]),
+    }
+
+
+# --- Cutting ---------------------------------------------------------------------------------------------------------
+
+
+def image_of(part: Part, index: int) -> tuple[Tensor, int]:
+    """An image of a part, whole and exact, as (3, H, W) uint8, and its label. Raises ImageError and UserError."""
+    name, data, label = part.read(index)
+    return decode(data, name).permute(2, 0, 1), label
+
+
+Box = tuple[int, int, int, int]  # top, left, height, width, in pixels of the photograph
+
+
+def scaled_box(height: int, width: int, *, size: int, side: int, place: Sequence[float]) -> Box:
+    """What becomes the crop of `size` at `place` when the shorter side is brought to `side`.
+
+    `place`: down and across, from 0 to below 1. Every offset is as likely, the first and the last included.
+    """
+    edge = max(1, min(round(size * min(height, width) / side), height, width))
+    down, across = place
+    return int(down * (height - edge + 1)), int(across * (width - edge + 1)), edge, edge
+
+
+def area_box(
+    height: int, width: int, *, area: Sequence[float], tries: Sequence[Sequence[float]], place: Sequence[float]
+) -> Box:
+    """A part of the photograph's `area` (the least and the most, of 1), its sides from 3:4 to 4:3, at `place`.
+
+    As torchvision's RandomResizedCrop: of ten `tries`, each an area and a ratio from 0 to below 1, the first that lies
+    inside; else the largest such part in the middle.
+    """
+    for size, shape in tries:
+        pixels = height * width * (area[0] + size * (area[1] - area[0]))
+        ratio = (3 / 4) ** (1 - 2 * shape)  # uniform in its logarithm
+        across, down = round(math.sqrt(pixels * ratio)), round(math.sqrt(pixels / ratio))
+        if 0 < across <= width and 0 < down <= height:
+            return int(place[0] * (height - down + 1)), int(place[1] * (width - across + 1)), down, across
+    down, across = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
+    return (height - down) // 2, (width - across) // 2, down, across
+
+
+def cut(data: bytes, name: str, size: int, box_of: Callable[[int, int], Box]) -> Tensor:
+    """The part `box_of(height, width)` of an encoded image, brought to `size`: (S, S, 3) uint8. Raises ImageError.
+
+    Only the part is resized. A JPEG whose part is twice `size` or more is decoded at a half, a quarter or an eighth,
+    never below `size`.
+    """
+    factor = 1
+    with contextlib.suppress(ValueError):  # no JPEG
+        shorter = min(box_of(*simplejpeg.decode_jpeg_header(data)[:2])[2:])
+        factor = max(f for f in (1, 2, 4, 8) if f == 1 or shorter >= f * size)
+    image = decode(data, name, factor)
+    top, left, height, width = box_of(*image.shape[:2])
+    part = image[top : top + height, left : left + width].permute(2, 0, 1)[None]
+    part = part.contiguous(memory_format=torch.channels_last)  # of one image torch does not see it, and is slower
+    return F.interpolate(part, (size, size), mode="bilinear", antialias=True)[0].permute(1, 2, 0)

@@ -1,0 +1,159 @@
+"""Laying out the official ILSVRC2012 archives, on a small set of such."""
+
+import hashlib
+import importlib.util
+import io
+import os
+import signal
+import tarfile
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from resnet_train.errors import UserError
+
+savemat = pytest.importorskip("scipy.io", reason="needs scipy").savemat
+spec = importlib.util.spec_from_file_location("imagenet_layout", ROOT / "scripts" / "imagenet.py")
+imagenet = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(imagenet)
+
+# As in the official table, ids do not follow the order of wnids, and the inner nodes of the hierarchy are no classes.
+CLASSES = {1: "n02119789", 2: "n02100735", 3: "n01440764", 4: "n00001740"}
+TRUTH = [3, 1, 1, 2, 3, 2, 1]
+
+
+def add(archive, name, content, **values):
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    for key, value in values.items():
+        setattr(member, key, value)
+    archive.addfile(member, io.BytesIO(content))
+
+
+def packed(members, mode="w"):
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode=mode) as archive:
+        for name, content in members.items():
+            add(archive, name, content)
+    return file.getvalue()
+
+
+def images_of(wnid, count=5):
+    return {f"{wnid}_{n}.JPEG": f"{wnid} {n} ".encode() * 3000 for n in range(count)}
+
+
+@pytest.fixture
+def archives(tmp_path):
+    """Three classes of five images, seven validation images; the folder and the checksums."""
+    folder = tmp_path / "archives"
+    folder.mkdir()
+    table = np.array(
+        [(number, wnid, 0 if number < 4 else 3) for number, wnid in CLASSES.items()],
+        dtype=[("ILSVRC2012_ID", object), ("WNID", object), ("num_children", object)],
+    )
+    meta = io.BytesIO()
+    savemat(meta, {"synsets": table})
+    devkit = {
+        "ILSVRC2012_devkit_t12/data/meta.mat": meta.getvalue(),
+        "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt": "\n".join(map(str, TRUTH)).encode(),
+    }
+    train = {f"{CLASSES[n]}.tar": packed(images_of(CLASSES[n])) for n in (2, 3, 1)}
+    val = {f"ILSVRC2012_val_{n:08d}.JPEG": f"val {n}".encode() for n in range(1, 8)}
+    (folder / imagenet.DEVKIT).write_bytes(packed(devkit, "w:gz"))
+    (folder / imagenet.TRAIN).write_bytes(packed(train))
+    (folder / imagenet.VAL).write_bytes(packed(val))
+    return folder
+
+
+def sums(folder):
+    return {name: hashlib.md5((folder / name).read_bytes()).hexdigest() for name in imagenet.MD5}
+
+
+def complete(out):
+    """Whether all is where it belongs, and nothing else is there."""
+    expected = {f"train/{CLASSES[n]}/{name}": text for n in (1, 2, 3) for name, text in images_of(CLASSES[n]).items()}
+    for number, label in enumerate(TRUTH, 1):
+        expected[f"val/{CLASSES[label]}/ILSVRC2012_val_{number:08d}.JPEG"] = f"val {number}".encode()
+    found = {path.relative_to(out).as_posix(): path for path in out.glob("[!.]*/**/*") if path.is_file()}
+    return {name: path.read_bytes() for name, path in found.items()} == expected
+
+
+def test_the_archives_are_laid_out(archives, tmp_path):
+    imagenet.layout(archives, tmp_path / "out", sums(archives))
+    assert complete(tmp_path / "out")
+
+
+def test_other_archives_are_refused_before_anything_is_laid_out(archives, tmp_path):
+    for name in imagenet.MD5:
+        with pytest.raises(UserError, match=f"{name}: is damaged or not the official"):
+            imagenet.layout(archives, tmp_path / "out", sums(archives) | {name: "0" * 32})
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".done"]
+    md5 = sums(archives)
+    (archives / imagenet.VAL).unlink()
+    with pytest.raises(UserError, match=f"{imagenet.VAL}: .*No such file"):
+        imagenet.layout(archives, tmp_path / "out", md5)
+
+
+@pytest.mark.parametrize("after", [1, 6, 11, 16, 20])
+def test_a_killed_layout_goes_on(after, archives, tmp_path):
+    """Killed within the so-many-th image that it writes; classes that are there are not written again."""
+    out, md5 = tmp_path / "out", sums(archives)
+    child = os.fork()
+    if not child:
+        real, count = imagenet.shutil.copyfileobj, [0]
+
+        def copy(source, target, size):
+            count[0] += 1
+            if count[0] == after:
+                target.write(source.read(2))
+                target.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(source, target, size)
+
+        imagenet.shutil.copyfileobj = copy
+        imagenet.layout(archives, out, md5)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert not complete(out)
+    before = {path: path.stat().st_mtime_ns for path in out.glob("train/*/*")}
+    assert len(before) == min((after - 1) // 5, 3) * 5
+    imagenet.layout(archives, out, md5)
+    assert complete(out)
+    assert all(path.stat().st_mtime_ns == then for path, then in before.items())
+
+
+EVIL = {
+    "up": {"name": "../../evil.JPEG"},
+    "absolute": {"name": "/tmp/evil.JPEG"},
+    "deep": {"name": "a/evil.JPEG"},
+    "link": {"name": "evil.JPEG", "type": tarfile.SYMTYPE, "linkname": "/etc/passwd"},
+    "hard link": {"name": "evil.JPEG", "type": tarfile.LNKTYPE, "linkname": "/etc/passwd"},
+    "device": {"name": "evil.JPEG", "type": tarfile.CHRTYPE},
+}
+
+
+@pytest.mark.parametrize("member", EVIL.values(), ids=EVIL)
+@pytest.mark.parametrize("where", ["train", "val", "class"])
+def test_members_are_never_written_outside_their_folder(where, member, archives, tmp_path):
+    """Not even where the checksum would hold."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        add(archive, member["name"], b"", **{key: value for key, value in member.items() if key != "name"})
+    name = imagenet.VAL if where == "val" else imagenet.TRAIN
+    text = packed({f"{CLASSES[1]}.tar": file.getvalue()}) if where == "class" else file.getvalue()
+    (archives / name).write_bytes(text)
+    before = sorted(tmp_path.parent.rglob("evil*"))
+    with pytest.raises(UserError, match="which is no"):
+        imagenet.layout(archives, tmp_path / "out", sums(archives))
+    assert sorted(tmp_path.parent.rglob("evil*")) == before
+
+
+@pytest.mark.parametrize("name", list(imagenet.MD5))
+def test_an_archive_cut_short_is_one_line(name, archives, tmp_path):
+    data = (archives / name).read_bytes()
+    (archives / name).write_bytes(data[: len(data) * 2 // 3])
+    with pytest.raises(UserError) as caught:
+        imagenet.layout(archives, tmp_path / "out", sums(archives))
+    assert str(archives) in str(caught.value)
+    assert "\n" not in str(caught.value)

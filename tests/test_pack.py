@@ -1,0 +1,531 @@
+"""Packed photographs: written once and whole however often that is cut, read by us and by litdata, trained from."""
+
+import contextlib
+import hashlib
+import io
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from conftest import metrics, stamp, start
+from PIL import Image
+
+from resnet_train.config import class_folders
+from resnet_train.data import pack as packing
+from resnet_train.data.images import decode
+from resnet_train.data.packed import Shard, open_packed, stored_order
+from resnet_train.data.photographs import cut, image_of, open_photographs, scaled_box
+from resnet_train.data.sampler import WINDOW, permutation
+from resnet_train.data.sets import StreamedSets
+from resnet_train.errors import RunError, UserError
+
+pytest.importorskip("litdata", reason="needs the extra `streaming`")
+
+CPU = torch.device("cpu")
+COUNTS = {"train": {"cat": 30, "dog": 20, "eel": 14}, "val": {"cat": 4, "dog": 5, "eel": 2}}
+SETTINGS = {"shorter_side": 40, "quality": 90, "images": 5, "workers": 0, "broken": "stop"}
+AUGMENT = {"pad": 0, "flip": True, "shorter_side": [36, 60], "area": None, "colour_jitter": 0.0, "colour_noise": 0.1}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RESNET_TRAIN_DATA", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
+def photograph(seed, width, height):
+    """A smooth colour picture."""
+    blocks = torch.randint(0, 256, (5, 4, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return Image.fromarray(blocks.numpy()).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """64 photographs to train and 11 to test, of three classes and many shapes, as JPEG and PNG."""
+    root, number = tmp_path_factory.mktemp("tree") / "photos", itertools.count()
+    for part, counts in COUNTS.items():
+        for name, count in counts.items():
+            (root / part / name).mkdir(parents=True)
+            for index in range(count):
+                seed = next(number)
+                image = photograph(seed, 33 + seed % 31, 36 + seed % 29)
+                suffix = "png" if seed % 7 == 0 else "JPEG"
+                image.save(root / part / name / f"{index:02d}.{suffix}", **({} if suffix == "png" else {"quality": 95}))
+    return root
+
+
+@pytest.fixture(scope="module")
+def packed(tree, tmp_path_factory):
+    """The tree, packed: 13 and 3 shards."""
+    out = tmp_path_factory.mktemp("packed") / "photos-40"
+    packing.pack(root=str(tree), out=out, **SETTINGS)
+    return out
+
+
+def content(folder):
+    """All files of a folder, as checksums."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def test_litdata_reads_what_is_written(packed):
+    """As it would read its own, and the same that our reader gives."""
+    import litdata
+
+    for part, count in (("train", 64), ("val", 11)):
+        theirs = litdata.StreamingDataset(str(packed / part), shuffle=False)
+        found = open_packed(str(packed))
+        ours = found.train if part == "train" else found.test
+        assert len(theirs) == len(ours) == count
+        for index in range(count):
+            item, (name, image, label) = theirs[index], ours.read(index)
+            assert (bytes(item["image"]), item["label"], name.split(": ")[1]) == (image, label, item["name"])
+
+
+def test_the_packed_images_are_those_of_the_tree(tree, packed):
+    """Each once, with its label; no shorter side above the asked, no change of the shape, little of the pixels."""
+    files, shards = open_photographs(str(tree)), open_photographs(str(packed))
+    assert (files.classes, len(files.train), len(files.test)) == (shards.classes, len(shards.train), len(shards.test))
+    for part in ("train", "test"):
+        ours, theirs = getattr(shards, part), getattr(files, part)
+        order = stored_order(part, len(theirs)).tolist()
+        for index, place in enumerate(order):
+            (small, label), (image, same) = image_of(ours, index), image_of(theirs, place)
+            assert label == same
+            assert min(small.shape[1:]) == min(40, *image.shape[1:])
+            again = packing.packed_image(theirs.read(place)[1], "", 40, 90)
+            assert torch.equal(decode(again, "").permute(2, 0, 1), small)
+            mean, other = small.float().mean((1, 2)), image.float().mean((1, 2))
+            torch.testing.assert_close(mean, other, rtol=0, atol=3)
+
+
+def test_the_test_part_is_packed_as_listed(tree, packed):
+    """So that batches, and the sum of their losses, are those of the tree."""
+    names = [open_packed(str(packed)).test.read(index)[0].split(": ")[1] for index in range(11)]
+    listed = open_photographs(str(tree)).test
+    assert names == ["/".join(listed.entry(index)[0].split("/")[-2:]) for index in range(11)]
+
+
+@pytest.mark.parametrize("validation", [1, 13, 63])
+def test_the_same_images_are_held_out(validation, tree, packed):
+    """Of the tree and of the packed folder; together with the rest they are all."""
+    kinds = [StreamedSets(root=str(root), size=32, validation=validation, workers=0) for root in (tree, packed)]
+    for split in ("train", "val"):
+        files, shards = (sets.parts[split] for sets in kinds)
+        names = {"/".join(files.entry(index)[0].split("/")[-2:]) for index in range(len(files))}
+        assert {shards.read(index)[0].split(": ")[1] for index in range(len(shards))} == names
+        assert sum(shards.blocks) == len(shards) == kinds[0].sizes[split]
+
+
+def test_a_jpeg_that_is_small_stays_and_others_become_one(tmp_path):
+    def encoded(image, kind="JPEG", **options):
+        file = io.BytesIO()
+        image.save(file, kind, **options)
+        return file.getvalue()
+
+    small = photograph(1, 50, 39)
+    kept = encoded(small, quality=60)
+    assert packing.packed_image(kept, "", 40, 90) == kept
+    for other in (encoded(small, quality=100), encoded(small, "PNG"), encoded(small.convert("CMYK"), quality=50)):
+        found = packing.packed_image(other, "", 40, 90)
+        with Image.open(io.BytesIO(found)) as image:
+            assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (50, 39))
+    with Image.open(io.BytesIO(packing.packed_image(encoded(photograph(1, 400, 90)), "", 40, 90))) as image:
+        assert image.size == (178, 40)
+
+
+# Cut and gone on with
+
+
+def test_a_killed_packing_goes_on_and_gives_the_same(tree, packed, tmp_path):
+    """Killed when 2, 6 and 11 shards are there: none is made again, and the whole is the undisturbed, bit for bit."""
+    out, seen = tmp_path / "out", {}
+    for least in (2, 6, 11):
+        child = os.fork()
+        if not child:  # another process without the seconds that imports take
+            packing.pack(root=str(tree), out=out, **SETTINGS)
+            os._exit(0)
+        while len(list(out.glob("packing/*-*.json"))) < least:
+            assert os.waitpid(child, os.WNOHANG) == (0, 0)
+        os.kill(child, signal.SIGKILL)
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+        assert not (out / "pack.json").exists()
+        with pytest.raises(UserError, match="is not packed to the end"):
+            class_folders(out)
+        for note in out.glob("packing/*-*.json"):
+            assert seen.setdefault(note.name, note.stat().st_mtime_ns) == note.stat().st_mtime_ns
+    packing.pack(root=str(tree), out=out, **SETTINGS)
+    assert content(out) == content(packed)
+
+
+def test_a_packing_that_was_cut_before_pack_json_is_finished(tree, packed, tmp_path, capsys):
+    """One shard without its note is written again; half a file of a shard is none."""
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing.shutil, "rmtree", lambda *_, **__: None)
+        packing.pack(root=str(tree), out=out, **SETTINGS)
+    (out / "pack.json").unlink()
+    (out / "packing" / "train-3.json").unlink()
+    (out / "train" / "chunk-0-3.bin").write_bytes(b"half")
+    packing.pack(root=str(tree), out=out, **SETTINGS | {"workers": 1})
+    assert "going on: 15 of 16 shards are there" in capsys.readouterr().out
+    assert content(out) == content(packed)
+    before = content(out)
+    packing.pack(root=str(tree), out=out, **SETTINGS)
+    assert "nothing to do" in capsys.readouterr().out
+    assert content(out) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"shorter_side": 41}, "shorter_side: .*other values"),
+        ({"quality": 91}, "quality: .*other values"),
+        ({"images": 6}, "images: .*other values"),
+    ],
+)
+def test_another_pack_in_the_folder_is_refused(change, words, tree, packed):
+    with pytest.raises(UserError, match=words):
+        packing.pack(root=str(tree), out=packed, **SETTINGS | change)
+
+
+def test_another_tree_and_a_foreign_folder_are_refused(tree, packed, tmp_path):
+    shutil.copytree(tree, tmp_path / "photos")
+    (tmp_path / "photos" / "train" / "cat" / "00.JPEG").write_bytes(b"other")
+    with pytest.raises(UserError, match=r"data\.root: .*other values"):
+        packing.pack(root=str(tmp_path / "photos"), out=packed, **SETTINGS)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="holds no pack"):
+        packing.pack(root=str(tree), out=tmp_path / "mine", **SETTINGS)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_broken_images_stop_the_packing_or_are_left_out(tree, tmp_path, capsys):
+    """What is left out is counted and named, and the same images are held out as of the tree without them."""
+    shutil.copytree(tree, tmp_path / "photos")
+    spoilt = [("train/dog/03.JPEG", b""), ("train/eel/11.JPEG", b"hello\n"), ("val/cat/01.JPEG", None)]
+    for name, text in spoilt:
+        path = tmp_path / "photos" / name
+        path.write_bytes(path.read_bytes()[:400] if text is None else text)
+    with pytest.raises(UserError, match="is not an image that can be read") as caught:
+        packing.pack(root=str(tmp_path / "photos"), out=tmp_path / "out", **SETTINGS)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out" / "pack.json").exists()
+    packing.pack(root=str(tmp_path / "photos"), out=tmp_path / "skipped", **SETTINGS | {"broken": "skip"})
+    told = capsys.readouterr()
+    assert "72 images in 16 shards" in told.out
+    assert "3 broken ones skipped" in told.out
+    for name, _ in spoilt:
+        assert f"skipped: {tmp_path / 'photos' / name}: is not an image" in told.err
+        (tmp_path / "photos" / name).unlink()
+    kinds = [
+        StreamedSets(root=str(tmp_path / name), size=32, validation=20, workers=0) for name in ("photos", "skipped")
+    ]
+    assert kinds[0].sizes == kinds[1].sizes == {"train": 42, "val": 20, "test": 10}
+    held = kinds[0].parts["val"]
+    names = {"/".join(held.entry(index)[0].split("/")[-2:]) for index in range(20)}
+    assert {kinds[1].parts["val"].read(index)[0].split(": ")[1] for index in range(20)} == names
+
+
+# The check, and what it finds
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES = {
+    "bit": (flip_a_bit, "checksum does not hold"),
+    "cut": (lambda path: os.truncate(path, 1000), "is cut short"),
+    "empty": (lambda path: path.write_bytes(b""), "is cut short"),
+    "gone": (lambda path: path.unlink(), "No such file"),
+}
+
+
+@pytest.mark.parametrize(("damage", "words"), DAMAGES.values(), ids=DAMAGES)
+def test_the_check_finds_a_damaged_shard(damage, words, packed, tmp_path, capsys):
+    shutil.copytree(packed, tmp_path / "copy")
+    damage(tmp_path / "copy" / "train" / "chunk-0-7.bin")
+    with pytest.raises(RunError, match=f"chunk-0-7.bin: .*{words}"):
+        packing.check_packed(str(tmp_path / "copy"), workers=0)
+    packing.check_packed(str(packed), workers=0)
+    assert "75 images in 16 shards, all as they were packed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "gone"])
+def test_a_shard_cut_short_is_named_before_anything_begins(damage, packed, tmp_path):
+    shutil.copytree(packed, tmp_path / "copy")
+    DAMAGES[damage][0](tmp_path / "copy" / "val" / "chunk-0-1.bin")
+    with pytest.raises(UserError, match=r"val/chunk-0-1\.bin: "):
+        StreamedSets(root=str(tmp_path / "copy"), size=32, validation=0, workers=0)
+
+
+@pytest.mark.parametrize("size", [0, 3, 4, 30, 500])
+def test_a_table_that_cannot_be_is_refused(size, packed, tmp_path):
+    data = (packed / "train" / "chunk-0-0.bin").read_bytes()
+    (tmp_path / "shard").write_bytes(data[:size])
+    with pytest.raises(UserError, match="is cut short or damaged"):
+        Shard(tmp_path / "shard")
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": 99}'])
+def test_a_damaged_pack_json_is_one_line(text, packed, tmp_path):
+    shutil.copytree(packed, tmp_path / "copy")
+    (tmp_path / "copy" / "pack.json").write_text(text)
+    with pytest.raises(UserError, match=str(tmp_path / "copy")):
+        open_packed(str(tmp_path / "copy"))
+
+
+# Elsewhere
+
+
+def test_a_packed_folder_elsewhere_is_fetched_once_and_checked(packed, tmp_path, monkeypatch):
+    monkeypatch.setenv("RESNET_TRAIN_DATA", str(tmp_path / "cache"))
+    shutil.copytree(packed, tmp_path / "there")
+    url = f"local:{tmp_path / 'there'}"
+    assert open_packed(url).digest == open_packed(str(packed)).digest
+    (here,) = (tmp_path / "cache" / "packed").iterdir()
+    shards = {path: path.stat().st_mtime_ns for path in here.rglob("*.bin")}
+    assert len(shards) == 16
+    assert not list(here.rglob("*.part"))
+    torn = here / "train" / "chunk-0-2.bin"
+    torn.write_bytes(b"torn")
+    assert open_packed(f"{url}/").train.read(0) is not None
+    assert torn.read_bytes() == (packed / "train" / "chunk-0-2.bin").read_bytes()
+    assert all(path.stat().st_mtime_ns == then for path, then in shards.items() if path != torn)
+    flip_a_bit(tmp_path / "there" / "val" / "chunk-0-0.bin")
+    (here / "val" / "chunk-0-0.bin").unlink()
+    with pytest.raises(UserError, match=r"val/chunk-0-0\.bin is not what pack\.json says"):
+        open_packed(url)
+    with pytest.raises(UserError, match=r"pack\.json cannot be fetched"):
+        open_packed(f"local:{tmp_path / 'nowhere'}")
+
+
+# The order
+
+
+def test_the_order_is_of_shards_and_of_images_within_windows():
+    """Every image once in each pass; the places of a window hold whole shards, those of a shard are far apart."""
+    blocks = (7, 5, 6, 3, 8, 1) * 10
+    for epoch in range(3):
+        order = permutation(5, epoch, sum(blocks), blocks)
+        assert order.sort().values.tolist() == list(range(sum(blocks)))
+    shard, seen, start = torch.arange(len(blocks)).repeat_interleave(torch.tensor(blocks))[order].tolist(), set(), 0
+    while start < len(shard):
+        inside = set()
+        for end in range(start, len(shard)):  # a window ends where the next shard is one too many
+            if len(inside | {shard[end]}) > WINDOW:
+                break
+            inside.add(shard[end])
+        else:
+            end = len(shard)
+        assert sum(blocks[number] for number in inside) == end - start
+        changes = sum(one != other for one, other in itertools.pairwise(shard[start:end]))
+        assert changes > 0.7 * (end - start)
+        assert not seen & inside
+        seen, start = seen | inside, end
+    assert seen == set(range(len(blocks)))
+    assert not torch.equal(order, permutation(5, 1, sum(blocks), blocks))
+    assert not torch.equal(order, permutation(6, 2, sum(blocks), blocks))
+
+
+def batches(root, rank=0, world=1, start=0, workers=0, count=4):
+    sets = StreamedSets(root=str(root), size=32, validation=0, workers=workers)
+    found = sets.train_batches(
+        sets.mean_image(), CPU, seed=3, batch_size=20, augment=AUGMENT, start=start, rank=rank, world=world
+    )
+    with contextlib.closing(found):
+        return list(itertools.islice(found, count))
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a machine with one core
+def test_packed_batches_are_the_same_on_any_processes_workers_and_starts(packed):
+    whole = batches(packed)
+    shares = [batches(packed, rank, 2) for rank in (0, 1)]
+    for batch, *parts in zip(whole, *shares, strict=True):
+        for one, some, others in zip(batch, *parts, strict=True):
+            assert torch.equal(one, torch.cat([some, others]))
+    for other in (batches(packed, start=2, count=2), batches(packed, start=2, count=2, workers=2)):
+        for one, two in zip(whole[2:], other, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+# Trained from
+
+TRAIN = ["data=imagenet", "depth=18", "data.size=32", "augment.shorter_side=[36,60]", "batch_size=10", "iterations=7"]
+TRAIN += ["log_every=2", "checkpoint_every=2", "eval_batch_size=4", "data.workers=1", "device=cpu"]
+TRAIN += ["data.validation=5", "precision=fp32"]
+
+
+@pytest.mark.slow
+def test_a_training_on_packed_data_that_is_killed_ends_as_the_undisturbed(packed, tmp_path):
+    """64 - 5 images in batches of 10: killed with SIGKILL in the first pass and going on from its checkpoint."""
+    words = [*TRAIN, f"data.root={packed}"]
+    whole = subprocess.run(start(*words, "run_dir=whole"), cwd=tmp_path, capture_output=True, text=True)
+    assert whole.returncode == 0, whole.stderr
+    job = subprocess.Popen(start(*words, "run_dir=cut"), cwd=tmp_path, stdout=subprocess.DEVNULL)
+    while not stamp(tmp_path / "cut"):
+        assert job.poll() is None
+        time.sleep(0.005)
+    job.kill()
+    job.wait()
+    done = subprocess.run(start(*words, "run_dir=cut"), cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "going on from iteration" in done.stdout
+    for name in ("last", "previous", "best"):
+        files = [tmp_path / run / "checkpoints" / f"{name}.pt" for run in ("whole", "cut")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "cut")
+    lines = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
+    waited = [line["waited"] for line in lines if line["split"] == "train"]
+    assert len(waited) == 4
+    assert all(0 < share < 1 for share in waited)
+
+
+# Cutting, listing, broken images
+
+
+def test_the_cut_is_the_part_resized(tree):
+    """At a scale of 1 it is the part itself; a large photograph decoded at a fraction is near to the whole."""
+    part = open_photographs(str(tree)).train
+    for index in range(0, 64, 9):
+        name, data, _ = part.read(index)
+        image = decode(data, name)
+        assert torch.equal(cut(data, name, 24, lambda *_: (3, 5, 24, 24)), image[3:27, 5:29])
+    file = io.BytesIO()
+    photograph(4, 900, 700).save(file, "JPEG", quality=95)
+    small = cut(file.getvalue(), "", 32, lambda h, w: (h // 4, w // 4, h // 2, w // 2)).float()
+    whole = decode(file.getvalue(), "")[175:525, 225:675].permute(2, 0, 1)[None]
+    exact = torch.nn.functional.interpolate(whole.float(), (32, 32), mode="bilinear", antialias=True)
+    difference = (small.permute(2, 0, 1) - exact[0]).abs()
+    assert 0 < difference.mean() < 2  # not the same pixels: it was decoded at an eighth
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 9), (375, 500), (9000, 12000), (50, 49)])
+@pytest.mark.parametrize("side", [224, 256, 480])
+def test_boxes_lie_inside_and_reach_both_ends(height, width, side):
+    ends = [scaled_box(height, width, size=224, side=side, place=place) for place in ((0.0, 0.0), (1 - 1e-9, 1 - 1e-9))]
+    (top, left, edge, same), (bottom, right, *_) = ends
+    assert edge == same == max(1, round(224 * min(height, width) / side))
+    assert (top, left, bottom, right) == (0, 0, height - edge, width - edge)
+
+
+def aged(root):
+    """Folders that have been as they are for a while."""
+    for folder in [root, *root.rglob("*")]:
+        if folder.is_dir():
+            os.utime(folder, (1e9, 1e9))
+
+
+def test_a_listing_is_kept_and_never_stale(tree, tmp_path, monkeypatch):
+    """Files that come, go, change their names or their length in place are seen, by the listing or at their reading."""
+    monkeypatch.setenv("RESNET_TRAIN_DATA", str(tmp_path / "cache"))
+    from resnet_train.data import photographs
+
+    monkeypatch.setattr(photographs, "SETTLED", -1.0)
+    root, listed = tmp_path / "photos", []
+    shutil.copytree(tree, root)
+    real = photographs._listed
+    monkeypatch.setattr(photographs, "_listed", lambda folders: listed.append(1) or real(folders))
+
+    def opened(times):
+        listed.clear()
+        found = open_photographs(str(root))
+        assert len(listed) == times
+        return found
+
+    first = opened(2)
+    again = opened(0)
+    assert again.digest == first.digest
+    assert [again.train.read(n) for n in range(64)] == [first.train.read(n) for n in range(64)]
+    (root / "train" / "cat" / "01.JPEG").rename(root / "train" / "cat" / "zz.JPEG")
+    renamed = opened(2)
+    assert renamed.digest != first.digest
+    shutil.copy(root / "val" / "eel" / "01.JPEG", root / "val" / "eel" / "02.JPEG")
+    assert len(opened(2).test) == 12
+    (root / "val" / "eel" / "02.JPEG").unlink()
+    assert len(opened(2).test) == 11
+    with (root / "train" / "cat" / "zz.JPEG").open("ab") as file:
+        file.write(b"x")
+    changed = opened(0)
+    with pytest.raises(UserError, match=r"zz\.JPEG: has .* bytes and had"):
+        [changed.train.read(n) for n in range(64)]
+    os.utime(root / "train" / "cat")
+    assert opened(2).digest not in (first.digest, renamed.digest)
+    monkeypatch.setattr(photographs, "SETTLED", 10.0)
+    (root / "train" / "dog" / "zz.JPEG").write_bytes(b"x")
+    opened(2)
+    opened(2)  # the folder has changed just now: not kept
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_a_broken_training_image_is_skipped_where_asked(tree, tmp_path, capfd):
+    """The next one comes in its place, the same on any workers, counted; a broken test image stops all the same."""
+    root = tmp_path / "photos"
+    shutil.copytree(tree, root)
+    for index in (6, 7):
+        (root / "train" / "dog" / f"{index:02d}.JPEG").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"dog/0[67]\.JPEG: is not an image"):
+        batches(root, count=7)
+
+    def skipping(workers):
+        sets = StreamedSets(root=str(root), size=32, validation=0, workers=workers, broken="skip")
+        found = sets.train_batches(sets.mean_image(), CPU, seed=3, batch_size=16, augment=AUGMENT, start=0)
+        skipped = []
+        with contextlib.closing(found):
+            images = [(skipped.append(sets.skipped), one)[1] for one in itertools.islice(found, 8)]
+        return images, skipped
+
+    (here, counts), (there, same) = skipping(0), skipping(2)
+    assert counts == same
+    assert sum(counts) == 4  # two files, two passes of 64
+    for one, two in zip(here, there, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    assert torch.cat([labels for _, labels in here]).bincount().tolist() == [60, 40, 28]
+    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("skipped: ")]
+    assert len(told) == 4  # by each of the two sets, each file once
+    (root / "val" / "eel" / "01.JPEG").write_bytes(b"no image")
+    sets = StreamedSets(root=str(root), size=32, validation=0, workers=0, broken="skip")
+    with pytest.raises(UserError, match=r"eel/01\.JPEG"):
+        list(sets.eval_batches("test", sets.mean_image(), CPU, 4))
+
+
+MODES = {"L": "JPEG", "CMYK": "JPEG", "P": "PNG", "1": "PNG", "LA": "PNG", "RGBA": "PNG", "I;16": "PNG"}
+
+
+@pytest.mark.parametrize(("mode", "kind"), MODES.items(), ids=MODES)
+def test_every_kind_of_image_becomes_rgb(mode, kind):
+    """And the quick decoder gives what Pillow gives."""
+    file = io.BytesIO()
+    grey = photograph(3, 41, 37).convert("L")
+    if mode == "I;16":
+        Image.fromarray(torch.arange(0, 37 * 41 * 40, 40).view(37, 41).to(torch.uint16).numpy()).save(file, kind)
+        expected = (torch.arange(0, 37 * 41 * 40, 40).view(37, 41) // 256)[..., None].expand(-1, -1, 3)
+    else:
+        image = (grey if mode in ("L", "LA", "1") else photograph(3, 41, 37)).convert(mode)
+        image.save(file, kind)
+        with Image.open(io.BytesIO(file.getvalue())) as again:
+            expected = torch.tensor(bytearray(again.convert("RGB").tobytes())).view(37, 41, 3)
+    assert torch.equal(decode(file.getvalue(), "x.JPEG"), expected.to(torch.uint8))
+
+
+def test_rotation_is_not_applied_and_palettes_may_be_transparent():
+    file = io.BytesIO()
+    image, exif = photograph(3, 41, 37), Image.Exif()
+    exif[0x0112] = 6
+    image.save(file, "JPEG", exif=exif)
+    assert decode(file.getvalue(), "").shape == (37, 41, 3)
+    file = io.BytesIO()
+    image.quantize(8).save(file, "PNG", transparency=bytes(range(8)))
+    assert decode(file.getvalue(), "").shape == (37, 41, 3)
