@@ -74,8 +74,8 @@ def uncounted(model: nn.Module) -> Iterator[None]:
 @torch.no_grad()
 def update_statistics(model: nn.Module, groups: int) -> None:
     """Move the running statistics towards the mean over the `groups` of one step, which all processes share."""
-    norms = [module for module in model.modules() if isinstance(module, GroupBatchNorm2d)]
-    if not norms:
+    norms = [module for module in model.modules() if isinstance(module, GroupBatchNorm2d) and module.training]
+    if not norms:  # none, or all of them frozen
         return
     found = total(torch.cat([norm.sums.flatten() for norm in norms])).div_(groups)
     running = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
