@@ -633,6 +633,8 @@ def check_weights(values: Mapping[str, Any], asked: Collection[str] = ()) -> Wei
         )
     if values["file"] is None:
         raise UserError(f"name the file, as in resnet-weights {word} FILE out=…")
+    if values["out"] is None:
+        raise UserError("out: is needed; add out=…")
     config = _typed(WeightsConfig, values)
     _check_paths({"file": config.file, "out": config.out, "classes": config.classes, "data.root": config.data.root})
     if config.format not in FORMATS[word]:
