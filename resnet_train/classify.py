@@ -14,6 +14,7 @@ from resnet_train.data.images import center_view, read_image, whole_view
 from resnet_train.data.names import imagenet_classes
 from resnet_train.data.transforms import normalise
 from resnet_train.files import expand, write_result
+from resnet_train.weights import divisor
 
 AT_ONCE = 32
 
@@ -27,14 +28,14 @@ def classify(asked: ClassifyConfig, images: list[str]) -> None:
         classes, precision = state["classes"], state["measure"]["precision"]
         net = placed(network(config, len(classes)), device, precision)
         net.load_state_dict(state["model"])
-        mean = state["mean"].to(device)
+        mean, std = state["mean"].to(device), torch.tensor(divisor(config), device=device).view(1, 3, 1, 1)
     net.eval()
     words, found = imagenet_classes(), []
     for start in range(0, len(images), AT_ONCE):
         some = images[start : start + AT_ONCE]
         views = torch.stack([view(read_image(expand(name)), config) for name in some]).to(device)
         with torch.no_grad():
-            odds = logits_of(net, normalise(views, mean), precision).softmax(1)
+            odds = logits_of(net, normalise(views, mean) / std, precision).softmax(1)
         top, which = (values.tolist() for values in odds.topk(min(5, len(classes))))
         for name, probabilities, numbers in zip(some, top, which, strict=True):
             rows = [_row(classes[n], p, words) for p, n in zip(probabilities, numbers, strict=True)]

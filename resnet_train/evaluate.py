@@ -274,6 +274,8 @@ def restored_net(
         model = network(config, len(sets.classes))
         if asked.precise_bn:
             group_statistics(model, state["measure"]["bn_images"])
+        if config.freeze is not None:
+            model.freeze(config.freeze)
         model = placed(model, device, precision)
         model.load_state_dict(state["model"])
         return model, state["mean"].to(device), precision, state["measure"]["compile"]

@@ -21,7 +21,7 @@ import torch
 import torchvision
 from torch import nn
 
-from resnet_train import __version__, checkpoint, curves, paper
+from resnet_train import __version__, checkpoint, curves, paper, state_dicts
 from resnet_train.batchnorm import group_statistics
 from resnet_train.build import (
     check_synchronised,
@@ -43,7 +43,7 @@ from resnet_train.models.resnet import multiply_adds, parameters
 from resnet_train.record import Record
 from resnet_train.schedule import Progress
 from resnet_train.train import Meters, Run, Stop, loop
-from resnet_train.weights import Source, check_same_net, read_source
+from resnet_train.weights import Source, check_same_net, divisor, read_source
 
 
 def train(config: Config, directory: Path) -> int:
@@ -175,7 +175,7 @@ def begin_from(run: Run, source: Source) -> None:
 
     At another size of images the mean image's channel averages take its place.
     """
-    state = source.model
+    state = state_dicts.rescaled(source.model, source.std, divisor(run.config))
     if not source.same_classes(run.sets.classes):
         state = state | {f"fc.{name}": value for name, value in run.model.fc.state_dict().items()}
     with checkpoint.fitting(f"init_from={run.config.init_from}"):

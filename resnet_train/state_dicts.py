@@ -1,7 +1,8 @@
 """State dicts of other programs in our form, and back. Names are torchvision's; what differs is said here.
 
-**Pixels.** Others divide by a standard deviation, we do not: conv1(w, (x - m) / s) = conv1(w / s, x - m), and the zeros
-that pad the image are zeros in both, so that dividing the weights of conv1 once gives the same net.
+**Pixels.** Others divide by a standard deviation, and most of our nets do not. conv1(w, (x - m) / s) is
+conv1(w / s, x - m), and the zeros that pad the image are zeros in both: with the weights of conv1 multiplied or divided
+once, it is the same net for other pixels (`rescaled`).
 
 **Padding of option A.** akamaster's pytorch_resnet_cifar10 puts half of the new zero channels before the old ones and
 half after them; ours stand after them. The same net with its channels in another order is ours: `end_padded`.
@@ -21,8 +22,9 @@ from resnet_train.errors import UserError
 from resnet_train.models import cifar_resnet, imagenet_resnet
 from resnet_train.models.resnet import IMAGENET
 
-# What torchvision, timm and pytorch_resnet_cifar10 subtract from and divide images in 0 to 1 by.
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# What torchvision, timm and pytorch_resnet_cifar10 subtract from images in 0 to 1; they divide by IMAGENET_STD.
+MEAN = (0.485, 0.456, 0.406)
+UNDIVIDED = (1.0, 1.0, 1.0)
 PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and of compiled modules
 NORM = ("weight", "bias", "running_mean", "running_var")
 
@@ -125,16 +127,16 @@ def _blocks(state: Mapping[str, Tensor]) -> list[list[str]]:
     return stages
 
 
-def divided(state: Mapping[str, Tensor], std: Sequence[float]) -> dict[str, Tensor]:
-    """The net for images that are not divided by `std` (of each channel, in 0 to 1), from one for images that are."""
+def rescaled(state: Mapping[str, Tensor], of: Sequence[float], to: Sequence[float]) -> dict[str, Tensor]:
+    """The net for images that are divided by `to` (a number for each channel), from one for images divided by `of`.
+
+    Where these are the same, the same bits; else conv1 is computed in float64 and rounded to what it was.
+    """
+    if tuple(of) == tuple(to):
+        return dict(state)
     weight = state["conv1.weight"]
-    folded = weight.double() / torch.tensor(std, dtype=torch.float64).view(1, 3, 1, 1)
-    return {**state, "conv1.weight": folded.to(weight.dtype)}
-
-
-def multiplied(state: Mapping[str, Tensor], std: Sequence[float]) -> dict[str, Tensor]:
-    """The net for images that are divided by `std`, from one for images that are not."""
-    return divided(state, [1 / value for value in std])
+    factors = torch.tensor(to, dtype=torch.float64) / torch.tensor(of, dtype=torch.float64)
+    return {**state, "conv1.weight": (weight.double() * factors.view(1, 3, 1, 1)).to(weight.dtype)}
 
 
 def shape_of(state: Mapping[str, Tensor], where: str) -> Shape:

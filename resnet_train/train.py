@@ -110,7 +110,6 @@ class Run:
         """Go on from a checkpoint."""
         self.mean = state["mean"].to(self.device)
         self.model.load_state_dict(state["model"])
-        self.mean = state["mean"].to(self.device)  # that of init_from, where the run began with it
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.meters.load(state["meters"])

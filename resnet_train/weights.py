@@ -20,10 +20,12 @@ from resnet_train.build import network
 from resnet_train.config import Config, WeightsConfig, class_folders, is_official_cifar10, restored
 from resnet_train.data.images import CLASSES
 from resnet_train.data.names import imagenet_classes
+from resnet_train.data.transforms import IMAGENET_STD
 from resnet_train.errors import RunError, UserError
 from resnet_train.files import expand, write_result, write_whole
 from resnet_train.models.resnet import ResNet
 
+BN_IMAGES = {"cifar": 64, "imagenet": 32}
 FAMILIES = {"cifar": "CIFAR", "imagenet": "ImageNet"}
 TOLERANCE = 1e-4  # of ONNX logits, in absolute terms and relative to the largest
 
@@ -42,7 +44,8 @@ class Source:
     bottleneck_stride: str
     model: dict[str, Tensor]
     mean: Tensor
-    std: list[float] | None  # what is in conv1 now; None for a checkpoint of ours
+    std: tuple[float, ...]  # what images in 0 to 1 are divided by for this conv1
+    ours: bool  # whether it is a checkpoint of ours
     classes: list[str] | None
 
     @property
@@ -90,7 +93,6 @@ def read_source(
         state = {name: value.double() if value.is_floating_point() else value for name, value in state.items()}
     beside = _read_beside(path)
     mean_image = torch.tensor(beside.get("mean", state_dicts.MEAN) if mean is None else mean, dtype=torch.float64)
-    divisor = list(std or beside.get("std", state_dicts.STD))
     plain = beside.get("arch") == "plain"
     return Source(
         family=shape.family,
@@ -98,11 +100,18 @@ def read_source(
         arch=beside.get("arch", None if shape.shortcut == "A" else "resnet"),
         shortcut="none" if plain else shape.shortcut,
         bottleneck_stride=beside.get("bottleneck_stride", "3x3"),
-        model=state_dicts.divided(state, divisor),
+        model=state,
         mean=(mean_image * 255).float().view(1, 1, 3) if mean_image.ndim == 1 else (mean_image * 255).float(),
-        std=divisor,
+        std=tuple(std or beside.get("std", IMAGENET_STD)),
+        ours=False,
         classes=beside.get("classes"),
     )
+
+
+def divisor(config: Config) -> tuple[float, ...]:
+    """What a net of this configuration has its images divided by, in units of the full range."""
+    standard = config.data.family == "imagenet" and config.normalise == "standard"
+    return IMAGENET_STD if standard else state_dicts.UNDIVIDED
 
 
 def _of_checkpoint(state: dict[str, Any]) -> Source:
@@ -115,7 +124,8 @@ def _of_checkpoint(state: dict[str, Any]) -> Source:
         bottleneck_stride=config.bottleneck_stride,
         model=state["model"],
         mean=state["mean"],
-        std=None,
+        std=divisor(config),
+        ours=True,
         classes=state["classes"],
     )
 
@@ -148,7 +158,7 @@ def import_weights(asked: WeightsConfig, bases: dict[str, dict[str, Any]]) -> No
     path, out = expand(asked.file), expand(asked.out)
     double = asked.precision == "fp64"
     source = read_source(path, form=asked.format, mean=asked.mean, std=asked.std, double=double)
-    if source.std is None:
+    if source.ours:
         raise UserError(f"file={path}: is a checkpoint of resnet-train already; resnet-weights export is the other way")
     config = _config(asked, source, bases[source.family])
     classes = _classes(asked, source)
@@ -156,20 +166,21 @@ def import_weights(asked: WeightsConfig, bases: dict[str, dict[str, Any]]) -> No
         "config": config.plain(),
         "classes": classes,
         "digest": "",  # of the images that it was trained on, which nobody knows
-        "measure": {"precision": asked.precision, "compile": False},
+        # How batch norm's statistics were taken, nobody knows either; for precise_bn, the paper's groups.
+        "measure": {"precision": asked.precision, "compile": False, "bn_images": BN_IMAGES[source.family]},
         "mean": source.mean,
         "iteration": 0,
-        "model": source.model,
+        "model": state_dicts.rescaled(source.model, source.std, divisor(config)),
     }
     with checkpoint.fitting(path):
         network(config, len(classes)).load_state_dict(source.model)
     checkpoint.save(out, state)
     shown = [round(value, 4) for value in (source.mean.mean((0, 1)) / 255).tolist()]
     stride = f", stride in the {config.bottleneck_stride}" if source.has_bottlenecks else ""
+    folded = "" if divisor(config) == source.std else " (in conv1 now)"
     print(
         f"{FAMILIES[source.family]} {config.net}{stride}, {len(classes)} classes ({', '.join(classes[:3])}…); images in"
-        f" 0 to 1 minus {shown}, divided by {[round(value, 4) for value in source.std]} (now in conv1);"
-        f" {asked.precision}; {out}"
+        f" 0 to 1 minus {shown}, divided by {list(source.std)}{folded}; {asked.precision}; {out}"
     )
 
 
@@ -178,12 +189,8 @@ def _config(asked: WeightsConfig, source: Source, base: dict[str, Any]) -> Confi
     data = dict(base["data"]) | {"family": source.family, "root": asked.data.root}
     data["name"] = data["name"] if asked.data.name == "auto" else asked.data.name
     data["size"] = asked.data.size or data["size"]
-    augment = dict(base["augment"])
-    if source.family == "imagenet":
-        augment["shorter_side"] = [max(256, data["size"]), max(480, data["size"])]
     values = base | {
         "data": data,
-        "augment": augment,
         "depth": source.depth,
         "arch": asked.arch or source.arch or "resnet",
         "shortcut": source.shortcut,
@@ -192,6 +199,9 @@ def _config(asked: WeightsConfig, source: Source, base: dict[str, Any]) -> Confi
         "compile": False,
         "recipe": "imported",
     }
+    if source.family == "imagenet":
+        values["augment"] = base["augment"] | {"shorter_side": [max(256, data["size"]), max(480, data["size"])]}
+        values["normalise"] = "standard" if source.std == IMAGENET_STD else "channels"
     if values["arch"] == "plain" and source.shortcut not in ("A", "none"):
         raise UserError(f"arch=plain: {asked.file} has projections (option {source.shortcut}), as no plain net has")
     if values["arch"] == "resnet" and source.shortcut == "none":
@@ -257,21 +267,23 @@ def export(asked: WeightsConfig) -> None:
         mean = (state["mean"].double() / 255).view(-1, 3)
         image = mean.view(state["mean"].shape)
     mean = mean[0] if bool((mean == mean[0]).all()) else image
-    std = list(asked.std or (state_dicts.STD if mean.ndim == 1 else (1.0, 1.0, 1.0)))
+    std = list(asked.std or (IMAGENET_STD if mean.ndim == 1 else divisor(config)))
     note = ""
     if asked.format == "onnx":
         if asked.std is not None:
             raise UserError("std: means nothing to an ONNX file, which takes images in 0 to 1 as they are; drop it")
-        difference, content = _onnx(net, mean, config.data.size)
-        images = f"float32 RGB in 0 to 1, (N, 3, {config.data.size}, {config.data.size}); the mean is subtracted inside"
+        difference, content = _onnx(net, mean, divisor(config), config.data.size)
+        images = f"float32 RGB in 0 to 1, (N, 3, {config.data.size}, {config.data.size}); mean and std are inside"
         note = f"; logits as PyTorch's to {difference:.1g} by onnxruntime"
     else:
-        tensors = {k: v.contiguous() for k, v in state_dicts.multiplied(net.state_dict(), std).items()}
+        tensors = {k: v.contiguous() for k, v in state_dicts.rescaled(net.state_dict(), divisor(config), std).items()}
         content = _safetensors(tensors) if asked.format == "safetensors" else _saved(tensors)
         images = "RGB in 0 to 1, minus mean, divided by std"
+        if mean.ndim == 3 and config.data.family == "imagenet":
+            note = "; note: torchvision subtracts one mean of each channel, as nets trained with normalise=channels do"
         stride = config.bottleneck_stride if config.data.family == "imagenet" and config.depth >= 50 else "3x3"
         if stride == "1x1":
-            note = "; note: its stride is in the first 1x1, torchvision's is in the 3x3: there it gives other logits"
+            note += "; note: its stride is in the first 1x1, torchvision's is in the 3x3: there it gives other logits"
     described = {
         "written_by": f"resnet-train {__version__}",
         "checkpoint": str(path.absolute()),
@@ -285,7 +297,7 @@ def export(asked: WeightsConfig) -> None:
         "iteration": state["iteration"],
         "images": images,
         "mean": mean.tolist(),
-        "std": std if asked.format != "onnx" else [1.0, 1.0, 1.0],
+        "std": std if asked.format != "onnx" else list(state_dicts.UNDIVIDED),
         "classes": state["classes"],
     }
     write_whole(out, content)
@@ -310,7 +322,7 @@ def _safetensors(tensors: dict[str, Tensor]) -> bytes:
 
 
 class _FromPixels(nn.Module):
-    """The net for images (N, 3, H, W) in 0 to 1, of which it subtracts the mean, (3, 1, 1) or (3, H, W)."""
+    """The net for images (N, 3, H, W) in 0 to 1: it subtracts the mean, (3, 1, 1) or (3, H, W), itself."""
 
     mean: Tensor
 
@@ -323,13 +335,14 @@ class _FromPixels(nn.Module):
         return self.net(images - self.mean)
 
 
-def _onnx(net: ResNet, mean: Tensor, size: int) -> tuple[float, bytes]:
+def _onnx(net: ResNet, mean: Tensor, std: Sequence[float], size: int) -> tuple[float, bytes]:
     """An ONNX file for any number of images, and how far its logits are off. Raises UserError and RunError."""
     try:
         import onnxruntime
         import onnxscript  # noqa: F401 (torch's exporter needs it)
     except ImportError as error:
         raise UserError(f"format=onnx: needs {error.name}: pip install 'resnet-train[onnx]'") from error
+    net.load_state_dict(state_dicts.rescaled(net.state_dict(), std, state_dicts.UNDIVIDED))
     channels_first = mean.view(3, 1, 1) if mean.ndim == 1 else mean.permute(2, 0, 1)
     whole = _FromPixels(net, channels_first).float().eval()
     with warnings.catch_warnings():

@@ -12,6 +12,7 @@ from torch import nn
 
 from resnet_train import checkpoint, cli, config, state_dicts
 from resnet_train.build import network
+from resnet_train.data.transforms import IMAGENET_STD
 from resnet_train.errors import SIGNALS, UserError
 from resnet_train.models import cifar_resnet, imagenet_resnet
 from resnet_train.run import begin_from, build, train
@@ -111,7 +112,7 @@ def test_a_state_dict_begins_a_run_as_its_import_would(tmp_path):
     theirs = cifar_resnet(8)
     torch.save(theirs.state_dict(), tmp_path / "net.pth")
     run = begun(tmp_path / "net.pth")
-    wanted = state_dicts.divided(theirs.state_dict(), state_dicts.STD)
+    wanted = state_dicts.rescaled(theirs.state_dict(), IMAGENET_STD, state_dicts.UNDIVIDED)
     assert all(torch.equal(value, wanted[name]) for name, value in run.model.state_dict().items())
     assert (run.mean == torch.tensor(state_dicts.MEAN, dtype=torch.float64).mul(255).float()).all()
     steps(run, 1)

@@ -7,6 +7,7 @@ import pickle
 import sys
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import timm
 import torch
@@ -14,13 +15,14 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from resnet_train import checkpoint, state_dicts
+from resnet_train import checkpoint, cli, config, state_dicts
+from resnet_train.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from resnet_train.errors import UserError
 from resnet_train.models import cifar_resnet, imagenet_resnet
 from resnet_train.weights import read_source
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-MEAN, STD = (torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (state_dicts.MEAN, state_dicts.STD))
+MEAN, STD = (torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (state_dicts.MEAN, IMAGENET_STD))
 
 
 def lived(net):
@@ -69,14 +71,14 @@ def test_logits_are_those_of_the_other_program_both_ways(name):
     state, shape = state_dicts.ours(theirs.state_dict(), "auto", name)
     assert shape == state_dicts.Shape("imagenet", depth, "B", 1000)
     ours = imagenet_resnet(depth, "B", bottleneck_stride="3x3").double().eval()
-    ours.load_state_dict(state_dicts.divided(state, state_dicts.STD))
+    ours.load_state_dict(state_dicts.rescaled(state, IMAGENET_STD, state_dicts.UNDIVIDED))
     close(logits(ours, images - MEAN), wanted)
 
     lived(ours)
     with torch.no_grad():
         ours.conv1.weight.mul_(0.7)
     fresh = make().double().eval()
-    fresh.load_state_dict(state_dicts.multiplied(ours.state_dict(), state_dicts.STD))
+    fresh.load_state_dict(state_dicts.rescaled(ours.state_dict(), state_dicts.UNDIVIDED, IMAGENET_STD))
     close(logits(fresh, (images - MEAN) / STD), logits(ours, images - MEAN))
 
 
@@ -190,7 +192,7 @@ def test_option_a_padded_on_both_sides_gives_the_same_logits(n, option):
     state, shape = state_dicts.ours(state_dicts.tensors({"state_dict": state}, Path("x")), "auto", "x")
     assert shape == state_dicts.Shape("cifar", 6 * n + 2, option, 10)
     ours = cifar_resnet(6 * n + 2, option).double().eval()
-    ours.load_state_dict(state_dicts.divided(state, state_dicts.STD))
+    ours.load_state_dict(state_dicts.rescaled(state, IMAGENET_STD, state_dicts.UNDIVIDED))
     close(logits(ours, images - MEAN), wanted)
 
 
@@ -212,26 +214,65 @@ def weights(command_here):
     return functools.partial(command_here, "weights")
 
 
-def test_a_net_of_torchvisions_goes_through_the_command_and_back(weights, tmp_path):
+@pytest.mark.parametrize("std", [None, "[0.5,0.25,0.4]"])
+def test_a_net_of_torchvisions_goes_through_the_command_and_back(weights, tmp_path, std):
+    """With ImageNet's std the weights keep their bits; another goes into conv1, and comes out up to rounding."""
     theirs = lived(torchvision.models.resnet18(weights=None, num_classes=12)).float()
     torch.save(theirs.state_dict(), tmp_path / "odd =$name.pth")
-    text = weights("import", "odd =$name.pth", "out=new/net.pt", "data.size=64")
+    words = [] if std is None else [f"std={std}"]
+    text = weights("import", "odd =$name.pth", "out=new/net.pt", "data.size=64", *words)
     assert "ImageNet resnet-18-B, 12 classes" in text
+    assert ("in conv1 now" in text) == (std is not None)
     state = checkpoint.load(tmp_path / "new/net.pt")
     assert (state["config"]["data"]["size"], state["measure"]["precision"]) == (64, "fp32")
+    assert state["config"]["normalise"] == ("standard" if std is None else "channels")
     images = pictures(64).float()
     ours = imagenet_resnet(18, num_classes=12).eval()
     ours.load_state_dict(state["model"])
-    wanted = logits(theirs, (images - MEAN.float()) / STD.float())
-    found = logits(ours, images - state["mean"].permute(2, 0, 1) / 255)
+    divisor = STD.float() if std is None else torch.tensor(json.loads(std)).view(1, 3, 1, 1)
+    wanted = logits(theirs, (images - MEAN.float()) / divisor)
+    found = logits(ours, (images - state["mean"].permute(2, 0, 1) / 255) / (divisor if std is None else 1))
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
 
-    weights("export", "new/net.pt", "out=back.pth")
-    fresh = torchvision.models.resnet18(weights=None, num_classes=12).eval()
-    fresh.load_state_dict(torch.load(tmp_path / "back.pth", weights_only=True))
-    found = logits(fresh, (images - MEAN.float()) / STD.float())
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
+    weights("export", "new/net.pt", "out=back.pth", *words)
+    back = torch.load(tmp_path / "back.pth", weights_only=True)
+    assert list(back) == list(theirs.state_dict())
+    for name, value in theirs.state_dict().items():
+        torch.testing.assert_close(back[name], value, rtol=0 if std is None else 1e-6, atol=0)
+    described = json.loads((tmp_path / "back.pth.json").read_text())
+    assert described["std"] == list(IMAGENET_STD if std is None else json.loads(std))
+    assert described["mean"] == pytest.approx(state_dicts.MEAN, abs=1e-6)
     assert sorted(os.listdir(tmp_path)) == ["back.pth", "back.pth.json", "new", "odd =$name.pth"]
+
+
+@pytest.mark.parametrize(("normalise", "divided"), [("image", False), ("channels", False), ("standard", True)])
+def test_what_a_recipe_does_to_pixels_goes_with_the_export(weights, tmp_path, normalise, divided):
+    """The exported net and its description give the logits that evaluation gives, whichever recipe trained it."""
+    values = cli._compose("train", ["data=imagenet", "depth=18", f"normalise={normalise}", "data.size=64"])
+    found = config.check(values, needs_data=False)
+    net = lived(imagenet_resnet(18, num_classes=5)).float()
+    mean = torch.rand(64, 64, 3) * 255 if normalise == "image" else torch.tensor(IMAGENET_MEAN).view(1, 1, 3)
+    kept = {"config": found.plain(), "iteration": 1, "model": net.state_dict(), "mean": mean, "classes": list("abcde")}
+    measure = {"precision": "fp32", "compile": False, "bn_images": 32}
+    checkpoint.save(tmp_path / "net.pt", kept | {"digest": "0", "measure": measure})
+    images = pictures(64).float()
+    pixels = images - mean.permute(2, 0, 1) / 255
+    wanted = logits(net, pixels / STD.float() if divided else pixels)
+
+    told = weights("export", "net.pt", "out=out.safetensors")
+    assert ("note: torchvision subtracts" in told) == (normalise == "image")
+    described = json.loads((tmp_path / "out.safetensors.json").read_text())
+    theirs = imagenet_resnet(18, num_classes=5).eval()
+    theirs.load_state_dict(state_dicts.read(tmp_path / "out.safetensors"))
+    mean, std = torch.tensor(described["mean"]), torch.tensor(described["std"])
+    mean = mean.permute(2, 0, 1) if mean.ndim == 3 else mean.view(3, 1, 1)
+    close_to = {"rtol": 0, "atol": 1e-5 * wanted.abs().max().item()}
+    torch.testing.assert_close(logits(theirs, (images - mean) / std.view(3, 1, 1)), wanted, **close_to)
+    if divided:  # inside of the ONNX file
+        weights("export", "net.pt", "out=out.onnx")
+        session = onnxruntime.InferenceSession(tmp_path / "out.onnx", providers=["CPUExecutionProvider"])
+        onnx_logits = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+        torch.testing.assert_close(onnx_logits, wanted, rtol=0, atol=1e-4 * wanted.abs().max().item())
 
 
 def test_safetensors_out_and_in_is_the_same_net(weights, command_here, trained, tmp_path):
@@ -253,8 +294,6 @@ def test_safetensors_out_and_in_is_the_same_net(weights, command_here, trained, 
 
 
 def test_onnx_takes_any_number_of_images_in_0_to_1(weights, trained, tmp_path):
-    import onnxruntime
-
     path = trained
     weights("export", path, "out=net.onnx")
     assert sorted(os.listdir(tmp_path)) == ["net.onnx", "net.onnx.json"]
@@ -341,4 +380,4 @@ def test_a_description_that_is_not_one_is_named(tmp_path):
     with pytest.raises(UserError, match=r"net\.pth\.json: is not what resnet-weights export wrote"):
         read_source(tmp_path / "net.pth")
     (tmp_path / "net.pth.json").write_text('{"written_by": "somebody"}')
-    assert read_source(tmp_path / "net.pth").std == list(state_dicts.STD)
+    assert read_source(tmp_path / "net.pth").std == IMAGENET_STD
