@@ -74,8 +74,8 @@ def uncounted(model: nn.Module) -> Iterator[None]:
 @torch.no_grad()
 def update_statistics(model: nn.Module, groups: int) -> None:
     """Move the running statistics towards the mean over the `groups` of one step, which all processes share."""
-    norms = [module for module in model.modules() if isinstance(module, GroupBatchNorm2d)]
-    if not norms:
+    norms = [module for module in model.modules() if isinstance(module, GroupBatchNorm2d) and module.training]
+    if not norms:  # none, or all of them frozen
         return
     found = total(torch.cat([norm.sums.flatten() for norm in norms])).div_(groups)
     running = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
@@ -91,9 +91,12 @@ def average_statistics(model: nn.Module, passes: Iterable[Tensor], count: int) -
     `passes` are forward passes of `model` in training mode over one group each, made as they are asked for: this
     process's share of `count`. Summed in float64, so that the number of processes makes no difference.
     """
-    norms = [module for module in model.modules() if isinstance(module, GroupBatchNorm2d)]
     was_training = model.training
     model.train()
+    norms = [module for module in model.modules() if isinstance(module, GroupBatchNorm2d) and module.training]
+    if not norms:  # all of them frozen
+        model.train(was_training)
+        return
     sums = torch.cat([torch.zeros_like(norm.sums, dtype=torch.float64).flatten() for norm in norms])
     for _ in passes:
         sums += torch.cat([norm.sums.flatten() for norm in norms])

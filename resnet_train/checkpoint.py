@@ -18,6 +18,7 @@ from resnet_train.errors import RunError, UserError
 FORMAT = 1
 PARTS = {"config": dict, "iteration": int, "model": dict, "mean": torch.Tensor, "classes": list, "digest": str}
 PARTS |= {"measure": dict}
+LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # what files begin with that torch wrote before version 1.6
 
 
 def save(path: Path, state: dict[str, Any], *, keep_as: Path | None = None) -> None:
@@ -64,11 +65,9 @@ def _canonical(value: Any) -> Any:
 def read(path: Path) -> Any:
     """What torch.save wrote to `path`, on the CPU. Raises UserError for a file that is damaged or could run code."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # the format's own CRC, which torch.load does not look at
-            # This attribute is a folder's: torch would read nothing and leave a tensor's memory as it happens to be.
-            marked = [member.filename for member in archive.infolist() if member.external_attr & 16]
-            damaged = damaged or next(iter(marked), None)
+        with path.open("rb") as file:
+            legacy = file.read(len(LEGACY)) == LEGACY  # a format without checksums
+        damaged = None if legacy else _damaged(path)
         if damaged:
             raise UserError(f"{path}: is damaged ({damaged})")
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -82,13 +81,27 @@ def read(path: Path) -> Any:
         raise UserError(f"{path}: is cut short or not a checkpoint") from error
 
 
+def _damaged(path: Path) -> str | None:
+    """The first part of a file in torch's zip format that is not whole."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()  # the format's own CRC, which torch.load does not look at
+        # This attribute is a folder's: torch would read nothing and leave a tensor's memory as it happens to be.
+        marked = [member.filename for member in archive.infolist() if member.external_attr & 16]
+        return damaged or next(iter(marked), None)
+
+
 def load(path: Path) -> dict[str, Any]:
     """A checkpoint, on the CPU. Raises UserError for a file that is damaged or not a checkpoint of ours."""
     state = read(path)
-    whole = isinstance(state, dict) and all(isinstance(state.get(name), kind) for name, kind in PARTS.items())
-    if not whole or state.get("format") != FORMAT:
+    if not is_ours(state):
         raise UserError(f"{path}: is not a checkpoint of resnet-train (format {FORMAT})")
     return state
+
+
+def is_ours(state: Any) -> bool:
+    """Whether what a file holds is a checkpoint of resnet-train."""
+    whole = isinstance(state, dict) and all(isinstance(state.get(name), kind) for name, kind in PARTS.items())
+    return whole and state.get("format") == FORMAT
 
 
 @contextlib.contextmanager

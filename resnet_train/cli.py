@@ -91,6 +91,49 @@ def pack() -> None:
     _command("pack", _prepare_pack, _pack_job)
 
 
+def weights() -> None:
+    """The command `resnet-weights`."""
+    words = _take_words()
+    sys.argv = ["data.name=" + a.removeprefix("data=") if a.startswith("data=") else a for a in sys.argv]
+    found: list[Any] = []
+
+    def prepare(values: dict[str, Any], overrides: list[str], sweep: bool, look: bool = True) -> tuple[None, None]:
+        found[:] = _prepare_weights(values, overrides, words, sweep) if look else []
+        return None, None
+
+    _command("weights", prepare, lambda _: sys.exit(_code(functools.partial(_weights_here, *found))))
+
+
+def classify() -> None:
+    """The command `resnet-classify`."""
+    images = _take_words()
+
+    def prepare(values: dict[str, Any], _: list[str], sweep: bool, look: bool = True) -> tuple[Any, None]:
+        if sweep or _launched():
+            raise UserError("resnet-classify is one process with one checkpoint; take it without -m and torchrun")
+        return configs.check_classify(values, images) if look else None, None
+
+    def job(composed: DictConfig) -> NoReturn:
+        values: Any = OmegaConf.to_container(composed, resolve=True)
+        sys.exit(_code(functools.partial(_classify_here, configs.check_classify(values, images), images)))
+
+    _command("classify", prepare, job)
+
+
+def _take_words() -> list[str]:
+    """Take from the command line what is no flag and no KEY=VALUE: files by any name, which Hydra is not to parse."""
+    parser = get_args_parser()
+    parser.error = _usage  # type: ignore[method-assign]
+    try:
+        overrides = parser.parse_args().overrides
+    except UserError as error:
+        _fail(error)
+    words = [word for word in overrides if not re.match(r"[+~]*(hydra/\w+|[A-Za-z_][\w.]*)=", word)]
+    for word in words:
+        sys.argv.remove(word)
+    return words
+
+
 def _command(name: str, prepare: Callable[..., Any], job: Callable[[DictConfig], Any]) -> None:
     """Check every job that the command line asks for, then let Hydra run them (or show help, config, completion)."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its exceptions to us instead of printing them
@@ -409,6 +452,23 @@ def _prepare_bench(
     return configs.check_bench(values, _asked(overrides)), None
 
 
+def _prepare_weights(
+    values: dict[str, Any], overrides: list[str], words: list[str], sweep: bool
+) -> tuple[configs.WeightsConfig, dict[str, dict[str, Any]]]:
+    """The checked configuration, and of an import what a training run would have, for each family that it may be."""
+    if sweep or _launched():
+        raise UserError("resnet-weights is one process with one file; take it without -m and torchrun")
+    if len(words) > 2:
+        raise UserError(f"{' '.join(words[2:])}: resnet-weights takes one file at a time")
+    asked = configs.check_weights(values | dict(zip(("word", "file"), words, strict=False)), _asked(overrides))
+    if asked.word == "export":
+        return asked, {}
+    names = {"imagenet": "imagenet", "cifar": "cifar10"}
+    if asked.data.name != "auto":
+        names = dict.fromkeys(names, asked.data.name)
+    return asked, {family: _compose("train", [f"data={name}"]) for family, name in names.items()}
+
+
 def _asked(overrides: list[str]) -> list[str]:
     """The keys that the command line names."""
     keys = [item.lstrip("+~").split("=")[0] for item in overrides]
@@ -564,6 +624,21 @@ def _pack_here(asked: configs.PackConfig) -> None:
         workers=asked.workers,
         broken=asked.data.broken,
     )
+
+
+def _weights_here(asked: configs.WeightsConfig, bases: dict[str, dict[str, Any]]) -> None:
+    from resnet_train import weights
+
+    if asked.word == "export":
+        weights.export(asked)
+    else:
+        weights.import_weights(asked, bases)
+
+
+def _classify_here(asked: configs.ClassifyConfig, images: list[str]) -> None:
+    from resnet_train.classify import classify as run
+
+    run(asked, images)
 
 
 def _run(job: Callable[[], int], config: configs.Config | configs.EvalConfig, max_restarts: int = 0) -> NoReturn:

@@ -118,6 +118,8 @@ class Config:
     compile: bool
     log_every: int
     eval_every: int
+    init_from: str | None = None
+    freeze: Literal["conv1", "layer1", "layer2", "layer3", "layer4"] | None = None
 
     def plain(self) -> dict[str, Any]:
         """The configuration as nested dictionaries of plain values, for JSON and checkpoints."""
@@ -217,6 +219,44 @@ class PackConfig:
     workers: int
 
 
+class WeightsData:
+    """The data set that imported weights are for; auto is imagenet or cifar10, as the net is."""
+
+    name: Literal["auto", "cifar10", "digits", "imagefolder", "imagenet"]
+    root: str | None
+    size: int | None
+
+
+@dataclass(frozen=True)
+class WeightsConfig:
+    """Everything that `resnet-weights` is told: configs/weights.yaml."""
+
+    word: Literal["import", "export"]
+    file: str
+    out: str
+    format: Literal["auto", "torchvision", "akamaster", "safetensors", "onnx"]
+    std: list[float] | None
+    mean: list[float] | None
+    arch: Literal["resnet", "plain"] | None
+    bottleneck_stride: Literal["1x1", "3x3"] | None
+    classes: str | None
+    precision: Literal["bf16", "fp16", "fp32", "fp64"]
+    data: WeightsData
+
+
+@dataclass(frozen=True)
+class ClassifyConfig:
+    """Everything that `resnet-classify` is told beside the images: configs/classify.yaml."""
+
+    checkpoint: str
+    device: Literal["auto", "cpu", "cuda"]
+    out: str | None
+
+
+# What `resnet-weights` reads for one of its words only, and the formats of each word.
+READ_BY_IMPORT = ("mean", "arch", "bottleneck_stride", "classes", "precision", "data")
+FORMATS = {"import": ("auto", "torchvision", "akamaster"), "export": ("auto", "torchvision", "safetensors", "onnx")}
+SUFFIXES = {".pth": "torchvision", ".pt": "torchvision", ".safetensors": "safetensors", ".onnx": "onnx"}
 # What `resnet-bench` does not read of the recipe and the data set, and what it has in place of training's own keys.
 UNREAD_BY_BENCH = ("iterations", "eval_every", "data.validation")
 FIXED_BY_BENCH = {
@@ -274,6 +314,8 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "rounds": (1, 1000),
     "seconds": (0, 3600),
     "steps": (2, 10**9),
+    "mean": (0, 1),
+    "std": (0, 10),
     "data.validation": (0, None),
     "data.size": (8, 1024),
     "data.workers": (0, 256),
@@ -288,7 +330,7 @@ SCHEDULE_KEYS: dict[str, tuple[str, ...]] = {
     "cosine": ("name", "lr"),
 }
 COUNTED = ("iterations", "log_every", "eval_every", "checkpoint_every", "keep_every")
-ABOVE = {"scale", "schedule.lr", "warmup.lr", "schedule.factor", "schedule.patience", "seconds"}
+ABOVE = {"scale", "schedule.lr", "warmup.lr", "schedule.factor", "schedule.patience", "seconds", "std"}
 BELOW = {"momentum"}
 
 
@@ -309,6 +351,9 @@ MEANT = {
     "10-crop": "tencrop",
     "multi-scale": "multiscale",
     "gradient_checkpointing": "activation_checkpointing",
+    "pretrained": "init_from",
+    "weights": "init_from",
+    "frozen_stages": "freeze",
 }
 
 
@@ -334,12 +379,11 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
             return value
         raise UserError(f"{key}={_shown(value)}: allowed are {', '.join(arguments)}{nearest(str(value), arguments)}")
     if origin in (typing.Union, types.UnionType):
-        words = [
-            word for option in arguments if typing.get_origin(option) is Literal for word in typing.get_args(option)
-        ]
+        literals = [option for option in arguments if typing.get_origin(option) is Literal]
+        words = [word for option in literals for word in typing.get_args(option)]
         if value in words or (value is None and type(None) in arguments):
             return value
-        if words and isinstance(value, str):
+        if words and int in arguments and isinstance(value, str):
             raise UserError(
                 f"{key}={_shown(value)}: must be a whole number or {' or '.join(words)}{nearest(value, words)}"
             )
@@ -407,6 +451,7 @@ def check(values: Mapping[str, Any], asked: Collection[str] = (), *, needs_data:
     config = _typed(Config, {key: value for key, value in values.items() if key != "scale"})
     config = scaled(config, values.get("scale", 1))
     _check_paths({"data.root": config.data.root, "run_dir": config.run_dir, "resume": config.resume})
+    _check_paths({"init_from": config.init_from})
     kind = config.schedule.name
     for key in sorted(values["schedule"].keys() ^ set(SCHEDULE_KEYS[kind])):
         own = ", ".join(SCHEDULE_KEYS[kind])
@@ -441,12 +486,19 @@ def check(values: Mapping[str, Any], asked: Collection[str] = (), *, needs_data:
         raise UserError(f"schedule.drops={config.schedule.drops}: must rise, as [0.5,0.75] does")
     if config.schedule.watch == "val" and not config.data.validation:
         raise UserError("schedule.watch=val: needs a held-out part of the training set; add data.validation=5000")
+    if config.freeze is not None:
+        last = "layer3" if config.data.family == "cifar" else "layer4"
+        if config.freeze > last:
+            raise UserError(f"freeze={config.freeze}: the last stage of {config.data.family} nets is {last}")
+        if config.init_from is None:
+            raise UserError(f"freeze={config.freeze}: would keep random weights; add init_from=, or drop it")
     if config.nesterov and not config.momentum:
         raise UserError("nesterov=true: needs momentum above 0; take momentum=0.9")
     if needs_data or config.data.root is not None:
         check_source(config.data.name, config.data.root)
     check_held_out(config.data)
-    return dataclasses.replace(config, data=_anchored(config.data))
+    source = None if config.init_from is None else str(expand(config.init_from).absolute())
+    return dataclasses.replace(config, data=_anchored(config.data), init_from=source)
 
 
 def scaled(config: Config, scale: Any) -> Config:
@@ -628,6 +680,72 @@ def check_pack(values: Mapping[str, Any]) -> PackConfig:
     if not _writable(out / PACKED):
         raise UserError(f"out={config.out}: is not a folder that you may write to")
     return dataclasses.replace(config, data=_anchored(config.data))
+
+
+def check_weights(values: Mapping[str, Any], asked: Collection[str] = ()) -> WeightsConfig:
+    """The checked configuration of an import or export. Raises UserError."""
+    word = values["word"]
+    if word not in FORMATS:
+        raise UserError(
+            f"{'' if word is None else f'{word}: '}the first word is import or export, as in resnet-weights import"
+            f" FILE out=…{nearest(str(word), FORMATS)}"
+        )
+    if values["file"] is None:
+        raise UserError(f"name the file, as in resnet-weights {word} FILE out=…")
+    if values["out"] is None:
+        raise UserError("out: is needed; add out=…")
+    config = _typed(WeightsConfig, values)
+    _check_paths({"file": config.file, "out": config.out, "classes": config.classes, "data.root": config.data.root})
+    if config.format not in FORMATS[word]:
+        allowed = ", ".join(FORMATS[word])
+        raise UserError(f"format={config.format}: resnet-weights {word} has {allowed}")
+    for key in asked:
+        if word == "export" and key.split(".")[0] in READ_BY_IMPORT:
+            raise UserError(f"{key}: means nothing to resnet-weights export; drop it")
+    for key, value in (("mean", config.mean), ("std", config.std)):
+        if value is not None and len(value) != 3:
+            raise UserError(f"{key}={value}: must be three numbers, of red, green and blue, as [0.5,0.5,0.5]")
+    check_file("file", config.file)
+    if config.classes is not None:
+        check_file("classes", config.classes)
+    if config.data.root is not None:
+        check_source("imagefolder" if config.data.name == "auto" else config.data.name, config.data.root)
+    if word == "export":
+        if config.format == "auto":
+            suffix = expand(config.out).suffix
+            if suffix not in SUFFIXES:
+                raise UserError(f"out={config.out}: ends in none of {' '.join(SUFFIXES)}; say format=")
+            config = dataclasses.replace(config, format=SUFFIXES[suffix])  # type: ignore[arg-type]
+        check_checkpoints([config.file])
+    elif expand(config.out).suffix not in (".pt", ".pth"):
+        raise UserError(f"out={config.out}: a checkpoint of resnet-train ends in .pt")
+    if expand(config.out).absolute() == expand(config.file).absolute():
+        raise UserError(f"out={config.out}: is the file itself; take another name")
+    _check_out(config.out)
+    return dataclasses.replace(config, data=_anchored(config.data))
+
+
+def check_classify(values: Mapping[str, Any], images: Collection[str]) -> ClassifyConfig:
+    """The checked configuration of a classification of `images`. Raises UserError."""
+    config = _typed(ClassifyConfig, values)
+    _check_paths({"out": config.out})
+    check_checkpoints([config.checkpoint])
+    _check_out(config.out)
+    if not images:
+        raise UserError("name the images, as in resnet-classify cat.jpg dog.png checkpoint=…")
+    for image in images:
+        _check_paths({image: image})
+        if expand(image).is_dir():
+            raise UserError(f"{image}: is a folder; name the images in it, as in {image.rstrip('/')}/*.jpg")
+        if not expand(image).is_file():
+            raise UserError(f"{image}: there is no such file")
+    return config
+
+
+def check_file(key: str, name: str) -> None:
+    """Refuse what is no file. Raises UserError."""
+    if not expand(name).is_file():
+        raise UserError(f"{key}={name}: {'is a folder' if expand(name).is_dir() else 'there is no such file'}")
 
 
 def check_bench(values: Mapping[str, Any], asked: Collection[str] = ()) -> tuple[BenchConfig, Config]:
@@ -884,6 +1002,8 @@ def check_run_dir(directory: Path, config: Config, *, may_be_finished: bool = Fa
         raise UserError(f"run_dir={directory}: cannot be used: {error}") from error
     if not _writable(directory / "config.json"):
         raise UserError(f"run_dir={directory}: {parent} is not a folder that you may write to; take another run_dir=")
+    if config.init_from is not None and (config.resume == "never" or (config.resume == "auto" and state == "new")):
+        check_file("init_from", config.init_from)  # a run that goes on has its weights
     if config.resume not in ("auto", "never") and not expand(config.resume).is_file():
         hint = nearest(config.resume, ["auto", "never"])
         raise UserError(f"resume={config.resume}: must be auto, never or a checkpoint's file{hint}")

@@ -141,7 +141,8 @@ def _evaluate(asked: EvalConfig, device: torch.device) -> None:
     config = members[0].config
     together(lambda: _check_members(members, asked))
     sets = one_after_all(lambda: open_sets(config))
-    if any(sets.digest != member.state["digest"] for member in members) and asked.data.name == "same" and main():
+    known = {member.state["digest"] for member in members} - {""}  # of imported weights nobody knows it
+    if known - {sets.digest} and asked.data.name == "same" and main():
         print("note: these are not the images that the checkpoint was trained on", flush=True)
     size = sets.sizes[asked.split]
     together(lambda: _check_split(sets, asked))
@@ -273,6 +274,8 @@ def restored_net(
         model = network(config, len(sets.classes))
         if asked.precise_bn:
             group_statistics(model, state["measure"]["bn_images"])
+        if config.freeze is not None:
+            model.freeze(config.freeze)
         model = placed(model, device, precision)
         model.load_state_dict(state["model"])
         return model, state["mean"].to(device), precision, state["measure"]["compile"]

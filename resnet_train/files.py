@@ -38,6 +38,18 @@ def write_result(path: Path, values: Any) -> None:
         write_json(path, values)
 
 
+def write_whole(path: Path, content: bytes) -> None:
+    """Write the file that `out=` named whole or not at all, and the folders above. Raises UserError."""
+    part = path.with_name(path.name + ".part")
+    with _named(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part.write_bytes(content)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
 def check_result(path: Path) -> None:
     """Make the folders above `path` and see that a file can be written there. Raises UserError."""
     part = path.with_name(path.name + ".part")

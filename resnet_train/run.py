@@ -21,7 +21,7 @@ import torch
 import torchvision
 from torch import nn
 
-from resnet_train import __version__, checkpoint, curves, paper
+from resnet_train import __version__, checkpoint, curves, paper, state_dicts
 from resnet_train.batchnorm import group_statistics
 from resnet_train.build import (
     check_synchronised,
@@ -43,6 +43,7 @@ from resnet_train.models.resnet import multiply_adds, parameters
 from resnet_train.record import Record
 from resnet_train.schedule import Progress
 from resnet_train.train import Meters, Run, Stop, loop
+from resnet_train.weights import Source, check_same_net, divisor, read_source
 
 
 def train(config: Config, directory: Path) -> int:
@@ -60,13 +61,16 @@ def train(config: Config, directory: Path) -> int:
         resume = config.resume if before == "new" else "auto"
         config = dataclasses.replace(config, devices=world(), resume=resume)
         run = build(config, directory)
+        source = from_main(lambda: _source(config, directory))
+        if source is not None:
+            together(lambda: begin_from(run, source))
         state, environment = from_main(lambda: _open(run, held))
         together(lambda: None if main() else _go_on(run, state))  # as the first has in `_open`
         if config.compile:
             run.compiled = (state is None or run.compiled) and compile_network(run.model, config.depth, run.device)
         if world() > 1:
             run.net = exchanging(run.model, run.precision, (run.share.images, 3, config.data.size, config.data.size))
-        _announce(run, state)
+        _announce(run, state, source)
         stop = Stop()
         record = Record(
             directory if main() else None,
@@ -118,6 +122,8 @@ def build(config: Config, directory: Path, sets: MemorySets | StreamedSets | Non
     elif world() > 1 or part.passes > 1 or part.group < part.images or config.activation_checkpointing:
         group_statistics(model, part.group)
     model.recompute = config.activation_checkpointing
+    if config.freeze is not None:
+        model.freeze(config.freeze)
     model = placed(model, device, precision)
     return Run(
         config=config,
@@ -139,8 +145,9 @@ def build(config: Config, directory: Path, sets: MemorySets | StreamedSets | Non
 
 def optimizer(model: nn.Module, config: Config, precision: str) -> torch.optim.SGD:
     """SGD with momentum. Weight decay on all parameters, as in the paper, or on convolution and linear weights only."""
-    decayed = [p for p in model.parameters() if config.decay == "all" or p.ndim > 1]
-    spared = [p for p in model.parameters() if config.decay == "weights" and p.ndim == 1]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if config.decay == "all" or p.ndim > 1]
+    spared = [p for p in trained if config.decay == "weights" and p.ndim == 1]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": spared, "weight_decay": 0.0}]
     return torch.optim.SGD(
         [group for group in groups if group["params"]],
@@ -150,6 +157,31 @@ def optimizer(model: nn.Module, config: Config, precision: str) -> torch.optim.S
         # Where fp16's scaler skips the first step, the fused one would leave the momentum uninitialised.
         fused=precision != "fp16",
     )
+
+
+def _source(config: Config, directory: Path) -> Source | None:
+    """The weights that a run begins with, unless it goes on from a checkpoint, which has its own. Raises UserError."""
+    begun = (directory / "checkpoints" / "last.pt").exists() or (directory / "checkpoints" / "previous.pt").exists()
+    if config.init_from is None or (config.resume != "never" and (config.resume != "auto" or begun)):
+        return None
+    path = Path(config.init_from)
+    source = read_source(path)
+    check_same_net(source, config, f"init_from={path}")
+    return source
+
+
+def begin_from(run: Run, source: Source) -> None:
+    """Take over the weights of `source` and the mean that its images had subtracted; other classes keep a fresh fc.
+
+    At another size of images the mean image's channel averages take its place.
+    """
+    state = state_dicts.rescaled(source.model, source.std, divisor(run.config))
+    if not source.same_classes(run.sets.classes):
+        state = state | {f"fc.{name}": value for name, value in run.model.fc.state_dict().items()}
+    with checkpoint.fitting(f"init_from={run.config.init_from}"):
+        run.model.load_state_dict(state)
+    mean = source.mean.to(run.mean)
+    run.mean = mean if mean.shape == run.mean.shape else mean.mean((0, 1)).expand_as(run.mean).contiguous()
 
 
 def _resume_state(run: Run) -> dict[str, Any] | None:
@@ -325,7 +357,7 @@ def processor() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
-def _announce(run: Run, state: dict[str, Any] | None) -> None:
+def _announce(run: Run, state: dict[str, Any] | None, source: Source | None) -> None:
     if not main():
         return
     config, sizes = run.config, run.sets.sizes
@@ -335,6 +367,14 @@ def _announce(run: Run, state: dict[str, Any] | None) -> None:
         f" test; {config.iterations} iterations of {_batch(run)}; {run.precision} on {run.device};"
         f" {'compiling; ' if run.compiled else ''}{run.directory}"
     )
+    if source is not None:
+        classes, kept = len(run.sets.classes), source.same_classes(run.sets.classes)
+        print(
+            f"begins with the weights of {config.init_from} ({source.name})"
+            + ("" if kept else f", but for fc, which is fresh, for {classes} classes in place of its {source.count}")
+        )
+    if config.freeze is not None:
+        print(f"frozen: all from the input to {config.freeze}")
     if state is not None:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         after = f", restart {attempt} after the death of a process" if attempt != "0" else ""
@@ -386,6 +426,8 @@ def _summarise(run: Run, environment: dict[str, Any], reference: tuple[str, floa
         "recipe": config.recipe,
         "seed": config.seed,
         "iterations": config.iterations,
+        "init_from": config.init_from,
+        "freeze": config.freeze,
         "last": last,
         "best": {"chosen_by": "lowest validation error", **errors(run.best_at)} if run.sets.sizes["val"] else None,
         "paper": {"source": reference[0], "test_error": reference[1]} if reference else None,

@@ -1,5 +1,7 @@
 """What several test files need: the command as a user types it, a small whole run, and the shared real data."""
 
+import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -9,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from resnet_train import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data" / "unpack"
@@ -45,6 +49,52 @@ def command(tmp_path):
         return subprocess.run(start(*arguments, entry=entry), cwd=tmp_path, capture_output=True, text=True, **options)
 
     return run
+
+
+@pytest.fixture
+def command_here(tmp_path, monkeypatch, capsys):
+    """An entry point as it is typed, but in this process, which has torch: its output, or the one line of its error.
+
+    For commands that leave nothing behind in a process. They run in `tmp_path`.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+
+    def run(entry, *arguments, code=0):
+        monkeypatch.setattr(sys, "argv", [f"resnet-{entry}", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            getattr(cli, entry)()
+        told = capsys.readouterr()
+        assert (ended.value.code or 0) == code, told.err
+        if not code:
+            assert told.err == ""
+            return told.out
+        assert told.err.startswith("error: ")
+        assert told.err.count("\n") == 1, told.err
+        return told.err
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A checkpoint of a ResNet-8 after some steps on digits."""
+    pytest.importorskip("sklearn")
+    from resnet_train import checkpoint, run
+    from resnet_train import config as configs
+    from resnet_train.train import step
+
+    words = ["data=digits", "depth=8", "batch_size=32", "precision=fp32", "device=cpu"]
+    config = configs.check(cli._compose("train", words))
+    folder = tmp_path_factory.mktemp("trained")
+    found = run.build(config, folder)
+    augment = dataclasses.asdict(config.augment)
+    batches = found.sets.train_batches(found.mean, found.device, seed=0, batch_size=32, augment=augment, start=0)
+    for images, labels in itertools.islice(batches, 20):
+        step(found, images, labels, 0.05)
+    checkpoint.save(folder / "last.pt", found.state())
+    return folder / "last.pt"
 
 
 def start(*arguments, entry="train"):

@@ -48,6 +48,8 @@ OTHER = {
     "compile": ("false",),
     "log_every": ("10", "1"),
     "eval_every": ("10", "1"),
+    "init_from": ("/a.pt", "/b.safetensors"),
+    "freeze": ("conv1", "layer3"),
     "data.validation": ("5000", "1"),
     "schedule.lr": ("0.05", "1e-9"),
     "schedule.factor": ("0.2", "1"),
@@ -141,6 +143,8 @@ def base_of(key, tmp_path):
     """The words that make a key one that is read."""
     if key in PHOTOS or key in ("data.workers", "data.broken"):
         return needs_root("imagenet", tmp_path)
+    if key == "freeze":
+        return ["init_from=/a.pt"]
     return ["schedule=plateau", "data.validation=100"] if key in PLATEAU else []
 
 
@@ -310,6 +314,9 @@ def test_what_a_family_does_not_read_is_refused(family, key, tmp_path):
     assert not base_of(key, tmp_path / "other") or family == "cifar"
 
 
+UNCOUNTED = ("check", "check_eval", "check_weights", "check_classify")
+
+
 def reads():
     """(owner, name) of every attribute or string key that is read: config.data.root gives (data, root).
 
@@ -319,7 +326,7 @@ def reads():
     for path in PACKAGE.rglob("*.py"):
         module = ast.parse(path.read_text())
         if path.name == "config.py":
-            module.body = [n for n in module.body if getattr(n, "name", "") not in ("check", "check_eval")]
+            module.body = [n for n in module.body if getattr(n, "name", "") not in UNCOUNTED]
         for node in ast.walk(module):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                 found.add((_last_name(node.value), node.attr))
@@ -344,13 +351,20 @@ def test_every_key_is_read():
     keys |= set(config.flat(cli._compose("eval", ["checkpoint=x"]) | cli._compose("bench", [])))
     keys |= set(config.flat(cli._compose("responses", ["checkpoint=x"]) | cli._compose("report", [])))
     keys |= set(config.flat(cli._compose("pack", [])))
+    keys |= set(config.flat(cli._compose("weights", []))) | cli._compose("classify", ["checkpoint=x"]).keys()
     assert unread(keys) == {"scale"}  # which config.check multiplies the counts by: tests/test_experiments.py
     assert unread({"bn_wd", "schedule.nosuch", "seed"}) == {"bn_wd", "schedule.nosuch"}
 
 
 def test_every_bounded_number_is_a_key():
     keys = set().union(*(config.flat(composed(f"schedule={name}")) for name in SCHEDULES))
-    for name, words in (("bench", []), ("eval", ["checkpoint=x"]), ("responses", ["checkpoint=x"]), ("pack", [])):
+    for name, words in (
+        ("bench", []),
+        ("eval", ["checkpoint=x"]),
+        ("responses", ["checkpoint=x"]),
+        ("pack", []),
+        ("weights", []),
+    ):
         keys |= cli._compose(name, words).keys()
     assert config.RANGES.keys() <= keys
     assert config.RANGES.keys() >= config.ABOVE | config.BELOW

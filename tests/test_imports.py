@@ -24,7 +24,8 @@ LAYERS = [
     ["launch"],
     ["run"],
     ["train"],
-    ["evaluate"],
+    ["evaluate", "classify"],
+    ["weights"],
     ["build"],
 ]
 UPPER = {f"resnet_train.{name}" for layer in LAYERS for name in layer}

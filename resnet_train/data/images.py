@@ -239,6 +239,17 @@ def decode(data: bytes, name: str, factor: int = 1) -> Tensor:
         raise ImageError(f"{name}: is not an image that can be read ({reason})") from error
 
 
+def whole_view(image: Tensor, size: int) -> Tensor:
+    """The view of a small image (3, H, W) that is kept in memory: its shorter side at `size`, the center cropped."""
+    resized = TF.resize(image.float(), [size], antialias=True).round().to(torch.uint8)  # as for the digits
+    return TF.center_crop(resized, [size, size])
+
+
+def center_view(image: Tensor, size: int) -> Tensor:
+    """The center crop of a photograph (3, H, W), as in figure 4: the shorter side at 256 for crops of 224."""
+    return TF.center_crop(TF.resize(image, [round(size * 256 / 224)], antialias=True), [size, size])
+
+
 def _decode(files: list[tuple[Path, int]], size: int, exact: bool) -> ImageSet:
     """Decode all files; `exact` refuses images of another size, otherwise they are resized and center-cropped."""
 
@@ -248,8 +259,7 @@ def _decode(files: list[tuple[Path, int]], size: int, exact: bool) -> ImageSet:
             if exact:
                 found = f"{image.shape[2]}x{image.shape[1]}"
                 raise UserError(f"{item[0]}: is {found}; data=cifar10 takes {size}x{size}, data=imagefolder any size")
-            resized = TF.resize(image.float(), [size], antialias=True).round().to(torch.uint8)  # as for the digits
-            image = TF.center_crop(resized, [size, size])
+            image = whole_view(image, size)
         return image.permute(1, 2, 0)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:

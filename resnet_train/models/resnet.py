@@ -10,6 +10,7 @@ import copy
 import functools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -170,6 +171,7 @@ class ResNet(nn.Module):
     """
 
     recompute = False
+    frozen: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -214,6 +216,20 @@ class ResNet(nn.Module):
                 nn.init.zeros_(last.weight)
         nn.init.zeros_(self.fc.bias)
 
+    def freeze(self, last: str) -> None:
+        """Keep all from the input to the stage `last` (conv1, layer1, …) as it is: no gradients, no statistics."""
+        self.frozen = ("conv1", "bn1", *self.stages[: ["conv1", *self.stages].index(last)])
+        for name in self.frozen:
+            getattr(self, name).requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """Training or evaluation mode; what is frozen stays in the latter, so that its batch norm does not move."""
+        super().train(mode)
+        for name in self.frozen:
+            getattr(self, name).eval()
+        return self
+
     def blocks(self) -> Iterator[nn.Module]:
         """All blocks, from the input on."""
         for stage in self.stages:
@@ -237,8 +253,8 @@ def _first_and_again(block: nn.Module) -> tuple[AbstractContextManager[None], Ab
 
 
 def parameters(model: nn.Module) -> int:
-    """The number of trainable parameters (table 6)."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+    """The number of parameters (table 6), frozen ones included."""
+    return sum(p.numel() for p in model.parameters())
 
 
 def multiply_adds(model: nn.Module, size: int) -> int:

@@ -1,0 +1,62 @@
+"""The command `resnet-classify`: the five most likely classes of pictures, seen as evaluation sees them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resnet_train import checkpoint
+from resnet_train.build import logits_of, network, pick_device, placed
+from resnet_train.config import ClassifyConfig, Config, restored
+from resnet_train.data.images import center_view, read_image, whole_view
+from resnet_train.data.names import imagenet_classes
+from resnet_train.data.transforms import normalise
+from resnet_train.files import expand, write_result
+from resnet_train.weights import divisor
+
+AT_ONCE = 32
+
+
+def classify(asked: ClassifyConfig, images: list[str]) -> None:
+    """Print the five most likely classes of each image, in JSON too where asked. Raises UserError for a broken one."""
+    device = pick_device(asked.device)
+    state = checkpoint.load(expand(asked.checkpoint))
+    with checkpoint.fitting(asked.checkpoint):
+        config = restored(state["config"])
+        classes, precision = state["classes"], state["measure"]["precision"]
+        net = placed(network(config, len(classes)), device, precision)
+        net.load_state_dict(state["model"])
+        mean, std = state["mean"].to(device), torch.tensor(divisor(config), device=device).view(1, 3, 1, 1)
+    net.eval()
+    words, found = imagenet_classes(), []
+    for start in range(0, len(images), AT_ONCE):
+        some = images[start : start + AT_ONCE]
+        views = torch.stack([view(read_image(expand(name)), config) for name in some]).to(device)
+        with torch.no_grad():
+            odds = logits_of(net, normalise(views, mean) / std, precision).softmax(1)
+        top, which = (values.tolist() for values in odds.topk(min(5, len(classes))))
+        for name, probabilities, numbers in zip(some, top, which, strict=True):
+            rows = [_row(classes[n], p, words) for p, n in zip(probabilities, numbers, strict=True)]
+            found.append({"image": name, "top": rows})
+            print(name)
+            for row in rows:
+                print(f"  {100 * row['probability']:6.2f} %  {' '.join([row['class'], row.get('words', '')]).strip()}")
+    if asked.out is not None:
+        named = {"checkpoint": str(expand(asked.checkpoint).absolute()), "net": config.net, "data": config.data_label}
+        write_result(expand(asked.out), {**named, "iteration": state["iteration"], "images": found})
+
+
+def view(image: Tensor, config: Config) -> Tensor:
+    """What the net is shown of an image (3, H, W) uint8, as in its evaluation: (S, S, 3) uint8."""
+    size = config.data.size
+    if config.data.family == "imagenet":
+        image = center_view(image, size)
+    elif image.shape[1:] != (size, size):
+        image = whole_view(image, size)
+    return image.permute(1, 2, 0).contiguous()
+
+
+def _row(name: str, probability: float, words: dict[str, str]) -> dict[str, Any]:
+    return {"class": name, "probability": probability, **({"words": words[name]} if name in words else {})}

@@ -1,0 +1,383 @@
+"""Weights from and for other programs: the logits are the same on either side."""
+
+import functools
+import json
+import os
+import pickle
+import sys
+from pathlib import Path
+
+import onnxruntime
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+from resnet_train import checkpoint, cli, config, state_dicts
+from resnet_train.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from resnet_train.errors import UserError
+from resnet_train.models import cifar_resnet, imagenet_resnet
+from resnet_train.weights import read_source
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+MEAN, STD = (torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (state_dicts.MEAN, IMAGENET_STD))
+
+
+def lived(net):
+    """A net in float64 whose batch norms are not the identity, as after training; in evaluation mode."""
+    torch.manual_seed(1)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.2)
+            nn.init.normal_(module.running_mean, std=0.2)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    return net.double().eval()
+
+
+def logits(net, images):
+    with torch.no_grad():
+        return net(images)
+
+
+def close(found, wanted):
+    """Equal up to the rounding of float64."""
+    assert wanted.std() > 0.01
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10 * wanted.abs().max().item())
+
+
+def pictures(size, count=2):
+    return torch.rand(count, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+
+# --- torchvision and timm ------------------------------------------------------------------------------------------
+
+
+OTHERS = {
+    "torchvision resnet18": (lambda: torchvision.models.resnet18(weights=None), 18),
+    "torchvision resnet50": (lambda: torchvision.models.resnet50(weights=None), 50),
+    "timm resnet34": (lambda: timm.create_model("resnet34", pretrained=False), 34),
+    "timm resnet50": (lambda: timm.create_model("resnet50", pretrained=False), 50),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_logits_are_those_of_the_other_program_both_ways(name):
+    make, depth = OTHERS[name]
+    theirs, images = lived(make()), pictures(64)
+    wanted = logits(theirs, (images - MEAN) / STD)
+    state, shape = state_dicts.ours(theirs.state_dict(), "auto", name)
+    assert shape == state_dicts.Shape("imagenet", depth, "B", 1000)
+    ours = imagenet_resnet(depth, "B", bottleneck_stride="3x3").double().eval()
+    ours.load_state_dict(state_dicts.rescaled(state, IMAGENET_STD, state_dicts.UNDIVIDED))
+    close(logits(ours, images - MEAN), wanted)
+
+    lived(ours)
+    with torch.no_grad():
+        ours.conv1.weight.mul_(0.7)
+    fresh = make().double().eval()
+    fresh.load_state_dict(state_dicts.rescaled(ours.state_dict(), state_dicts.UNDIVIDED, IMAGENET_STD))
+    close(logits(fresh, (images - MEAN) / STD), logits(ours, images - MEAN))
+
+
+@pytest.mark.parametrize("depth", [101, 152])
+def test_the_deepest_are_recognised(depth):
+    with torch.device("meta"):
+        state = getattr(torchvision.models, f"resnet{depth}")(weights=None).state_dict()
+    assert state_dicts.shape_of(state, "x") == state_dicts.Shape("imagenet", depth, "B", 1000)
+
+
+@pytest.mark.parametrize(("shortcut", "seen"), [("A", "A"), ("B", "B"), ("C", "C"), ("none", "A")])
+def test_our_own_are_recognised(shortcut, seen):
+    with torch.device("meta"):
+        nets = {
+            ("cifar", 20): cifar_resnet(20, shortcut, num_classes=7),
+            ("imagenet", 34): imagenet_resnet(34, shortcut),
+        }
+        nets["imagenet", 50] = imagenet_resnet(50, shortcut, bottleneck_stride="1x1")
+    for (family, depth), net in nets.items():
+        found = state_dicts.shape_of(net.state_dict(), "x")
+        assert found == state_dicts.Shape(family, depth, seen, len(net.fc.weight))
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: timm.create_model("resnet50d"), "it has conv1.0.weight"),
+        (lambda: torchvision.models.wide_resnet50_2(weights=None), "looks like the ImageNet resnet-50-B"),
+        (lambda: torchvision.models.resnext50_32x4d(weights=None), "layer1.0.conv1.weight (128x64x1x1 for 64x64x1x1)"),
+        (lambda: torchvision.models.vgg11(weights=None), "features.0.weight"),
+        (lambda: timm.create_model("seresnet50"), "it has layer1.0.se.fc1.weight"),
+    ],
+)
+def test_other_nets_are_named(make, told):
+    with torch.device("meta"):
+        state = make().state_dict()
+    with pytest.raises(UserError, match=r"^file: ") as refused:
+        state_dicts.ours(state, "auto", "file")
+    assert told in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 400
+
+
+def test_what_is_missing_is_named():
+    state = cifar_resnet(8).state_dict()
+    del state["layer3.0.bn2.running_var"]
+    with pytest.raises(UserError, match=r"CIFAR resnet-8-A, but is not: it lacks layer3\.0\.bn2\.running_var$"):
+        state_dicts.ours(state, "auto", "file")
+
+
+def test_old_files_without_counters_and_half_precision_are_taken():
+    state = {k: v.bfloat16() for k, v in cifar_resnet(8).state_dict().items() if not k.endswith("num_batches_tracked")}
+    found, _ = state_dicts.ours(state, "auto", "file")
+    cifar_resnet(8).load_state_dict(found)
+    assert {value.dtype for value in found.values()} == {torch.float32, torch.int64}
+
+
+# --- pytorch_resnet_cifar10 ----------------------------------------------------------------------------------------
+
+
+class TheirBlock(nn.Module):
+    """The block of pytorch_resnet_cifar10, written out: option A pads planes // 4 channels on each side."""
+
+    def __init__(self, in_planes, planes, stride, option):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_planes, planes, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.shortcut, self.planes = nn.Sequential(), planes
+        self.pads = (stride != 1 or in_planes != planes) and option == "A"
+        if (stride != 1 or in_planes != planes) and option == "B":
+            projection = nn.Conv2d(in_planes, planes, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(projection, nn.BatchNorm2d(planes))
+
+    def forward(self, x):
+        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        if self.pads:
+            short = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.planes // 4, self.planes // 4), "constant", 0)
+        else:
+            short = self.shortcut(x)
+        return F.relu(out + short)
+
+
+class TheirNet(nn.Module):
+    """The net of pytorch_resnet_cifar10, written out."""
+
+    def __init__(self, n, option="A"):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        planes = 16
+        for stage, channels in enumerate((16, 32, 64), 1):
+            blocks = []
+            for index in range(n):
+                blocks.append(TheirBlock(planes, channels, 2 if stage > 1 and index == 0 else 1, option))
+                planes = channels
+            self.add_module(f"layer{stage}", nn.Sequential(*blocks))
+        self.linear = nn.Linear(64, 10)
+
+    def forward(self, x):
+        x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
+        return self.linear(F.avg_pool2d(x, x.shape[3]).flatten(1))
+
+
+@pytest.mark.parametrize(("n", "option"), [(1, "A"), (3, "A"), (2, "B")])
+def test_option_a_padded_on_both_sides_gives_the_same_logits(n, option):
+    theirs, images = lived(TheirNet(n, option)), pictures(32, 5)
+    wanted = logits(theirs, (images - MEAN) / STD)
+    state = {f"module.{name}": value for name, value in theirs.state_dict().items()}
+    state, shape = state_dicts.ours(state_dicts.tensors({"state_dict": state}, Path("x")), "auto", "x")
+    assert shape == state_dicts.Shape("cifar", 6 * n + 2, option, 10)
+    ours = cifar_resnet(6 * n + 2, option).double().eval()
+    ours.load_state_dict(state_dicts.rescaled(state, IMAGENET_STD, state_dicts.UNDIVIDED))
+    close(logits(ours, images - MEAN), wanted)
+
+
+def test_without_the_other_order_of_channels_the_logits_would_differ():
+    """The test above can fail: names alone do not make the net."""
+    theirs, images = lived(TheirNet(1)), pictures(32)
+    state = {name.replace("linear", "fc"): value for name, value in theirs.state_dict().items()}
+    ours = cifar_resnet(8).double().eval()
+    ours.load_state_dict(state)
+    assert (logits(ours, images) - logits(theirs, images)).abs().max() > 0.1
+
+
+# --- The command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def weights(command_here):
+    """`resnet-weights` as it is typed, in an empty folder: its output, or the one line of its error."""
+    return functools.partial(command_here, "weights")
+
+
+@pytest.mark.parametrize("std", [None, "[0.5,0.25,0.4]"])
+def test_a_net_of_torchvisions_goes_through_the_command_and_back(weights, tmp_path, std):
+    """With ImageNet's std the weights keep their bits; another goes into conv1, and comes out up to rounding."""
+    theirs = lived(torchvision.models.resnet18(weights=None, num_classes=12)).float()
+    torch.save(theirs.state_dict(), tmp_path / "odd =$name.pth")
+    words = [] if std is None else [f"std={std}"]
+    text = weights("import", "odd =$name.pth", "out=new/net.pt", "data.size=64", *words)
+    assert "ImageNet resnet-18-B, 12 classes" in text
+    assert ("in conv1 now" in text) == (std is not None)
+    state = checkpoint.load(tmp_path / "new/net.pt")
+    assert (state["config"]["data"]["size"], state["measure"]["precision"]) == (64, "fp32")
+    assert state["config"]["normalise"] == ("standard" if std is None else "channels")
+    images = pictures(64).float()
+    ours = imagenet_resnet(18, num_classes=12).eval()
+    ours.load_state_dict(state["model"])
+    divisor = STD.float() if std is None else torch.tensor(json.loads(std)).view(1, 3, 1, 1)
+    wanted = logits(theirs, (images - MEAN.float()) / divisor)
+    found = logits(ours, (images - state["mean"].permute(2, 0, 1) / 255) / (divisor if std is None else 1))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
+
+    weights("export", "new/net.pt", "out=back.pth", *words)
+    back = torch.load(tmp_path / "back.pth", weights_only=True)
+    assert list(back) == list(theirs.state_dict())
+    for name, value in theirs.state_dict().items():
+        torch.testing.assert_close(back[name], value, rtol=0 if std is None else 1e-6, atol=0)
+    described = json.loads((tmp_path / "back.pth.json").read_text())
+    assert described["std"] == list(IMAGENET_STD if std is None else json.loads(std))
+    assert described["mean"] == pytest.approx(state_dicts.MEAN, abs=1e-6)
+    assert sorted(os.listdir(tmp_path)) == ["back.pth", "back.pth.json", "new", "odd =$name.pth"]
+
+
+@pytest.mark.parametrize(("normalise", "divided"), [("image", False), ("channels", False), ("standard", True)])
+def test_what_a_recipe_does_to_pixels_goes_with_the_export(weights, tmp_path, normalise, divided):
+    """The exported net and its description give the logits that evaluation gives, whichever recipe trained it."""
+    values = cli._compose("train", ["data=imagenet", "depth=18", f"normalise={normalise}", "data.size=64"])
+    found = config.check(values, needs_data=False)
+    net = lived(imagenet_resnet(18, num_classes=5)).float()
+    mean = torch.rand(64, 64, 3) * 255 if normalise == "image" else torch.tensor(IMAGENET_MEAN).view(1, 1, 3)
+    kept = {"config": found.plain(), "iteration": 1, "model": net.state_dict(), "mean": mean, "classes": list("abcde")}
+    measure = {"precision": "fp32", "compile": False, "bn_images": 32}
+    checkpoint.save(tmp_path / "net.pt", kept | {"digest": "0", "measure": measure})
+    images = pictures(64).float()
+    pixels = images - mean.permute(2, 0, 1) / 255
+    wanted = logits(net, pixels / STD.float() if divided else pixels)
+
+    told = weights("export", "net.pt", "out=out.safetensors")
+    assert ("note: torchvision subtracts" in told) == (normalise == "image")
+    described = json.loads((tmp_path / "out.safetensors.json").read_text())
+    theirs = imagenet_resnet(18, num_classes=5).eval()
+    theirs.load_state_dict(state_dicts.read(tmp_path / "out.safetensors"))
+    mean, std = torch.tensor(described["mean"]), torch.tensor(described["std"])
+    mean = mean.permute(2, 0, 1) if mean.ndim == 3 else mean.view(3, 1, 1)
+    close_to = {"rtol": 0, "atol": 1e-5 * wanted.abs().max().item()}
+    torch.testing.assert_close(logits(theirs, (images - mean) / std.view(3, 1, 1)), wanted, **close_to)
+    if divided:  # inside of the ONNX file
+        weights("export", "net.pt", "out=out.onnx")
+        session = onnxruntime.InferenceSession(tmp_path / "out.onnx", providers=["CPUExecutionProvider"])
+        onnx_logits = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+        torch.testing.assert_close(onnx_logits, wanted, rtol=0, atol=1e-4 * wanted.abs().max().item())
+
+
+def test_safetensors_out_and_in_is_the_same_net(weights, command_here, trained, tmp_path):
+    weights("export", trained, "out=net.safetensors")
+    described = json.loads((tmp_path / "net.safetensors.json").read_text())
+    assert (described["net"], described["std"], len(described["mean"])) == ("resnet-8-A", [1, 1, 1], 32)
+    weights("import", "net.safetensors", "out=net.pt", "data=digits")
+    before, after = checkpoint.load(trained), checkpoint.load(tmp_path / "net.pt")
+    assert before["classes"] == after["classes"] == [str(digit) for digit in range(10)]
+    for one, other in ((before["model"], after["model"]), ({"mean": before["mean"]}, {"mean": after["mean"]})):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(value, other[name]) for name, value in one.items())
+    results = []
+    for name in (trained, tmp_path / "net.pt"):
+        command_here("evaluate", f"checkpoint={name}", "out=found.json", "device=cpu")
+        results.append(json.loads((tmp_path / "found.json").read_text()))
+    assert results[0]["seen"] == 360
+    assert all(results[0][key] == results[1][key] for key in ("wrong", "seen", "loss", "protocol", "data"))
+
+
+def test_onnx_takes_any_number_of_images_in_0_to_1(weights, trained, tmp_path):
+    path = trained
+    weights("export", path, "out=net.onnx")
+    assert sorted(os.listdir(tmp_path)) == ["net.onnx", "net.onnx.json"]
+    state = checkpoint.load(path)
+    net = cifar_resnet(8).eval()
+    net.load_state_dict(state["model"])
+    session = onnxruntime.InferenceSession(tmp_path / "net.onnx", providers=["CPUExecutionProvider"])
+    for count in (1, 7):
+        images = pictures(32, count).float()
+        wanted = logits(net, images - state["mean"].permute(2, 0, 1) / 255)
+        found = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+
+
+def test_akamasters_file_through_the_command(weights, tmp_path):
+    theirs = lived(TheirNet(1)).float()
+    state = {f"module.{name}": value for name, value in theirs.state_dict().items()}
+    torch.save({"state_dict": state, "best_prec1": 91.5}, tmp_path / "net.th", _use_new_zipfile_serialization=False)
+    assert "CIFAR resnet-8-A, 10 classes (airplane," in weights("import", "net.th", "out=net.pt")
+    found = checkpoint.load(tmp_path / "net.pt")
+    images = pictures(32).float()
+    net = cifar_resnet(8).eval()
+    net.load_state_dict(found["model"])
+    wanted = logits(theirs, (images - MEAN.float()) / STD.float())
+    torch.testing.assert_close(logits(net, images - MEAN.float()), wanted, rtol=0, atol=1e-4)
+
+
+class Hostile:
+    """Unpickled, it would leave a file."""
+
+    def __reduce__(self):
+        return os.system, ("touch harmed",)
+
+
+def test_wrong_words_and_files_are_one_line_and_leave_nothing(weights, tmp_path, trained):
+    last = str(trained)
+    torch.save({"conv1.weight": Hostile()}, tmp_path / "hostile.pth")
+    (tmp_path / "hostile.th").write_bytes(pickle.dumps(Hostile()))
+    (tmp_path / "cut.safetensors").write_bytes(b"\x40\0\0\0\0\0\0\0{")
+    (tmp_path / "two.txt").write_text("cat\ndog\n")
+    torch.save(cifar_resnet(8).state_dict(), tmp_path / "net.pth")
+    before = sorted(os.listdir(tmp_path))
+    for words, told in [
+        (["import", "hostile.pth", "out=x.pt"], "hostile.pth: is refused"),
+        (["import", "hostile.th", "out=x.pt"], "hostile.th: is cut short or not a checkpoint"),
+        (["import", "cut.safetensors", "out=x.pt"], "cut.safetensors: is cut short or no safetensors file"),
+        (["import", last, "out=x.pt"], "is a checkpoint of resnet-train already"),
+        (
+            ["import", "net.pth", "out=x.pt", "classes=two.txt"],
+            "classes=two.txt: names 2 classes, the net in net.pth has 10",
+        ),
+        (["import", "net.pth", "out=x.pt", "mean=[0.5]"], "mean=[0.5]: must be three numbers"),
+        (["import", "net.pth", "out=x.pt", "std=[0,1,1]"], "std=0: must be above 0"),
+        (["import", "net.pth", "out=x.pt", "arch=pain"], "arch=pain: allowed are resnet, plain; did you mean plain?"),
+        (["import", "net.pth", "out=x.pt", "format=onnx"], "format=onnx: resnet-weights import has auto"),
+        (["import", "nosuch.pth", "out=x.pt"], "file=nosuch.pth: there is no such file"),
+        (["import", "net.pth"], "out: is needed"),
+        (["improt", "net.pth", "out=x.pt"], "did you mean import?"),
+        (["export", last, "out=x.jpg"], "out=x.jpg: ends in none of .pth .pt .safetensors .onnx"),
+        (["export", last, "out=x.pth", "mean=[0,0,0]"], "mean: means nothing to resnet-weights export"),
+        (["export", "net.pth", "out=x.pth"], "is not a checkpoint of resnet-train"),
+    ]:
+        assert told in weights(*words, code=2), words
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_without_the_extras_a_line_says_what_to_install(weights, trained, tmp_path, monkeypatch):
+    (tmp_path / "x.safetensors").write_bytes(b"")
+    for modules, words, extra in [
+        (["safetensors", "safetensors.torch"], ["import", "x.safetensors", "out=x.pt"], "safetensors"),
+        (["safetensors", "safetensors.torch"], ["export", trained, "out=y.safetensors"], "safetensors"),
+        (["onnxruntime"], ["export", trained, "out=y.onnx"], "onnx"),
+    ]:
+        with monkeypatch.context() as patch:
+            for module in modules:
+                patch.setitem(sys.modules, module, None)
+            assert f"pip install 'resnet-train[{extra}]'" in weights(*words, code=2)
+    assert os.listdir(tmp_path) == ["x.safetensors"]
+
+
+def test_a_description_that_is_not_one_is_named(tmp_path):
+    torch.save(cifar_resnet(8).state_dict(), tmp_path / "net.pth")
+    (tmp_path / "net.pth.json").write_text('{"written_by": "resnet-train 0", "mean": "grey"}')
+    with pytest.raises(UserError, match=r"net\.pth\.json: is not what resnet-weights export wrote"):
+        read_source(tmp_path / "net.pth")
+    (tmp_path / "net.pth.json").write_text('{"written_by": "somebody"}')
+    assert read_source(tmp_path / "net.pth").std == IMAGENET_STD
