@@ -10,6 +10,7 @@ import tarfile
 import numpy as np
 import pytest
 from conftest import ROOT
+from test_sets import photograph
 
 from resnet_train.errors import UserError
 
@@ -157,3 +158,16 @@ def test_an_archive_cut_short_is_one_line(name, archives, tmp_path):
         imagenet.layout(archives, tmp_path / "out", sums(archives))
     assert str(archives) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_an_error_in_the_test_ends_the_workers_of_training(tmp_path, command):
+    """Training's loader is still open then, and its worker ignores signals."""
+    for part in ("train", "val"):
+        for name in ("cat", "dog"):
+            photograph(tmp_path / "tree" / part / name / "0.JPEG", (40, 50), 0)
+    (tmp_path / "tree/val/dog/0.JPEG").write_bytes(b"no image")
+    words = ["data=imagenet", "depth=18", "data.root=tree", "data.size=32", "augment.shorter_side=[36,40]"]
+    words += ["batch_size=2", "iterations=2", "eval_every=1", "data.workers=1", "device=cpu", "precision=fp32"]
+    done = command(*words, "normalise=channels", "run_dir=run", timeout=100)
+    assert done.returncode == 2
+    assert "tree/val/dog/0.JPEG: is not an image" in done.stderr

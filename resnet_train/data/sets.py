@@ -10,10 +10,12 @@ batch: `rank` of `world`. Which images these are, and how they are changed, depe
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import hashlib
 import itertools
+import multiprocessing
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -317,6 +319,14 @@ def _leave_signals(_: int) -> None:
     """Signals that reach all processes of a job are for those that train; their end is the worker's end."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """End workers whose loader an error has left: they ignore what Python would send them, and it would wait."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 # An index, and what to cut: the center once the shorter side has so many pixels, or the part that a function of height
