@@ -219,6 +219,7 @@ class PackConfig:
     workers: int
 
 
+@dataclass(frozen=True)
 class WeightsData:
     """The data set that imported weights are for; auto is imagenet or cifar10, as the net is."""
 
@@ -709,7 +710,7 @@ def check_weights(values: Mapping[str, Any], asked: Collection[str] = ()) -> Wei
     if config.classes is not None:
         check_file("classes", config.classes)
     if config.data.root is not None:
-        check_source("imagefolder" if config.data.name == "auto" else config.data.name, config.data.root)
+        check_source("imagenet" if config.data.name == "auto" else config.data.name, config.data.root)
     if word == "export":
         if config.format == "auto":
             suffix = expand(config.out).suffix

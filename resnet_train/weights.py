@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from resnet_train import __version__, checkpoint, state_dicts
 from resnet_train import config as configs
 from resnet_train.build import network
-from resnet_train.config import Config, WeightsConfig, class_folders, is_official_cifar10, restored
+from resnet_train.config import Config, WeightsConfig, class_folders, is_official_cifar10, is_packed, restored
 from resnet_train.data.images import CLASSES
 from resnet_train.data.names import imagenet_classes
+from resnet_train.data.packed import open_packed
 from resnet_train.data.transforms import IMAGENET_STD
 from resnet_train.errors import RunError, UserError
 from resnet_train.files import expand, write_result, write_whole
@@ -220,7 +221,10 @@ def _classes(asked: WeightsConfig, source: Source) -> list[str]:
             raise UserError(f"{where}: cannot be read as text: {error}") from error
         names = [name.strip() for name in names if name.strip()]
     elif root is not None and not is_official_cifar10(Path(root)):
-        names, where = class_folders(Path(root))[0], f"data.root={root}"
+        names, where = (
+            open_packed(root).classes if is_packed(root) else class_folders(Path(root))[0],
+            f"data.root={root}",
+        )
     elif source.classes is not None:
         names, where = source.classes, f"{asked.file}.json"
     elif count == 10 and asked.data.name in ("auto", "cifar10") and source.family == "cifar":
