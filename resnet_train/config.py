@@ -269,6 +269,9 @@ FIXED_BY_BENCH = {
     "timeout": 600,
     "run_dir": None,
     "resume": "never",
+    "init_from": None,
+    "freeze": None,
+    "scale": 1,
 }
 # What each family of nets and data does not read; refused when asked for.
 UNREAD = {

@@ -58,7 +58,7 @@ class Meters:
 
     def load(self, state: dict[str, Any]) -> None:
         """From the checkpoint. If there are now other processes than then, the first takes all sums."""
-        self.seen, self.skipped = state["seen"], state["skipped"] if rank() == 0 else 0
+        self.seen, self.skipped = state["seen"], state.get("skipped", 0) if rank() == 0 else 0
         for name, rows in (("loss", self.loss), ("wrong", self.wrong)):
             rows.zero_()
             if len(state[name]) == world():

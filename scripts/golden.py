@@ -45,7 +45,7 @@ def composed(overrides: Iterable[str]) -> configs.Config:
     """What the command line would make of `overrides`; data need not be there."""
     with hydra.initialize_config_dir(CONFIG_DIR, version_base="1.3"):
         values: Any = OmegaConf.to_container(hydra.compose("train", list(overrides)), resolve=True)
-    return configs.restored(values)
+    return configs.restored({key: value for key, value in values.items() if key != "scale"})
 
 
 def size(family: str, depth: int, shortcut: str) -> dict[str, int]:
