@@ -88,6 +88,8 @@ def _quoted(text: str) -> str:
 
 def pack() -> None:
     """The command `resnet-pack`."""
+    # Here data is no group either, and what can be packed is what data=imagenet reads.
+    sys.argv = [word for word in sys.argv if word != "data=imagenet"]
     _command("pack", _prepare_pack, _pack_job)
 
 

@@ -770,7 +770,9 @@ def check_bench(values: Mapping[str, Any], asked: Collection[str] = ()) -> tuple
     config = check(training | FIXED_BY_BENCH, asked, needs_data=False)
     photographs = config.data.family == "imagenet" and bench.bench == "loader"
     if photographs and config.data.root is None:
-        raise UserError("data.root: resnet-bench loader measures real photographs; name their tree or packed folder")
+        raise UserError(
+            "data=imagenet: resnet-bench loader measures real photographs; add data.root=, a tree or packed"
+        )
     if bench.packed is not None and not (photographs and is_packed(bench.packed)):
         raise UserError(f"packed={bench.packed}: must be a packed folder, for resnet-bench loader data=imagenet")
     if bench.packed is not None and is_packed(config.data.root or ""):

@@ -1,6 +1,7 @@
 """The benchmark: its figures hang together, its references are what they are called, a wrong command is one line."""
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -10,10 +11,12 @@ import sys
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from resnet_train import bench, classic, cli, config, timing
 from resnet_train.build import network
 from resnet_train.data.images import ImageSet
+from resnet_train.data.pack import pack
 from resnet_train.errors import RunError, UserError
 
 NAMES = ["step", "loop", "loader", "eval", "startup", "memory"]
@@ -260,6 +263,33 @@ def test_a_process_that_is_killed_is_told_of():
     assert issubclass(RunError, UserError)
 
 
+def test_photographs_are_read_and_decoded_on_one_core(tmp_path, monkeypatch, capsys):
+    """From files and packed, beside the classic recipe and decoding; each ratio is to the classic of the same round."""
+    pytest.importorskip("litdata", reason="needs the extra `streaming`")
+    monkeypatch.setenv("RESNET_TRAIN_DATA", str(tmp_path / "cache"))
+    for part, name, number in itertools.product(("train", "val"), "ab", range(4)):
+        (tmp_path / "tree" / part / name).mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(0, 256, (70, 60 + number, 3), dtype=torch.uint8).numpy()
+        Image.fromarray(pixels).save(tmp_path / "tree" / part / name / f"{number}.JPEG")
+    settings = {"shorter_side": 40, "quality": 90, "images": 3, "workers": 0, "broken": "stop"}
+    pack(root=str(tmp_path / "tree"), out=tmp_path / "packed", **settings)
+    words = [f"data.root={tmp_path / 'tree'}", f"packed={tmp_path / 'packed'}", f"out={tmp_path / 'found.json'}"]
+    words += ["bench=loader", "data=imagenet", "depth=18", "data.size=32", "augment.shorter_side=[36,60]"]
+    bench.bench(*checked(*words, "batch_size=4", "rounds=2", "seconds=0.02", "device=cpu"))
+    found = json.loads((tmp_path / "found.json").read_text())
+    names = ["ours, files", "ours, packed", "classic, files", "decoding alone, files", "decoding alone, packed"]
+    assert [row["name"] for row in found["rows"]] == names
+    classic_, alone = found["rows"][2]["rounds"], found["rows"][3]["rounds"]
+    for row in found["rows"]:
+        assert row["ratios"]["classic"]["rounds"] == [a / b for a, b in zip(row["rounds"], classic_, strict=True)]
+        assert row["ratios"]["decoding"]["rounds"] == [a / b for a, b in zip(row["rounds"], alone, strict=True)]
+    assert found["ratio_of_packed"] == found["rows"][1]["ratios"]["classic"]["median"]
+    assert "images: 8 (files), 8 (packed)" in capsys.readouterr().out
+    for wrong in (f"packed={tmp_path / 'tree'}", f"data.root={tmp_path / 'packed'}"):
+        with pytest.raises(UserError, match=r"^packed="):
+            checked(*words, wrong)
+
+
 # --- What is measured ------------------------------------------------------------------------------------------------
 
 
@@ -366,6 +396,8 @@ def test_the_classic_step_computes_as_pytorch_does_by_itself():
         ("loop eval_every=100", ["eval_every", "means nothing"]),
         ("loop data.validation=5000", ["data.validation", "means nothing"]),
         ("loop data.root=nosuch", ["data.root=nosuch", "no such file"]),
+        ("loop packed=x", ["packed=x", "loader data=imagenet"]),
+        ("loader packed=x", ["packed=x", "loader data=imagenet"]),
         ("loop out=/dev/null/x", ["out=/dev/null/x"]),
         ("loop out=.", ["out=."]),
         ("loop bench=step,loop -m", ["-m"]),

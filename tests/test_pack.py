@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -16,7 +17,8 @@ import torch
 from conftest import metrics, stamp, start
 from PIL import Image
 
-from resnet_train.config import class_folders
+from resnet_train import cli
+from resnet_train.config import check_source, class_folders
 from resnet_train.data import pack as packing
 from resnet_train.data.images import decode
 from resnet_train.data.packed import Shard, open_packed, stored_order
@@ -529,3 +531,55 @@ def test_rotation_is_not_applied_and_palettes_may_be_transparent():
     file = io.BytesIO()
     image.quantize(8).save(file, "PNG", transparency=bytes(range(8)))
     assert decode(file.getvalue(), "").shape == (37, 41, 3)
+
+
+# The command line
+
+
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        ("", ["data.root=TREE out=FOLDER", "check=FOLDER"]),
+        ("data.root=TREE", ["out=FOLDER"]),
+        ("data.root=nosuch out=x", ["data.root=nosuch", "no such file"]),
+        ("data.root=TREE out=x shorter_side=7", ["shorter_side=7", "at least 8"]),
+        ("data.root=TREE out=x quality=101", ["quality=101", "at most 100"]),
+        ("data.root=TREE out=x qualty=9", ["qualty", "did you mean quality?"]),
+        ("data.root=TREE out=x data.broken=skp", ["data.broken=skp", "did you mean skip?"]),
+        ("data.root=TREE out=x images=0", ["images=0", "at least 1"]),
+        ("data.root=TREE out=x workers=-1", ["workers=-1", "at least 0"]),
+        ("data.root=TREE out=TREE/packed", ["lies in the tree"]),
+        ("data.root=TREE out=s3://bucket/x", ["s3://bucket/x", "to a folder"]),
+        ("data.root=TREE out=/dev/null/x", ["/dev/null/x"]),
+        ("data.root=PACKED out=x", ["is packed already"]),
+        ("data.root=s3://bucket/x out=x", ["is packed already"]),
+        ("check=TREE", ["no packed folder", "pack.json"]),
+        ("check=ftp://host/x", ["ftp://host/x", "s3://"]),
+        ("check=PACKED out=x", ["out=x", "means nothing"]),
+        ("check=PACKED workers=1,2 -m", ["-m", "one tree at a time"]),
+        ("data=cifar10 out=x", ["'data'"]),
+        ("data=imagenet out=x", ["data.root=TREE", "out=FOLDER"]),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(line, parts, tree, packed, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = line.replace("TREE", str(tree)).replace("PACKED", str(packed)).split() if "=" in line else []
+    monkeypatch.setattr(sys, "argv", ["resnet-pack", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.pack()
+    text = capsys.readouterr()
+    assert (ended.value.code, text.out) == (2, "")
+    assert text.err.startswith("error: ")
+    assert text.err.count("\n") == 1
+    assert all(part in text.err for part in parts), text.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_packed_folders_are_for_imagenet_and_urls_for_packed_folders(packed):
+    check_source("imagenet", str(packed))
+    check_source("imagenet", "s3://bucket/imagenet")
+    for name, root in (("imagefolder", str(packed)), ("cifar10", str(packed)), ("imagefolder", "s3://bucket/x")):
+        with pytest.raises(UserError, match="data=imagenet reads"):
+            check_source(name, root)
+    with pytest.raises(UserError, match="reads packed folders from s3://"):
+        check_source("imagenet", "ftp://host/x")
