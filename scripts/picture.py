@@ -1,4 +1,4 @@
-"""Draw the pictures that come from the metrics in results/: the README's, and losses of several processes.
+"""Draw the losses of several processes from the metrics in results/.
 
 python scripts/picture.py
 """
@@ -34,8 +34,4 @@ def losses() -> None:
 
 
 if __name__ == "__main__":
-    folder = RESULTS / "cifar10_jpeg-10-epochs"
-    nets = {net: curves.read_metrics(folder / net / "metrics.jsonl") for net in ("plain-20", "resnet-20-A")}
-    title = "20 layers on cifar10_jpeg (JPEG copies of CIFAR-10), 10 passes, seed 0"
-    curves.draw(nets, title, folder / "curves.png")
     losses()

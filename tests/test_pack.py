@@ -546,7 +546,7 @@ def test_rotation_is_not_applied_and_palettes_may_be_transparent():
         ("data.root=TREE out=x quality=101", ["quality=101", "at most 100"]),
         ("data.root=TREE out=x qualty=9", ["qualty", "did you mean quality?"]),
         ("data.root=TREE out=x data.broken=skp", ["data.broken=skp", "did you mean skip?"]),
-        ("data.root=TREE out=x images=0", ["images=0", "at least 1"]),
+        ("data.root=TREE out=x shard_images=0", ["images=0", "at least 1"]),
         ("data.root=TREE out=x workers=-1", ["workers=-1", "at least 0"]),
         ("data.root=TREE out=TREE/packed", ["lies in the tree"]),
         ("data.root=TREE out=s3://bucket/x", ["s3://bucket/x", "to a folder"]),
