@@ -281,7 +281,10 @@ def test_a_table_that_cannot_be_is_refused(size, packed, tmp_path):
         Shard(tmp_path / "shard")
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": 99}'])
+EVIL = '{"format": 1, "parts": {"train": {"shards": [{"name": "../../evil.bin"}]}}}'
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "1", '{"format": 99}', '{"format": 1, "parts": []}', EVIL])
 def test_a_damaged_pack_json_is_one_line(text, packed, tmp_path):
     shutil.copytree(packed, tmp_path / "copy")
     (tmp_path / "copy" / "pack.json").write_text(text)

@@ -12,13 +12,17 @@ import fcntl
 import functools
 import hashlib
 import json
+import multiprocessing
 import os
+import re
 import struct
 import weakref
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -32,7 +36,7 @@ from resnet_train.config import PACKED, is_remote
 from resnet_train.data.images import cache_folder
 from resnet_train.data.photographs import Photographs
 from resnet_train.data.sampler import generator
-from resnet_train.errors import UserError
+from resnet_train.errors import RunError, UserError
 
 FORMAT = 1
 OPEN = 64  # shards that a process keeps open
@@ -129,7 +133,18 @@ def open_packed(root: str) -> Photographs:
 
 def located(root: str) -> Path:
     """Where a packed folder lies on this machine, once it is here. Raises UserError."""
-    return _fetched(root.rstrip("/")) if is_remote(root) else Path(root)
+    if not is_remote(root):
+        return Path(root)
+    if find_spec("litdata") is None:
+        raise UserError(f"data.root={root}: needs litdata: pip install 'resnet-train[streaming]'")
+    if root.startswith("local:"):
+        return _fetched(root.rstrip("/"))
+    # The clients of object storage have threads, which do not survive the fork of this process into workers.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(_fetched, root.rstrip("/")).result()
+        except BrokenProcessPool as error:
+            raise RunError("the process that fetched the shards was killed; the same command goes on") from error
 
 
 def _listed(part: str, told: dict[str, Any]) -> Tensor:
@@ -146,10 +161,13 @@ def read_about(folder: Path) -> dict[str, Any]:
         about = json.loads((folder / PACKED).read_text())
         if about["format"] != FORMAT:
             raise UserError(f"{folder}: is packed in format {about['format']}; this version reads {FORMAT}")
+        names = {*about["parts"], *(shard["name"] for told in about["parts"].values() for shard in told["shards"])}
+        if not all(re.fullmatch(r"train|test|val|chunk-0-\d+\.bin", name) for name in names):
+            raise ValueError("a name that would lie elsewhere")
         return about
     except OSError as error:
         raise UserError(f"{folder}: is no whole packed folder ({PACKED}: {error.strerror})") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / PACKED}: is damaged; pack it again") from error
 
 
@@ -234,10 +252,8 @@ def _is_there(path: Path, shard: dict[str, Any]) -> bool:
 
 def _downloader(url: str) -> Callable[[str, Path], None]:
     """litdata's way to fetch a file from such a URL. Raises UserError."""
-    try:
-        from litdata.streaming.downloader import get_downloader
-    except ImportError as error:
-        raise UserError(f"data.root={url}: needs litdata: pip install 'resnet-train[streaming]'") from error
+    from litdata.streaming.downloader import get_downloader
+
     client = get_downloader(url, str(cache_folder()), [])
 
     def fetch(source: str, path: Path) -> None:
