@@ -586,14 +586,3 @@ def test_packed_folders_are_for_imagenet_and_urls_for_packed_folders(packed):
             check_source(name, root)
     with pytest.raises(UserError, match="reads packed folders from s3://"):
         check_source("imagenet", "ftp://host/x")
-
-
-@pytest.mark.slow
-def test_a_broken_test_image_ends_a_training_that_reads_ahead(tree, tmp_path):
-    """With its name, even where training images are skipped; the workers of the training do not keep it."""
-    shutil.copytree(tree, tmp_path / "photos")
-    (tmp_path / "photos" / "val" / "eel" / "01.JPEG").write_bytes(b"no image")
-    words = [*TRAIN, f"data.root={tmp_path / 'photos'}", "data.broken=skip", "iterations=1", "run_dir=run"]
-    done = subprocess.run(start(*words), cwd=tmp_path, capture_output=True, text=True, timeout=250)
-    assert done.returncode == 2
-    assert "val/eel/01.JPEG: is not an image" in done.stderr.splitlines()[-1]
