@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check golden clean
+.PHONY: demo test test-all check golden clean
 
 demo: $(VENV)/installed-digits
 	rm -rf runs/demo
@@ -11,6 +11,9 @@ demo: $(VENV)/installed-digits
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
+
+test-all: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder -m ""
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .

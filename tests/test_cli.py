@@ -256,7 +256,7 @@ def test_a_sweep_trains_what_is_missing(tmp_path):
     assert json.loads((cut / "summary.json").read_text())["last"] == summaries["resnet-14-A"]["last"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_sweep_goes_on_after_a_job_that_fails_and_tells_at_its_end(tmp_path):
     pytest.importorskip("sklearn")
     words = "-m depth=8 data=digits iterations=4 log_every=2 eval_every=4 compile=false device=cpu precision=fp32"

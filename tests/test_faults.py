@@ -19,7 +19,7 @@ from resnet_train import checkpoint
 
 pytest.importorskip("sklearn")
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.timeout(900),
     pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="processes are found through /proc"),
 ]

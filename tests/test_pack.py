@@ -373,7 +373,7 @@ TRAIN += ["log_every=2", "checkpoint_every=2", "eval_batch_size=4", "data.worker
 TRAIN += ["data.validation=5", "precision=fp32"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_training_on_packed_data_that_is_killed_ends_as_the_undisturbed(packed, tmp_path):
     """64 - 5 images in batches of 10: killed with SIGKILL in the first pass and going on from its checkpoint."""
     words = [*TRAIN, f"data.root={packed}"]

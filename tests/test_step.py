@@ -47,7 +47,7 @@ def test_gradients_and_statistics_are_those_of_a_net_that_keeps_all(make, size):
     assert all(value == 1 for name, value in again.items() if name.endswith("num_batches_tracked"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compiled_steps_of_two_processes_that_compute_again_are_those_of_one_that_does_not(command, tmp_path):
     """Compiled block by block, with gradients exchanged: the losses of the first three steps, and the statistics."""
     pytest.importorskip("sklearn")
