@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,11 +27,45 @@ def nearest_existing(path: Path) -> Path:
     return next(place for place in (path, *path.absolute().parents) if place.exists())
 
 
+@contextlib.contextmanager
+def claimed(folder: Path, key: str, doing: str, patience: int = 0) -> Iterator[None]:
+    """Make the folder that `key` named and hold it against a second process, which is refused.
+
+    Where another holds it, it is asked for again every half second, `patience` times. Raises UserError.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"{key}={folder}: cannot be made: {error.strerror}") from error
+    try:
+        for left in range(patience, -1, -1):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if not left:
+                    raise UserError(f"{key}={folder}: another process is {doing} there") from error
+                time.sleep(0.5)
+        yield
+    finally:
+        os.close(handle)
+
+
+def put(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all. Raises OSError."""
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
 def write_json(path: Path, values: Any, indent: int | None = 2) -> None:
     """Write `values` whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(values, indent=indent) + "\n")
-    part.replace(path)
+    put(path, (json.dumps(values, indent=indent) + "\n").encode())
 
 
 def write_result(path: Path, values: Any) -> None:
@@ -40,14 +77,9 @@ def write_result(path: Path, values: Any) -> None:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write the file that `out=` named whole or not at all, and the folders above. Raises UserError."""
-    part = path.with_name(path.name + ".part")
     with _named(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_bytes(content)
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        put(path, content)
 
 
 def check_result(path: Path) -> None:

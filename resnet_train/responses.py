@@ -18,7 +18,7 @@ from resnet_train.config import EvalConfig, ResponsesConfig, restored
 from resnet_train.data.sets import MemorySets
 from resnet_train.errors import UserError
 from resnet_train.evaluate import Member, restored_net, testing, with_data
-from resnet_train.files import expand
+from resnet_train.files import expand, put
 from resnet_train.models.resnet import ResNet
 from resnet_train.report import figures
 
@@ -123,9 +123,7 @@ def responses(asked: ResponsesConfig) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         figures.save(figures.draw_responses(found), out / "figure-7")
-        part = out / ".responses.csv"
-        part.write_text(text.getvalue(), encoding="utf-8")
-        part.replace(out / "responses.csv")
+        put(out / "responses.csv", text.getvalue().encode())
     except OSError as error:
         raise UserError(f"out={out}: cannot be written: {error.strerror}") from error
     print(f"{out}/figure-7.png, figure-7.svg, responses.csv")

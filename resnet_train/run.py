@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import platform
@@ -13,7 +12,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,7 +36,7 @@ from resnet_train.data.sampler import generator
 from resnet_train.data.sets import MemorySets, StreamedSets
 from resnet_train.distributed import from_main, joined, main, one_after_all, together, total, world
 from resnet_train.errors import UserError, of_a_peer
-from resnet_train.files import expand, nearest_existing, write_json
+from resnet_train.files import claimed, expand, nearest_existing, write_json
 from resnet_train.models.resnet import multiply_adds, parameters
 from resnet_train.record import Record
 from resnet_train.schedule import Progress
@@ -221,35 +219,14 @@ def _open(run: Run, held: contextlib.ExitStack) -> tuple[dict[str, Any] | None, 
     auto = run.config.resume == "auto"
     _check_space(run)
     state = None if auto else _resume_state(run)  # before a directory is made
-    held.enter_context(_claimed(run.directory))
+    # Workers of a killed run hold on to it for some seconds.
+    held.enter_context(claimed(run.directory, "run_dir", "training", patience=20))
     if run_state(run.directory) == "finished":
         raise UserError(f"run_dir={run.directory}: another process has finished the run there")
     if auto:  # only now: until they let go of the directory, workers of a killed run write there
         state = _resume_state(run)
     _go_on(run, state)  # before a checkpoint that does not fit takes the place of one that does
     return state, _open_directory(run, state)
-
-
-@contextlib.contextmanager
-def _claimed(directory: Path) -> Iterator[None]:
-    """Make the run directory and hold it against a second process. Raises UserError."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        handle = os.open(directory, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"run_dir={directory}: cannot be made: {error.strerror}") from error
-    try:
-        for patience in range(20, -1, -1):  # workers of a killed run hold on to it for some seconds
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if not patience:
-                    raise UserError(f"run_dir={directory}: another process is training there") from error
-                time.sleep(0.5)
-        yield
-    finally:
-        os.close(handle)
 
 
 def _check_space(run: Run) -> None:

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from resnet_train.data.download import CHUNK, checksum
 from resnet_train.errors import UserError
+from resnet_train.files import put
 
 TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
 MD5 = {
@@ -62,7 +63,7 @@ def _check(archive: Path, md5: str, done: Path) -> None:
     print(f"{archive.name}: checking", flush=True)
     if checksum(archive) != md5:
         raise UserError(f"{archive}: is damaged or not the official archive (its MD5 is not {md5})")
-    _write(note, seen.encode())
+    put(note, seen.encode())
 
 
 def _read_devkit(archive: Path) -> tuple[dict[int, str], list[int]]:
@@ -153,12 +154,6 @@ def _sync(folder: Path) -> None:
     for file in folder.iterdir():
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
-
-
-def _write(path: Path, content: bytes) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    part.replace(path)
 
 
 @contextlib.contextmanager

@@ -8,8 +8,6 @@ each shard that is whole and on disk; at the end the notes become pack.json, and
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
-import fcntl
 import io
 import itertools
 import json
@@ -46,7 +44,7 @@ from resnet_train.data.packed import (
 )
 from resnet_train.data.photographs import Files, open_photographs, read_file
 from resnet_train.errors import SIGNALS, RunError, UserError
-from resnet_train.files import write_json
+from resnet_train.files import claimed, write_json
 
 
 def pack(*, root: str, out: Path, shorter_side: int, quality: int, images: int, workers: int, broken: str) -> None:
@@ -69,7 +67,7 @@ def pack(*, root: str, out: Path, shorter_side: int, quality: int, images: int, 
         "images": images,
         "broken": broken,
     }
-    with _claimed(out):
+    with claimed(out, "out", "packing"):
         if (out / PACKED).is_file():
             about = read_about(out)
             _check_same(out, about, settings)
@@ -98,23 +96,6 @@ def pack(*, root: str, out: Path, shorter_side: int, quality: int, images: int, 
         f"{out}: {total - skipped} images in {sum(len(told['shards']) for told in about['parts'].values())} shards,"
         f" {size / 1e6:.1f} MB" + (f"; {skipped} broken ones skipped" if skipped else "")
     )
-
-
-@contextlib.contextmanager
-def _claimed(out: Path) -> Iterator[None]:
-    """Make the folder and hold it against a second packer. Raises UserError."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        handle = os.open(out, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"out={out}: cannot be made: {error.strerror}") from error
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise UserError(f"out={out}: another process is packing there") from error
-    finally:
-        os.close(handle)
 
 
 def _check_same(out: Path, before: dict[str, Any], settings: dict[str, Any]) -> None:

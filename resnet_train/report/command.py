@@ -11,7 +11,7 @@ from pathlib import Path
 from resnet_train import paper
 from resnet_train.config import ReportConfig
 from resnet_train.errors import UserError
-from resnet_train.files import expand
+from resnet_train.files import expand, put
 from resnet_train.report import figures, page, runs, tables, verdict
 from resnet_train.report.page import Section
 from resnet_train.report.runs import Run
@@ -66,16 +66,9 @@ def _write(asked: ReportConfig, title: str, notes: list[str], sections: list[Sec
     tabular = [table for section in sections for table in section.tables]
     everyone = [run for section in sections for run in section.runs]
     for table in [*tabular, tables.runs_table(everyone)] if everyone else tabular:
-        _put(out / f"{table.name}.csv", table.csv())
-    _put(out / "report.md", page.markdown(title, intro, sections))
-    _put(out / "index.html", page.html_page(title, intro, sections, out))  # last: it needs the figures
-
-
-def _put(path: Path, text: str) -> None:
-    """Write whole or not at all."""
-    part = path.with_name(f".{path.name}")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+        put(out / f"{table.name}.csv", table.csv().encode())
+    put(out / "report.md", page.markdown(title, intro, sections).encode())
+    put(out / "index.html", page.html_page(title, intro, sections, out).encode())  # last: it needs the figures
 
 
 def _check_out(out: Path, found: list[Run]) -> None:
