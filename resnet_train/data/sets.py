@@ -28,7 +28,7 @@ from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 from resnet_train import checkpoint
-from resnet_train.data.images import ImageError, ImageSet, cache_folder, keep, load
+from resnet_train.data.images import ImageError, ImageSet, cache_folder, center_view, keep, load
 from resnet_train.data.photographs import Box, Part, area_box, cut, image_of, open_photographs, scaled_box
 from resnet_train.data.sampler import batch_indices, generator, held_out
 from resnet_train.data.transforms import (
@@ -65,6 +65,12 @@ def split_sizes(train: int, validation: int) -> tuple[Tensor, Tensor]:
 def share_of(batch_size: int, rank: int, world: int) -> slice:
     """The part of a batch that process `rank` of `world` takes."""
     return slice(rank * batch_size // world, (rank + 1) * batch_size // world)
+
+
+def single_views(batches: Batches) -> Iterator[Views]:
+    """Batches as views: of each image one."""
+    for images, labels in batches:
+        yield [(images, torch.arange(len(labels), device=images.device))], labels
 
 
 class MemorySets:
@@ -133,8 +139,7 @@ class MemorySets:
         self, _: str, split: str, mean: Tensor, device: torch.device, batch_size: int, rank: int = 0, world: int = 1
     ) -> Iterator[Views]:
         """`eval_batches`, each image as its only view."""
-        for images, labels in self.eval_batches(split, mean, device, batch_size, rank, world):
-            yield [(images, torch.arange(len(labels), device=device))], labels
+        return single_views(self.eval_batches(split, mean, device, batch_size, rank, world))
 
 
 class StreamedSets:
@@ -185,8 +190,9 @@ class StreamedSets:
             if isinstance(kept, Tensor) and kept.shape == (self.size, self.size, 3):
                 return kept
         indices = torch.linspace(0, len(part) - 1, min(MEAN_OF, len(part))).long().tolist()
-        side = round(self.size * 256 / 224)
-        views = [[(index, side) for index in indices[start : start + 100]] for start in range(0, len(indices), 100)]
+        views: list[list[View]] = [
+            [(index, None) for index in indices[start : start + 100]] for start in range(0, len(indices), 100)
+        ]
         total = torch.zeros(self.size, self.size, 3, dtype=torch.int64)
         loader = self._loader(_Views(part, self.size, self.broken), views, torch.device("cpu"))
         for images, _, broken in tqdm(loader, total=len(views), desc="mean image", disable=None):
@@ -240,14 +246,12 @@ class StreamedSets:
         """The center crop of every image once, shorter side at 256 for crops of 224. What fills up has label -1."""
         part = self.parts[split]
         starts = range(rank * batch_size, len(part), world * batch_size)
-        side = round(self.size * 256 / 224)
-        views = [[(min(i, len(part) - 1), side) for i in range(s, s + batch_size)] for s in starts]
+        views: list[list[View]] = [[(min(i, len(part) - 1), None) for i in range(s, s + batch_size)] for s in starts]
         place, std = torch.arange(batch_size), self._divisor(device)
         loader = self._loader(_Views(part, self.size), views, device)
         for start, (images, labels, _) in zip(starts, loader, strict=True):
             labels = torch.where(place + start < len(part), labels, -1).to(device, non_blocking=True)
-            images = normalise(images.to(device, non_blocking=True), mean)
-            yield images if std is None else images / std, labels
+            yield normalise(images.to(device, non_blocking=True), mean, std), labels
 
     def eval_views(
         self,
@@ -266,8 +270,7 @@ class StreamedSets:
         size of crops, and its mirror image.
         """
         if protocol == "center":
-            for images, labels in self.eval_batches(split, mean, device, batch_size, rank, world):
-                yield [(images, torch.arange(len(labels), device=device))], labels
+            yield from single_views(self.eval_batches(split, mean, device, batch_size, rank, world))
             return
         part, count = self.parts[split], max(1, batch_size // 10)
         sides = (256,) if protocol == "tencrop" else SCALES
@@ -279,8 +282,7 @@ class StreamedSets:
             labels = torch.tensor([label for _, label in found], device=device)
             views = []
             for images, whose in same_shape([images for images, _ in found], batch_size * self.size**2):
-                images = normalise(images.to(device, non_blocking=True), mean)
-                images = images if std is None else images / std
+                images = normalise(images.to(device, non_blocking=True), mean, std)
                 views.append((torch.cat([images, images.flip(3)]), whose.to(device)))
             yield views, labels
 
@@ -329,9 +331,8 @@ def _end_workers() -> None:
             child.kill()
 
 
-# An index, and what to cut: the center once the shorter side has so many pixels, or the part that a function of height
-# and width gives.
-View = tuple[int, int | Callable[[int, int], Box]]
+# An index, and what to cut: the part that a function of height and width gives, or for a test the center.
+View = tuple[int, Callable[[int, int], Box] | None]
 
 
 class _Views(Dataset[tuple[Tensor, int, str]]):
@@ -350,11 +351,10 @@ class _Views(Dataset[tuple[Tensor, int, str]]):
                 broken.append(str(error))
         raise ImageError(broken[0] if self.tries == 1 else f"{broken[0]}; and so are the {self.tries - 1} after it")
 
-    def _cut(self, index: int, what: int | Callable[[int, int], Box]) -> tuple[Tensor, int]:
-        if isinstance(what, int):  # for a test: as exact as can be
+    def _cut(self, index: int, what: Callable[[int, int], Box] | None) -> tuple[Tensor, int]:
+        if what is None:  # as exact as can be
             image, label = image_of(self.part, index)
-            image = TF.center_crop(TF.resize(image, [what], antialias=True), [self.size, self.size])
-            return image.permute(1, 2, 0).contiguous(), label
+            return center_view(image, self.size).permute(1, 2, 0).contiguous(), label
         name, data, label = self.part.read(index)
         return cut(data, name, self.size, what), label
 
@@ -402,7 +402,7 @@ class _RandomViews(Sampler[list[View]]):
             indices = batch_indices(self.seed, iteration, self.batch_size, self.count, self.blocks).tolist()
             yield list(zip(indices, self._boxes(generator(self.seed, "augment", iteration)), strict=True))[self.share]
 
-    def _boxes(self, draw: torch.Generator) -> list[int | Callable[[int, int], Box]]:
+    def _boxes(self, draw: torch.Generator) -> list[Callable[[int, int], Box] | None]:
         """What is cut from each photograph of a batch."""
         count, area = self.batch_size, self.augment["area"]
         if area is not None:

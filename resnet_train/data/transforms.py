@@ -19,16 +19,17 @@ def mean_image(images: Tensor) -> Tensor:
     return (images.sum(0, dtype=torch.int64).double() / len(images)).float()
 
 
-def normalise(images: Tensor, mean: Tensor) -> Tensor:
+def normalise(images: Tensor, mean: Tensor, std: Tensor | None = None) -> Tensor:
     """(N, H, W, 3) minus `mean`, in units of the full range: (N, 3, H, W) float32, channels last.
 
-    A mean image of another size than theirs gives its channel averages.
+    A mean image of another size than theirs gives its channel averages. Divided by `std` (1, 3, 1, 1), if given.
 
     Section 4.2 subtracts the mean and divides by no standard deviation; 1/255 is a unit, not a statistic.
     """
     if mean.shape[-3:-1] not in (images.shape[1:3], (1, 1)):
         mean = mean.mean((0, 1))
-    return images.float().sub_(mean).mul_(1 / 255).permute(0, 3, 1, 2)
+    found = images.float().sub_(mean).mul_(1 / 255).permute(0, 3, 1, 2)
+    return found if std is None else found / std
 
 
 def draw_crops(generator: torch.Generator, count: int, pad: int, flip: bool) -> tuple[Tensor, Tensor, Tensor]:
