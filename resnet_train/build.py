@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import inspect
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from resnet_train import checkpoint
 from resnet_train.allocator import keep_freed_memory
+from resnet_train.batchnorm import group_statistics
 from resnet_train.config import Config
 from resnet_train.data.sets import MemorySets, StreamedSets
 from resnet_train.distributed import local_rank, main
@@ -94,6 +96,39 @@ def placed(model: Net, device: torch.device, precision: str) -> Net:
     """`model` on `device`, channels last, its weights in float32, or in float64 for fp64."""
     dtype = torch.float64 if precision == "fp64" else torch.float32
     return model.to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def restored_net(
+    path: Path,
+    config: Config,
+    state: dict[str, Any],
+    classes: list[str],
+    device: torch.device,
+    *,
+    precise_bn: bool = False,
+) -> tuple[ResNet, Tensor, str, bool]:
+    """The net, mean image and precision of the checkpoint `path`, and whether it was compiled. Raises UserError.
+
+    `config` and `state` are what the checkpoint holds, `classes` those of the data. With `precise_bn`, batch norm is of
+    the kind that `batchnorm.average_statistics` sets.
+    """
+    if classes != state["classes"]:
+        raise UserError(
+            f"data: {config.data_label} has the classes {', '.join(classes)[:60]}…, the checkpoint was trained on"
+            f" {', '.join(map(str, state['classes']))[:60]}…"
+        )
+    with checkpoint.fitting(path):
+        precision = str(state["measure"]["precision"])
+        if precision not in get_args(get_type_hints(Config)["precision"]):
+            raise ValueError(f"precision {precision}")
+        model = network(config, len(classes))
+        if precise_bn:
+            group_statistics(model, state["measure"]["bn_images"])
+        if config.freeze is not None:
+            model.freeze(config.freeze)
+        model = placed(model, device, precision)
+        model.load_state_dict(state["model"])
+        return model, state["mean"].to(device), precision, state["measure"]["compile"]
 
 
 def check_synchronised(device: torch.device) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from resnet_train import checkpoint
-from resnet_train.build import logits_of, network, pick_device, placed
+from resnet_train.build import logits_of, pick_device, restored_net
 from resnet_train.config import ClassifyConfig, Config, restored
 from resnet_train.data.images import center_view, read_image, whole_view
 from resnet_train.data.names import imagenet_classes
@@ -22,20 +22,18 @@ AT_ONCE = 32
 def classify(asked: ClassifyConfig, images: list[str]) -> None:
     """Print the five most likely classes of each image, in JSON too where asked. Raises UserError for a broken one."""
     device = pick_device(asked.device)
-    state = checkpoint.load(expand(asked.checkpoint))
-    with checkpoint.fitting(asked.checkpoint):
-        config = restored(state["config"])
-        classes, precision = state["classes"], state["measure"]["precision"]
-        net = placed(network(config, len(classes)), device, precision)
-        net.load_state_dict(state["model"])
-        mean, std = state["mean"].to(device), torch.tensor(divisor(config), device=device).view(1, 3, 1, 1)
+    path = expand(asked.checkpoint)
+    state = checkpoint.load(path)
+    config, classes = restored(state["config"]), state["classes"]
+    net, mean, precision, _ = restored_net(path, config, state, classes, device)
+    std = torch.tensor(divisor(config), device=device).view(1, 3, 1, 1)
     net.eval()
     words, found = imagenet_classes(), []
     for start in range(0, len(images), AT_ONCE):
         some = images[start : start + AT_ONCE]
         views = torch.stack([view(read_image(expand(name)), config) for name in some]).to(device)
         with torch.no_grad():
-            odds = logits_of(net, normalise(views, mean) / std, precision).softmax(1)
+            odds = logits_of(net, normalise(views, mean, std), precision).softmax(1)
         top, which = (values.tolist() for values in odds.topk(min(5, len(classes))))
         for name, probabilities, numbers in zip(some, top, which, strict=True):
             rows = [_row(classes[n], p, words) for p, n in zip(probabilities, numbers, strict=True)]
@@ -44,7 +42,7 @@ def classify(asked: ClassifyConfig, images: list[str]) -> None:
             for row in rows:
                 print(f"  {100 * row['probability']:6.2f} %  {' '.join([row['class'], row.get('words', '')]).strip()}")
     if asked.out is not None:
-        named = {"checkpoint": str(expand(asked.checkpoint).absolute()), "net": config.net, "data": config.data_label}
+        named = {"checkpoint": str(path.absolute()), "net": config.net, "data": config.data_label}
         write_result(expand(asked.out), {**named, "iteration": state["iteration"], "images": found})
 
 

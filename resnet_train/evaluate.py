@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resnet_train import checkpoint
-from resnet_train.batchnorm import average_statistics, group_statistics
-from resnet_train.build import compile_network, logits_of, network, open_sets, pick_device, placed
-from resnet_train.config import Config, EvalConfig, check_source, restored
+from resnet_train.batchnorm import average_statistics
+from resnet_train.build import compile_network, logits_of, open_sets, pick_device, restored_net
+from resnet_train.config import Config, EvalConfig, EvalData, check_source, restored
 from resnet_train.data.sets import PROTOCOLS, MemorySets, StreamedSets, Views
 from resnet_train.distributed import from_main, joined, main, one_after_all, rank, together, total, world
 from resnet_train.errors import UserError
 from resnet_train.files import expand, write_result
-from resnet_train.models.resnet import ResNet
 
 
 @dataclass
@@ -144,9 +144,8 @@ def _evaluate(asked: EvalConfig, device: torch.device) -> None:
     known = {member.state["digest"] for member in members} - {""}  # of imported weights nobody knows it
     if known - {sets.digest} and asked.data.name == "same" and main():
         print("note: these are not the images that the checkpoint was trained on", flush=True)
-    size = sets.sizes[asked.split]
     together(lambda: _check_split(sets, asked))
-    counted, precision, compiled = _counted(members, sets, asked, device, size)
+    counted, precision, compiled = _counted(members, sets, asked, device)
     one = len(members) == 1
     result = {
         **(members[0].told() if one else {"net": f"ensemble of {len(members)}"}),
@@ -181,7 +180,7 @@ def _evaluate(asked: EvalConfig, device: torch.device) -> None:
 
 def _member(path: Path, asked: EvalConfig) -> Member:
     state = from_main(lambda: checkpoint.load(path))
-    return Member(path, together(lambda: with_data(restored(state["config"]), asked)), state)
+    return Member(path, together(lambda: with_data(restored(state["config"]), asked.data)), state)
 
 
 def _check_members(members: list[Member], asked: EvalConfig) -> None:
@@ -205,13 +204,15 @@ def _check_split(sets: MemorySets | StreamedSets, asked: EvalConfig) -> None:
 
 
 def _counted(
-    members: list[Member], sets: MemorySets | StreamedSets, asked: EvalConfig, device: torch.device, size: int
+    members: list[Member], sets: MemorySets | StreamedSets, asked: EvalConfig, device: torch.device
 ) -> tuple[Count, str, bool]:
     """The count of all members together, their precision, and whether all were compiled."""
     sums: list[tuple[Tensor, Tensor]] = []
-    precisions, compiled = set(), True
+    precisions, compiled, size = set(), True, sets.sizes[asked.split]
     for member in members:
-        model, mean, precision, compile = together(lambda member=member: restored_net(member, sets, asked, device))  # type: ignore[misc]
+        of = member.path, member.config, member.state, sets.classes, device
+        restore = functools.partial(restored_net, *of, precise_bn=asked.precise_bn > 0)
+        model, mean, precision, compile = together(restore)
         precisions.add(precision)
         if asked.precise_bn:
             _true_averages(model, mean, member, sets, asked.precise_bn, precision)
@@ -257,36 +258,12 @@ def _default_out(members: list[Member], digest: str, asked: EvalConfig) -> Path:
     return first.path.with_name("-".join([*words, asked.split]) + ".json")
 
 
-def restored_net(
-    member: Member, sets: MemorySets | StreamedSets, asked: EvalConfig, device: torch.device
-) -> tuple[ResNet, Tensor, str, bool]:
-    """The checkpoint's net, mean image, precision and whether it was compiled. Raises UserError."""
-    config, state = member.config, member.state
-    if sets.classes != state["classes"]:
-        raise UserError(
-            f"data: {config.data_label} has the classes {', '.join(sets.classes)[:60]}…, the checkpoint was trained on"
-            f" {', '.join(map(str, state['classes']))[:60]}…"
-        )
-    with checkpoint.fitting(member.path):
-        precision = str(state["measure"]["precision"])
-        if precision not in get_args(get_type_hints(Config)["precision"]):
-            raise ValueError(f"precision {precision}")
-        model = network(config, len(sets.classes))
-        if asked.precise_bn:
-            group_statistics(model, state["measure"]["bn_images"])
-        if config.freeze is not None:
-            model.freeze(config.freeze)
-        model = placed(model, device, precision)
-        model.load_state_dict(state["model"])
-        return model, state["mean"].to(device), precision, state["measure"]["compile"]
-
-
-def with_data(config: Config, asked: EvalConfig) -> Config:
+def with_data(config: Config, asked: EvalData) -> Config:
     """The checkpoint's configuration, on the data that the command line names, if any."""
     data = config.data
-    if asked.data.name != "same":
-        data = dataclasses.replace(data, name=asked.data.name, root=None)
-    if asked.data.root is not None:
-        data = dataclasses.replace(data, root=asked.data.root)
+    if asked.name != "same":
+        data = dataclasses.replace(data, name=asked.name, root=None)
+    if asked.root is not None:
+        data = dataclasses.replace(data, root=asked.root)
     check_source(data.name, data.root)
     return dataclasses.replace(config, data=data)

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from resnet_train import checkpoint, paper
-from resnet_train.build import logits_of, open_sets, pick_device
-from resnet_train.config import EvalConfig, ResponsesConfig, restored
+from resnet_train.build import logits_of, open_sets, pick_device, restored_net
+from resnet_train.config import ResponsesConfig, restored
 from resnet_train.data.sets import MemorySets
 from resnet_train.errors import UserError
-from resnet_train.evaluate import Member, restored_net, testing, with_data
+from resnet_train.evaluate import Member, testing, with_data
 from resnet_train.files import expand, put
 from resnet_train.models.resnet import ResNet
 from resnet_train.report import figures
@@ -136,31 +136,16 @@ def _opened(name: str, asked: ResponsesConfig) -> Member:
     config = restored(state["config"])
     if config.data.family != "cifar":
         raise UserError(f"checkpoint={name}: holds {config.net} for ImageNet; figure 7 is about CIFAR nets")
-    return Member(path, with_data(config, _as_test(asked)), state)
+    return Member(path, with_data(config, asked.data), state)
 
 
 def _measure(member: Member, asked: ResponsesConfig, device: torch.device) -> dict[str, float]:
     config = member.config
     sets = open_sets(config)
     assert isinstance(sets, MemorySets)
-    model, mean, precision, _ = restored_net(member, sets, _as_test(asked), device)
+    model, mean, precision, _ = restored_net(member.path, config, member.state, sets.classes, device)
     size = sets.sizes[asked.split]
     if asked.images > size:
         raise UserError(f"images={asked.images}: {config.data_label} {asked.split} has {size}; take fewer")
     batches = sets.eval_batches(asked.split, mean, device, min(config.eval_batch_size, asked.images))
     return response_stds(model, batches, asked.images, precision)
-
-
-def _as_test(asked: ResponsesConfig) -> EvalConfig:
-    """What resnet-eval would be told for the same nets and images."""
-    return EvalConfig(
-        data=asked.data,
-        checkpoint=asked.checkpoint,
-        protocol="center",
-        precise_bn=0,
-        split=asked.split,
-        devices=1,
-        device=asked.device,
-        timeout=600,
-        out=None,
-    )
