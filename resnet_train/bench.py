@@ -272,10 +272,9 @@ def decoding(asked: BenchConfig, config: Config) -> Outcome:
     """
     size, batch, seed = config.data.size, config.batch_size, config.seed
     augment = dataclasses.asdict(config.augment)
-    named = {"data.root": config.data.root, "packed": asked.packed}
     parts = {
-        f"{'packed' if is_packed(root) else 'files'}": open_photographs(root).train
-        for root in named.values()
+        "packed" if is_packed(root) else "files": open_photographs(root).train
+        for root in (config.data.root, asked.packed)
         if root is not None
     }
     first = next(iter(parts))

@@ -47,8 +47,7 @@ def train() -> None:
 
 def evaluate() -> None:
     """The command `resnet-eval`."""
-    # Here data is no group (a data set's recipe has no say in a test), but `data=` means what it means in training.
-    sys.argv = ["data.name=" + a.removeprefix("data=") if a.startswith("data=") else a for a in sys.argv]
+    _data_is_a_value()
     _command("eval", _prepare_eval, _eval_job)
 
 
@@ -77,8 +76,13 @@ def report() -> None:
 
 def responses() -> None:
     """The command `resnet-responses`."""
-    sys.argv = ["data.name=" + a.removeprefix("data=") if a.startswith("data=") else a for a in sys.argv]
+    _data_is_a_value()
     _command("responses", _prepare_responses, _responses_job)
+
+
+def _data_is_a_value() -> None:
+    """Here data is no group (a data set's recipe has no say in a test), but `data=` means what it means in training."""
+    sys.argv = ["data.name=" + a.removeprefix("data=") if a.startswith("data=") else a for a in sys.argv]
 
 
 def _quoted(text: str) -> str:
@@ -96,7 +100,7 @@ def pack() -> None:
 def weights() -> None:
     """The command `resnet-weights`."""
     words = _take_words()
-    sys.argv = ["data.name=" + a.removeprefix("data=") if a.startswith("data=") else a for a in sys.argv]
+    _data_is_a_value()
     found: list[Any] = []
 
     def prepare(values: dict[str, Any], overrides: list[str], sweep: bool, look: bool = True) -> tuple[None, None]:

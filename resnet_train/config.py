@@ -591,16 +591,25 @@ def restored(values: Mapping[str, Any]) -> Config:
 
 def check_eval(values: Mapping[str, Any]) -> EvalConfig:
     """The checked configuration of an evaluation. Raises UserError."""
-    named = values["checkpoint"]
-    config = _typed(EvalConfig, {**values, "checkpoint": named if isinstance(named, list) else [named]})
+    config = _typed(EvalConfig, {**values, "checkpoint": _as_list(values["checkpoint"])})
     _check_paths({"data.root": config.data.root, "out": config.out})
     check_checkpoints(config.checkpoint)
-    if config.data.name != "same":
-        check_source(config.data.name, config.data.root)
-    elif config.data.root is not None and not expand(config.data.root).exists():
-        raise UserError(f"data.root={config.data.root}: there is no such file or folder")
+    _check_other_data(config.data)
     _check_out(config.out)
     return dataclasses.replace(config, data=_anchored(config.data))
+
+
+def _check_other_data(data: EvalData) -> None:
+    """Refuse other data than the checkpoint's own that a look at the folder shows to be wrong. Raises UserError."""
+    if data.name != "same":
+        check_source(data.name, data.root)
+    elif data.root is not None and not expand(data.root).exists():
+        raise UserError(f"data.root={data.root}: there is no such file or folder")
+
+
+def _as_list(value: Any) -> Any:
+    """Of a key that takes one or several, a list in either case."""
+    return value if isinstance(value, list) else [value]
 
 
 def check_checkpoints(names: list[str]) -> None:
@@ -621,8 +630,7 @@ def check_checkpoints(names: list[str]) -> None:
 
 def check_report(values: Mapping[str, Any]) -> ReportConfig:
     """The checked configuration of a report. Raises UserError."""
-    named = values["runs"]
-    config = _typed(ReportConfig, {**values, "runs": named if isinstance(named, list) else [named]})
+    config = _typed(ReportConfig, {**values, "runs": _as_list(values["runs"])})
     if config.report == "complexity" and config.runs:
         raise UserError(f"resnet-report complexity: is about nets, not about runs; drop {config.runs[0]}")
     if config.report == "runs" and not config.runs:
@@ -637,14 +645,10 @@ def check_report(values: Mapping[str, Any]) -> ReportConfig:
 
 def check_responses(values: Mapping[str, Any]) -> ResponsesConfig:
     """The checked configuration of a measurement of layer responses. Raises UserError."""
-    named = values["checkpoint"]
-    config = _typed(ResponsesConfig, {**values, "checkpoint": named if isinstance(named, list) else [named]})
+    config = _typed(ResponsesConfig, {**values, "checkpoint": _as_list(values["checkpoint"])})
     check_checkpoints(config.checkpoint)
     _check_paths({"data.root": config.data.root})
-    if config.data.name != "same":
-        check_source(config.data.name, config.data.root)
-    elif config.data.root is not None and not expand(config.data.root).exists():
-        raise UserError(f"data.root={config.data.root}: there is no such file or folder")
+    _check_other_data(config.data)
     _check_folder(config.out)
     return dataclasses.replace(config, data=_anchored(config.data))
 
@@ -791,11 +795,9 @@ def _check_out(out: str | None) -> None:
 
 def _anchored(data: Any) -> Any:
     """`data` with an absolute root, so that the record of a run holds from any folder."""
-    return (
-        data
-        if data.root is None or is_remote(data.root)
-        else dataclasses.replace(data, root=str(expand(data.root).absolute()))
-    )
+    if data.root is None or is_remote(data.root):
+        return data
+    return dataclasses.replace(data, root=str(expand(data.root).absolute()))
 
 
 def check_crops(augment: Augment, size: int) -> None:

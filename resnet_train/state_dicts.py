@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,17 +40,16 @@ class Shape:
     classes: int
 
 
-def read(path: Path) -> dict[str, Tensor]:
-    """The tensors in a .safetensors file or in one that torch.save wrote, by name.
-
-    In the latter they may lie under "state_dict" or "model"; prefixes of wrappers are taken off. Raises UserError.
-    """
-    found = _read_safetensors(path) if path.suffix == ".safetensors" else checkpoint.read(path)
-    return tensors(found, path)
+def read(path: Path) -> Any:
+    """What is in a .safetensors file or in one that torch.save wrote. Raises UserError."""
+    return _read_safetensors(path) if path.suffix == ".safetensors" else checkpoint.read(path)
 
 
 def tensors(found: object, path: Path) -> dict[str, Tensor]:
-    """The state dict in what was read from `path`. Raises UserError if there is none."""
+    """The state dict in what was read from `path`: itself, or under "state_dict" or "model". Raises UserError.
+
+    Prefixes of wrappers are taken off.
+    """
     for key in ("state_dict", "model"):
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]

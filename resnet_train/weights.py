@@ -85,7 +85,7 @@ def read_source(
     `mean` and `std` are what a state dict's images, in 0 to 1, have subtracted and are divided by; None: what the JSON
     file beside it says that an export of ours leaves, else ImageNet's. `double`: in float64. Raises UserError.
     """
-    found = state_dicts.read(path) if path.suffix == ".safetensors" else checkpoint.read(path)
+    found = state_dicts.read(path)
     if checkpoint.is_ours(found):
         with checkpoint.fitting(path):
             return _of_checkpoint(found)
