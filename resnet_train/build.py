@@ -137,17 +137,22 @@ def check_synchronised(device: torch.device) -> None:
         raise UserError("bn_images=all: PyTorch's synchronised batch norm needs GPUs; take a number of images")
 
 
-def exchanging(model: nn.Module, precision: str, shape: tuple[int, ...]) -> nn.Module:
-    """`model` with its gradients averaged over all processes; `shape` is that of its batches."""
+def parallel(model: nn.Module) -> nn.Module:
+    """`model` with its gradients averaged over all processes; each keeps its own buffers."""
     device = next(model.parameters()).device
     newer = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-    net = DistributedDataParallel(
+    return DistributedDataParallel(
         model,
         device_ids=[device] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
-        # No copies of the first's buffers: all processes move them alike, in batchnorm.update_statistics.
         **{"forward_sync_buffers" if newer else "broadcast_buffers": False},  # type: ignore[arg-type]
     )
+
+
+def exchanging(model: nn.Module, precision: str, shape: tuple[int, ...]) -> nn.Module:
+    """`model` with its gradients averaged over all processes; `shape` is that of its batches."""
+    net = parallel(model)  # all processes move the buffers alike, in batchnorm.update_statistics
+    device = next(model.parameters()).device
     # After its first pass it puts the gradients in another order, in which sums of more than two round otherwise. That
     # pass is made here, on nothing: else a run that is cut and goes on would differ from one that is not.
     buffers = [buffer.clone() for buffer in model.buffers()]

@@ -90,11 +90,20 @@ def _damaged(path: Path) -> str | None:
         return damaged or next(iter(marked), None)
 
 
-def load(path: Path) -> dict[str, Any]:
-    """A checkpoint, on the CPU. Raises UserError for a file that is damaged or not a checkpoint of ours."""
+def load(path: Path, *, detector: bool = False) -> dict[str, Any]:
+    """A checkpoint of a net, or of a detector, on the CPU.
+
+    Raises UserError for a file that is damaged or not such a checkpoint of ours.
+    """
     state = read(path)
     if not is_ours(state):
         raise UserError(f"{path}: is not a checkpoint of resnet-train (format {FORMAT})")
+    if ("detector" in state) != detector:
+        raise UserError(
+            f"{path}: is a checkpoint of resnet-train, not of resnet-detect"
+            if detector
+            else f"{path}: is a detector's, which resnet-detect reads"
+        )
     return state
 
 
@@ -116,7 +125,7 @@ def fitting(name: Path | str) -> Iterator[None]:
         raise UserError(f"{name}: holds other things than a checkpoint of this net must ({reason})") from error
 
 
-def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+def load_newest(folder: Path, *, detector: bool = False) -> tuple[Path, dict[str, Any]] | None:
     """The newest whole checkpoint of a run: last.pt, or previous.pt if that is damaged; None if there is neither.
 
     Raises UserError if there are checkpoints and none can be loaded.
@@ -125,7 +134,7 @@ def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     for path in (folder / "last.pt", folder / "previous.pt"):
         if path.exists():
             try:
-                state = load(path)
+                state = load(path, detector=detector)
             except UserError as error:
                 problems.append(error)
                 continue

@@ -33,11 +33,22 @@ from resnet_train.files import expand
 
 _PACKAGE = Path(__file__).resolve().parent
 CONFIG_DIR = str(next(p for p in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if p.is_dir()))
-GROUPS = sorted(path.name for path in Path(CONFIG_DIR).iterdir() if path.is_dir())
-GROUPED = ("train", "bench")  # the commands that choose options of groups
+DETECTION = ("detect", "predict")  # the commands whose configurations lie in a folder of their own, with its groups
+GROUPED = ("train", "bench", "detect")  # the commands that choose options of groups
 LAUNCHERS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what each of them sets in the environment
 # What composing raises for overrides that cannot be taken; OSError: an option as long as no file name may be.
 UNTAKEN = (HydraException, OmegaConfBaseException, ValueError, AssertionError, AttributeError, OSError, RecursionError)
+
+
+def config_dir(name: str) -> str:
+    """The folder of a command's configurations."""
+    return str(Path(CONFIG_DIR, "detection")) if name in DETECTION else CONFIG_DIR
+
+
+def groups(name: str) -> list[str]:
+    """The groups that a command has."""
+    folders = (path.name for path in Path(config_dir(name)).iterdir() if path.is_dir())
+    return sorted(folder for folder in folders if folder != "detection") if name in GROUPED else []
 
 
 def train() -> None:
@@ -126,6 +137,28 @@ def classify() -> None:
     _command("classify", prepare, job)
 
 
+def detect() -> None:
+    """The command `resnet-detect`."""
+    if sys.argv[1:2] != ["predict"]:
+        _command("detect", _prepare_detect, _detect_job)
+        return
+    del sys.argv[1]
+    images = _take_words()
+
+    def prepare(values: dict[str, Any], _: list[str], sweep: bool, look: bool = True) -> tuple[Any, None]:
+        from resnet_train.detection.config import check_predict
+
+        if sweep or _launched():
+            raise UserError("resnet-detect predict is one process with one checkpoint; take it without -m and torchrun")
+        return check_predict(values, images) if look else None, None
+
+    def job(composed: DictConfig) -> NoReturn:
+        values: Any = OmegaConf.to_container(composed, resolve=True)
+        sys.exit(_code(functools.partial(_predict_here, prepare(values, [], sweep=False)[0], images)))
+
+    _command("predict", prepare, job)
+
+
 def _take_words() -> list[str]:
     """Take from the command line what is no flag and no KEY=VALUE: files by any name, which Hydra is not to parse."""
     parser = get_args_parser()
@@ -165,7 +198,7 @@ def _command(name: str, prepare: Callable[..., Any], job: Callable[[DictConfig],
         if _launched() > 1 and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
             _check_restarts()
         places: list[Path] = []
-        jobs = [] if arguments.shell_completion else _jobs(arguments.overrides, sweep)
+        jobs = [] if arguments.shell_completion else _jobs(name, arguments.overrides, sweep)
         if not (arguments.help or arguments.hydra_help or arguments.info):
             for overrides in jobs:
                 values = _compose(name, overrides, arguments.package)
@@ -175,7 +208,7 @@ def _command(name: str, prepare: Callable[..., Any], job: Callable[[DictConfig],
                         f"run_dir: two jobs of the sweep would share {places[-1]}; leave out run_dir=, or the key that"
                         " the jobs themselves set"
                     )
-        hydra.main(version_base="1.3", config_path=CONFIG_DIR, config_name=name)(job)()
+        hydra.main(version_base="1.3", config_path=config_dir(name), config_name=name)(job)()
         if sweep and not arguments.cfg:
             _check_all_finished(places)
     except UserError as error:
@@ -264,7 +297,7 @@ def _launched() -> int:
     return int(os.environ["WORLD_SIZE"])
 
 
-def _jobs(overrides: list[str], multirun: bool) -> list[list[str]]:
+def _jobs(name: str, overrides: list[str], multirun: bool) -> list[list[str]]:
     """The overrides of each job: the sweep written out, or the command line as it is."""
     parsed = []
     for item in overrides:
@@ -278,7 +311,7 @@ def _jobs(overrides: list[str], multirun: bool) -> list[list[str]]:
             raise UserError(f"{item}: no key is taken elsewhere with @ here; write {override.key_or_group}=VALUE")
         if override.is_sweep_override() and not multirun:
             raise UserError(f"{item}: several values are a sweep; add -m, or quote a list as key=[a,b]")
-        if override.key_or_group in GROUPS and isinstance(override.value(), (list, dict)):
+        if override.key_or_group in groups(name) and isinstance(override.value(), (list, dict)):
             raise UserError(
                 f"{item}: takes one option; for several runs add -m, for a value {override.key_or_group}.KEY=VALUE"
             )
@@ -333,7 +366,7 @@ def _compose(name: str, overrides: list[str], package: str | None = None) -> dic
 
     `package` is a part of the configuration to be shown, which must exist.
     """
-    with hydra.initialize_config_dir(CONFIG_DIR, version_base="1.3"):
+    with hydra.initialize_config_dir(config_dir(name), version_base="1.3"):
         chosen = _check_options(name, overrides)
         try:
             composed = hydra.compose(name, overrides)
@@ -360,10 +393,11 @@ def _check_options(name: str, overrides: list[str]) -> list[str]:
     for item in overrides if name in GROUPED else []:
         parsed = OverridesParser.create().parse_override(item)
         group = parsed.key_or_group
-        if group in GROUPS and parsed.is_add():
+        if group in groups(name) and parsed.is_add():
             raise UserError(f"{item}: is there already; drop the +")
-        if group in GROUPS and not parsed.is_delete():
-            value, allowed = str(parsed.value()), sorted(file.stem for file in Path(CONFIG_DIR, group).glob("*.yaml"))
+        if group in groups(name) and not parsed.is_delete():
+            value = str(parsed.value())
+            allowed = sorted(file.stem for file in Path(config_dir(name), group).glob("*.yaml"))
             if value not in allowed:
                 raise UserError(f"{item}: allowed are {', '.join(allowed)}{configs.nearest(value, allowed)}")
             chosen.append(item)
@@ -373,7 +407,7 @@ def _check_options(name: str, overrides: list[str]) -> list[str]:
 def _diagnosis(name: str, overrides: list[str], chosen: list[str], error: Exception) -> str:
     """Why composition failed, in our words: an unknown key, one that is missing, or the override and Hydra's reason."""
     keys = _keys(name, chosen)
-    words = [key for key in keys if not key.startswith("hydra.")] + (GROUPS if name in GROUPED else [])
+    words = [key for key in keys if not key.startswith("hydra.")] + groups(name)
     for item in overrides:
         key = OverridesParser.create().parse_override(item).key_or_group
         if name == "bench" and key in configs.FIXED_BY_BENCH:
@@ -407,6 +441,23 @@ def _prepare_train(
         values["devices"] = _launched()
     config = configs.check(values, asked)
     directory = configs.run_directory(config, asked, values["scale"])
+    if look and os.environ.get("RANK", "0") == "0":
+        configs.check_run_dir(directory, config, may_be_finished=sweep)
+    return config, directory
+
+
+def _prepare_detect(values: dict[str, Any], overrides: list[str], sweep: bool, look: bool = True) -> tuple[Any, Path]:
+    """The checked configuration of one run of a detector and its directory, which is looked at."""
+    from resnet_train.detection.config import check_detect, run_directory
+
+    asked = _asked(overrides)
+    if _launched():
+        for key in ("devices", "max_restarts"):
+            if key in asked:
+                raise UserError(f"{key}={values.get(key)}: that is the launcher's to say, such as torchrun; drop it")
+        values["devices"] = _launched()
+    config = check_detect(values, asked)
+    directory = run_directory(config, asked)
     if look and os.environ.get("RANK", "0") == "0":
         configs.check_run_dir(directory, config, may_be_finished=sweep)
     return config, directory
@@ -482,23 +533,33 @@ def _asked(overrides: list[str]) -> list[str]:
 
 
 def _train_job(composed: DictConfig) -> None:
+    """One run of `resnet-train`."""
+    _run_job(composed, _prepare_train, _train_here)
+
+
+def _detect_job(composed: DictConfig) -> None:
+    """One run of `resnet-detect`."""
+    _run_job(composed, _prepare_detect, _detect_here)
+
+
+def _run_job(composed: DictConfig, prepare: Callable[..., Any], here: Callable[[Any, Path], int]) -> None:
     """One run; in a sweep in a process of its own, so that nothing leaks from one job to the next."""
     values: Any = OmegaConf.to_container(composed, resolve=True)
     sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
-        config, directory = _prepare_train(values, list(HydraConfig.get().overrides.task), sweep)
+        config, directory = prepare(values, list(HydraConfig.get().overrides.task), sweep)
     except UserError as error:  # not so when the command began
         if not sweep:
             _fail(error)
         _tell(error)
         return
     if not sweep:
-        _work(config, directory)
+        _work(here, config, directory)
     if configs.run_state(directory) == "finished":
         print(f"{directory}: finished, skipped", flush=True)
         return
     _start_tracker()
-    process = multiprocessing.get_context("spawn").Process(target=_work_of_sweep, args=(config, directory))
+    process = multiprocessing.get_context("spawn").Process(target=_work_of_sweep, args=(here, config, directory))
     stopped: list[int] = []
 
     def forward(number: int, _: Any) -> None:
@@ -532,10 +593,10 @@ def _start_tracker() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGUSR1, signal.SIGUSR2))
 
 
-def _work_of_sweep(config: configs.Config, directory: Path) -> NoReturn:
+def _work_of_sweep(here: Callable[[Any, Path], int], config: Any, directory: Path) -> NoReturn:
     """Train, and exit; where the sweep itself is killed, with a checkpoint, as on SIGTERM."""
     threading.Thread(target=_follow_sweep, daemon=True).start()
-    _work(config, directory)
+    _work(here, config, directory)
 
 
 def _follow_sweep() -> None:
@@ -543,9 +604,9 @@ def _follow_sweep() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _work(config: configs.Config, directory: Path) -> NoReturn:
+def _work(here: Callable[[Any, Path], int], config: Any, directory: Path) -> NoReturn:
     """Train, and exit."""
-    _run(functools.partial(_train_here, config, directory), config, config.max_restarts)
+    _run(functools.partial(here, config, directory), config, config.max_restarts)
 
 
 def _train_here(config: configs.Config, directory: Path) -> int:
@@ -553,6 +614,19 @@ def _train_here(config: configs.Config, directory: Path) -> int:
     from resnet_train.run import train as run
 
     return _code(lambda: run(config, directory))
+
+
+def _detect_here(config: Any, directory: Path) -> int:
+    """Train a detector in this process, alone or as one of several; the exit code."""
+    from resnet_train.detection.train import detect as run
+
+    return _code(lambda: run(config, directory))
+
+
+def _predict_here(asked: Any, images: list[str]) -> None:
+    from resnet_train.detection.predict import predict as run
+
+    run(asked, images)
 
 
 def _eval_job(composed: DictConfig) -> None:
@@ -647,7 +721,7 @@ def _classify_here(asked: configs.ClassifyConfig, images: list[str]) -> None:
     run(asked, images)
 
 
-def _run(job: Callable[[], int], config: configs.Config | configs.EvalConfig, max_restarts: int = 0) -> NoReturn:
+def _run(job: Callable[[], int], config: Any, max_restarts: int = 0) -> NoReturn:
     """Exit with what `job` gives: here, as one of a launcher's processes, or in new processes for several devices."""
     if _launched():
         code = job()

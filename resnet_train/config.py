@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from resnet_train.errors import UserError
 from resnet_train.files import expand, nearest_existing
@@ -327,6 +327,15 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "quality": (1, 100),
     "shard_images": (1, 100_000),
     "workers": (0, 256),
+    "lr": (0, None),
+    "warmup": (0, 10**9),
+    "drops": (0, 1),
+    "anchors": (1, 4096),
+    "min_size": (32, 4096),
+    "max_size": (32, 8192),
+    "proposals": (1, 10_000),
+    "regions": (2, 10_000),
+    "score": (0, 1),
 }
 SCHEDULE_KEYS: dict[str, tuple[str, ...]] = {
     "step": ("name", "lr", "factor", "drops"),
@@ -334,7 +343,7 @@ SCHEDULE_KEYS: dict[str, tuple[str, ...]] = {
     "cosine": ("name", "lr"),
 }
 COUNTED = ("iterations", "log_every", "eval_every", "checkpoint_every", "keep_every")
-ABOVE = {"scale", "schedule.lr", "warmup.lr", "schedule.factor", "schedule.patience", "seconds", "std"}
+ABOVE = {"scale", "lr", "schedule.lr", "warmup.lr", "schedule.factor", "schedule.patience", "seconds", "std"}
 BELOW = {"momentum"}
 
 
@@ -370,7 +379,8 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
     return f"; did you mean {words[found[0]]}?" if found else ""
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value as it is typed, if not too long."""
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -381,7 +391,7 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
     if origin is Literal:
         if value in arguments and not isinstance(value, bool):
             return value
-        raise UserError(f"{key}={_shown(value)}: allowed are {', '.join(arguments)}{nearest(str(value), arguments)}")
+        raise UserError(f"{key}={shown(value)}: allowed are {', '.join(arguments)}{nearest(str(value), arguments)}")
     if origin in (typing.Union, types.UnionType):
         literals = [option for option in arguments if typing.get_origin(option) is Literal]
         words = [word for option in literals for word in typing.get_args(option)]
@@ -389,16 +399,16 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
             return value
         if words and int in arguments and isinstance(value, str):
             raise UserError(
-                f"{key}={_shown(value)}: must be a whole number or {' or '.join(words)}{nearest(value, words)}"
+                f"{key}={shown(value)}: must be a whole number or {' or '.join(words)}{nearest(value, words)}"
             )
         return _convert(key, value, arguments[0])
     if origin is list:
         if not isinstance(value, list):
-            example = "[256,480]" if arguments[0] is int else "[0.5,0.75]"
-            raise UserError(f"{key}={_shown(value)}: must be a list, such as {example}")
+            example = {int: "[256,480]", float: "[0.5,0.75]", str: "[one,two]"}[arguments[0]]
+            raise UserError(f"{key}={shown(value)}: must be a list, such as {example}")
         return [_convert(key, item, arguments[0]) for item in value]
     if dataclasses.is_dataclass(hint):
-        return _typed(typing.cast(type, hint), value, key + ".")
+        return typed(typing.cast(type, hint), value, key + ".")
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is int and number and (isinstance(value, int) or value.is_integer()):
         return _in_range(key, int(value))
@@ -411,26 +421,26 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
         if text.strip() and not re.search("[\0\ud800-\udfff]", text):  # neither NUL nor what was no UTF-8
             return text
     kind = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}[hint]
-    raise UserError(f"{key}={_shown(value)}: must be {kind}")
+    raise UserError(f"{key}={shown(value)}: must be {kind}")
 
 
 def _in_range(key: str, value: float) -> float:
     low, high = RANGES.get(key, (None, None))
-    shown = f"{value:g}" if isinstance(value, float) else _shown(value)
+    text = f"{value:g}" if isinstance(value, float) else shown(value)
     if low is not None and (value < low or (value == low and key in ABOVE)):
-        raise UserError(f"{key}={shown}: must be {'above' if key in ABOVE else 'at least'} {low}")
+        raise UserError(f"{key}={text}: must be {'above' if key in ABOVE else 'at least'} {low}")
     if high is not None and (value > high or (value == high and key in BELOW)):
-        raise UserError(f"{key}={shown}: must be {'below' if key in BELOW else 'at most'} {high}")
+        raise UserError(f"{key}={text}: must be {'below' if key in BELOW else 'at most'} {high}")
     return value
 
 
 T = TypeVar("T")
 
 
-def _typed(kind: type[T], values: Any, prefix: str = "") -> T:
+def typed(kind: type[T], values: Any, prefix: str = "") -> T:
     """The dataclass `kind` from nested plain `values`; unknown, missing and mistyped keys are refused by name."""
     if not isinstance(values, Mapping):
-        raise UserError(f"{prefix[:-1]}={_shown(values)}: holds values of its own; set one, as in {prefix}KEY=VALUE")
+        raise UserError(f"{prefix[:-1]}={shown(values)}: holds values of its own; set one, as in {prefix}KEY=VALUE")
     hints = typing.get_type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(typing.cast(Any, kind))}
     for name in values:
@@ -452,10 +462,10 @@ def check(values: Mapping[str, Any], asked: Collection[str] = (), *, needs_data:
     `needs_data`: data.root= must be there where the data set has no other place.
     Looks at the command line and at directory listings only. Raises UserError.
     """
-    config = _typed(Config, {key: value for key, value in values.items() if key != "scale"})
+    config = typed(Config, {key: value for key, value in values.items() if key != "scale"})
     config = scaled(config, values.get("scale", 1))
-    _check_paths({"data.root": config.data.root, "run_dir": config.run_dir, "resume": config.resume})
-    _check_paths({"init_from": config.init_from})
+    check_paths({"data.root": config.data.root, "run_dir": config.run_dir, "resume": config.resume})
+    check_paths({"init_from": config.init_from})
     kind = config.schedule.name
     for key in sorted(values["schedule"].keys() ^ set(SCHEDULE_KEYS[kind])):
         own = ", ".join(SCHEDULE_KEYS[kind])
@@ -557,13 +567,13 @@ def _nearest_divisor(number: int, near: int) -> int:
     return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - near))
 
 
-def _check_paths(paths: Mapping[str, str | None]) -> None:
+def check_paths(paths: Mapping[str, str | None]) -> None:
     """Refuse what the file system cannot even look for: a name too long, the home of nobody, a closed folder."""
     for key, text in paths.items():
         try:
             Path(text or ".").expanduser().exists()
         except (OSError, RuntimeError) as error:
-            raise UserError(f"{key}={_shown(text)}: {getattr(error, 'strerror', None) or error}") from error
+            raise UserError(f"{key}={shown(text)}: {getattr(error, 'strerror', None) or error}") from error
 
 
 # What earlier versions did where there was no such key yet.
@@ -584,18 +594,18 @@ def completed(values: Mapping[str, Any]) -> dict[str, Any]:
 def restored(values: Mapping[str, Any]) -> Config:
     """The configuration that a checkpoint or a run directory holds. Raises UserError if it is of another version."""
     try:
-        return _typed(Config, completed(values))
+        return typed(Config, completed(values))
     except UserError as error:
         raise UserError(f"the stored configuration cannot be read: {error}") from error
 
 
 def check_eval(values: Mapping[str, Any]) -> EvalConfig:
     """The checked configuration of an evaluation. Raises UserError."""
-    config = _typed(EvalConfig, {**values, "checkpoint": _as_list(values["checkpoint"])})
-    _check_paths({"data.root": config.data.root, "out": config.out})
+    config = typed(EvalConfig, {**values, "checkpoint": as_list(values["checkpoint"])})
+    check_paths({"data.root": config.data.root, "out": config.out})
     check_checkpoints(config.checkpoint)
     _check_other_data(config.data)
-    _check_out(config.out)
+    check_out(config.out)
     return dataclasses.replace(config, data=_anchored(config.data))
 
 
@@ -607,7 +617,7 @@ def _check_other_data(data: EvalData) -> None:
         raise UserError(f"data.root={data.root}: there is no such file or folder")
 
 
-def _as_list(value: Any) -> Any:
+def as_list(value: Any) -> Any:
     """Of a key that takes one or several, a list in either case."""
     return value if isinstance(value, list) else [value]
 
@@ -617,7 +627,7 @@ def check_checkpoints(names: list[str]) -> None:
     if not names:
         raise UserError("checkpoint=[]: name at least one")
     for number, name in enumerate(names):
-        _check_paths({"checkpoint": name})
+        check_paths({"checkpoint": name})
         if expand(name).is_dir():
             raise UserError(f"checkpoint={name}: is a folder; name a file in it, such as checkpoints/last.pt")
         if not expand(name).is_file():
@@ -630,40 +640,40 @@ def check_checkpoints(names: list[str]) -> None:
 
 def check_report(values: Mapping[str, Any]) -> ReportConfig:
     """The checked configuration of a report. Raises UserError."""
-    config = _typed(ReportConfig, {**values, "runs": _as_list(values["runs"])})
+    config = typed(ReportConfig, {**values, "runs": as_list(values["runs"])})
     if config.report == "complexity" and config.runs:
         raise UserError(f"resnet-report complexity: is about nets, not about runs; drop {config.runs[0]}")
     if config.report == "runs" and not config.runs:
         raise UserError("name the runs, or folders of runs, as in resnet-report runs out=report")
     for name in config.runs:
-        _check_paths({"runs": name})
+        check_paths({"runs": name})
         if not expand(name).is_dir():
             raise UserError(f"{name}: there is no such folder")
-    _check_folder(config.out)
+    check_folder(config.out)
     return config
 
 
 def check_responses(values: Mapping[str, Any]) -> ResponsesConfig:
     """The checked configuration of a measurement of layer responses. Raises UserError."""
-    config = _typed(ResponsesConfig, {**values, "checkpoint": _as_list(values["checkpoint"])})
+    config = typed(ResponsesConfig, {**values, "checkpoint": as_list(values["checkpoint"])})
     check_checkpoints(config.checkpoint)
-    _check_paths({"data.root": config.data.root})
+    check_paths({"data.root": config.data.root})
     _check_other_data(config.data)
-    _check_folder(config.out)
+    check_folder(config.out)
     return dataclasses.replace(config, data=_anchored(config.data))
 
 
-def _check_folder(out: str) -> None:
+def check_folder(out: str) -> None:
     """Refuse a folder for results that is none or cannot be written. Raises UserError."""
-    _check_paths({"out": out})
-    if (expand(out).exists() and not expand(out).is_dir()) or not _writable(expand(out) / "file"):
+    check_paths({"out": out})
+    if (expand(out).exists() and not expand(out).is_dir()) or not writable(expand(out) / "file"):
         raise UserError(f"out={out}: is not a folder that you may write to")
 
 
 def check_pack(values: Mapping[str, Any]) -> PackConfig:
     """The checked configuration of a packing, or of the check of a packed folder. Raises UserError."""
-    config = _typed(PackConfig, values)
-    _check_paths({"data.root": config.data.root, "out": config.out, "check": config.check})
+    config = typed(PackConfig, values)
+    check_paths({"data.root": config.data.root, "out": config.out, "check": config.check})
     if config.check is not None:
         for key, value in (("data.root", config.data.root), ("out", config.out)):
             if value is not None:
@@ -685,7 +695,7 @@ def check_pack(values: Mapping[str, Any]) -> PackConfig:
         raise UserError(f"out={config.out}: is a file; name a folder")
     if out.resolve().is_relative_to(root.resolve()):
         raise UserError(f"out={config.out}: lies in the tree itself; take another folder")
-    if not _writable(out / PACKED):
+    if not writable(out / PACKED):
         raise UserError(f"out={config.out}: is not a folder that you may write to")
     return dataclasses.replace(config, data=_anchored(config.data))
 
@@ -702,8 +712,8 @@ def check_weights(values: Mapping[str, Any], asked: Collection[str] = ()) -> Wei
         raise UserError(f"name the file, as in resnet-weights {word} FILE out=…")
     if values["out"] is None:
         raise UserError("out: is needed; add out=…")
-    config = _typed(WeightsConfig, values)
-    _check_paths({"file": config.file, "out": config.out, "classes": config.classes, "data.root": config.data.root})
+    config = typed(WeightsConfig, values)
+    check_paths({"file": config.file, "out": config.out, "classes": config.classes, "data.root": config.data.root})
     if config.format not in FORMATS[word]:
         allowed = ", ".join(FORMATS[word])
         raise UserError(f"format={config.format}: resnet-weights {word} has {allowed}")
@@ -729,20 +739,20 @@ def check_weights(values: Mapping[str, Any], asked: Collection[str] = ()) -> Wei
         raise UserError(f"out={config.out}: a checkpoint of resnet-train ends in .pt")
     if expand(config.out).absolute() == expand(config.file).absolute():
         raise UserError(f"out={config.out}: is the file itself; take another name")
-    _check_out(config.out)
+    check_out(config.out)
     return dataclasses.replace(config, data=_anchored(config.data))
 
 
 def check_classify(values: Mapping[str, Any], images: Collection[str]) -> ClassifyConfig:
     """The checked configuration of a classification of `images`. Raises UserError."""
-    config = _typed(ClassifyConfig, values)
-    _check_paths({"out": config.out})
+    config = typed(ClassifyConfig, values)
+    check_paths({"out": config.out})
     check_checkpoints([config.checkpoint])
-    _check_out(config.out)
+    check_out(config.out)
     if not images:
         raise UserError("name the images, as in resnet-classify cat.jpg dog.png checkpoint=…")
     for image in images:
-        _check_paths({image: image})
+        check_paths({image: image})
         if expand(image).is_dir():
             raise UserError(f"{image}: is a folder; name the images in it, as in {image.rstrip('/')}/*.jpg")
         if not expand(image).is_file():
@@ -762,14 +772,14 @@ def check_bench(values: Mapping[str, Any], asked: Collection[str] = ()) -> tuple
     names = typing.get_args(typing.get_type_hints(BenchConfig)["bench"])
     if values["bench"] is None:
         raise UserError(f"name what to measure: {', '.join(names)}; as in resnet-bench {names[1]}")
-    bench = _typed(BenchConfig, {key: value for key, value in values.items() if key in own})
-    _check_paths({"out": bench.out})
-    _check_out(bench.out)
+    bench = typed(BenchConfig, {key: value for key, value in values.items() if key in own})
+    check_paths({"out": bench.out})
+    check_out(bench.out)
     for key in UNREAD_BY_BENCH:
         if key in asked:
             raise UserError(f"{key}: means nothing to resnet-bench; drop it")
     if values["devices"] != 1:
-        raise UserError(f"devices={_shown(values['devices'])}: resnet-bench measures one; drop it")
+        raise UserError(f"devices={shown(values['devices'])}: resnet-bench measures one; drop it")
     training = {key: value for key, value in values.items() if key not in own}
     config = check(training | FIXED_BY_BENCH, asked, needs_data=False)
     photographs = config.data.family == "imagenet" and bench.bench == "loader"
@@ -788,8 +798,9 @@ def check_bench(values: Mapping[str, Any], asked: Collection[str] = ()) -> tuple
     return bench, config
 
 
-def _check_out(out: str | None) -> None:
-    if out is not None and (expand(out).is_dir() or not _writable(expand(out))):
+def check_out(out: str | None) -> None:
+    """Refuse a file for results that cannot be written. Raises UserError."""
+    if out is not None and (expand(out).is_dir() or not writable(expand(out))):
         raise UserError(f"out={out}: is not a file that you may write")
 
 
@@ -805,7 +816,7 @@ def check_crops(augment: Augment, size: int) -> None:
     sides, area = augment.shorter_side, augment.area
     if (sides is None) == (area is None):
         raise UserError(
-            f"augment.shorter_side={_shown(sides)}: and augment.area={_shown(area)} are two ways to cut; give one, and"
+            f"augment.shorter_side={shown(sides)}: and augment.area={shown(area)} are two ways to cut; give one, and"
             " null for the other"
         )
     if sides is not None and (len(sides) != 2 or sides[0] > sides[1] or sides[0] < size):
@@ -942,18 +953,26 @@ def run_directory(config: Config, asked: Iterable[str], scale: float = 1) -> Pat
         return expand(config.run_dir)
     told = {"data", "depth", "arch", "shortcut", "seed"} | FREE_KEYS
     values = flat(config.plain()) | {"schedule": config.schedule.name} | ({"scale": scale} if scale != 1 else {})
+    return (
+        Path("runs")
+        / (plain_word(config.data_label) or "images")
+        / config.net
+        / run_name(values, set(asked) - told, config.seed)
+    )
+
+
+def run_name(values: Mapping[str, Any], asked: Iterable[str], seed: int) -> str:
+    """The name of a run's folder: the flat `values` of the keys that were `asked` for, then the seed."""
     rest: dict[str, Any] = {}
-    for word in set(asked) - told:
+    for word in asked:
         named = [word] if word in values else [key for key in values if key.startswith(word + ".")]
         rest |= {key: values[key] for key in named}
-    words = [_plain_word(f"{key}={json.dumps(rest[key])}") for key in sorted(rest)]
-    name = "+".join([*words, f"seed-{config.seed}"])
-    if len(name) > 180:
-        name = name[:160] + "-" + hashlib.sha256(name.encode()).hexdigest()[:12]
-    return Path("runs") / (_plain_word(config.data_label) or "images") / config.net / name
+    words = [plain_word(f"{key}={json.dumps(rest[key])}") for key in sorted(rest)]
+    name = "+".join([*words, f"seed-{seed}"])
+    return name if len(name) <= 180 else name[:160] + "-" + hashlib.sha256(name.encode()).hexdigest()[:12]
 
 
-def _plain_word(text: str) -> str:
+def plain_word(text: str) -> str:
     """`text` with only such characters as need no quotes on a later command line, as in checkpoint=runs/…"""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-")
 
@@ -971,11 +990,12 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def check_same_run(old: Mapping[str, Any], new: Mapping[str, Any], where: str) -> None:
     """Refuse to go on with the run in `where` under a configuration that changes its mathematics."""
-    was, now = flat(completed(old)), flat(new)
+    now = flat(new)
+    was = {key: value for key, value in flat(completed(old)).items() if key in now or key not in EARLIER}
     for key in sorted(was.keys() | now.keys()):
         if key not in FREE_KEYS and was.get(key) != now.get(key):
             raise UserError(
-                f"{key}={_shown(now.get(key))}: the run in {where} has {key}={_shown(was.get(key))};"
+                f"{key}={shown(now.get(key))}: the run in {where} has {key}={shown(was.get(key))};"
                 f" take that, or another run_dir="
             )
 
@@ -987,13 +1007,28 @@ def run_state(directory: Path) -> Literal["new", "unfinished", "finished"]:
     return "unfinished" if (directory / "config.json").is_file() else "new"
 
 
-def _writable(file: Path) -> bool:
+def writable(file: Path) -> bool:
     """Whether a file could be made or written there, with the folders that are missing."""
     parent = nearest_existing(file.parent)
     return parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)
 
 
-def check_run_dir(directory: Path, config: Config, *, may_be_finished: bool = False) -> None:
+class RunConfig(Protocol):
+    """What training and detection say alike of a run."""
+
+    @property
+    def resume(self) -> str:
+        """Whether to go on."""
+
+    @property
+    def init_from(self) -> str | None:
+        """The weights that it begins with."""
+
+    def plain(self) -> dict[str, Any]:
+        """The configuration as nested dictionaries of plain values."""
+
+
+def check_run_dir(directory: Path, config: RunConfig, *, may_be_finished: bool = False) -> None:
     """Refuse a directory that cannot take this run: finished, not a run's, of another run, not writable."""
     state = run_state(directory)
     try:
@@ -1008,7 +1043,7 @@ def check_run_dir(directory: Path, config: Config, *, may_be_finished: bool = Fa
         parent = nearest_existing(directory)
     except (OSError, ValueError, AttributeError) as error:  # AttributeError: JSON that is no dictionary
         raise UserError(f"run_dir={directory}: cannot be used: {error}") from error
-    if not _writable(directory / "config.json"):
+    if not writable(directory / "config.json"):
         raise UserError(f"run_dir={directory}: {parent} is not a folder that you may write to; take another run_dir=")
     if config.init_from is not None and (config.resume == "never" or (config.resume == "auto" and state == "new")):
         check_file("init_from", config.init_from)  # a run that goes on has its weights

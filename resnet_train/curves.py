@@ -40,3 +40,25 @@ def draw(
     part = path.with_name(f".{path.name}")
     figure.savefig(part, format="png", dpi=120)
     part.replace(path)
+
+
+def draw_detection(metrics: list[dict[str, Any]], title: str, path: Path) -> None:
+    """The training loss of a detector and its mAP on the test, by three rules, over iterations."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    test = [line for line in metrics if line["split"] == "test"]
+    for name, label in (("map07", "VOC 2007"), ("map10", "VOC 2010"), ("map", "COCO @[.5,.95]")):
+        points = [(line["iteration"], line[name]) for line in test]
+        axes.plot(*zip(*points, strict=True), "o-", label=f"{label}, last {points[-1][1]:.2f} %")
+    axes.set(xlabel="iteration", ylabel="mAP (%), test", title=title, ylim=(0, 100))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper left")
+    train = [(line["iteration"], line["loss"]) for line in metrics if line["split"] == "train"]
+    losses = axes.twinx()
+    losses.plot(*zip(*train, strict=True), "--", color="grey", linewidth=1)
+    losses.set(ylabel="training loss (dashed)", ylim=(0, None))
+    part = path.with_name(f".{path.name}")
+    figure.savefig(part, format="png", dpi=120)
+    part.replace(path)

@@ -57,6 +57,14 @@ OTHERS: dict[str, dict[str, tuple[float | None, float | None]]] = {
     },
 }
 
+# Tables 7 and 8: Faster R-CNN's mAP in % with each backbone: on VOC 2007 test and VOC 2012 test; on COCO val at an
+# overlap of 0.5 and averaged over those from 0.5 to 0.95. With their schedules' iterations (appendix A).
+DETECTION = {
+    "voc": {"vgg-16": (73.2, 70.4), "resnet-101": (76.4, 73.8)},
+    "coco": {"vgg-16": (41.5, 21.2), "resnet-101": (48.4, 27.2)},
+}
+DETECTION_ITERATIONS = {"voc": 80_000, "coco": 320_000}
+
 # Table 1 and section 4.1: multiply-adds for one image of 224x224. Table 6: parameters.
 MULTIPLY_ADDS = {
     "resnet-18-B": 1.8e9,

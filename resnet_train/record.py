@@ -7,10 +7,11 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
@@ -89,7 +90,7 @@ class Record:
         """
         if self.silent:
             return
-        if split == "train":
+        if split == "train" and "error" in values:
             self.train_error = float(values["error"])
         line = {"iteration": iteration, "split": split, **self.names, **values}
         with self._writing():
@@ -103,25 +104,39 @@ class Record:
             text = (f"{k} {v:{shown.get(k, '.2f')}}" for k, v in values.items() if isinstance(v, float))
             print(f"iteration {iteration}/{self.bar.total} {split}: " + ", ".join(text), flush=True)
         elif split == "train":
+            error = f", error {values['error']:.2f} %" if "error" in values else ""
             self.bar.set_postfix_str(
-                f"loss {values['loss']:.3f}, error {values['error']:.2f} %, {values['images_per_second']:.0f} images/s"
+                f"loss {values['loss']:.3f}{error}, {values['images_per_second']:.{0 if error else 1}f} images/s"
                 f" ({values['waited']:.0%} waiting for data)"
             )
-        else:
+        elif "error" in values:
             self.say(f"iteration {iteration}: {split} error {values['error']:.2f} %")
+        else:
+            maps = (f"{name} {value:.2f} %" for name, value in values.items() if name.startswith("map"))
+            self.say(f"iteration {iteration}: {split} {', '.join(maps)}")
 
-    def hyper_parameters(self, iteration: int, values: dict[str, str | bool | int | float]) -> None:
+    def hyper_parameters(
+        self, iteration: int, values: dict[str, str | bool | int | float], results: Iterable[str] = ("error",)
+    ) -> None:
         """A row of TensorBoard's HPARAMS tab with the final errors, once, before the last checkpoint.
 
-        In the events of the test curve, whose `error` is one of the row's: add_hparams would make a run of its own.
+        In the events of the test curve, whose `results` are the row's: add_hparams would make a run of its own.
         """
         if self.silent:
             return
         with self._writing():
-            writer = self._writer("test")
-            writer.add_scalar("final/train_error", self.train_error, iteration)
-            for summary in hparams(values, {"error": None, "final/train_error": None}):
+            writer, names = self._writer("test"), list(results)
+            if "error" in names:
+                writer.add_scalar("final/train_error", self.train_error, iteration)
+                names.append("final/train_error")
+            for summary in hparams(values, dict.fromkeys(names)):
                 writer._get_file_writer().add_summary(summary, iteration)
+
+    def picture(self, iteration: int, name: str, image: Tensor) -> None:
+        """A picture (3, H, W) uint8 of the test, for TensorBoard."""
+        if not self.silent:
+            with self._writing():
+                self._writer("test").add_image(name, image, iteration)
 
     def reference(self, error: float, iterations: int) -> None:
         """The paper's final error as a line across TensorBoard's error chart, once in the life of a run."""

@@ -53,7 +53,7 @@ def train(config: Config, directory: Path) -> int:
     device = pick_device(config.device)
     with joined(device, config.timeout), contextlib.ExitStack() as held:
         restarts = int(total(torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))))
-        before = from_main(lambda: _before_restart(directory, restarts))
+        before = from_main(lambda: before_restart(directory, restarts))
         if before == "finished":  # a process died after all was done
             return 0
         resume = config.resume if before == "new" else "auto"
@@ -97,7 +97,7 @@ def train(config: Config, directory: Path) -> int:
         return 128 + stop.signal
 
 
-def _before_restart(directory: Path, restarts: int) -> Literal["new", "unfinished", "finished"]:
+def before_restart(directory: Path, restarts: int) -> Literal["new", "unfinished", "finished"]:
     """How far this launch had come with its run when a worker died and the launcher started all again; else new."""
     path = directory / "environment.json"
     if not restarts or not path.exists():
@@ -217,7 +217,7 @@ def _open(run: Run, held: contextlib.ExitStack) -> tuple[dict[str, Any] | None, 
     The checkpoint is the one to go on from, if any. Raises UserError.
     """
     auto = run.config.resume == "auto"
-    _check_space(run)
+    check_space(run.directory, run.model)
     state = None if auto else _resume_state(run)  # before a directory is made
     # Workers of a killed run hold on to it for some seconds.
     held.enter_context(claimed(run.directory, "run_dir", "training", patience=20))
@@ -229,12 +229,12 @@ def _open(run: Run, held: contextlib.ExitStack) -> tuple[dict[str, Any] | None, 
     return state, _open_directory(run, state)
 
 
-def _check_space(run: Run) -> None:
+def check_space(directory: Path, model: nn.Module) -> None:
     """Refuse to begin where the checkpoints would not fit. Raises UserError."""
-    free = shutil.disk_usage(nearest_existing(run.directory)).free
-    needed = 10_000_000 + 5 * 8 * parameters(run.model)  # weights and momentum: last, previous, best, two being made
+    free = shutil.disk_usage(nearest_existing(directory)).free
+    needed = 10_000_000 + 5 * 8 * parameters(model)  # weights and momentum: last, previous, best, two being made
     if free < needed:
-        raise UserError(f"run_dir={run.directory}: {free / 1e6:.0f} MB are free there, {needed / 1e6:.0f} are needed")
+        raise UserError(f"run_dir={directory}: {free / 1e6:.0f} MB are free there, {needed / 1e6:.0f} are needed")
 
 
 def _open_directory(run: Run, state: dict[str, Any] | None) -> dict[str, Any]:
@@ -243,16 +243,7 @@ def _open_directory(run: Run, state: dict[str, Any] | None) -> dict[str, Any]:
     A new start removes what a run before left.
     """
     directory, config = run.directory, run.config
-    environment = {
-        "command": " ".join(["resnet-train", *sys.argv[1:]]),
-        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "git_commit": git_commit(),
-        "device": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else processor(),
-        "processes": world(),
-        "threads": torch.get_num_threads(),
-        "launch": os.environ.get("TORCHELASTIC_RUN_ID"),
-        "versions": versions(),
-    }
+    environment = environment_of("resnet-train", run.device)
     try:
         if state is None:
             for folder in ("checkpoints", "tensorboard"):
@@ -290,6 +281,20 @@ def _adopt(path: Path, directory: Path, iteration: int) -> None:
                     shutil.copy(source / name, directory / name)
     except OSError as error:
         raise UserError(f"resume={path}: cannot be taken into {directory}: {error.strerror}") from error
+
+
+def environment_of(command: str, device: torch.device) -> dict[str, Any]:
+    """Where and by what `command` a run is made, for environment.json."""
+    return {
+        "command": " ".join([command, *sys.argv[1:]]),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "git_commit": git_commit(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+        "processes": world(),
+        "threads": torch.get_num_threads(),
+        "launch": os.environ.get("TORCHELASTIC_RUN_ID"),
+        "versions": versions(),
+    }
 
 
 def git_commit() -> str | None:

@@ -9,8 +9,9 @@ import math
 import os
 import signal
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from resnet_train import checkpoint
 from resnet_train.batchnorm import update_statistics
 from resnet_train.build import logits_of
 from resnet_train.config import Config, Share
-from resnet_train.data.sets import Batches, MemorySets, StreamedSets
+from resnet_train.data.sets import MemorySets, StreamedSets
 from resnet_train.distributed import from_main, rank, shared, total, world
 from resnet_train.errors import PARENT, SIGNALS, RunError
 from resnet_train.evaluate import count_errors, wrong_answers
@@ -28,6 +29,7 @@ from resnet_train.models.resnet import ResNet
 from resnet_train.record import Record
 from resnet_train.schedule import Progress, end_warmup, learning_rate, watch_plateau
 
+T = TypeVar("T")
 # What a checkpoint says of the keys that have no say in what a run computes, nor in how it is dealt to devices.
 INDIFFERENT = {"run_dir": None, "resume": "auto", "max_restarts": 0, "timeout": 600}
 
@@ -163,6 +165,12 @@ class Stop:
         return False
 
 
+class Timed(Protocol):
+    """A run that keeps its wall time."""
+
+    seconds: float
+
+
 class Clock:
     """Wall time of the run, and of training alone since the last logged point or the start of this process."""
 
@@ -171,14 +179,14 @@ class Clock:
         self.training, self.since = 0.0, iteration
         self.waited = 0.0  # of the training, for the next batch
 
-    def next_of(self, batches: Batches) -> tuple[Tensor, Tensor]:
+    def next_of(self, batches: Iterator[T]) -> T:
         """The next batch, waited for by the clock."""
         start = time.perf_counter()
         batch = next(batches)
         self.waited += time.perf_counter() - start
         return batch
 
-    def lap(self, run: Run, *, training: bool) -> None:
+    def lap(self, run: Timed, *, training: bool) -> None:
         """Book the time since the last call to the run and, where it was spent on iterations, to training."""
         now = time.perf_counter()
         run.seconds += now - self.mark
@@ -363,11 +371,15 @@ def save(run: Run, record: Record, clock: Clock) -> None:
 
 def require_finite(run: Run) -> None:
     """Raise RunError if a loss since the last logged point or a weight is not finite, in any process."""
-    flags = torch.stack([run.meters.loss.isfinite().all(), *(p.isfinite().all() for p in run.model.parameters())])
-    if total((~flags).sum()):
+    check_finite([run.meters.loss, *run.model.parameters()], run.iteration, run.directory, "schedule.lr=")
+
+
+def check_finite(values: Iterable[Tensor], iteration: int, directory: Path, key: str) -> None:
+    """Raise RunError if one of `values` is not finite, in any process; `key` is that of the learning rate."""
+    if total((~torch.stack([value.isfinite().all() for value in values])).sum()):
         raise shared(
             RunError(
-                f"the loss is not finite at iteration {run.iteration} or shortly before; {run.directory}/checkpoints"
-                " holds the last good state; take a lower schedule.lr= in a new run, or precision=fp32"
+                f"the loss is not finite at iteration {iteration} or shortly before; {directory}/checkpoints"
+                f" holds the last good state; take a lower {key} in a new run, or precision=fp32"
             )
         )

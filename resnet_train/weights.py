@@ -87,6 +87,8 @@ def read_source(
     """
     found = state_dicts.read(path)
     if checkpoint.is_ours(found):
+        if "detector" in found:
+            raise UserError(f"{path}: is a detector's, which resnet-detect reads")
         with checkpoint.fitting(path):
             return _of_checkpoint(found)
     state, shape = state_dicts.ours(state_dicts.tensors(found, path), form, str(path))

@@ -82,8 +82,11 @@ KINDS = {
     | items(LISTS, ["", "null", "0.5", "{}", "{a:1}", "[a]", "[[0]]", "[null]", "[0.5,0.4]", "[1e999]", "[-1,2]"]),
     "no text": items(FREE - {"recipe"}, ["", "' '", "[]", "[x]", "{}", "{a:1}", "true", "x" * 300, "'~nosuchuser/x'"])
     | items(FREE - {"recipe"}, ["'a\0b'", "'\udcff'", "'a/\ud800b'"]),
-    "no option": items(cli.GROUPS, WRONG | OTHER)
-    | items(cli.GROUPS, ["", "null", "[]", "{}", "[cifar10]", "1", "..", "/", "../data/cifar10", "a/b", "digits.yaml"]),
+    "no option": items(cli.groups("train"), WRONG | OTHER)
+    | items(
+        cli.groups("train"),
+        ["", "null", "[]", "{}", "[cifar10]", "1", "..", "/", "../data/cifar10", "a/b", "digits.yaml"],
+    ),
     "no group of values": items({"augment", "warmup"}, ["0", "null", "[]", "x", "''", "{nosuch:1}", "{1:2}"])
     | items({"augment", "warmup"}, WRONG),
     "no key": st.builds(

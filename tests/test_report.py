@@ -50,7 +50,7 @@ def row(table, net):
 
 def found(*folders):
     """The runs in folders, without notes."""
-    kept, notes = runs.find(folders)
+    kept, _, notes = runs.find(folders)
     assert notes == []
     return kept
 
@@ -128,7 +128,7 @@ def test_half_a_line_at_the_end_is_a_run_that_is_being_written(tmp_path):
 def test_one_run_in_two_places_is_one_seed(tmp_path):
     make(tmp_path / "a")
     make(tmp_path / "b", until=32_000)
-    kept, notes = runs.find([tmp_path])
+    kept, _, notes = runs.find([tmp_path])
     assert [run.folder.name for run in kept] == ["a"]
     assert notes == [f"{tmp_path / 'b'}: is the same run as {tmp_path / 'a'} (resnet-20-A, seed 0), left out"]
 

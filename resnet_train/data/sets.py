@@ -296,19 +296,16 @@ class StreamedSets:
     def _loader(
         self, data: Dataset[Any], views: Any, device: torch.device, collate: Callable[..., Any] | None = None
     ) -> Iterator[Any]:
-        loader = DataLoader(
-            data,
-            batch_sampler=views,
-            collate_fn=collate,
-            num_workers=self.workers,
-            pin_memory=device.type == "cuda",
-            worker_init_fn=_leave_signals,
+        return told(
+            DataLoader(
+                data,
+                batch_sampler=views,
+                collate_fn=collate,
+                num_workers=self.workers,
+                pin_memory=device.type == "cuda",
+                worker_init_fn=leave_signals,
+            )
         )
-        try:
-            yield from loader
-        except UserError as error:  # from a worker it comes wrapped in that worker's traceback
-            error.__traceback__ = None  # its frames would keep the workers until they time out
-            raise UserError(str(error).strip().splitlines()[-1].split(f".{type(error).__name__}: ")[-1]) from None
 
 
 def random_views(part: Part, size: int, seed: int, batch_size: int, augment: dict[str, Any], count: int) -> DataLoader:
@@ -317,7 +314,16 @@ def random_views(part: Part, size: int, seed: int, batch_size: int, augment: dic
     return DataLoader(_Views(part, size), batch_sampler=list(itertools.islice(sampler, count)), num_workers=1)
 
 
-def _leave_signals(_: int) -> None:
+def told(loader: DataLoader) -> Iterator[Any]:
+    """What `loader` gives; the UserError of a worker as that worker raised it."""
+    try:
+        yield from loader
+    except UserError as error:  # it comes wrapped in that worker's traceback
+        error.__traceback__ = None  # its frames would keep the workers until they time out
+        raise UserError(str(error).strip().splitlines()[-1].split(f".{type(error).__name__}: ")[-1]) from None
+
+
+def leave_signals(_: int) -> None:
     """Signals that reach all processes of a job are for those that train; their end is the worker's end."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -12,7 +12,7 @@ from resnet_train import paper
 from resnet_train.config import ReportConfig
 from resnet_train.errors import UserError
 from resnet_train.files import expand, put
-from resnet_train.report import figures, page, runs, tables, verdict
+from resnet_train.report import detection, figures, page, runs, tables, verdict
 from resnet_train.report.page import Section
 from resnet_train.report.runs import Run
 
@@ -40,8 +40,9 @@ def report(asked: ReportConfig) -> None:
         print(sections[0].tables[0].markdown())
     else:
         folders = [expand(name) for name in asked.runs]
-        found, notes = runs.find(folders)
-        _check_out(out, found)
+        found, places, notes = runs.find(folders)
+        detectors = detection.find(places)
+        _check_out(out, [*(run.folder for run in found), *places])
         groups = runs.groups(found)
         notes += _kept_apart(groups)
         title = "Deep Residual Learning for Image Recognition: these runs beside the paper"
@@ -50,7 +51,7 @@ def report(asked: ReportConfig) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         if asked.report == "runs":
-            sections = _sections(groups, folders, out)
+            sections = [*(_sections(groups, folders, out) if groups else []), *detection.sections(detectors, out)]
         _write(asked, title, notes, sections, out)
     except OSError as error:
         raise UserError(f"out={out}: cannot be written: {error.strerror}") from error
@@ -71,11 +72,11 @@ def _write(asked: ReportConfig, title: str, notes: list[str], sections: list[Sec
     put(out / "index.html", page.html_page(title, intro, sections, out).encode())  # last: it needs the figures
 
 
-def _check_out(out: Path, found: list[Run]) -> None:
+def _check_out(out: Path, folders: list[Path]) -> None:
     """Refuse to write into a run. Raises UserError."""
-    for run in found:
-        if out.resolve().is_relative_to(run.folder.resolve()):
-            raise UserError(f"out={out}: lies in the run {run.folder}; take another folder")
+    for folder in folders:
+        if out.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"out={out}: lies in the run {folder}; take another folder")
 
 
 def _kept_apart(groups: list[list[Run]]) -> list[str]:

@@ -87,8 +87,8 @@ def mean_error(points: list[Point], after: float, until: float) -> float:
     return total / weight if weight else math.nan
 
 
-def find(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
-    """All runs in `folders`, which are runs or contain them, and notes on what was left out.
+def find(folders: Iterable[Path]) -> tuple[list[Run], list[Path], list[str]]:
+    """All runs in `folders`, which are runs or contain them, the folders of detectors, and notes on what was left out.
 
     Raises UserError for a folder without runs, or with none that can be read.
     """
@@ -102,16 +102,19 @@ def find(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
         if not configs and not any(folder.rglob("responses.csv")):
             raise UserError(f"{folder}: holds no run (a folder with config.json and metrics.jsonl)")
         found |= {path.parent.resolve(): path.parent for path in configs if path.parent.resolve() not in found}
-    runs = []
+    runs, detectors = [], []
     for folder in found.values():
         metrics = folder / "metrics.jsonl"
         if metrics.is_file() and "\n" in _text(metrics):
-            runs.append(read(folder))
+            if "backbone" in _object(folder / "config.json"):
+                detectors.append(folder)
+            else:
+                runs.append(read(folder))
         else:
             notes.append(f"{folder}: has no metrics yet, left out")
-    if not runs:
+    if not runs and not detectors:
         raise UserError("; ".join(notes) or "there are layer responses and no runs; name the runs too")
-    return _once(runs, notes), notes
+    return _once(runs, notes), detectors, notes
 
 
 def _once(runs: list[Run], notes: list[str]) -> list[Run]:

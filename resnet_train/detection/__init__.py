@@ -1,0 +1,1 @@
+"""Transfer to detection (appendix A): Faster R-CNN on Pascal VOC and COCO."""

@@ -1,0 +1,220 @@
+"""What `resnet-detect` may be told: typed dataclasses and their checks; no torch here."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from resnet_train.config import (
+    FREE_KEYS,
+    as_list,
+    check_checkpoints,
+    check_depth,
+    check_file,
+    check_folder,
+    check_paths,
+    flat,
+    nearest,
+    plain_word,
+    run_name,
+    shown,
+    typed,
+)
+from resnet_train.errors import UserError
+from resnet_train.files import expand
+
+LISTS = "ImageSets/Main"
+
+
+@dataclass(frozen=True)
+class DetectData:
+    """Pictures with boxes: configs/detection/data/."""
+
+    name: Literal["voc", "coco"]
+    root: str | None
+    train: list[str]
+    test: str
+    classes: list[str] | None
+    workers: int
+    broken: Literal["stop", "skip"]
+
+
+@dataclass(frozen=True)
+class DetectConfig:
+    """Everything that `resnet-detect` is told: configs/detection/detect.yaml, the data set and the recipe."""
+
+    data: DetectData
+    backbone: Literal["resnet", "vgg16"]
+    depth: int
+    pyramid: bool
+    init_from: str | None
+    seed: int
+    precision: Literal["auto", "bf16", "fp16", "fp32"]
+    devices: int | Literal["auto"]
+    device: Literal["auto", "cpu", "cuda"]
+    max_restarts: int
+    timeout: int
+    checkpoint_every: int
+    run_dir: str | None
+    resume: Literal["auto", "never"]
+    iterations: int
+    batch_size: int
+    regions: int
+    lr: float
+    warmup: int
+    drops: list[float]
+    momentum: float
+    weight_decay: float
+    freeze: Literal["conv1", "layer1", "layer2", "layer3"] | None
+    min_size: int
+    max_size: int
+    anchors: list[int]
+    proposals: int
+    log_every: int
+    eval_every: int
+
+    def plain(self) -> dict[str, Any]:
+        """The configuration as nested dictionaries of plain values, for JSON and checkpoints."""
+        return dataclasses.asdict(self)
+
+    @property
+    def net(self) -> str:
+        """The network's name: resnet-101, resnet-101-pyramid, vgg-16."""
+        if self.backbone == "vgg16":
+            return "vgg-16"
+        return f"resnet-{self.depth}" + ("-pyramid" if self.pyramid else "")
+
+    @property
+    def data_label(self) -> str:
+        """The data's name in every record: the folder's own."""
+        return expand(self.data.root or "").resolve().name or "root"
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """Everything that `resnet-detect predict` is told beside the images: configs/detection/predict.yaml."""
+
+    checkpoint: str
+    score: float
+    device: Literal["auto", "cpu", "cuda"]
+    out: str
+
+
+def check_detect(values: Mapping[str, Any], asked: Collection[str] = ()) -> DetectConfig:
+    """The checked configuration of a run from plain, resolved `values`; `asked` are the keys that the user named.
+
+    Looks at the command line and at directory listings only. Raises UserError.
+    """
+    data = {**values["data"], "train": as_list(values["data"]["train"])}
+    config = typed(DetectConfig, {**values, "data": data})
+    check_paths({"data.root": config.data.root, "run_dir": config.run_dir, "init_from": config.init_from})
+    _check_backbone(config, asked)
+    if config.devices != "auto" and config.batch_size % config.devices:
+        near = max(1, round(config.batch_size / config.devices)) * config.devices
+        raise UserError(f"batch_size={config.batch_size}: does not divide by {config.devices} devices; nearest: {near}")
+    if config.drops != sorted(set(config.drops)):
+        raise UserError(f"drops={config.drops}: must rise, as [0.5,0.75] does")
+    if config.max_size < config.min_size:
+        raise UserError(f"max_size={config.max_size}: is below min_size={config.min_size}")
+    if config.precision == "fp16" and config.device == "cpu":
+        raise UserError("precision=fp16: is for GPUs; on a CPU take bf16 or fp32")
+    if config.freeze is not None and config.init_from is None:
+        if "freeze" in asked:
+            raise UserError(f"freeze={config.freeze}: would keep random weights; add init_from=, or drop it")
+        config = dataclasses.replace(config, freeze=None)
+    _check_data(config.data)
+    root = str(expand(config.data.root or "").absolute())
+    source = None if config.init_from is None else str(expand(config.init_from).absolute())
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, root=root), init_from=source)
+
+
+def _check_backbone(config: DetectConfig, asked: Collection[str]) -> None:
+    if config.backbone == "vgg16":
+        for key in ("depth", "pyramid"):
+            if key in asked:
+                raise UserError(f"{key}={shown(getattr(config, key))}: means nothing to backbone=vgg16; drop it")
+    else:
+        check_depth(config.depth, "imagenet")
+    if config.pyramid and len(config.anchors) != 5:
+        raise UserError(f"anchors={config.anchors}: pyramid=true has five levels; give five, as [32,64,128,256,512]")
+    if config.anchors != sorted(set(config.anchors)) or not config.anchors:
+        raise UserError(f"anchors={config.anchors}: must rise, as [128,256,512] does")
+
+
+def _check_data(data: DetectData) -> None:
+    """Refuse what a look at the folder shows to be wrong. Raises UserError."""
+    if data.root is None:
+        raise UserError(f"data.root: data={data.name} needs one: data.root=PATH")
+    root = expand(data.root)
+    if not root.is_dir():
+        raise UserError(f"data.root={data.root}: {'is no folder' if root.exists() else 'there is no such folder'}")
+    if not data.train:
+        raise UserError("data.train=[]: name at least one list")
+    if data.classes is not None and data.name == "coco":
+        raise UserError("data.classes: COCO's are those of its JSON; drop it")
+    for key, lists in (("data.train", data.train), ("data.test", [data.test])):
+        for name in lists:
+            if not list_file(root, data.name, name).is_file():
+                there = lists_of(root, data.name)
+                if not there:
+                    kind = "VOC*/ImageSets/Main/*.txt" if data.name == "voc" else "annotations/instances_*.json"
+                    raise UserError(f"data.root={data.root}: has no {kind}")
+                raise UserError(f"{key}={name}: {data.root} has {', '.join(there)}{nearest(name, there)}")
+
+
+def list_file(root: Path, kind: str, name: str) -> Path:
+    """The file that says which images are in the list `name`: 2007_trainval, or in one folder trainval; train2014."""
+    if kind == "coco":
+        return root / "annotations" / f"instances_{name}.json"
+    year, _, rest = name.partition("_")
+    folder = root / f"VOC{year}"
+    return folder / LISTS / f"{rest}.txt" if rest and folder.is_dir() else root / LISTS / f"{name}.txt"
+
+
+def lists_of(root: Path, kind: str) -> list[str]:
+    """The names of the lists that there are."""
+    if kind == "coco":
+        return sorted(path.stem.removeprefix("instances_") for path in root.glob("annotations/instances_*.json"))
+    years = (f"{path.parts[-4].removeprefix('VOC')}_{path.stem}" for path in root.glob(f"VOC*/{LISTS}/*.txt"))
+    return sorted([*years, *(path.stem for path in root.glob(f"{LISTS}/*.txt"))])
+
+
+def check_predict(values: Mapping[str, Any], images: Collection[str]) -> PredictConfig:
+    """The checked configuration of a prediction for `images`. Raises UserError."""
+    config = typed(PredictConfig, values)
+    check_checkpoints([config.checkpoint])
+    check_folder(config.out)
+    if not images:
+        raise UserError("name the images, as in resnet-detect predict photo.jpg checkpoint=…")
+    seen: dict[str, str] = {}
+    for image in images:
+        check_paths({image: image})
+        check_file("image", image)
+        stem = Path(image).stem
+        if stem in seen:
+            raise UserError(f"{image}: its picture and that of {seen[stem]} would have one name; take them apart")
+        seen[stem] = image
+    return config
+
+
+def restored(values: Any) -> DetectConfig:
+    """The configuration that a checkpoint holds. Raises UserError if it is of another version."""
+    try:
+        return typed(DetectConfig, values)
+    except UserError as error:
+        raise UserError(f"the stored configuration cannot be read: {error}") from error
+
+
+def run_directory(config: DetectConfig, asked: Iterable[str]) -> Path:
+    """Where the run goes: `run_dir`, or runs/DATA-detection/NET/ and the values of other keys that were `asked` for."""
+    if config.run_dir is not None:
+        return expand(config.run_dir)
+    told = {"data", "backbone", "depth", "pyramid", "seed"} | FREE_KEYS
+    values = flat(config.plain())
+    if config.init_from is not None:  # a path is no name: of what it was made, the run's files tell
+        values["init_from"] = Path(config.init_from).stem
+    place = Path("runs") / f"{plain_word(config.data_label) or 'images'}-detection" / config.net
+    return place / run_name(values, set(asked) - told, config.seed)

@@ -1,0 +1,66 @@
+"""The test of a detector: every image once, alone, so that nothing depends on how they are dealt to processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torchvision.ops import clip_boxes_to_image
+from tqdm import tqdm
+
+from resnet_train.build import DTYPES
+from resnet_train.detection.batches import test_images
+from resnet_train.detection.data import Example
+from resnet_train.detection.metrics import coco_map, voc_map
+from resnet_train.detection.models import Detector
+from resnet_train.distributed import from_main, main, rank, world
+from resnet_train.evaluate import testing
+
+Found = dict[str, Tensor]  # boxes (n, 4) in pixels of the image, labels from 1, scores
+
+
+def detections(model: Detector, images: Iterable[Tensor], precision: str) -> Iterator[Found]:
+    """What `model` finds in each image, (3, H, W) uint8 on its device; on the CPU."""
+    with testing(model):
+        for image in images:
+            with torch.autocast(image.device.type, DTYPES[precision], enabled=precision != "fp32"):
+                (found,) = model([image.float() / 255])
+            found["boxes"] = clip_boxes_to_image(found["boxes"], image.shape[1:])  # scaled back they may end beyond
+            yield {name: value.cpu() for name, value in found.items()}
+
+
+def evaluate(
+    model: Detector,
+    examples: Sequence[Example],
+    *,
+    classes: list[str],
+    category_ids: list[int],
+    precision: str,
+    device: torch.device,
+    workers: int,
+) -> tuple[dict[str, Any], list[Found]]:
+    """Average precision by VOC's and by COCO's rules, in %, and what was found in the first process's images.
+
+    Of several processes each takes every so-manieth image, and all get the same figures, those of one process.
+    """
+    mine = examples[rank() :: world()]
+    images = test_images(mine, workers=workers, device=device)
+    bar = tqdm(images, total=len(mine), desc="test", unit="image", leave=False, disable=None if main() else True)
+    found = list(detections(model, bar, precision))
+    shares: list[list[Found]] = [found]
+    if world() > 1:
+        shares = [[] for _ in range(world())]
+        dist.all_gather_object(shares, found)
+    whole: list[Found] = [{} for _ in examples]
+    for start, share in enumerate(shares):
+        whole[start :: world()] = share
+    return from_main(lambda: _measured(examples, whole, classes, category_ids)), found
+
+
+def _measured(
+    examples: Sequence[Example], found: list[Found], classes: list[str], category_ids: list[int]
+) -> dict[str, Any]:
+    return voc_map(examples, found, classes) | coco_map(examples, found, classes, category_ids)

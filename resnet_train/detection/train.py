@@ -1,0 +1,492 @@
+"""The command `resnet-detect`: one run from its directory's first file to its last, the step and the loop in view."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from resnet_train import checkpoint, curves, state_dicts
+from resnet_train.build import DTYPES, parallel, pick_device, pick_precision, placed
+from resnet_train.config import check_same_run, run_state
+from resnet_train.data.sampler import generator
+from resnet_train.data.transforms import IMAGENET_STD
+from resnet_train.detection.batches import training_batches
+from resnet_train.detection.config import DetectConfig
+from resnet_train.detection.data import Examples, load, read_coco, read_voc
+from resnet_train.detection.evaluate import evaluate
+from resnet_train.detection.models import Detector, Frame, resnet_detector, vgg_detector
+from resnet_train.detection.pictures import drawn
+from resnet_train.distributed import from_main, joined, main, one_after_all, rank, together, total, world
+from resnet_train.errors import UserError, of_a_peer
+from resnet_train.files import claimed, write_json
+from resnet_train.models import imagenet_resnet
+from resnet_train.models.resnet import parameters
+from resnet_train.record import Record
+from resnet_train.run import before_restart, check_space, environment_of, peak_memory
+from resnet_train.train import INDIFFERENT, Clock, Stop, check_finite
+from resnet_train.weights import read_source
+
+LOSSES = ("loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg")  # torchvision's names
+PICTURES = 4  # test images that TensorBoard shows with what was found in them
+PROTOCOL = "every test image once, whole"
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """What a detector is built around, as its checkpoint keeps it."""
+
+    arch: str
+    shortcut: str
+    bottleneck_stride: str
+    mean: list[float]  # of images in 0 to 1, subtracted from them
+    std: list[float]  # and what is left divided by
+    pretrained: str | None  # the net in words; None: random weights
+
+
+@dataclass
+class Run:
+    """One run: what it was given, and what training changes and a checkpoint holds."""
+
+    config: DetectConfig
+    directory: Path
+    device: torch.device
+    precision: str
+    examples: Examples
+    backbone: Backbone
+    model: Detector
+    net: nn.Module  # the model, or around it what exchanges gradients between processes
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    sums: Tensor  # of the losses since the last logged point, in this process; kept on the device and read seldom
+    iteration: int = 0
+    saved_at: int = -1
+    seconds: float = 0.0
+
+    def state(self) -> dict[str, Any]:
+        """A checkpoint's content: tensors and plain values only. All processes call this."""
+        return {
+            "detector": dataclasses.asdict(self.backbone),
+            "config": self.config.plain() | INDIFFERENT,
+            "classes": self.examples.classes,
+            "category_ids": self.examples.category_ids,
+            "digest": self.examples.digest,
+            "measure": {"precision": self.precision},
+            "mean": torch.tensor(self.backbone.mean),
+            "iteration": self.iteration,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "sums": total(self.sums.clone()).cpu(),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.sums.copy_(state["sums"] if main() else torch.zeros_like(self.sums))
+        self.iteration = self.saved_at = state["iteration"]
+
+
+def step(run: Run, images: list[Tensor], targets: list[dict[str, Tensor]], lr: float) -> None:
+    """One iteration on this process's share of a batch; images are (3, H, W) uint8."""
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    # torchvision samples anchors and regions, and VGG drops units, from torch's own random state.
+    torch.manual_seed(generator(run.config.seed, f"regions of {rank()}", run.iteration).initial_seed())
+    with torch.autocast(run.device.type, DTYPES[run.precision], enabled=run.precision != "fp32"):
+        losses = run.net([image.float() / 255 for image in images], targets)
+    parts = torch.stack([losses[name].float() for name in LOSSES])
+    run.scaler.scale(parts.sum()).backward()
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.sums += parts.detach()
+    run.iteration += 1
+
+
+def learning_rate(iteration: int, config: DetectConfig) -> float:
+    """The rate of the step after `iteration` steps: rising to `lr` in the warm-up, a tenth at each of `drops`."""
+    passed = sum(iteration >= max(1, round(drop * config.iterations)) for drop in config.drops)
+    return config.lr * 0.1**passed * min(1.0, (iteration + 1) / max(1, config.warmup))
+
+
+def loop(run: Run, record: Record, stop: Stop) -> None:
+    """All iterations that are left, or those until a signal; leaves a checkpoint of the last one in either case."""
+    config, clock = run.config, Clock(run.iteration)
+    batches = training_batches(
+        run.examples.train,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        iterations=range(run.iteration, config.iterations),
+        workers=config.data.workers,
+        device=run.device,
+        rank=rank(),
+        world=world(),
+    )
+    while run.iteration < config.iterations and not stop.agreed():
+        images, targets = clock.next_of(batches)
+        lr = learning_rate(run.iteration, config)
+        step(run, images, targets, lr)
+        record.bar.update()
+
+        last = run.iteration == config.iterations
+        if last or run.iteration % config.log_every == 0:
+            _log_training(run, record, clock, lr)
+        if last or run.iteration % config.eval_every == 0:
+            _log_test(run, record, clock)
+        if last or run.iteration % config.checkpoint_every == 0:
+            _save(run, record, clock)
+    if run.saved_at != run.iteration:
+        _save(run, record, clock)
+
+
+def _log_training(run: Run, record: Record, clock: Clock, lr: float) -> None:
+    """A point of the training curve: the losses since the last one."""
+    _require_finite(run)
+    clock.lap(run, training=True)
+    steps = (run.iteration - 1) % run.config.log_every + 1
+    means = (total(run.sums.clone()) / (world() * steps)).tolist()
+    record.point(
+        "train",
+        run.iteration,
+        epoch=run.iteration * run.config.batch_size / len(run.examples.train),
+        loss=sum(means),
+        **dict(zip(LOSSES, means, strict=True)),
+        lr=lr,
+        images_per_second=(run.iteration - clock.since) * run.config.batch_size / clock.training,
+        waited=clock.waited / clock.training,
+        seconds=run.seconds,
+    )
+    clock.training, clock.waited, clock.since = 0.0, 0.0, run.iteration
+    run.sums.zero_()
+
+
+def _of_the_first(run: Run) -> None:
+    """Where batch norm is trained, each process has averages of its own images: take the first's."""
+    if world() > 1 and run.backbone.pretrained is None:
+        for buffer in run.model.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def _log_test(run: Run, record: Record, clock: Clock) -> None:
+    """A point of the test curve, and pictures of the first test images."""
+    clock.lap(run, training=True)
+    _of_the_first(run)
+    examples = run.examples
+    measured, found = evaluate(
+        run.model,
+        examples.test,
+        classes=examples.classes,
+        category_ids=examples.category_ids,
+        precision=run.precision,
+        device=run.device,
+        workers=run.config.data.workers,
+    )
+    figures = {name: value for name, value in measured.items() if isinstance(value, (int, float))}
+    record.point("test", run.iteration, **figures, images=len(examples.test), protocol=PROTOCOL)
+    if main():
+        for number, (example, boxes) in enumerate(zip(examples.test[:: world()], found, strict=False)):
+            if number < PICTURES:
+                record.picture(run.iteration, example.name, drawn(load(example), boxes, examples.classes, 0.5))
+    if run.iteration == run.config.iterations:
+        keys = ("backbone", "depth", "pyramid", "seed", "iterations", "batch_size", "lr", "min_size")
+        values = {key: getattr(run.config, key) for key in keys}
+        values |= {"data": run.config.data_label, "pretrained": run.backbone.pretrained or "no"}
+        record.hyper_parameters(run.iteration, values, figures)
+        from_main(lambda: write_json(run.directory / "test.json", {"iteration": run.iteration, **measured}))
+    clock.lap(run, training=False)
+
+
+def _save(run: Run, record: Record, clock: Clock) -> None:
+    """Write last.pt; the one before becomes previous.pt."""
+    clock.lap(run, training=True)
+    _of_the_first(run)
+    _require_finite(run)
+    state, folder = run.state(), run.directory / "checkpoints"
+
+    def write() -> None:
+        record.flush()
+        checkpoint.save(folder / "last.pt", state, keep_as=folder / "previous.pt")
+
+    from_main(write)
+    run.saved_at = run.iteration
+    clock.lap(run, training=False)
+
+
+def _require_finite(run: Run) -> None:
+    check_finite([run.sums, *run.model.parameters()], run.iteration, run.directory, "lr=")
+
+
+def detect(config: DetectConfig, directory: Path) -> int:
+    """Train a detector in `directory`, going on where a run there was cut, and test it. The exit code.
+
+    0: finished; 128 and a signal's number: stopped by it, with a checkpoint. Raises UserError and RunError.
+    """
+    device = pick_device(config.device)
+    with joined(device, config.timeout), contextlib.ExitStack() as held:
+        restarts = int(total(torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))))
+        before = from_main(lambda: before_restart(directory, restarts))
+        if before == "finished":
+            return 0
+        resume = config.resume if before == "new" else "auto"
+        config = dataclasses.replace(config, devices=world(), resume=resume)
+        precision = together(lambda: pick_precision(config.precision, device))
+        examples = one_after_all(lambda: read_examples(config))
+        state = from_main(lambda: _begin(config, directory, examples, held))
+        run = together(lambda: build(config, directory, examples, device, precision, state))
+        environment = from_main(lambda: _open(run))
+        _announce(run)
+        stop = Stop()
+        names = {"data": config.data_label, "seed": config.seed}
+        record = Record(directory if main() else None, names, run.iteration, config.iterations)
+        run.seconds = record.seconds
+        try:
+            with contextlib.closing(record):
+                loop(run, record, stop)
+            if run.iteration == config.iterations:
+                from_main(lambda: _summarise(run, environment))
+                return 0
+        except RuntimeError as error:
+            if world() > 1 and stop.signal and of_a_peer(error):
+                sys.exit(1)  # another has died, and the launcher, which names it, ends this one
+            raise
+        if main():
+            print(
+                f"stopped at iteration {run.iteration}, checkpoint written; the same command goes on from there",
+                flush=True,
+            )
+        return 128 + stop.signal
+
+
+def read_examples(config: DetectConfig) -> Examples:
+    """The pictures and boxes that the configuration names. Raises UserError."""
+    data = config.data
+    assert data.root is not None  # check_detect has seen to it
+    root = Path(data.root)
+    if data.name == "coco":
+        return read_coco(root, train=data.train, test=data.test, broken=data.broken)
+    return read_voc(root, train=data.train, test=data.test, classes=data.classes, broken=data.broken)
+
+
+def build(
+    config: DetectConfig,
+    directory: Path,
+    examples: Examples,
+    device: torch.device,
+    precision: str,
+    state: dict[str, Any] | None = None,
+) -> Run:
+    """The detector and its optimiser, from a checkpoint's `state`, if given, else as they begin. Raises UserError."""
+    torch.manual_seed(generator(config.seed, "initialisation", 0).initial_seed())
+    if state is not None:
+        model, backbone = restored_detector(config, state)
+        precision = state["measure"]["precision"]
+    else:
+        model, backbone = new_detector(config, len(examples.classes))
+    model = placed(model, device, precision)
+    run = Run(
+        config=config,
+        directory=directory,
+        device=device,
+        precision=precision,
+        examples=examples,
+        backbone=backbone,
+        model=model,
+        net=parallel(model) if world() > 1 else model,
+        optimizer=torch.optim.SGD(
+            [p for p in model.parameters() if p.requires_grad],
+            lr=config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            fused=precision != "fp16",
+        ),
+        scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
+        sums=torch.zeros(len(LOSSES), device=device),
+    )
+    if state is not None:
+        with checkpoint.fitting(f"the checkpoint to go on from in {directory}"):
+            run.load(state)
+    return run
+
+
+def new_detector(config: DetectConfig, classes: int) -> tuple[Detector, Backbone]:
+    """The detector as training begins: around the weights of `init_from`, else around random ones. Raises UserError.
+
+    With weights, batch norm stays as they have it (appendix A); random ones could not do without it.
+    """
+    plain = Backbone("resnet", "B", "1x1", list(state_dicts.MEAN), list(IMAGENET_STD), None)
+    if config.init_from is None:
+        return _assembled(config, plain, classes)
+    path = Path(config.init_from)
+    if config.backbone == "vgg16":
+        backbone = dataclasses.replace(plain, pretrained=f"VGG-16 of {path.name}")
+        model, _ = _assembled(config, backbone, classes)
+        _load_vgg(model, path)
+        return model, backbone
+    source = read_source(path)
+    if source.family != "imagenet" or source.depth != config.depth:
+        raise UserError(
+            f"init_from={path}: holds {source.name}; "
+            + (f"take depth={source.depth}" if source.family == "imagenet" else "detection takes an ImageNet net")
+        )
+    backbone = Backbone(
+        arch=source.arch or "resnet",
+        shortcut=source.shortcut,
+        bottleneck_stride=source.bottleneck_stride,
+        mean=(source.mean.mean((0, 1)) / 255).tolist(),
+        std=list(source.std),
+        pretrained=f"{source.name} of {path.name}",
+    )
+    model, _ = _assembled(config, backbone, classes)
+    _load_resnet(model, source.model, path)
+    return model, backbone
+
+
+def restored_detector(config: DetectConfig, state: dict[str, Any]) -> tuple[Detector, Backbone]:
+    """The detector that a checkpoint's `state` holds, its weights not yet in it. Raises UserError."""
+    with checkpoint.fitting("the checkpoint"):
+        return _assembled(config, Backbone(**state["detector"]), len(state["classes"]))
+
+
+def _assembled(config: DetectConfig, backbone: Backbone, classes: int) -> tuple[Detector, Backbone]:
+    frame = Frame(
+        anchors=config.anchors,
+        proposals=config.proposals,
+        regions=config.regions,
+        min_size=config.min_size,
+        max_size=config.max_size,
+        mean=backbone.mean,
+        std=backbone.std,
+    )
+    if config.backbone == "vgg16":
+        model = vgg_detector(classes, frame)
+    else:
+        shortcut = "none" if backbone.arch == "plain" else backbone.shortcut
+        net = imagenet_resnet(config.depth, shortcut, bottleneck_stride=backbone.bottleneck_stride)
+        model = resnet_detector(net, classes, frame, pyramid=config.pyramid)
+    model.freeze(config.freeze, norm=backbone.pretrained is not None)
+    return model, backbone
+
+
+def _load_resnet(model: Detector, weights: dict[str, Tensor], path: Path) -> None:
+    """Put the weights of a net, but for its classifier, where the detector has them."""
+    with checkpoint.fitting(f"init_from={path}"):
+        places = [model.backbone, *([] if hasattr(model.backbone, "layer4") else [model.roi_heads.box_head])]
+        for place in places:
+            own = {name for name in place.state_dict() if not name.startswith("fpn.")}
+            place.load_state_dict({name: weights[name] for name in own}, strict=not hasattr(place, "fpn"))
+
+
+def _load_vgg(model: Detector, path: Path) -> None:
+    """Put torchvision's VGG-16, but for its last layer, where the detector has it. Raises UserError."""
+    weights = state_dicts.tensors(state_dicts.read(path), path)
+    if "features.0.weight" not in weights or "features.1.running_mean" in weights:
+        raise UserError(f"init_from={path}: is not torchvision's vgg16 (features.0.weight, …, classifier.6.bias)")
+    with checkpoint.fitting(f"init_from={path}"):
+        for place in (model.backbone, model.roi_heads.box_head):
+            place.load_state_dict({name: weights[name] for name in place.state_dict()})
+
+
+def _begin(
+    config: DetectConfig, directory: Path, examples: Examples, held: contextlib.ExitStack
+) -> dict[str, Any] | None:
+    """Take the run's directory, until `held` closes; the checkpoint to go on from, if any. Raises UserError."""
+    # Workers of a killed run hold on to it for some seconds.
+    held.enter_context(claimed(directory, "run_dir", "training", patience=20))
+    if run_state(directory) == "finished":
+        raise UserError(f"run_dir={directory}: another process has finished the run there")
+    if config.resume == "never":
+        return None
+    found = checkpoint.load_newest(directory / "checkpoints", detector=True)
+    if found is None:
+        return None
+    path, state = found
+    check_same_run(state["config"], config.plain(), str(path))
+    if state["digest"] != examples.digest:
+        raise UserError(f"data: {config.data_label} does not hold what the run in {path} was trained on")
+    return state
+
+
+def _open(run: Run) -> dict[str, Any]:
+    """Write what a run begins with: config.json and, given back, environment.json. Raises UserError."""
+    directory = run.directory
+    check_space(directory, run.model)
+    environment = environment_of("resnet-detect", run.device)
+    try:
+        if not run.iteration:
+            for name in ("metrics.jsonl", "test.json"):
+                (directory / name).unlink(missing_ok=True)
+        write_json(directory / "config.json", run.config.plain())
+        write_json(directory / "environment.json", environment)
+    except OSError as error:
+        raise UserError(f"run_dir={directory}: cannot be written: {error.strerror}") from error
+    return environment
+
+
+def _announce(run: Run) -> None:
+    if not main():
+        return
+    config, examples = run.config, run.examples
+    print(
+        f"{config.net} on {config.data_label}: {len(examples.train)} training images, {len(examples.test)} for the"
+        f" test, {len(examples.classes)} classes; {config.iterations} iterations of {config.batch_size};"
+        f" {run.precision} on {run.device}; {run.directory}"
+    )
+    if run.backbone.pretrained:
+        frozen = f"; frozen up to {config.freeze}" if config.freeze else ""
+        print(f"begins with {run.backbone.pretrained}; batch norm stays as it has it{frozen}")
+    else:
+        print("begins with random weights, which the paper does not: the figures say nothing about its tables 7 and 8")
+    for fault, count in examples.faults.items():
+        print(f"warning: {count} {fault}")
+    if run.iteration:
+        print(f"going on from iteration {run.iteration}")
+    sys.stdout.flush()
+
+
+def _summarise(run: Run, environment: dict[str, Any]) -> None:
+    """The picture and, last of all, summary.json, which marks the run as finished; one line to read."""
+    config, directory, examples = run.config, run.directory, run.examples
+    measured = json.loads((directory / "test.json").read_text())
+    title = f"{config.net} on {config.data_label}, seed {config.seed}"
+    curves.draw_detection(curves.read_metrics(directory / "metrics.jsonl"), title, directory / "curves.png")
+    summary = {
+        "task": "detection",
+        "net": config.net,
+        "data": config.data_label,
+        "lists": {"train": config.data.train, "test": config.data.test},
+        "images": {"train": len(examples.train), "test": len(examples.test)},
+        "boxes": {
+            part: int(sum(len(example.boxes) for example in getattr(examples, part))) for part in ("train", "test")
+        },
+        "faults": examples.faults,
+        "seed": config.seed,
+        "iterations": config.iterations,
+        "init_from": config.init_from,
+        "backbone": dataclasses.asdict(run.backbone),
+        "last": measured | {"protocol": PROTOCOL},
+        "parameters": parameters(run.model),
+        "seconds": run.seconds,
+        "peak_memory_bytes": peak_memory(run.device),
+        "precision": run.precision,
+        **environment,
+        "finished": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+    }
+    write_json(directory / "summary.json", summary)
+    print(
+        f"{title}: {measured['map07']:.2f} % mAP by VOC 2007's rule, {measured['map10']:.2f} by VOC 2010's,"
+        f" {measured['map']:.2f} by COCO's @[.5,.95], on {len(examples.test)} images at iteration {config.iterations},"
+        f" the last\ncurves: {directory}/curves.png; tensorboard --logdir {directory}"
+    )

@@ -1,0 +1,394 @@
+"""Whole runs of `resnet-detect` on pictures made here: what they leave, how they go on, alone and in two processes."""
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import start
+from PIL import Image
+from torch import nn
+from torchvision.models import vgg16
+
+from resnet_train import checkpoint, cli
+from resnet_train.detection.batches import mirrored, training_batches
+from resnet_train.detection.config import check_detect, restored
+from resnet_train.detection.data import read_voc
+from resnet_train.detection.evaluate import evaluate
+from resnet_train.detection.metrics import coco_map, voc_map
+from resnet_train.detection.train import build, learning_rate, new_detector, read_examples, step
+from resnet_train.distributed import joined
+from resnet_train.errors import UserError
+from resnet_train.launch import launch
+from resnet_train.models import imagenet_resnet
+from resnet_train.run import main as is_main
+
+pytest.importorskip("faster_coco_eval")
+CPU = torch.device("cpu")
+SHAPES = ("disc", "square", "star")
+WORDS = ["data=voc", "data.root=tree", "data.train=[train]", "data.test=test", "recipe=short", "depth=18"]
+WORDS += ["iterations=7", "batch_size=2", "regions=8", "min_size=64", "max_size=96", "log_every=3", "eval_every=4"]
+WORDS += ["checkpoint_every=2", "anchors=[16,32]", "data.workers=0", "device=cpu", "precision=fp32", "warmup=3"]
+
+
+def make_tree(folder, images=9, tested=5):
+    """A VOC-style tree of coloured rectangles, one to three in an image, the last of each list with none."""
+    draw = np.random.default_rng(0)
+    for name in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (folder / name).mkdir(parents=True)
+    for number in range(images + tested):
+        pixels = draw.integers(90, 110, (72, 96, 3), dtype=np.uint8)
+        objects = ""
+        for _ in range(0 if number in (images - 1, images + tested - 1) else draw.integers(1, 4)):
+            kind, left, top = draw.integers(3), draw.integers(1, 60), draw.integers(1, 40)
+            right, bottom = left + draw.integers(15, 34), top + draw.integers(15, 30)
+            pixels[top - 1 : bottom, left - 1 : right] = np.eye(3, dtype=np.uint8)[kind] * 250
+            box = f"<xmin>{left}</xmin><ymin>{top}</ymin><xmax>{right}</xmax><ymax>{bottom}</ymax>"
+            objects += f"<object><name>{SHAPES[kind]}</name><difficult>0</difficult><bndbox>{box}</bndbox></object>"
+        Image.fromarray(pixels).save(folder / f"JPEGImages/{number:03d}.jpg", quality=95)
+        size = "<size><width>96</width><height>72</height><depth>3</depth></size>"
+        (folder / f"Annotations/{number:03d}.xml").write_text(f"<annotation>{size}{objects}</annotation>")
+    for name, numbers in (("train", range(images)), ("test", range(images, images + tested))):
+        (folder / f"ImageSets/Main/{name}.txt").write_text("".join(f"{number:03d}\n" for number in numbers))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tree(tmp_path_factory):
+    return make_tree(tmp_path_factory.mktemp("voc") / "tree")
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory):
+    """A ResNet-18 as torchvision saves one."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("pretrained") / "resnet18.pth"
+    torch.save(imagenet_resnet(18).state_dict(), path)
+    return path
+
+
+def configured(tree, *words):
+    words = [word for word in WORDS if not any(word.split("=")[0] == other.split("=")[0] for other in words)] + [*words]
+    words = [word.replace("root=tree", f"root={tree}") for word in words]
+    if "backbone=vgg16" in words:
+        words.remove("depth=18")
+    return check_detect(cli._compose("detect", words), [word.split("=")[0] for word in words])
+
+
+def detect(folder, *words):
+    """The command in `folder`, whose tree is beside it."""
+    return subprocess.run(start(*WORDS, *words, entry="detect"), cwd=folder, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def whole(tree, pretrained):
+    """A finished run, in the tree's parent folder."""
+    done = detect(tree.parent, "run_dir=whole", f"init_from={pretrained}", "freeze=layer1")
+    assert (done.returncode, done.stderr) == (0, "")
+    return tree.parent / "whole", done.stdout
+
+
+def metrics(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second", "waited")} for line in lines]
+
+
+def test_a_run_leaves_what_is_said(whole):
+    folder, told = whole
+    assert sorted(os.listdir(folder)) == [
+        "checkpoints",
+        "config.json",
+        "curves.png",
+        "environment.json",
+        "metrics.jsonl",
+        "summary.json",
+        "tensorboard",
+        "test.json",
+    ]
+    assert (
+        "begins with ImageNet resnet-18-B of resnet18.pth; batch norm stays as it has it; frozen up to layer1" in told
+    )
+    lines = metrics(folder)
+    assert [line["iteration"] for line in lines if line["split"] == "train"] == [3, 6, 7]
+    assert [line["iteration"] for line in lines if line["split"] == "test"] == [4, 7]
+    assert all(line["data"] == "tree" and line["seed"] == 0 for line in lines)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["images"] == {"train": 9, "test": 5}
+    assert summary["last"]["map10"] == lines[-1]["map10"]
+    assert summary["last"]["per_class"].keys() == set(SHAPES)
+    assert summary["backbone"]["pretrained"] == "ImageNet resnet-18-B of resnet18.pth"
+
+
+def test_tensorboard_has_losses_maps_pictures_and_a_row_of_hyper_parameters(whole):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = {}
+    for writer in ("train", "test"):
+        events = EventAccumulator(str(whole[0] / "tensorboard" / writer))
+        events.Reload()
+        found[writer] = events.Tags()
+    assert {"loss", "loss_objectness", "lr"} <= set(found["train"]["scalars"])
+    assert {"map07", "map10", "map", "map50"} <= set(found["test"]["scalars"])
+    assert found["test"]["images"] == ["009", "010", "011", "012"]
+
+
+def test_a_killed_run_goes_on_to_the_same_weights_and_figures(whole, tree, pretrained):
+    """Killed once a checkpoint is there, with half an interval of losses in it."""
+    folder = tree.parent / "killed"
+    words = ["run_dir=killed", f"init_from={pretrained}", "freeze=layer1"]
+    job = subprocess.Popen(start(*WORDS, *words, entry="detect"), cwd=tree.parent, stdout=subprocess.DEVNULL)
+    while not (folder / "checkpoints/last.pt").exists():
+        assert job.poll() is None
+        time.sleep(0.01)
+    job.send_signal(signal.SIGKILL)
+    job.wait()
+    assert 0 < checkpoint.load(folder / "checkpoints/last.pt", detector=True)["iteration"] < 7
+    done = detect(tree.parent, *words)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "going on from iteration" in done.stdout
+    assert (folder / "checkpoints/last.pt").read_bytes() == (whole[0] / "checkpoints/last.pt").read_bytes()
+    assert metrics(folder) == metrics(whole[0])
+
+
+def test_what_is_frozen_is_that_of_the_source_bit_for_bit_and_all_else_has_moved(whole, pretrained):
+    source = torch.load(pretrained, weights_only=True)
+    state = checkpoint.load(whole[0] / "checkpoints/last.pt", detector=True)["model"]
+    for name, value in source.items():
+        place = "roi_heads.box_head." if name.startswith("layer4") else "backbone."
+        if not name.startswith("fc."):
+            norm = "bn" in name or "downsample.1" in name
+            frozen = norm or name.startswith(("conv1", "layer1"))
+            assert torch.equal(state[place + name], value) == frozen, name
+
+
+def test_the_evaluation_of_two_processes_is_that_of_one(whole, tmp_path):
+    """Five images: one process has three of them, the other two."""
+    arguments = (str(tmp_path), str(whole[0] / "checkpoints/last.pt"))
+    done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((whole[0] / "summary.json").read_text())["last"]
+    for rank in range(2):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert found == {key: summary[key] for key in found}
+        assert found.keys() >= {"map", "map50", "map07", "map10", "per_class"}
+
+
+def evaluated(folder, path):
+    """One of two processes: the figures that it gets, to FOLDER/RANK.json."""
+    from resnet_train.distributed import rank
+
+    with joined(CPU, 300):
+        state = checkpoint.load(Path(path), detector=True)
+        config = restored(state["config"])
+        examples = read_examples(config)
+        run = build(config, Path(folder), examples, CPU, "fp32", state)
+        measured, _ = evaluate(
+            run.model,
+            examples.test,
+            classes=examples.classes,
+            category_ids=examples.category_ids,
+            precision="fp32",
+            device=CPU,
+            workers=0,
+        )
+        Path(folder, f"{rank()}.json").write_text(json.dumps(measured))
+        assert is_main() == (rank() == 0)
+    return 0
+
+
+def test_two_processes_train_together(tree):
+    """The batch is dealt out: with batch norm fixed and no sampling of regions in the way, the losses are of all."""
+    done = detect(tree.parent, "run_dir=pair", "devices=2", "iterations=2")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [line["iteration"] for line in metrics(tree.parent / "pair")] == [2, 2]
+    assert "begins with random weights" in done.stdout
+
+
+def test_predictions_are_drawn_and_written(whole, tree, command_here, tmp_path):
+    image = tree / "JPEGImages/003.jpg"
+    last = whole[0] / "checkpoints/last.pt"
+    told = command_here("detect", "predict", image, f"checkpoint={last}", "score=0", "out=found", "device=cpu")
+    found = json.loads((tmp_path / "found/detections.json").read_text())
+    rows = found["images"][0]["found"]
+    assert f"{image}: {len(rows)} found, found/003.png" in told
+    assert rows
+    assert {row["class"] for row in rows} <= set(SHAPES)
+    for row in rows:
+        left, top, right, bottom = row["box"]
+        assert 0 <= left < right <= 96
+        assert 0 <= top < bottom <= 72
+    drawn, given = (np.array(Image.open(path).convert("RGB")) for path in (tmp_path / "found/003.png", image))
+    assert drawn.shape == given.shape
+    assert (drawn != given).any()
+
+
+def test_nothing_is_drawn_where_nothing_is_that_certain(whole, tree, command_here, tmp_path):
+    last = whole[0] / "checkpoints/last.pt"
+    command_here("detect", "predict", tree / "JPEGImages/003.jpg", f"checkpoint={last}", "score=1", "device=cpu")
+    assert json.loads((tmp_path / "detections/detections.json").read_text())["images"][0]["found"] == []
+
+
+def test_checkpoints_of_nets_and_of_detectors_are_told_apart(whole, pretrained, tree, command_here, trained):
+    last, image = whole[0] / "checkpoints/last.pt", tree / "JPEGImages/003.jpg"
+    assert "is a detector's, which resnet-detect reads" in command_here("evaluate", f"checkpoint={last}", code=2)
+    told = command_here("detect", "predict", image, f"checkpoint={trained}", code=2)
+    assert "is a checkpoint of resnet-train, not of resnet-detect" in told
+    with pytest.raises(UserError, match="is a detector's"):
+        new_detector(configured(tree, f"init_from={last}"), 3)
+
+
+@pytest.mark.long
+def test_it_learns(tree):
+    """Coloured rectangles from random weights: what it finds in the training images is better than at the start."""
+    config = configured(tree, "iterations=120", "batch_size=3", "regions=16", "warmup=10", "lr=0.02", "seed=1")
+    examples = read_examples(config)
+    run = build(config, Path("nowhere"), examples, CPU, "fp32")
+
+    def measure():
+        found = evaluate(
+            run.model, examples.train, classes=SHAPES, category_ids=[1, 2, 3], precision="fp32", device=CPU, workers=0
+        )
+        return found[0]["map10"]
+
+    before = measure()
+    iterations = range(config.iterations)
+    batches = training_batches(examples.train, seed=1, batch_size=3, iterations=iterations, workers=0, device=CPU)
+    for images, targets in batches:
+        step(run, images, targets, learning_rate(run.iteration, config))
+    assert before < 20
+    assert measure() > 50
+
+
+def test_batches_depend_on_seed_and_iteration_alone(tree):
+    examples = read_voc(tree, train=["train"], test="test", classes=None, broken="stop").train
+
+    def batches(first, workers=0, rank=0, world=1):
+        options = {"seed": 3, "batch_size": 4, "workers": workers, "device": CPU, "rank": rank, "world": world}
+        return list(training_batches(examples, iterations=range(first, 6), **options))
+
+    def same(some, others):
+        return all(
+            torch.equal(image, other) and all(torch.equal(target[key], wanted[key]) for key in wanted)
+            for (images, targets), (images2, targets2) in zip(some, others, strict=True)
+            for image, other, target, wanted in zip(images, images2, targets, targets2, strict=True)
+        )
+
+    whole = batches(0)
+    assert same(batches(4), whole[4:])
+    assert same(batches(0, workers=1), whole)
+    dealt = [
+        ([a[0][0], b[0][0], a[0][1], b[0][1]], [a[1][0], b[1][0], a[1][1], b[1][1]])
+        for a, b in zip(batches(0, rank=0, world=2), batches(0, rank=1, world=2), strict=True)
+    ]
+    assert same(dealt, whole)
+
+
+def test_boxes_go_with_their_mirrored_image():
+    assert mirrored(torch.tensor([[10.0, 5, 30, 20], [0, 0, 96, 72]]), 96).tolist() == [[66, 5, 86, 20], [0, 0, 96, 72]]
+
+
+def test_the_rate_rises_and_falls_as_the_recipe_says(tree):
+    config = configured(tree, "iterations=100", "warmup=4", "lr=0.4", "drops=[0.5,0.75]")
+    rates = [learning_rate(iteration, config) for iteration in range(100)]
+    assert rates[:5] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4])
+    assert [rates[i] for i in (49, 50, 74, 75, 99)] == pytest.approx([0.4, 0.04, 0.04, 0.004, 0.004])
+
+
+def test_the_papers_schedules():
+    """Appendix A: VOC 0.001 for 60k and 0.0001 for 20k; COCO 0.001 for 240k and 0.0001 for 80k, 8 images."""
+    voc, coco = (cli._compose("detect", [f"data={name}"]) for name in ("voc", "coco"))
+    assert (voc["iterations"], voc["lr"], voc["drops"], voc["momentum"], voc["weight_decay"]) == (
+        80_000,
+        0.001,
+        [0.75],
+        0.9,
+        5e-4,
+    )
+    assert (coco["iterations"], coco["lr"], coco["drops"], coco["batch_size"]) == (320_000, 0.001, [0.75], 8)
+    assert voc["data"]["train"] == ["2007_trainval", "2012_trainval"]
+    assert voc["proposals"] == coco["proposals"] == 300
+
+
+@pytest.mark.slow
+def test_vgg16_begins_with_torchvisions_weights_and_another_net_is_refused(tree, pretrained, tmp_path):
+    torch.manual_seed(0)
+    state = vgg16(weights=None).state_dict()
+    torch.save(state, tmp_path / "vgg16.pth")
+    model, backbone = new_detector(configured(tree, "backbone=vgg16", f"init_from={tmp_path}/vgg16.pth"), 3)
+    own = model.state_dict()
+    for name, value in state.items():
+        place = "backbone." if name.startswith("features") else "roi_heads.box_head."
+        assert name.startswith("classifier.6") or torch.equal(own[place + name], value)
+    assert backbone.pretrained == "VGG-16 of vgg16.pth"
+    with pytest.raises(UserError, match="is not torchvision's vgg16"):
+        new_detector(configured(tree, "backbone=vgg16", f"init_from={pretrained}"), 3)
+
+
+def test_weights_of_another_depth_are_refused(tree, pretrained):
+    with pytest.raises(UserError, match="holds ImageNet resnet-18-B; take depth=18"):
+        new_detector(configured(tree, f"init_from={pretrained}", "depth=34"), 3)
+
+
+def test_pixels_are_those_of_the_source(tree, pretrained):
+    """torchvision's weights: images in 0 to 1 minus ImageNet's mean, over its standard deviation."""
+    model, _ = new_detector(configured(tree, f"init_from={pretrained}"), 3)
+    assert model.transform.image_mean == pytest.approx([0.485, 0.456, 0.406])
+    assert model.transform.image_std == pytest.approx([0.229, 0.224, 0.225])
+
+
+def test_batch_norm_is_fixed_with_weights_and_trained_without(tree, pretrained):
+    fixed, _ = new_detector(configured(tree, f"init_from={pretrained}"), 3)
+    free, _ = new_detector(configured(tree), 3)
+    for model, training in ((fixed.train(), False), (free.train(), True)):
+        norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+        assert {module.training for module in norms} == {training}
+        assert {p.requires_grad for module in norms for p in module.parameters()} == {training}
+
+
+def test_two_evaluators_agree_on_perfect_detections(tree):
+    examples = read_voc(tree, train=["train"], test="test", classes=None, broken="stop")
+    found = [{"boxes": e.boxes, "labels": e.labels, "scores": torch.ones(len(e.boxes))} for e in examples.test]
+    assert voc_map(examples.test, found, examples.classes)["map07"] == pytest.approx(100)
+    assert coco_map(examples.test, found, examples.classes)["map"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["data.root=nowhere"], "data.root=nowhere: there is no such folder"),
+        (["data.train=[trainn]"], "data.train=trainn: tree has test, train; did you mean train?"),
+        (["depth=19"], "depth=19: ImageNet nets have 18, 34, 50, 101, 152 layers; nearest: 18"),
+        (["backbone=vgg"], "backbone=vgg: allowed are resnet, vgg16; did you mean vgg16?"),
+        (["freeze=layer1"], "freeze=layer1: would keep random weights; add init_from=, or drop it"),
+        (["recipe=long"], "recipe=long: allowed are coco, short, voc"),
+        (["batch_size=3", "devices=2"], "batch_size=3: does not divide by 2 devices; nearest: 4"),
+        (["anchors=[64,32]"], "anchors=[64, 32]: must rise"),
+        (["pyramid=true"], "pyramid=true has five levels"),
+        (["max_size=50"], "max_size=50: is below min_size=64"),
+        (["init_from=nothing.pt", "run_dir=new"], "init_from="),
+        (["iteration=5"], "there is no key iteration; did you mean iterations?"),
+    ],
+)
+def test_what_cannot_be_is_told_in_one_line(tree, monkeypatch, capsys, words, told):
+    monkeypatch.chdir(tree.parent)
+    given = [word for word in WORDS if word.split("=")[0] not in {other.split("=")[0] for other in words}]
+    monkeypatch.setattr(sys, "argv", ["resnet-detect", *given, *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.detect()
+    error = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert told in error
+    assert error.count("\n") == 1
+    assert not (tree.parent / "new").exists()
+
+
+if __name__ == "__main__":
+    os.environ["OMP_NUM_THREADS"] = "1"
+    sys.exit(launch(functools.partial(evaluated, *sys.argv[1:]), 2, 0))
