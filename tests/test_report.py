@@ -14,7 +14,7 @@ import yaml
 
 from resnet_train import cli, config, paper
 from resnet_train.errors import UserError
-from resnet_train.report import runs, tables, verdict
+from resnet_train.report import detection, runs, tables, verdict
 from resnet_train.report.complexity import complexity_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -439,3 +439,66 @@ def test_experiments_and_tables_know_the_same_nets():
 def test_other_errors_are_users_errors(tmp_path):
     with pytest.raises(UserError, match="holds no run"):
         runs.find([tmp_path])
+
+
+def detector_run(folder, *, backbone="resnet", seed=0, maps=(10.0, 40.0), iterations=100, finished=True, source=None):
+    """What resnet-detect leaves of a run, in small."""
+    data = {"name": "voc", "root": "/d/bccd", "train": ["trainval"], "test": "test", "classes": None}
+    config = {"data": data, "backbone": backbone, "depth": 18, "pyramid": False, "init_from": source, "seed": seed}
+    config |= dict.fromkeys(detection.SETTING, 1) | {"iterations": iterations}
+    place = folder / f"{backbone}-{source is not None}-{seed}"
+    place.mkdir(parents=True)
+    (place / "config.json").write_text(json.dumps(config))
+    steps = [iterations // 2, iterations if finished else iterations - 1]
+    lines = [{"iteration": 1, "split": "train", "data": "bccd", "seed": seed, "loss": 1.0}]
+    for iteration, value in zip(steps, maps, strict=True):
+        lines.append({"iteration": iteration, "split": "test", "data": "bccd", "map07": value, "map10": value + 1})
+    (place / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return place
+
+
+def test_detectors_stand_in_table_7_with_the_mean_over_seeds_beside_the_papers(tmp_path):
+    detector_run(tmp_path, maps=(1, 40.0), source="/w/r18.pt")
+    detector_run(tmp_path, maps=(1, 42.0), seed=1, source="/w/r18.pt")
+    detector_run(tmp_path, maps=(1, 30.0), seed=2, source="/w/r18.pt", finished=False)
+    detector_run(tmp_path, backbone="vgg16", maps=(1, 20.0))
+    _, places, _ = runs.find([tmp_path])
+    (section,) = detection.sections(detection.find(places), tmp_path)
+    (table,) = section.tables
+    assert table.name == "table-7"
+    assert table.shown() == [
+        ["resnet-18, from r18.pt", "41.00 ± 1.41 (n=2)", "42.00 ± 1.41 (n=2)", tables.NOTHING],
+        ["vgg-16, random weights", "20.00 (n=1)", "21.00 (n=1)", "73.20"],
+    ]
+    text = table.markdown()
+    assert "seed 2: unfinished; in no mean" in text
+    assert "random weights in place of ImageNet's" in text
+    assert "100 iterations, not 80,000" in text
+    assert section.warnings == ["SHORTENED: 100 of the paper's 80,000 iterations"]
+    assert (tmp_path / "detection.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_report_may_be_of_detectors_alone(tmp_path, monkeypatch):
+    detector_run(tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["resnet-report", "runs", "out=out"])
+    cli.report()
+    assert "Table 7: mAP in %, bccd" in (tmp_path / "out/report.md").read_text()
+    assert (tmp_path / "out/table-7.csv").read_text().splitlines()[1].startswith('"resnet-18, random weights",40.0')
+    assert "Detection on bccd: 1 run of 100 iterations" in (tmp_path / "out/index.html").read_text()
+
+
+def test_detectors_of_other_settings_stand_apart(tmp_path):
+    detector_run(tmp_path, maps=(1, 40.0))
+    detector_run(tmp_path, maps=(1, 40.0), seed=1, iterations=200)
+    found = detection.sections(detection.find(runs.find([tmp_path])[1]), tmp_path)
+    assert [section.tables[0].name for section in found] == ["table-7", "table-7-2"]
+
+
+def test_a_broken_run_of_a_detector_is_named(tmp_path):
+    place = detector_run(tmp_path)
+    config = json.loads((place / "config.json").read_text())
+    del config["depth"]
+    (place / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="holds other things than a run of resnet-detect"):
+        detection.find([place])
