@@ -30,7 +30,14 @@ def main(runs: Path, results: Path) -> None:
         if (folder / "checkpoints" / "last.pt").exists():
             checkpoints.setdefault(json.loads(summary.read_text())["net"], f'"{folder}/checkpoints/last.pt"')
     if checkpoints:
+        table = results / "responses" / "responses.csv"
+        before = table.read_text().splitlines() if table.exists() else []
         run("resnet-responses", f"checkpoint=[{','.join(checkpoints.values())}]", f"out={results}/responses")
+        # Nets whose checkpoints are gone keep their rows; the report draws all of them.
+        others = [line for line in before[1:] if line.partition(",")[0] not in checkpoints]
+        table.write_text("\n".join([*table.read_text().splitlines(), *others, ""]))
+        for picture in table.parent.glob("figure-7.*"):  # without those nets
+            picture.unlink()
     run("resnet-report", str(results), f"out={results}/report")
 
 
