@@ -166,7 +166,7 @@ def test_every_example_of_the_help_is_a_command_that_works(outcomes, tmp_path, m
     for words in examples:
         overrides = [word for word in words if "=" in word]
         monkeypatch.setattr("sys.argv", ["resnet-train", *words])
-        for job in cli._jobs(cli._with_jobs(overrides, "-m" in words), "-m" in words):
+        for job in cli._jobs("train", cli._with_jobs(overrides, "-m" in words), "-m" in words):
             cli._prepare_train(cli._compose("train", job), job, "-m" in words)
 
 

@@ -37,7 +37,7 @@ def jobs(*words, monkeypatch):
     monkeypatch.setattr("sys.argv", ["resnet-train", "-m", *words])
     overrides = cli._with_jobs(list(words), True)
     found = []
-    for one in cli._jobs(overrides, True):
+    for one in cli._jobs("train", overrides, True):
         found.append(cli._prepare_train(cli._compose("train", one), one, True))
     return found
 
@@ -109,3 +109,12 @@ def test_an_experiment_without_m_names_its_jobs():
         UserError, match=r"experiment=fig1: has 2 jobs; add -m for all, or name one, as in job=plain-20"
     ):
         cli._with_jobs(["experiment=fig1"], False)
+
+
+@pytest.mark.parametrize("name", ["train", "bench"])
+def test_the_help_names_every_option_of_every_group(name):
+    """Hydra's own list would have the groups of resnet-detect, too."""
+    text = (Path(cli.CONFIG_DIR) / f"{name}.yaml").read_text()
+    for group in cli.groups(name):
+        options = sorted(path.stem for path in Path(cli.CONFIG_DIR, group).glob("*.yaml"))
+        assert f"      {group}: {', '.join(options)}\n" in text
