@@ -192,7 +192,7 @@ def _command(name: str, prepare: Callable[..., Any], job: Callable[[DictConfig],
             arguments.overrides = _with_jobs(arguments.overrides, sweep)
         if sweep and _launched():
             raise UserError(
-                f"-m: torchrun would start the sweep in each of its processes; take resnet-train -m"
+                f"-m: torchrun would start the sweep in each of its processes; take resnet-{name} -m"
                 f" devices={os.environ.get('LOCAL_WORLD_SIZE', '8')} … without torchrun, or torchrun for one run"
             )
         if _launched() > 1 and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
@@ -427,6 +427,15 @@ def _diagnosis(name: str, overrides: list[str], chosen: list[str], error: Except
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def _take_launched(values: dict[str, Any], asked: list[str]) -> None:
+    """Take the number of processes from a launcher, if there is one, which alone may say it."""
+    if _launched():
+        for key in ("devices", "max_restarts"):
+            if key in asked:
+                raise UserError(f"{key}={values.get(key)}: that is the launcher's to say, such as torchrun; drop it")
+        values["devices"] = _launched()
+
+
 def _prepare_train(
     values: dict[str, Any], overrides: list[str], sweep: bool, look: bool = True
 ) -> tuple[configs.Config, Path]:
@@ -434,11 +443,7 @@ def _prepare_train(
     asked = _asked(overrides)
     for key in ("experiment", "job", "jobs"):  # they have said which net and seed
         values.pop(key, None)
-    if _launched():
-        for key in ("devices", "max_restarts"):
-            if key in asked:
-                raise UserError(f"{key}={values.get(key)}: that is the launcher's to say, such as torchrun; drop it")
-        values["devices"] = _launched()
+    _take_launched(values, asked)
     config = configs.check(values, asked)
     directory = configs.run_directory(config, asked, values["scale"])
     if look and os.environ.get("RANK", "0") == "0":
@@ -451,11 +456,7 @@ def _prepare_detect(values: dict[str, Any], overrides: list[str], sweep: bool, l
     from resnet_train.detection.config import check_detect, run_directory
 
     asked = _asked(overrides)
-    if _launched():
-        for key in ("devices", "max_restarts"):
-            if key in asked:
-                raise UserError(f"{key}={values.get(key)}: that is the launcher's to say, such as torchrun; drop it")
-        values["devices"] = _launched()
+    _take_launched(values, asked)
     config = check_detect(values, asked)
     directory = run_directory(config, asked)
     if look and os.environ.get("RANK", "0") == "0":
@@ -748,7 +749,7 @@ def _code(job: Callable[[], int | None]) -> int:
         told = error
     except torch.OutOfMemoryError as error:
         told = RunError(
-            f"out of memory; take a smaller batch_size= or device_batch_size= ({str(error).splitlines()[0]})"
+            f"out of memory; take a smaller batch_size= (or device_batch_size=) ({str(error).splitlines()[0]})"
         )
     except OSError as error:
         told = of_the_system(error)

@@ -350,7 +350,7 @@ BELOW = {"momentum"}
 # Words of other tools, and ours for them.
 MEANT = {
     "epochs": "iterations",
-    "learning_rate": "schedule.lr",
+    "learning_rate": "lr",
     "dataset": "data",
     "model": "arch",
     "gpu": "cuda",

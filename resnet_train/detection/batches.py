@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -85,19 +85,13 @@ def test_images(examples: Sequence[Example], *, workers: int, device: torch.devi
 
 def _loaded(data: Dataset[Any], order: range, workers: int, device: torch.device) -> Iterator[Any]:
     """The items of `data` as they are: images of different sizes make no tensor."""
-    keep: Callable[[Any], Any] = _same
     return told(
         DataLoader(
             data,
             batch_size=None,
             sampler=order,
-            collate_fn=keep,
             num_workers=workers,
             pin_memory=device.type == "cuda",
             worker_init_fn=leave_signals,
         )
     )
-
-
-def _same(item: Any) -> Any:
-    return item

@@ -60,6 +60,7 @@ class DetectConfig:
     checkpoint_every: int
     run_dir: str | None
     resume: Literal["auto", "never"]
+    recipe: str
     iterations: int
     batch_size: int
     regions: int
@@ -112,9 +113,8 @@ def check_detect(values: Mapping[str, Any], asked: Collection[str] = ()) -> Dete
     config = typed(DetectConfig, {**values, "data": data})
     check_paths({"data.root": config.data.root, "run_dir": config.run_dir, "init_from": config.init_from})
     _check_backbone(config, asked)
-    if config.devices != "auto" and config.batch_size % config.devices:
-        near = max(1, round(config.batch_size / config.devices)) * config.devices
-        raise UserError(f"batch_size={config.batch_size}: does not divide by {config.devices} devices; nearest: {near}")
+    if config.devices != "auto":
+        check_dealt(config, config.devices)
     if config.drops != sorted(set(config.drops)):
         raise UserError(f"drops={config.drops}: must rise, as [0.5,0.75] does")
     if config.max_size < config.min_size:
@@ -129,6 +129,13 @@ def check_detect(values: Mapping[str, Any], asked: Collection[str] = ()) -> Dete
     root = str(expand(config.data.root or "").absolute())
     source = None if config.init_from is None else str(expand(config.init_from).absolute())
     return dataclasses.replace(config, data=dataclasses.replace(config.data, root=root), init_from=source)
+
+
+def check_dealt(config: DetectConfig, devices: int) -> None:
+    """Refuse a batch that does not divide. Raises UserError, which names the nearest."""
+    if config.batch_size % devices:
+        near = max(1, round(config.batch_size / devices)) * devices
+        raise UserError(f"batch_size={config.batch_size}: does not divide by {devices} devices; nearest: {near}")
 
 
 def _check_backbone(config: DetectConfig, asked: Collection[str]) -> None:
@@ -197,6 +204,9 @@ def check_predict(values: Mapping[str, Any], images: Collection[str]) -> Predict
         if stem in seen:
             raise UserError(f"{image}: its picture and that of {seen[stem]} would have one name; take them apart")
         seen[stem] = image
+        picture = expand(config.out) / f"{stem}.png"
+        if picture.exists() and picture.samefile(expand(image)):
+            raise UserError(f"out={config.out}: the picture of {image} would take its place; take another folder")
     return config
 
 
@@ -214,7 +224,5 @@ def run_directory(config: DetectConfig, asked: Iterable[str]) -> Path:
         return expand(config.run_dir)
     told = {"data", "backbone", "depth", "pyramid", "seed"} | FREE_KEYS
     values = flat(config.plain())
-    if config.init_from is not None:  # a path is no name: of what it was made, the run's files tell
-        values["init_from"] = Path(config.init_from).stem
     place = Path("runs") / f"{plain_word(config.data_label) or 'images'}-detection" / config.net
     return place / run_name(values, set(asked) - told, config.seed)

@@ -17,6 +17,7 @@ from resnet_train.detection.data import Example
 from resnet_train.detection.metrics import coco_map, voc_map
 from resnet_train.detection.models import Detector
 from resnet_train.distributed import from_main, main, rank, world
+from resnet_train.errors import UserError
 from resnet_train.evaluate import testing
 
 Found = dict[str, Tensor]  # boxes (n, 4) in pixels of the image, labels from 1, scores
@@ -30,6 +31,12 @@ def detections(model: Detector, images: Iterable[Tensor], precision: str) -> Ite
                 (found,) = model([image.float() / 255])
             found["boxes"] = clip_boxes_to_image(found["boxes"], image.shape[1:])  # scaled back they may end beyond
             yield {name: value.cpu() for name, value in found.items()}
+
+
+def check_shape(name: str, shape: Sequence[int], min_size: int, max_size: int) -> None:
+    """Refuse an image of `shape` (H, W) that is so long that nothing is left of its width. Raises UserError."""
+    if min(shape) * min(min_size / min(shape), max_size / max(shape)) < 1:
+        raise UserError(f"{name}: is {shape[1]}x{shape[0]}; brought to {max_size} pixels, nothing is left of its width")
 
 
 def evaluate(

@@ -199,7 +199,7 @@ def vgg_detector(classes: int, frame: Frame) -> Detector:
 
 
 def _detector(shared: Any, pool: nn.Module, head: nn.Module, width: int, classes: int, frame: Frame) -> Detector:
-    """Anchors, sampling and thresholds are Faster R-CNN's (Ren et al. 2015, sections 3.1 and 3.2)."""
+    """The numbers of proposals are Faster R-CNN's (Ren et al. 2015, section 3.3), sampling is torchvision's."""
     levels = [(side,) for side in frame.anchors] if isinstance(shared, Pyramid) else [tuple(frame.anchors)]
     anchors = AnchorGenerator(tuple(levels), (RATIOS,) * len(levels))
     detector = Detector(

@@ -21,9 +21,11 @@ def drawn(image: Tensor, found: Mapping[str, Tensor], classes: Sequence[str], sc
     if not kept.any():
         return image
     labels, scores = found["labels"][kept].tolist(), found["scores"][kept].tolist()
+    edges = found["boxes"][kept].round() - torch.tensor([0, 0, 1, 1])  # the last pixel that is drawn is inside
+    edges[:, 2:] = edges[:, 2:].maximum(edges[:, :2])
     return draw_bounding_boxes(
         image,
-        found["boxes"][kept].round().to(torch.int64),
+        edges.to(torch.int64),
         [f"{classes[label - 1]} {value:.2f}" for label, value in zip(labels, scores, strict=True)],
         colors=[COLOURS[(label - 1) % len(COLOURS)] for label in labels],
         width=max(1, min(image.shape[1:]) // 200),

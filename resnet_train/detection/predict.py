@@ -12,9 +12,9 @@ from resnet_train import checkpoint
 from resnet_train.build import pick_device, placed
 from resnet_train.data.images import read_image
 from resnet_train.detection.config import PredictConfig, restored
-from resnet_train.detection.evaluate import detections
+from resnet_train.detection.evaluate import check_shape, detections
 from resnet_train.detection.pictures import drawn
-from resnet_train.detection.train import restored_detector
+from resnet_train.detection.train import precision_of, restored_detector
 from resnet_train.files import expand, write_result, write_whole
 
 
@@ -25,12 +25,14 @@ def predict(asked: PredictConfig, images: list[str]) -> None:
     config, classes = restored(state["config"]), state["classes"]
     model, _ = restored_detector(config, state)
     with checkpoint.fitting(path):
+        precision = precision_of(state)
         model.load_state_dict(state["model"])
     model = placed(model, device, "fp32")
     told = []
     for name in images:
         image = read_image(expand(name))
-        (found,) = detections(model, [image.to(device)], state["measure"]["precision"])
+        check_shape(name, image.shape[1:], config.min_size, config.max_size)
+        (found,) = detections(model, [image.to(device)], precision)
         kept = found["scores"] >= asked.score
         rows = [
             {"class": classes[label - 1], "score": score, "box": box}

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -22,12 +23,12 @@ from resnet_train.config import check_same_run, run_state
 from resnet_train.data.sampler import generator
 from resnet_train.data.transforms import IMAGENET_STD
 from resnet_train.detection.batches import training_batches
-from resnet_train.detection.config import DetectConfig
+from resnet_train.detection.config import DetectConfig, check_dealt
 from resnet_train.detection.data import Examples, load, read_coco, read_voc
-from resnet_train.detection.evaluate import evaluate
+from resnet_train.detection.evaluate import check_shape, evaluate
 from resnet_train.detection.models import Detector, Frame, resnet_detector, vgg_detector
 from resnet_train.detection.pictures import drawn
-from resnet_train.distributed import from_main, joined, main, one_after_all, rank, together, total, world
+from resnet_train.distributed import from_main, joined, main, rank, together, total, world
 from resnet_train.errors import UserError, of_a_peer
 from resnet_train.files import claimed, write_json
 from resnet_train.models import imagenet_resnet
@@ -68,7 +69,7 @@ class Run:
     net: nn.Module  # the model, or around it what exchanges gradients between processes
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    sums: Tensor  # of the losses since the last logged point, in this process; kept on the device and read seldom
+    sums: Tensor  # of the losses since the last logged point, a row for each process; on the device, read seldom
     iteration: int = 0
     saved_at: int = -1
     seconds: float = 0.0
@@ -95,7 +96,11 @@ class Run:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        self.sums.copy_(state["sums"] if main() else torch.zeros_like(self.sums))
+        self.sums.zero_()  # each process goes on with its own row; of another number of them, the first with all
+        if len(state["sums"]) == world():
+            self.sums[rank()] = state["sums"][rank()]
+        elif main():
+            self.sums[0] = state["sums"].sum(0)
         self.iteration = self.saved_at = state["iteration"]
 
 
@@ -112,7 +117,7 @@ def step(run: Run, images: list[Tensor], targets: list[dict[str, Tensor]], lr: f
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
-    run.sums += parts.detach()
+    run.sums[rank()] += parts.detach()
     run.iteration += 1
 
 
@@ -157,7 +162,7 @@ def _log_training(run: Run, record: Record, clock: Clock, lr: float) -> None:
     _require_finite(run)
     clock.lap(run, training=True)
     steps = (run.iteration - 1) % run.config.log_every + 1
-    means = (total(run.sums.clone()) / (world() * steps)).tolist()
+    means = (total(run.sums.clone()).sum(0) / (world() * steps)).tolist()
     record.point(
         "train",
         run.iteration,
@@ -242,12 +247,18 @@ def detect(config: DetectConfig, directory: Path) -> int:
             return 0
         resume = config.resume if before == "new" else "auto"
         config = dataclasses.replace(config, devices=world(), resume=resume)
+        together(lambda: check_dealt(config, world()))
         precision = together(lambda: pick_precision(config.precision, device))
-        examples = one_after_all(lambda: read_examples(config))
+        examples = together(lambda: read_examples(config))
         state = from_main(lambda: _begin(config, directory, examples, held))
-        run = together(lambda: build(config, directory, examples, device, precision, state))
-        environment = from_main(lambda: _open(run))
-        _announce(run)
+        try:
+            run = together(lambda: build(config, directory, examples, device, precision, state))
+        except UserError:
+            with contextlib.suppress(OSError):  # nothing is in it, if it was made for this run
+                directory.rmdir()
+            raise
+        environment = from_main(lambda: _open(run, new=state is None))
+        _announce(run, state)
         stop = Stop()
         names = {"data": config.data_label, "seed": config.seed}
         record = Record(directory if main() else None, names, run.iteration, config.iterations)
@@ -263,10 +274,8 @@ def detect(config: DetectConfig, directory: Path) -> int:
                 sys.exit(1)  # another has died, and the launcher, which names it, ends this one
             raise
         if main():
-            print(
-                f"stopped at iteration {run.iteration}, checkpoint written; the same command goes on from there",
-                flush=True,
-            )
+            how = "the same command" if resume == "auto" else "the same command with resume=auto"
+            print(f"stopped at iteration {run.iteration}, checkpoint written; {how} goes on from there", flush=True)
         return 128 + stop.signal
 
 
@@ -276,8 +285,12 @@ def read_examples(config: DetectConfig) -> Examples:
     assert data.root is not None  # check_detect has seen to it
     root = Path(data.root)
     if data.name == "coco":
-        return read_coco(root, train=data.train, test=data.test, broken=data.broken)
-    return read_voc(root, train=data.train, test=data.test, classes=data.classes, broken=data.broken)
+        found = read_coco(root, train=data.train, test=data.test, broken=data.broken)
+    else:
+        found = read_voc(root, train=data.train, test=data.test, classes=data.classes, broken=data.broken)
+    for example in (*found.train, *found.test):
+        check_shape(str(example.path), (example.height, example.width), config.min_size, config.max_size)
+    return found
 
 
 def build(
@@ -292,10 +305,12 @@ def build(
     torch.manual_seed(generator(config.seed, "initialisation", 0).initial_seed())
     if state is not None:
         model, backbone = restored_detector(config, state)
-        precision = state["measure"]["precision"]
+        with checkpoint.fitting(f"the checkpoint to go on from in {directory}"):
+            precision = precision_of(state)
     else:
         model, backbone = new_detector(config, len(examples.classes))
     model = placed(model, device, precision)
+    net = _exchanging(model, precision) if world() > 1 else model
     run = Run(
         config=config,
         directory=directory,
@@ -304,7 +319,7 @@ def build(
         examples=examples,
         backbone=backbone,
         model=model,
-        net=parallel(model) if world() > 1 else model,
+        net=net,
         optimizer=torch.optim.SGD(
             [p for p in model.parameters() if p.requires_grad],
             lr=config.lr,
@@ -313,12 +328,28 @@ def build(
             fused=precision != "fp16",
         ),
         scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
-        sums=torch.zeros(len(LOSSES), device=device),
+        sums=torch.zeros(world(), len(LOSSES), dtype=torch.float64, device=device),
     )
     if state is not None:
         with checkpoint.fitting(f"the checkpoint to go on from in {directory}"):
             run.load(state)
     return run
+
+
+def _exchanging(model: Detector, precision: str) -> nn.Module:
+    """`model` with its gradients averaged over all processes, its first pass done: see build.exchanging."""
+    net, device = parallel(model), next(model.parameters()).device
+    buffers = [buffer.clone() for buffer in model.buffers()]
+    target = {"boxes": torch.tensor([[8.0, 8, 40, 40]]), "labels": torch.ones(1, dtype=torch.int64)}
+    with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
+        losses = net(
+            [torch.zeros(3, 64, 64, device=device)], [{key: value.to(device) for key, value in target.items()}]
+        )
+    sum(losses.values()).backward()
+    model.zero_grad(set_to_none=True)
+    for buffer, before in zip(model.buffers(), buffers, strict=True):
+        buffer.copy_(before)
+    return net
 
 
 def new_detector(config: DetectConfig, classes: int) -> tuple[Detector, Backbone]:
@@ -341,8 +372,15 @@ def new_detector(config: DetectConfig, classes: int) -> tuple[Detector, Backbone
             f"init_from={path}: holds {source.name}; "
             + (f"take depth={source.depth}" if source.family == "imagenet" else "detection takes an ImageNet net")
         )
+    if source.arch != "resnet":
+        advice = (
+            "detection takes a residual net"
+            if source.arch
+            else "which may be a plain one; resnet-weights import FILE arch=resnet out=… says that it is not"
+        )
+        raise UserError(f"init_from={path}: holds {source.name}, {advice}")
     backbone = Backbone(
-        arch=source.arch or "resnet",
+        arch=source.arch,
         shortcut=source.shortcut,
         bottleneck_stride=source.bottleneck_stride,
         mean=(source.mean.mean((0, 1)) / 255).tolist(),
@@ -352,6 +390,14 @@ def new_detector(config: DetectConfig, classes: int) -> tuple[Detector, Backbone
     model, _ = _assembled(config, backbone, classes)
     _load_resnet(model, source.model, path)
     return model, backbone
+
+
+def precision_of(state: dict[str, Any]) -> str:
+    """The precision that a checkpoint was trained in. Raises KeyError and ValueError for none that there is."""
+    precision = str(state["measure"]["precision"])
+    if precision not in DTYPES:
+        raise ValueError(f"precision {precision}")
+    return precision
 
 
 def restored_detector(config: DetectConfig, state: dict[str, Any]) -> tuple[Detector, Backbone]:
@@ -419,13 +465,18 @@ def _begin(
     return state
 
 
-def _open(run: Run) -> dict[str, Any]:
-    """Write what a run begins with: config.json and, given back, environment.json. Raises UserError."""
+def _open(run: Run, *, new: bool) -> dict[str, Any]:
+    """Write what a run begins with: config.json and, given back, environment.json. Raises UserError.
+
+    A new start removes what a run before left.
+    """
     directory = run.directory
     check_space(directory, run.model)
     environment = environment_of("resnet-detect", run.device)
     try:
-        if not run.iteration:
+        if new:
+            for name in ("checkpoints", "tensorboard"):
+                shutil.rmtree(directory / name, ignore_errors=True)
             for name in ("metrics.jsonl", "test.json"):
                 (directory / name).unlink(missing_ok=True)
         write_json(directory / "config.json", run.config.plain())
@@ -435,7 +486,7 @@ def _open(run: Run) -> dict[str, Any]:
     return environment
 
 
-def _announce(run: Run) -> None:
+def _announce(run: Run, state: dict[str, Any] | None) -> None:
     if not main():
         return
     config, examples = run.config, run.examples
@@ -446,13 +497,17 @@ def _announce(run: Run) -> None:
     )
     if run.backbone.pretrained:
         frozen = f"; frozen up to {config.freeze}" if config.freeze else ""
-        print(f"begins with {run.backbone.pretrained}; batch norm stays as it has it{frozen}")
+        norm = "" if config.backbone == "vgg16" else "; batch norm stays as it has it"
+        print(f"begins with {run.backbone.pretrained}{norm}{frozen}")
     else:
         print("begins with random weights, which the paper does not: the figures say nothing about its tables 7 and 8")
     for fault, count in examples.faults.items():
         print(f"warning: {count} {fault}")
-    if run.iteration:
+    if state is not None:
         print(f"going on from iteration {run.iteration}")
+        before = state["config"].get("devices")
+        if before != world():
+            print(f"note: begun on {before} devices; on {world()} other regions are sampled than there would have been")
     sys.stdout.flush()
 
 

@@ -18,7 +18,7 @@ from resnet_train.report.tables import Cell, Table, spread
 # Of a configuration, what must be the same in one table.
 SETTING = (
     *("iterations", "batch_size", "regions", "lr", "warmup", "drops", "momentum", "weight_decay"),
-    *("min_size", "max_size", "anchors", "proposals"),
+    *("min_size", "max_size", "anchors", "proposals", "freeze", "precision"),
 )
 # The columns of each table: the key of the test, what it is called, and its place among the paper's two figures.
 COLUMNS: dict[str, list[tuple[str, str, int | None]]] = {
