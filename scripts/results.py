@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SMALL = ("config.json", "environment.json", "metrics.jsonl", "summary.json", "checkpoints/*-test.json")
+SMALL = ("config.json", "environment.json", "metrics.jsonl", "summary.json", "test.json", "checkpoints/*-test.json")
 
 
 def run(*words: str) -> None:
@@ -27,8 +27,9 @@ def main(runs: Path, results: Path) -> None:
             place = results / "runs" / file.relative_to(runs)
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, place)
-        if (folder / "checkpoints" / "last.pt").exists():
-            checkpoints.setdefault(json.loads(summary.read_text())["net"], f'"{folder}/checkpoints/last.pt"')
+        told = json.loads(summary.read_text())
+        if (folder / "checkpoints" / "last.pt").exists() and "task" not in told:  # a net, and no detector
+            checkpoints.setdefault(told["net"], f'"{folder}/checkpoints/last.pt"')
     if checkpoints:
         table = results / "responses" / "responses.csv"
         before = table.read_text().splitlines() if table.exists() else []

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from resnet_train.detection.data import read_voc
 from resnet_train.detection.evaluate import evaluate
 from resnet_train.detection.metrics import coco_map, voc_map
 from resnet_train.detection.train import build, learning_rate, new_detector, read_examples, step
+from resnet_train.detection.train import detect as run_detector
 from resnet_train.distributed import joined
 from resnet_train.errors import UserError
 from resnet_train.launch import launch
@@ -203,8 +205,8 @@ def evaluated(folder, path):
     return 0
 
 
-def test_two_processes_train_together(tree):
-    """The batch is dealt out: with batch norm fixed and no sampling of regions in the way, the losses are of all."""
+def test_two_processes_train_together_from_random_weights(tree):
+    """Each process has half of the batch; batch norm's averages are the first's in the file and in the test."""
     done = detect(tree.parent, "run_dir=pair", "devices=2", "iterations=2")
     assert (done.returncode, done.stderr) == (0, "")
     assert [line["iteration"] for line in metrics(tree.parent / "pair")] == [2, 2]
@@ -227,6 +229,34 @@ def test_predictions_are_drawn_and_written(whole, tree, command_here, tmp_path):
     drawn, given = (np.array(Image.open(path).convert("RGB")) for path in (tmp_path / "found/003.png", image))
     assert drawn.shape == given.shape
     assert (drawn != given).any()
+
+
+def test_a_picture_is_not_written_over_what_it_was_made_of(whole, tree, command_here, tmp_path):
+    image = tmp_path / "cell.png"
+    Image.open(tree / "JPEGImages/003.jpg").save(image)
+    before, last = image.read_bytes(), whole[0] / "checkpoints/last.pt"
+    told = command_here("detect", "predict", image, f"checkpoint={last}", "out=.", "device=cpu", code=2)
+    assert "the picture of" in told
+    assert image.read_bytes() == before
+
+
+def test_a_picture_that_is_too_long_is_told(whole, command_here, tmp_path):
+    Image.new("RGB", (2000, 1)).save(tmp_path / "line.png")
+    last = whole[0] / "checkpoints/last.pt"
+    told = command_here("detect", "predict", "line.png", f"checkpoint={last}", "device=cpu", code=2)
+    assert "is 2000x1; brought to 96 pixels, nothing is left of its width" in told
+
+
+def test_a_run_that_begins_again_leaves_nothing_of_the_one_before(whole, tree, pretrained):
+    folder = tree.parent / "again"
+    shutil.copytree(whole[0], folder)
+    (folder / "summary.json").unlink()
+    done = detect(
+        tree.parent, "run_dir=again", f"init_from={pretrained}", "freeze=layer1", "resume=never", "iterations=1"
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [line["iteration"] for line in metrics(folder)] == [1, 1]
+    assert os.listdir(folder / "checkpoints") == ["last.pt"]
 
 
 def test_nothing_is_drawn_where_nothing_is_that_certain(whole, tree, command_here, tmp_path):
@@ -331,9 +361,15 @@ def test_vgg16_begins_with_torchvisions_weights_and_another_net_is_refused(tree,
         new_detector(configured(tree, "backbone=vgg16", f"init_from={pretrained}"), 3)
 
 
-def test_weights_of_another_depth_are_refused(tree, pretrained):
+def test_weights_of_another_net_are_refused_and_leave_no_folder(tree, pretrained, tmp_path):
     with pytest.raises(UserError, match="holds ImageNet resnet-18-B; take depth=18"):
         new_detector(configured(tree, f"init_from={pretrained}", "depth=34"), 3)
+    torch.save(imagenet_resnet(18, "none").state_dict(), tmp_path / "plain.pth")
+    with pytest.raises(UserError, match="which may be a plain one; resnet-weights import FILE arch=resnet"):
+        new_detector(configured(tree, f"init_from={tmp_path / 'plain.pth'}"), 3)
+    with pytest.raises(UserError, match="take depth=18"):
+        run_detector(configured(tree, f"init_from={pretrained}", "depth=34"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_pixels_are_those_of_the_source(tree, pretrained):
@@ -373,6 +409,7 @@ def test_two_evaluators_agree_on_perfect_detections(tree):
         (["pyramid=true"], "pyramid=true has five levels"),
         (["max_size=50"], "max_size=50: is below min_size=64"),
         (["init_from=nothing.pt", "run_dir=new"], "init_from="),
+        (["learning_rate=1"], "there is no key learning_rate; did you mean lr?"),
         (["iteration=5"], "there is no key iteration; did you mean iterations?"),
     ],
 )

@@ -467,8 +467,8 @@ def test_detectors_stand_in_table_7_with_the_mean_over_seeds_beside_the_papers(t
     (table,) = section.tables
     assert table.name == "table-7"
     assert table.shown() == [
-        ["resnet-18, from r18.pt", "41.00 ± 1.41 (n=2)", "42.00 ± 1.41 (n=2)", tables.NOTHING],
-        ["vgg-16, random weights", "20.00 (n=1)", "21.00 (n=1)", "73.20"],
+        ["resnet-18, from r18.pt", "41.00 ± 1.41 (n=2)", "42.00 ± 1.41 (n=2)", tables.NOTHING, tables.NOTHING],
+        ["vgg-16, random weights", "20.00 (n=1)", "21.00 (n=1)", "73.20", "70.40"],
     ]
     text = table.markdown()
     assert "seed 2: unfinished; in no mean" in text
@@ -493,6 +493,16 @@ def test_detectors_of_other_settings_stand_apart(tmp_path):
     detector_run(tmp_path, maps=(1, 40.0), seed=1, iterations=200)
     found = detection.sections(detection.find(runs.find([tmp_path])[1]), tmp_path)
     assert [section.tables[0].name for section in found] == ["table-7", "table-7-2"]
+
+
+def test_other_weights_are_another_row_and_one_run_counts_once(tmp_path):
+    detector_run(tmp_path, maps=(1, 40.0), source="/runs/A/checkpoints/last.pt")
+    detector_run(tmp_path / "again", maps=(1, 40.0), source="/runs/A/checkpoints/last.pt")
+    detector_run(tmp_path / "other", maps=(1, 20.0), source="/runs/B/checkpoints/last.pt")
+    (section,) = detection.sections(detection.find(runs.find([tmp_path])[1]), tmp_path)
+    rows = [row[:2] for row in section.tables[0].shown()]
+    assert rows == [["resnet-18, from A/last.pt", "40.00 (n=1)"], ["resnet-18, from B/last.pt", "20.00 (n=1)"]]
+    assert "is the same run as" in section.tables[0].markdown()
 
 
 def test_a_broken_run_of_a_detector_is_named(tmp_path):

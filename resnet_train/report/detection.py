@@ -22,10 +22,10 @@ SETTING = (
 )
 # The columns of each table: the key of the test, what it is called, and its place among the paper's two figures.
 COLUMNS: dict[str, list[tuple[str, str, int | None]]] = {
-    "voc": [("map07", "mAP, VOC 2007's rule", 0), ("map10", "mAP, VOC 2010's rule", None)],
+    "voc": [("map07", "mAP, VOC 2007's rule", 0), ("map10", "mAP, VOC 2010's rule", 1)],
     "coco": [("map50", "mAP@.5", 0), ("map", "mAP@[.5,.95]", 1)],
 }
-PAPERS = {"voc": "paper, VOC 2007 test", "coco": "paper, COCO val"}
+PAPERS = {"voc": ("paper, VOC 2007 test", "paper, VOC 2012 test"), "coco": ("paper, COCO val, @.5", "@[.5,.95]")}
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Detector:
     kind: str  # voc or coco
     data: str
     net: str
-    pretrained: str | None
+    source: str | None  # the file of the weights that it began with
     seed: int
     iterations: int
     setting: dict[str, Any]
@@ -51,8 +51,12 @@ class Detector:
 
     @property
     def name(self) -> str:
-        """The net and what it began with."""
-        return f"{self.net}, {f'from {self.pretrained}' if self.pretrained else 'random weights'}"
+        """The net and what it began with: of a file its name, and of a checkpoint that of its run."""
+        if self.source is None:
+            return f"{self.net}, random weights"
+        path = Path(self.source)
+        place = path.parents[1].name + "/" if path.parent.name == "checkpoints" else ""
+        return f"{self.net}, from {place}{path.name}"
 
 
 def find(folders: Iterable[Path]) -> list[Detector]:
@@ -71,20 +75,18 @@ def find(folders: Iterable[Path]) -> list[Detector]:
 
 def _read(folder: Path) -> Detector:
     config = json.loads((folder / "config.json").read_text())
-    summary, environment = (_object(folder / f"{name}.json") for name in ("summary", "environment"))
-    metrics = read_metrics(folder / "metrics.jsonl")
-    data, source = config["data"], config["init_from"]
-    pretrained = summary["backbone"]["pretrained"] if summary else source and Path(source).name
+    environment = _object(folder / "environment.json")
+    metrics, data = read_metrics(folder / "metrics.jsonl"), config["data"]
     net = "vgg-16" if config["backbone"] == "vgg16" else f"resnet-{config['depth']}"
     return Detector(
         folder=folder,
         kind=data["name"],
         data=metrics[0]["data"],
         net=net + ("-pyramid" if config["pyramid"] else ""),
-        pretrained=pretrained,
+        source=config["init_from"],
         seed=config["seed"],
         iterations=config["iterations"],
-        setting={"train": data["train"], "test": data["test"], **{key: config[key] for key in SETTING}},
+        setting={key: data[key] for key in ("train", "test", "classes")} | {key: config[key] for key in SETTING},
         test=[line for line in metrics if line["split"] == "test"],
         command=environment.get("command", ""),
         device=environment.get("device", ""),
@@ -129,27 +131,26 @@ def table(group: list[Detector], where: str = "") -> Table:
     kind, first = group[0].kind, group[0]
     number = {"voc": 7, "coco": 8}[kind]
     columns = COLUMNS[kind]
-    header = ["detector", *(f"ours, {name}" for _, name, _ in columns)]
-    header += [
-        f"{PAPERS[kind]}{', ' + name if kind == 'coco' else ''}" for _, name, place in columns if place is not None
-    ]
+    header = ["detector", *(f"ours, {name}" for _, name, _ in columns), *PAPERS[kind]]
     made = Table(f"table-{number}{where}", f"Table {number}: mAP in %, {first.data}", header)
-    named: dict[str, list[Detector]] = {}
-    for run in group:
-        named.setdefault(run.name, []).append(run)
-    for name, runs in named.items():
+    named: dict[tuple[str, str | None], dict[int, Detector]] = {}
+    for run in sorted(group, key=lambda run: len(run.test)):  # of one seed that which came furthest
+        seeds = named.setdefault((run.name, run.source), {})
+        if run.seed in seeds:
+            made.notes.append(f"{seeds[run.seed].folder}: is the same run as {run.folder}; left out")
+        seeds[run.seed] = run
+    for (name, _), seeds in sorted(named.items(), key=str):
+        runs = list(seeds.values())
         done = [run for run in runs if run.finished]
         row: list[Cell] = [name, *(spread([run.test[-1][key] for run in done]) for key, _, _ in columns)]
         published = paper.DETECTION[kind].get(runs[0].net)
-        row += [published[place] if published else None for _, _, place in columns if place is not None]
+        row += published or (None, None)
         made.rows.append(row)
         made.notes += [f"{name}, seed {run.seed}: unfinished; in no mean" for run in runs if not run.finished]
     made.notes.append(f"Not comparable with the paper's: {'; '.join(_reasons(group))}.")
-    gains = paper.DETECTION[kind]
-    gain = (
-        gains["resnet-101"][-1] - gains["vgg-16"][-1] if kind == "coco" else gains["resnet-101"][0] - gains["vgg-16"][0]
-    )
-    made.notes.append(f"In the paper ResNet-101 is {gain:.1f} points above VGG-16 (last column of this table).")
+    better, worse = (paper.DETECTION[kind][net] for net in ("resnet-101", "vgg-16"))
+    gains = " and ".join(f"{high - low:.1f}" for high, low in zip(better, worse, strict=True))
+    made.notes.append(f"In the paper ResNet-101 is {gains} points above VGG-16.")
     return made
 
 
@@ -162,7 +163,7 @@ def _reasons(group: list[Detector]) -> list[str]:
         found.append(f"{first.data} ({first.setting['test']}) is not the paper's data")
     if first.iterations != whole:
         found.append(f"{first.iterations:,} iterations, not {whole:,}")
-    if any(run.pretrained is None for run in group):
+    if any(run.source is None for run in group):
         found.append("random weights in place of ImageNet's")
     return [*found, "all parts trained together, not in four steps"]
 
