@@ -139,6 +139,12 @@ def test_a_box_of_which_the_cut_leaves_nothing_is_left_out_and_counted(tree, bro
     assert found.faults == {NO_AREA: 1}
 
 
+def test_a_box_of_a_fiftieth_of_a_pixel_is_one(tree):
+    add(tree, "a", annotation(thing((40, 6, 39.02, 15)), thing((11, 30, 20, 29.02))))
+    widths = (read(tree).train[0].boxes[:, 2:] - read(tree).train[0].boxes[:, :2]).tolist()
+    assert widths == [pytest.approx([0.02, 10], abs=1e-5), pytest.approx([10, 0.02], abs=1e-5)]
+
+
 def test_coordinates_may_have_fractions_and_blanks(tree):
     add(tree, "a", annotation(thing(("1.5", " 2.25\n", "+7", "8e0"))))
     assert read(tree).train[0].boxes.tolist() == [[0.5, 1.25, 7, 8]]
@@ -198,7 +204,12 @@ def test_classes_that_are_not_asked_for_can_be_left_out(tree):
         (thing((11, 6, 10, 15)), NO_AREA, "the box from 11,6 to 10,15"),
         (thing((11, -6, 10, 15)), NO_AREA, "no area"),  # cut or not
         (thing((11, 6, 20, 5)), NO_AREA, "the box from 11,6 to 20,5"),
-        (thing((11, 6, 10.00000001, 15)), NO_AREA, "no area"),
+        (
+            thing((11, 6, 10.00000001, 15)),
+            NO_AREA,
+            "object 2 ('dog'): the box from 11,6 to 10,15 is narrower than 0.01",
+        ),
+        (thing((11, 6, 20, 5.009)), NO_AREA, "is narrower than 0.01 pixels"),
         (thing((41, 1, 50, 9)), OUTSIDE, "object 2 ('dog'): the box from 41,1 to 50,9 lies outside"),
         (thing((1, 31, 9, 33)), OUTSIDE, "its image, which is 40x30"),
         (thing((-9, 1, 0, 9)), OUTSIDE, "lies outside"),
@@ -528,6 +539,7 @@ def check_boxes(examples):
         left, top, right, bottom = example.boxes.unbind(1)
         assert ((left >= 0) & (left < right) & (right <= WIDTH)).all()
         assert ((top >= 0) & (top < bottom) & (bottom <= HEIGHT)).all()
+        assert (WIDTH - right < WIDTH - left).all()  # in the mirror too
         assert torch.isfinite(example.areas).all()
         assert (example.areas >= 0).all()
         assert len(example.boxes) == len(example.labels) == len(example.ignored) == len(example.areas)
@@ -670,7 +682,7 @@ BOX_TWICE = "boxes left out: an id given twice"
     [
         ({"bbox": [5, 5, -2, 3]}, NO_AREA, "its bbox 5,5,-2,3 has no area, or its corners are swapped"),
         ({"bbox": [5, 5, 2, 0.0]}, NO_AREA, "its bbox 5,5,2,0 has no area"),
-        ({"bbox": [5, 5, 1e-9, 3]}, NO_AREA, "no area"),
+        ({"bbox": [5, 5, 1e-9, 3]}, NO_AREA, "its bbox 5,5,1e-09,3 is narrower than 0.01 pixels"),
         ({"area": -1}, NO_AREA, "its area is -1"),
         ({"bbox": [40, 5, 2, 3]}, OUTSIDE, "its bbox 40,5,2,3 lies outside of its image, which is 40x30"),
         ({"bbox": [5, -9, 2, 9]}, OUTSIDE, "lies outside"),
