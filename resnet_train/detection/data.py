@@ -418,7 +418,7 @@ def _box(edges: Iterable[float], size: tuple[int, int], said: str, faults: _Faul
     inside = max(0.0, left), max(0.0, top), min(right, width), min(bottom, height)
     left, top, right, bottom = struct.unpack("4f", struct.pack("4f", *inside))
     if min(right - left, bottom - top) < NARROWEST:
-        raise _Fault(NO_AREA, f"{said} has no area to speak of: below {NARROWEST} pixels wide or high", always=cut)
+        raise _Fault(NO_AREA, f"{said} is narrower than {NARROWEST} pixels", always=cut)
     faults.counted[CUT] += cut
     return [left, top, right, bottom]
 
