@@ -512,3 +512,17 @@ def test_a_broken_run_of_a_detector_is_named(tmp_path):
     (place / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="holds other things than a run of resnet-detect"):
         detection.find([place])
+
+
+def test_the_gap_between_depths_is_told_of_plain_and_of_residual_nets(tmp_path):
+    for net, train in (("plain-20", 10.0), ("plain-56", 25.0), ("resnet-20-A", 8.0), ("resnet-56-A", 6.5)):
+        make(tmp_path / net, net, train=train)
+    told = verdict.gaps(found(tmp_path))
+    assert "From 20 to 56 layers the training error changes by +15.00 points in plain nets and by -1.50" in told
+    assert verdict.gaps(found(tmp_path / "plain-20")) == ""
+
+
+def test_the_sentence_on_shortened_runs_says_how_little_it_says(tmp_path):
+    make(tmp_path / "a", "plain-20", iterations=6400, until=6400)
+    make(tmp_path / "b", "plain-56", iterations=6400, until=6400, train=20.0, test=30.0)
+    assert verdict.summary(found(tmp_path)).endswith("does not tell what the whole one gives.")

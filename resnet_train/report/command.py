@@ -129,6 +129,7 @@ def _section(group: list[Run], number: int, apart: set[str], out: Path) -> Secti
     section.warnings += [f"{why}" for why in tables.incomparable(first) if " is not " in why]
     section.words = [verdict.summary(group)]
     section.words += [f"{v.shallow} and {v.deep}: {v.words}." for v in verdict.verdicts(group)]
+    section.words.insert(1, verdict.gaps(group))
     section.words = [words for words in [*section.words, verdict.ordering(group)] if words]
     section.words.append(f"Training errors at the end are those of the last {100 // runs.END} % of the iterations.")
     for name, caption in FIGURES.items():

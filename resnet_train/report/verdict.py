@@ -87,8 +87,14 @@ def _with(mean: float, std: float | None, n: int) -> str:
 
 
 def summary(group: list[Run]) -> str:
-    """One sentence on figures 1, 4 and 6."""
-    found = verdicts(group)
+    """One sentence on figures 1, 4 and 6, and of shortened runs another on how much it says."""
+    said, first = _summary(verdicts(group)), group[0]
+    if paper.shortened(first.family, first.iterations):
+        said += " All after a shortened schedule, which does not tell what the whole one gives."
+    return said
+
+
+def _summary(found: list[Verdict]) -> str:
     plain = [v.worse for v in found if v.shallow.startswith("plain")]
     residual = [v.worse for v in found if not v.shallow.startswith("plain")]
     if not found:
@@ -101,6 +107,20 @@ def summary(group: list[Run]) -> str:
         return f"{one} Residual nets: the deeper, the better: shown."
     seen = "shown" if True in residual else "not seen" if None not in residual else "not shown, nor its absence"
     return f"{one} Degradation in residual nets: {seen}."
+
+
+def gaps(group: list[Run]) -> str:
+    """By how much depth raises the training error without and with shortcuts; nothing where a net is missing."""
+    nets = {net: [run for run in runs if run.finished] for net, runs in by_net(group).items()}
+    (shallow, deep), (residual, deeper) = PAIRS[group[0].family][:2]
+    if not all(nets.get(net) for net in (shallow, deep, residual, deeper)):
+        return ""
+    means = {net: mean_and_std([run.train_error for run in nets[net]])[0] for net in (shallow, deep, residual, deeper)}
+    depths = f"{nets[shallow][0].depth} to {nets[deep][0].depth}"
+    return (
+        f"From {depths} layers the training error changes by {means[deep] - means[shallow]:+.2f} points in plain nets"
+        f" and by {means[deeper] - means[residual]:+.2f} in residual nets."
+    )
 
 
 def ordering(group: list[Run]) -> str:
