@@ -205,6 +205,7 @@ def evaluated(folder, path):
     return 0
 
 
+@pytest.mark.long
 def test_two_processes_train_together_from_random_weights(tree):
     """Each process has half of the batch; batch norm's averages are the first's in the file and in the test."""
     done = detect(tree.parent, "run_dir=pair", "devices=2", "iterations=2")

@@ -112,7 +112,8 @@ def disk():
         subprocess.run(["umount", folder], check=True)
 
 
-@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("devices", [1, 2])
 def test_a_disk_that_fills_while_a_checkpoint_is_written_loses_nothing(devices, finished, disk, tmp_path):
     """Every iteration's is kept until there is no room: more than 20 of 0.6 MB, fewer than 30."""
     run = disk(tmp_path, "15m") / "run"
