@@ -751,6 +751,9 @@ def _code(job: Callable[[], int | None]) -> int:
         told = RunError(
             f"out of memory; take a smaller batch_size= (or device_batch_size=) ({str(error).splitlines()[0]})"
         )
+    except BrokenPipeError:  # as in `resnet-detect predict … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
         told = of_the_system(error)
     except KeyboardInterrupt:  # the second Ctrl-C
