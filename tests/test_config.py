@@ -352,6 +352,7 @@ def test_every_key_is_read():
     keys |= set(config.flat(cli._compose("responses", ["checkpoint=x"]) | cli._compose("report", [])))
     keys |= set(config.flat(cli._compose("pack", [])))
     keys |= set(config.flat(cli._compose("weights", []))) | cli._compose("classify", ["checkpoint=x"]).keys()
+    keys |= set(config.flat(cli._compose("detect", []))) | cli._compose("predict", ["checkpoint=x"]).keys()
     assert unread(keys) == {"scale"}  # which config.check multiplies the counts by: tests/test_experiments.py
     assert unread({"bn_wd", "schedule.nosuch", "seed"}) == {"bn_wd", "schedule.nosuch"}
 
@@ -364,6 +365,8 @@ def test_every_bounded_number_is_a_key():
         ("responses", ["checkpoint=x"]),
         ("pack", []),
         ("weights", []),
+        ("detect", []),
+        ("predict", ["checkpoint=x"]),
     ):
         keys |= cli._compose(name, words).keys()
     assert config.RANGES.keys() <= keys

@@ -527,6 +527,7 @@ def _summarise(run: Run, environment: dict[str, Any]) -> None:
             part: int(sum(len(example.boxes) for example in getattr(examples, part))) for part in ("train", "test")
         },
         "faults": examples.faults,
+        "recipe": config.recipe,
         "seed": config.seed,
         "iterations": config.iterations,
         "init_from": config.init_from,
