@@ -444,6 +444,8 @@ def _prepare_train(
     for key in ("experiment", "job", "jobs"):  # they have said which net and seed
         values.pop(key, None)
     _take_launched(values, asked)
+    if "scale" not in values:
+        raise UserError("scale: is missing")
     config = configs.check(values, asked)
     directory = configs.run_directory(config, asked, values["scale"])
     if look and os.environ.get("RANK", "0") == "0":

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from resnet_train import cli, config
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 200))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 250))
 
 # --- What is drawn: each line is malformed by the way in which it is made --------------------------------------------
 
@@ -35,7 +35,7 @@ OTHER = NAME.map("x_{}".format)  # a word that is none of ours
 KEYS = config.flat(cli._compose("train", ["schedule=plateau"]))
 BOOLS = {key for key, value in KEYS.items() if isinstance(value, bool)}
 LISTS = {"schedule.drops", "augment.shorter_side"}
-FREE = {"run_dir", "resume", "data.root", "recipe"}
+FREE = {"init_from", "run_dir", "resume", "data.root", "recipe"}
 NUMBERS = config.RANGES.keys() - LISTS
 WORDS = KEYS.keys() - BOOLS - LISTS - FREE - NUMBERS
 WHOLE = {"seed", "depth", "iterations", "batch_size", "timeout", "devices", "augment.pad", "data.size"}

@@ -183,7 +183,10 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-1000])
 
 
-@pytest.mark.parametrize(("devices", "damage", "reason"), [(1, flip, "is damaged"), (2, cut, "is cut short")])
+@pytest.mark.parametrize(
+    ("devices", "damage", "reason"),
+    [(1, flip, "is damaged"), pytest.param(2, cut, "is cut short", marks=pytest.mark.long)],
+)
 def test_of_a_damaged_checkpoint_the_one_before_is_taken(devices, damage, reason, finished, tmp_path):
     run = unfinished(finished(devices), tmp_path)
     damage(run / "checkpoints/last.pt")
