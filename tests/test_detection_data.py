@@ -153,7 +153,8 @@ def test_coordinates_may_have_fractions_and_blanks(tree):
 def test_difficult_objects_are_ignored_and_parts_are_no_objects(tree):
     head = "<part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>2</xmax><ymax>2</ymax></bndbox></part>"
     plain = thing().replace("<difficult>0</difficult>", "")
-    add(tree, "a", annotation(thing(difficult=1, parts=head), thing(), plain))
+    nested = thing().replace("<object>", f"<object><part>{head}{thing((1, 1, 2, 2), 'cat')}</part>{head}")
+    add(tree, "a", annotation(thing(difficult=1, parts=head), nested, plain))
     found = read(tree)
     assert found.train[0].ignored.tolist() == [True, False, False]
     assert found.train[0].boxes.tolist() == [[10, 5, 20, 15]] * 3
@@ -501,6 +502,7 @@ def test_the_digest_is_of_what_is_read_and_of_nothing_else(tree, tmp_path):
     assert changed("a", annotation(thing())) == first
     others = [
         changed("a", annotation(thing((11, 6, 20, 16)))),
+        changed("a", annotation(thing((12, 6, 21, 15)))),  # moved: of the same area
         changed("a", annotation(thing((11, 6, 20, 15.01)))),
         changed("a", annotation(thing(name="cat"))),
         changed("a", annotation(thing(), thing(difficult=1))),
