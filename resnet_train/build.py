@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -137,38 +138,46 @@ def check_synchronised(device: torch.device) -> None:
         raise UserError("bn_images=all: PyTorch's synchronised batch norm needs GPUs; take a number of images")
 
 
-def parallel(model: nn.Module) -> nn.Module:
-    """`model` with its gradients averaged over all processes; each keeps its own buffers."""
+def parallel(model: nn.Module, first: Callable[[nn.Module], Tensor]) -> nn.Module:
+    """`model` with its gradients averaged over all processes; each keeps its own buffers.
+
+    `first` is a first pass that nothing comes of: it gives a number to go backward from.
+    """
     device = next(model.parameters()).device
     newer = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-    return DistributedDataParallel(
+    net = DistributedDataParallel(
         model,
         device_ids=[device] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
         **{"forward_sync_buffers" if newer else "broadcast_buffers": False},  # type: ignore[arg-type]
     )
-
-
-def exchanging(model: nn.Module, precision: str, shape: tuple[int, ...]) -> nn.Module:
-    """`model` with its gradients averaged over all processes; `shape` is that of its batches."""
-    net = parallel(model)  # all processes move the buffers alike, in batchnorm.update_statistics
-    device = next(model.parameters()).device
     # After its first pass it puts the gradients in another order, in which sums of more than two round otherwise. That
     # pass is made here, on nothing: else a run that is cut and goes on would differ from one that is not.
     buffers = [buffer.clone() for buffer in model.buffers()]
-    images = torch.zeros(shape, device=device).contiguous(memory_format=torch.channels_last)
-    logits_of(net, images, precision).sum().backward()
+    first(net).backward()
     model.zero_grad(set_to_none=True)
     for buffer, before in zip(model.buffers(), buffers, strict=True):
         buffer.copy_(before)
     return net
 
 
+def exchanging(model: nn.Module, precision: str, shape: tuple[int, ...]) -> nn.Module:
+    """`parallel` for a net; `shape` is that of its batches. All move its buffers alike: batchnorm.update_statistics."""
+    device = next(model.parameters()).device
+    images = torch.zeros(shape, device=device).contiguous(memory_format=torch.channels_last)
+    return parallel(model, lambda net: logits_of(net, images, precision).sum())
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context in which a forward pass computes in `precision`, bf16, fp16 or fp32."""
+    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
+
+
 def logits_of(net: nn.Module, images: Tensor, precision: str) -> Tensor:
     """A forward pass in `precision`; logits in float32, or in float64 for fp64."""
     if precision == "fp64":
         return net(images.double())
-    with torch.autocast(images.device.type, DTYPES[precision], enabled=precision != "fp32"):
+    with autocast(images.device, precision):
         return net(images).float()
 
 

@@ -45,6 +45,7 @@ def config_dir(name: str) -> str:
     return str(Path(CONFIG_DIR, "detection")) if name in DETECTION else CONFIG_DIR
 
 
+@functools.cache
 def groups(name: str) -> list[str]:
     """The groups that a command has."""
     folders = (path.name for path in Path(config_dir(name)).iterdir() if path.is_dir())

@@ -37,9 +37,7 @@ def draw(
     axes.set(xlabel="iteration", ylabel="error (%)", title=title, ylim=(0, min(100, highest * 1.05) or 1))
     axes.grid(alpha=0.3)
     axes.legend()
-    part = path.with_name(f".{path.name}")
-    figure.savefig(part, format="png", dpi=120)
-    part.replace(path)
+    _save(figure, path)
 
 
 def draw_detection(metrics: list[dict[str, Any]], title: str, path: Path) -> None:
@@ -59,6 +57,11 @@ def draw_detection(metrics: list[dict[str, Any]], title: str, path: Path) -> Non
     losses = axes.twinx()
     losses.plot(*zip(*train, strict=True), "--", color="grey", linewidth=1)
     losses.set(ylabel="training loss (dashed)", ylim=(0, None))
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    """Write a picture whole or not at all."""
     part = path.with_name(f".{path.name}")
     figure.savefig(part, format="png", dpi=120)
     part.replace(path)

@@ -59,14 +59,19 @@ class Meters:
         return {"loss": loss, "wrong": wrong, "seen": self.seen, "skipped": int(total(torch.tensor(self.skipped)))}
 
     def load(self, state: dict[str, Any]) -> None:
-        """From the checkpoint. If there are now other processes than then, the first takes all sums."""
+        """From the checkpoint."""
         self.seen, self.skipped = state["seen"], state.get("skipped", 0) if rank() == 0 else 0
         for name, rows in (("loss", self.loss), ("wrong", self.wrong)):
-            rows.zero_()
-            if len(state[name]) == world():
-                rows[rank()] = state[name][rank()]
-            elif rank() == 0:
-                rows[0] = state[name].sum(0)
+            take_rows(rows, state[name])
+
+
+def take_rows(rows: Tensor, stored: Tensor) -> None:
+    """Put this process's row of sums in its place; if there are now other processes than then, all in the first's."""
+    rows.zero_()
+    if len(stored) == world():
+        rows[rank()] = stored[rank()]
+    elif rank() == 0:
+        rows[0] = stored.sum(0)
 
 
 @dataclasses.dataclass

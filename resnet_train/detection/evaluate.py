@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.ops import clip_boxes_to_image
 from tqdm import tqdm
 
-from resnet_train.build import DTYPES
+from resnet_train.build import autocast
 from resnet_train.detection.batches import test_images
 from resnet_train.detection.data import Example
 from resnet_train.detection.metrics import coco_map, voc_map
@@ -27,7 +27,7 @@ def detections(model: Detector, images: Iterable[Tensor], precision: str) -> Ite
     """What `model` finds in each image, (3, H, W) uint8 on its device; on the CPU."""
     with testing(model):
         for image in images:
-            with torch.autocast(image.device.type, DTYPES[precision], enabled=precision != "fp32"):
+            with autocast(image.device, precision):
                 (found,) = model([image.float() / 255])
             found["boxes"] = clip_boxes_to_image(found["boxes"], image.shape[1:])  # scaled back they may end beyond
             yield {name: value.cpu() for name, value in found.items()}

@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from resnet_train import checkpoint, curves, state_dicts
-from resnet_train.build import DTYPES, parallel, pick_device, pick_precision, placed
+from resnet_train import checkpoint, curves, schedule, state_dicts
+from resnet_train.build import DTYPES, autocast, parallel, pick_device, pick_precision, placed
 from resnet_train.config import check_same_run, run_state
 from resnet_train.data.sampler import generator
 from resnet_train.data.transforms import IMAGENET_STD
@@ -35,7 +35,7 @@ from resnet_train.models import imagenet_resnet
 from resnet_train.models.resnet import parameters
 from resnet_train.record import Record
 from resnet_train.run import before_restart, check_space, environment_of, peak_memory
-from resnet_train.train import INDIFFERENT, Clock, Stop, check_finite
+from resnet_train.train import INDIFFERENT, Clock, Stop, check_finite, take_rows
 from resnet_train.weights import read_source
 
 LOSSES = ("loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg")  # torchvision's names
@@ -47,7 +47,6 @@ PROTOCOL = "every test image once, whole"
 class Backbone:
     """What a detector is built around, as its checkpoint keeps it."""
 
-    arch: str
     shortcut: str
     bottleneck_stride: str
     mean: list[float]  # of images in 0 to 1, subtracted from them
@@ -96,11 +95,7 @@ class Run:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        self.sums.zero_()  # each process goes on with its own row; of another number of them, the first with all
-        if len(state["sums"]) == world():
-            self.sums[rank()] = state["sums"][rank()]
-        elif main():
-            self.sums[0] = state["sums"].sum(0)
+        take_rows(self.sums, state["sums"])
         self.iteration = self.saved_at = state["iteration"]
 
 
@@ -110,7 +105,7 @@ def step(run: Run, images: list[Tensor], targets: list[dict[str, Tensor]], lr: f
         group["lr"] = lr
     # torchvision samples anchors and regions, and VGG drops units, from torch's own random state.
     torch.manual_seed(generator(run.config.seed, f"regions of {rank()}", run.iteration).initial_seed())
-    with torch.autocast(run.device.type, DTYPES[run.precision], enabled=run.precision != "fp32"):
+    with autocast(run.device, run.precision):
         losses = run.net([image.float() / 255 for image in images], targets)
     parts = torch.stack([losses[name].float() for name in LOSSES])
     run.scaler.scale(parts.sum()).backward()
@@ -123,8 +118,17 @@ def step(run: Run, images: list[Tensor], targets: list[dict[str, Tensor]], lr: f
 
 def learning_rate(iteration: int, config: DetectConfig) -> float:
     """The rate of the step after `iteration` steps: rising to `lr` in the warm-up, a tenth at each of `drops`."""
-    passed = sum(iteration >= max(1, round(drop * config.iterations)) for drop in config.drops)
-    return config.lr * 0.1**passed * min(1.0, (iteration + 1) / max(1, config.warmup))
+    dropped = schedule.learning_rate(
+        iteration,
+        config.iterations,
+        schedule.Progress(warm=False),
+        name="step",
+        lr=config.lr,
+        warmup_lr=config.lr,
+        factor=0.1,
+        drops=config.drops,
+    )
+    return dropped * min(1.0, (iteration + 1) / max(1, config.warmup))
 
 
 def loop(run: Run, record: Record, stop: Stop) -> None:
@@ -337,19 +341,18 @@ def build(
 
 
 def _exchanging(model: Detector, precision: str) -> nn.Module:
-    """`model` with its gradients averaged over all processes, its first pass done: see build.exchanging."""
-    net, device = parallel(model), next(model.parameters()).device
-    buffers = [buffer.clone() for buffer in model.buffers()]
+    """`build.parallel` for a detector."""
+    device = next(model.parameters()).device
     target = {"boxes": torch.tensor([[8.0, 8, 40, 40]]), "labels": torch.ones(1, dtype=torch.int64)}
-    with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
-        losses = net(
-            [torch.zeros(3, 64, 64, device=device)], [{key: value.to(device) for key, value in target.items()}]
-        )
-    sum(losses.values()).backward()
-    model.zero_grad(set_to_none=True)
-    for buffer, before in zip(model.buffers(), buffers, strict=True):
-        buffer.copy_(before)
-    return net
+
+    def first(net: nn.Module) -> Tensor:
+        with autocast(device, precision):
+            losses = net(
+                [torch.zeros(3, 64, 64, device=device)], [{key: value.to(device) for key, value in target.items()}]
+            )
+        return torch.stack([losses[name].float() for name in LOSSES]).sum()
+
+    return parallel(model, first)
 
 
 def new_detector(config: DetectConfig, classes: int) -> tuple[Detector, Backbone]:
@@ -357,7 +360,7 @@ def new_detector(config: DetectConfig, classes: int) -> tuple[Detector, Backbone
 
     With weights, batch norm stays as they have it (appendix A); random ones could not do without it.
     """
-    plain = Backbone("resnet", "B", "1x1", list(state_dicts.MEAN), list(IMAGENET_STD), None)
+    plain = Backbone("B", "1x1", list(state_dicts.MEAN), list(IMAGENET_STD), None)
     if config.init_from is None:
         return _assembled(config, plain, classes)
     path = Path(config.init_from)
@@ -380,7 +383,6 @@ def new_detector(config: DetectConfig, classes: int) -> tuple[Detector, Backbone
         )
         raise UserError(f"init_from={path}: holds {source.name}, {advice}")
     backbone = Backbone(
-        arch=source.arch,
         shortcut=source.shortcut,
         bottleneck_stride=source.bottleneck_stride,
         mean=(source.mean.mean((0, 1)) / 255).tolist(),
@@ -419,8 +421,7 @@ def _assembled(config: DetectConfig, backbone: Backbone, classes: int) -> tuple[
     if config.backbone == "vgg16":
         model = vgg_detector(classes, frame)
     else:
-        shortcut = "none" if backbone.arch == "plain" else backbone.shortcut
-        net = imagenet_resnet(config.depth, shortcut, bottleneck_stride=backbone.bottleneck_stride)
+        net = imagenet_resnet(config.depth, backbone.shortcut, bottleneck_stride=backbone.bottleneck_stride)
         model = resnet_detector(net, classes, frame, pyramid=config.pyramid)
     model.freeze(config.freeze, norm=backbone.pretrained is not None)
     return model, backbone
