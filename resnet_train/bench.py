@@ -29,10 +29,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from resnet_train import classic
 from resnet_train.build import compile_network, network, open_sets, pick_device, pick_precision
-from resnet_train.config import BenchConfig, Config, is_packed
+from resnet_train.config.commands import BenchConfig
+from resnet_train.config.training import Config
 from resnet_train.data.images import decode
 from resnet_train.data.made_up import MadeUp
 from resnet_train.data.photographs import Part, open_photographs
+from resnet_train.data.places import is_packed
 from resnet_train.data.sampler import generator
 from resnet_train.data.sets import Batches, MemorySets, StreamedSets, random_views
 from resnet_train.errors import RunError
@@ -115,7 +117,7 @@ def sets_of(config: Config) -> MemorySets | StreamedSets:
 
 
 def in_memory(config: Config) -> MemorySets:
-    """The same; config.check_bench has seen to it that it is a set in memory."""
+    """The same; check_bench has seen to it that it is a set in memory."""
     sets = sets_of(config)
     assert isinstance(sets, MemorySets)
     return sets

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from resnet_train import checkpoint
 from resnet_train.allocator import keep_freed_memory
 from resnet_train.batchnorm import group_statistics
-from resnet_train.config import Config
+from resnet_train.config.training import Config
 from resnet_train.data.sets import MemorySets, StreamedSets
 from resnet_train.distributed import local_rank, main
 from resnet_train.errors import UserError
@@ -47,7 +47,7 @@ def open_sets(config: Config) -> MemorySets | StreamedSets:
     data = config.data
     if data.family == "cifar":
         return MemorySets(name=data.name, root=data.root, size=data.size, validation=data.validation)
-    assert data.root is not None  # config.check has seen to it
+    assert data.root is not None  # config.training.check has seen to it
     return StreamedSets(
         root=data.root,
         size=data.size,

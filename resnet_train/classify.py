@@ -9,7 +9,8 @@ from torch import Tensor
 
 from resnet_train import checkpoint
 from resnet_train.build import logits_of, pick_device, restored_net
-from resnet_train.config import ClassifyConfig, Config, restored
+from resnet_train.config.commands import ClassifyConfig
+from resnet_train.config.training import Config, restored
 from resnet_train.data.images import center_view, read_image, whole_view
 from resnet_train.data.names import imagenet_classes
 from resnet_train.data.transforms import normalise

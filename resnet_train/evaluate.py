@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from resnet_train import checkpoint
 from resnet_train.batchnorm import average_statistics
 from resnet_train.build import compile_network, logits_of, open_sets, pick_device, restored_net
-from resnet_train.config import Config, EvalConfig, EvalData, check_source, restored
+from resnet_train.config.commands import EvalConfig, EvalData
+from resnet_train.config.training import Config, restored
+from resnet_train.data.places import check_source
 from resnet_train.data.sets import PROTOCOLS, MemorySets, StreamedSets, Views
 from resnet_train.distributed import from_main, joined, main, one_after_all, rank, together, total, world
 from resnet_train.errors import UserError

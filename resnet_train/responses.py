@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from resnet_train import checkpoint, paper
 from resnet_train.build import logits_of, open_sets, pick_device, restored_net
-from resnet_train.config import ResponsesConfig, restored
+from resnet_train.config.commands import ResponsesConfig
+from resnet_train.config.training import restored
 from resnet_train.data.sets import MemorySets
 from resnet_train.errors import UserError
 from resnet_train.evaluate import Member, testing, with_data

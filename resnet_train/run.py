@@ -31,7 +31,8 @@ from resnet_train.build import (
     pick_precision,
     placed,
 )
-from resnet_train.config import Config, check_same_run, run_state, share
+from resnet_train.config.runs import check_same_run, run_state
+from resnet_train.config.training import Config, share
 from resnet_train.data.sampler import generator
 from resnet_train.data.sets import MemorySets, StreamedSets
 from resnet_train.distributed import from_main, joined, main, one_after_all, together, total, world

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from resnet_train import checkpoint
 from resnet_train.batchnorm import update_statistics
 from resnet_train.build import logits_of
-from resnet_train.config import Config, Share
+from resnet_train.config.training import Config, Share
 from resnet_train.data.sets import MemorySets, StreamedSets
 from resnet_train.distributed import from_main, rank, shared, total, world
 from resnet_train.errors import PARENT, SIGNALS, RunError

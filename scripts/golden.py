@@ -18,8 +18,9 @@ import hydra
 import torch
 from omegaconf import OmegaConf
 
-from resnet_train import config as configs
-from resnet_train.cli import CONFIG_DIR
+from resnet_train.compose import CONFIG_DIR
+from resnet_train.config.keys import flat
+from resnet_train.config.training import Config, restored
 from resnet_train.models import cifar_resnet, imagenet_resnet
 from resnet_train.models.resnet import IMAGENET, multiply_adds, parameters
 from resnet_train.run import build, processor
@@ -41,11 +42,11 @@ TINY += ["schedule.lr=0.003"]
 THREADS = 2
 
 
-def composed(overrides: Iterable[str]) -> configs.Config:
+def composed(overrides: Iterable[str]) -> Config:
     """What the command line would make of `overrides`; data need not be there."""
     with hydra.initialize_config_dir(CONFIG_DIR, version_base="1.3"):
         values: Any = OmegaConf.to_container(hydra.compose("train", list(overrides)), resolve=True)
-    return configs.restored({key: value for key, value in values.items() if key != "scale"})
+    return restored({key: value for key, value in values.items() if key != "scale"})
 
 
 def size(family: str, depth: int, shortcut: str) -> dict[str, int]:
@@ -128,7 +129,7 @@ def text(numbers: dict[str, dict[str, Any]]) -> str:
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """One line for each entry that is not the same in both."""
-    was, now = configs.flat(old), configs.flat(new)
+    was, now = flat(old), flat(new)
     return [f"{key}: {was.get(key)} -> {now.get(key)}" for key in was | now if was.get(key) != now.get(key)]
 
 

@@ -13,6 +13,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from resnet_train import cli
+from resnet_train.compose import compose
+from resnet_train.config.training import check
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data" / "unpack"
@@ -82,11 +84,10 @@ def trained(tmp_path_factory):
     """A checkpoint of a ResNet-8 after some steps on digits."""
     pytest.importorskip("sklearn")
     from resnet_train import checkpoint, run
-    from resnet_train import config as configs
     from resnet_train.train import step
 
     words = ["data=digits", "depth=8", "batch_size=32", "precision=fp32", "device=cpu"]
-    config = configs.check(cli._compose("train", words))
+    config = check(compose("train", words))
     folder = tmp_path_factory.mktemp("trained")
     found = run.build(config, folder)
     augment = dataclasses.asdict(config.augment)

@@ -14,9 +14,9 @@ import torch
 from omegaconf import OmegaConf
 
 from resnet_train import checkpoint
-from resnet_train import config as configs
 from resnet_train.build import exchanging
-from resnet_train.cli import CONFIG_DIR
+from resnet_train.compose import CONFIG_DIR
+from resnet_train.config.training import check
 from resnet_train.distributed import joined, rank, world
 from resnet_train.errors import UserError
 from resnet_train.evaluate import count_errors
@@ -42,7 +42,7 @@ EVALUATED = (50, 200)
 def composed(*overrides):
     """What the command line would make of `overrides`."""
     with hydra.initialize_config_dir(CONFIG_DIR, version_base="1.3"):
-        return configs.check(OmegaConf.to_container(hydra.compose("train", list(overrides)), resolve=True))
+        return check(OmegaConf.to_container(hydra.compose("train", list(overrides)), resolve=True))
 
 
 def batches(run):

@@ -13,8 +13,10 @@ import torch
 import yaml
 from PIL import Image
 
-from resnet_train import bench, classic, cli, config, timing
+from resnet_train import bench, classic, cli, timing
 from resnet_train.build import network
+from resnet_train.compose import compose, keys_asked
+from resnet_train.config.commands import FIXED_BY_BENCH, BenchConfig, check_bench
 from resnet_train.data.images import ImageSet
 from resnet_train.data.pack import pack
 from resnet_train.errors import RunError, UserError
@@ -71,7 +73,7 @@ CPU = torch.device("cpu")
 
 def checked(*overrides):
     """The two checked configurations of a command line."""
-    return config.check_bench(cli._compose("bench", list(overrides)), cli._asked(list(overrides)))
+    return check_bench(compose("bench", list(overrides)), keys_asked(list(overrides)))
 
 
 @pytest.fixture(scope="module")
@@ -456,8 +458,8 @@ def test_help_lists_the_six_and_each_is_a_command(command):
 
 def test_it_takes_what_training_takes():
     """The keys of configs/train.yaml but those that mean nothing here, with the same values."""
-    own = {field.name for field in dataclasses.fields(config.BenchConfig)}
-    ours, theirs = (cli._compose(name, []) for name in ("bench", "train"))
-    assert ours.keys() - own == theirs.keys() - config.FIXED_BY_BENCH.keys() | {"iterations", "eval_every"}
+    own = {field.name for field in dataclasses.fields(BenchConfig)}
+    ours, theirs = (compose(name, []) for name in ("bench", "train"))
+    assert ours.keys() - own == theirs.keys() - FIXED_BY_BENCH.keys() | {"iterations", "eval_every"}
     assert all(ours[key] == theirs[key] for key in ours.keys() & theirs.keys())
     assert yaml.safe_load(yaml.safe_dump(ours)) == ours

@@ -7,9 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from resnet_train import checkpoint, cli, config
+from resnet_train import checkpoint
 from resnet_train.build import logits_of
 from resnet_train.classify import view
+from resnet_train.compose import compose
+from resnet_train.config.training import check
 from resnet_train.data.images import read_image
 from resnet_train.data.names import imagenet_classes
 from resnet_train.data.sets import MemorySets, StreamedSets
@@ -34,9 +36,9 @@ def pictures(tmp_path_factory):
 
 
 def configured(family, size):
-    values = cli._compose("train", ["data=imagenet", "depth=18"] if family == "imagenet" else ["data=imagefolder"])
+    values = compose("train", ["data=imagenet", "depth=18"] if family == "imagenet" else ["data=imagefolder"])
     values["data"] |= {"size": size, "family": family}
-    return config.check(values, needs_data=False)
+    return check(values, needs_data=False)
 
 
 def saved(path, net, found, classes):

@@ -12,6 +12,7 @@ import yaml
 from conftest import start
 
 from resnet_train import cli
+from resnet_train.compose import compose, jobs_of, with_jobs
 
 CFG = "depth=110 data=digits schedule=cosine schedule.lr=0.05 arch=plain"
 RIGHT = ["--help", f"{CFG} --cfg job", "-sc install=bash"]
@@ -166,8 +167,8 @@ def test_every_example_of_the_help_is_a_command_that_works(outcomes, tmp_path, m
     for words in examples:
         overrides = [word for word in words if "=" in word]
         monkeypatch.setattr("sys.argv", ["resnet-train", *words])
-        for job in cli._jobs("train", cli._with_jobs(overrides, "-m" in words), "-m" in words):
-            cli._prepare_train(cli._compose("train", job), job, "-m" in words)
+        for job in jobs_of("train", with_jobs(overrides, "-m" in words), "-m" in words):
+            cli._prepare_train(compose("train", job), job, "-m" in words)
 
 
 def test_eval_has_help_of_its_own(outcomes):
@@ -176,7 +177,7 @@ def test_eval_has_help_of_its_own(outcomes):
 
 def test_cfg_prints_the_whole_configuration(outcomes):
     found = yaml.safe_load(output(outcomes["train", f"{CFG} --cfg job"]))
-    assert found == cli._compose("train", CFG.split())
+    assert found == compose("train", CFG.split())
     assert (found["depth"], found["recipe"], found["arch"]) == (110, "digits", "plain")
     assert found["schedule"] == {"name": "cosine", "lr": 0.05}
 

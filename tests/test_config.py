@@ -14,12 +14,18 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import OverrideType, QuotedString
 
-from resnet_train import cli, config
+from resnet_train import cli
+from resnet_train.compose import CONFIG_DIR, compose
+from resnet_train.config.commands import check_eval
+from resnet_train.config.keys import ABOVE, BELOW, RANGES, flat
+from resnet_train.config.runs import FREE_KEYS, check_run_dir, check_same_run, run_directory, run_state
+from resnet_train.config.training import UNREAD, check, check_depth, restored
+from resnet_train.data.places import class_folders
 from resnet_train.errors import UserError
 from resnet_train.schedule import Progress, learning_rate
 
-PACKAGE = Path(config.__file__).parent
-CONFIGS = Path(cli.CONFIG_DIR)
+PACKAGE = Path(cli.__file__).parent
+CONFIGS = Path(CONFIG_DIR)
 DATA = {path.stem: path for path in CONFIGS.glob("data/*.yaml")}
 RECIPES = {path.stem: path for path in CONFIGS.glob("recipe/*.yaml")}
 SCHEDULES = sorted(path.stem for path in CONFIGS.glob("schedule/*.yaml"))
@@ -92,17 +98,17 @@ def _elsewhere(tmp_path, monkeypatch):
 
 
 @functools.cache
-def compose(*overrides):
-    return cli._compose("train", list(overrides))
+def once(*overrides):
+    return compose("train", list(overrides))
 
 
 def composed(*overrides):
-    """What cli._compose gives, which takes 0.1 s: it is asked once for all that differ in values only."""
+    """What compose gives, which takes 0.1 s: it is asked once for all that differ in values only."""
     parsed = [OverridesParser.create().parse_override(item) for item in overrides]
     values = {p.key_or_group: p for p in parsed if is_value(p)}
-    found = copy.deepcopy(compose(*(p.input_line for p in parsed if not is_value(p))))
-    if not values.keys() <= config.flat(found).keys():
-        return compose(*overrides)
+    found = copy.deepcopy(once(*(p.input_line for p in parsed if not is_value(p))))
+    if not values.keys() <= flat(found).keys():
+        return once(*overrides)
     for key, override in values.items():
         *groups, name = key.split(".")
         functools.reduce(dict.__getitem__, groups, found)[name] = to_plain(override.value())
@@ -124,7 +130,7 @@ def to_plain(value):
 
 def test_composed_is_compose():
     for words in ([f"{key}={value[0]}" for key, value in OTHER.items()], ["depth=[20]", "data.root=", "seed=1e400"]):
-        assert composed("schedule=step", *words) == cli._compose("train", ["schedule=step", *words])
+        assert composed("schedule=step", *words) == compose("train", ["schedule=step", *words])
 
 
 def keys_of(overrides):
@@ -132,11 +138,11 @@ def keys_of(overrides):
 
 
 def checked(*overrides):
-    return config.check(composed(*overrides), keys_of(overrides))
+    return check(composed(*overrides), keys_of(overrides))
 
 
 def directory(*overrides):
-    return config.run_directory(checked(*overrides), keys_of(overrides))
+    return run_directory(checked(*overrides), keys_of(overrides))
 
 
 def base_of(key, tmp_path):
@@ -207,7 +213,7 @@ def test_a_recipe_and_a_schedule_that_are_asked_for_win(order, tmp_path):
 
 @pytest.mark.parametrize("files", [DATA, RECIPES], ids=["data", "recipe"])
 def test_all_files_of_a_group_have_the_same_keys(files):
-    keys = {name: set(config.flat(yaml.safe_load(path.read_text()))) - {"defaults"} for name, path in files.items()}
+    keys = {name: set(flat(yaml.safe_load(path.read_text()))) - {"defaults"} for name, path in files.items()}
     assert all(found == keys["cifar10"] for found in keys.values()), keys
 
 
@@ -251,9 +257,9 @@ def test_photographs_are_cut_in_one_way(words, tmp_path):
 def test_a_configuration_of_an_earlier_version_is_read():
     values = checked().plain()
     del values["normalise"], values["augment"]["area"], values["augment"]["colour_jitter"]
-    found = config.restored(values)
+    found = restored(values)
     assert (found.normalise, found.augment.area, found.augment.colour_jitter) == ("channels", None, 0)
-    config.check_same_run(values, found.plain(), "run")
+    check_same_run(values, found.plain(), "run")
 
 
 @pytest.mark.parametrize("data", DATA)
@@ -279,19 +285,19 @@ def test_the_numbers_are_the_papers(data, tmp_path):
 
 def test_the_tables_above_hold_every_key():
     """A new key needs a line in OTHER, PLATEAU or FREE."""
-    schedules = [config.flat(composed(f"schedule={name}")) for name in SCHEDULES]
+    schedules = [flat(composed(f"schedule={name}")) for name in SCHEDULES]
     assert set().union(*schedules) == ALL_KEYS | {"scale"}
-    assert FREE.keys() == config.FREE_KEYS
+    assert FREE.keys() == FREE_KEYS
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("which", [0, -1])
 def test_every_value_can_be_changed(schedule, which):
-    base = config.flat(composed(f"schedule={schedule}"))
+    base = flat(composed(f"schedule={schedule}"))
     values = {key: value[which] for key, value in (OTHER | PLATEAU).items() if key in base}
     values |= {"momentum": "0.5"}
     values |= {key: value for key, value in FREE.items() if value}
-    found = config.flat(checked(f"schedule={schedule}", *(f"{k}={v}" for k, v in values.items())).plain())
+    found = flat(checked(f"schedule={schedule}", *(f"{k}={v}" for k, v in values.items())).plain())
     for key, text in values.items():
         assert found[key] == to_plain(OverridesParser.create().parse_override(f"{key}={text}").value()), key
         assert found[key] != base[key], key
@@ -301,12 +307,12 @@ def test_every_value_can_be_changed(schedule, which):
 def test_what_photographs_need_can_be_changed(key, tmp_path):
     base = base_of(key, tmp_path)
     for text in PHOTOS.get(key, ("skip",) if key == "data.broken" else ("0", "7")):
-        found = config.flat(checked(*base, f"{key}={text}").plain())[key]
+        found = flat(checked(*base, f"{key}={text}").plain())[key]
         assert found == to_plain(OverridesParser.create().parse_override(f"{key}={text}").value())
-        assert found != config.flat(composed(*base))[key]
+        assert found != flat(composed(*base))[key]
 
 
-@pytest.mark.parametrize(("family", "key"), [(family, key) for family, keys in config.UNREAD.items() for key in keys])
+@pytest.mark.parametrize(("family", "key"), [(family, key) for family, keys in UNREAD.items() for key in keys])
 def test_what_a_family_does_not_read_is_refused(family, key, tmp_path):
     base = needs_root("imagenet", tmp_path) if family == "imagenet" else []
     value = (OTHER | PHOTOS | {"data.workers": ("7",), "data.broken": ("skip",), "augment.area": ("[0.08,1]",)})[key][0]
@@ -325,7 +331,7 @@ def reads():
     found = set()
     for path in PACKAGE.rglob("*.py"):
         module = ast.parse(path.read_text())
-        if path.name == "config.py":
+        if path.parent.name == "config":
             module.body = [n for n in module.body if getattr(n, "name", "") not in UNCOUNTED]
         for node in ast.walk(module):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
@@ -347,18 +353,18 @@ def unread(keys):
 
 
 def test_every_key_is_read():
-    keys = set().union(*(config.flat(composed(f"schedule={name}")) for name in SCHEDULES))
-    keys |= set(config.flat(cli._compose("eval", ["checkpoint=x"]) | cli._compose("bench", [])))
-    keys |= set(config.flat(cli._compose("responses", ["checkpoint=x"]) | cli._compose("report", [])))
-    keys |= set(config.flat(cli._compose("pack", [])))
-    keys |= set(config.flat(cli._compose("weights", []))) | cli._compose("classify", ["checkpoint=x"]).keys()
-    keys |= set(config.flat(cli._compose("detect", []))) | cli._compose("predict", ["checkpoint=x"]).keys()
-    assert unread(keys) == {"scale"}  # which config.check multiplies the counts by: tests/test_experiments.py
+    keys = set().union(*(flat(composed(f"schedule={name}")) for name in SCHEDULES))
+    keys |= set(flat(compose("eval", ["checkpoint=x"]) | compose("bench", [])))
+    keys |= set(flat(compose("responses", ["checkpoint=x"]) | compose("report", [])))
+    keys |= set(flat(compose("pack", [])))
+    keys |= set(flat(compose("weights", []))) | compose("classify", ["checkpoint=x"]).keys()
+    keys |= set(flat(compose("detect", []))) | compose("predict", ["checkpoint=x"]).keys()
+    assert unread(keys) == {"scale"}  # which check multiplies the counts by: tests/test_experiments.py
     assert unread({"bn_wd", "schedule.nosuch", "seed"}) == {"bn_wd", "schedule.nosuch"}
 
 
 def test_every_bounded_number_is_a_key():
-    keys = set().union(*(config.flat(composed(f"schedule={name}")) for name in SCHEDULES))
+    keys = set().union(*(flat(composed(f"schedule={name}")) for name in SCHEDULES))
     for name, words in (
         ("bench", []),
         ("eval", ["checkpoint=x"]),
@@ -368,21 +374,21 @@ def test_every_bounded_number_is_a_key():
         ("detect", []),
         ("predict", ["checkpoint=x"]),
     ):
-        keys |= cli._compose(name, words).keys()
-    assert config.RANGES.keys() <= keys
-    assert config.RANGES.keys() >= config.ABOVE | config.BELOW
+        keys |= compose(name, words).keys()
+    assert RANGES.keys() <= keys
+    assert RANGES.keys() >= ABOVE | BELOW
 
 
 def test_a_configuration_survives_json():
     found = checked("schedule=plateau", "weight_decay=1", "warmup.error=70")
-    assert config.restored(json.loads(json.dumps(found.plain()))) == found
+    assert restored(json.loads(json.dumps(found.plain()))) == found
 
 
 def test_a_configuration_of_another_version_is_named():
     plain = checked().plain()
     del plain["seed"]
     with pytest.raises(UserError, match=r"stored configuration.*seed: is missing"):
-        config.restored(plain)
+        restored(plain)
 
 
 # --- Wrong values are named ------------------------------------------------------------------------------------------
@@ -406,7 +412,7 @@ def test_nearest_depth_for_imagenet(depth, near, tmp_path):
 
 @pytest.mark.parametrize("depth", [d for d in range(8, 1203, 6) if d % 36 == 8] + [1202])
 def test_every_depth_of_6n_plus_2_is_taken(depth):
-    config.check_depth(depth, "cifar")
+    check_depth(depth, "cifar")
 
 
 # Command line, and what the message must hold beside the key and value of the last word.
@@ -687,7 +693,7 @@ def test_val_will_do_for_test_where_test_has_no_classes(tmp_path):
     root = tree(tmp_path / "images", test="val")
     (root / "test").mkdir()
     (root / "test" / "0.png").touch()
-    assert config.class_folders(root) == (["cat", "dog"], "val")
+    assert class_folders(root) == (["cat", "dog"], "val")
 
 
 # --- Where a run goes ------------------------------------------------------------------------------------------------
@@ -726,7 +732,7 @@ def test_long_lists_tell_runs_apart():
 
 def test_hydras_own_words_do_not_move_a_run():
     words = ["hydra.verbose=true", "++hydra.verbose=true"]
-    assert cli._prepare_train(cli._compose("train", words), words, False)[1] == directory()
+    assert cli._prepare_train(compose("train", words), words, False)[1] == directory()
 
 
 def test_the_last_of_two_words_counts():
@@ -762,17 +768,17 @@ def test_run_dir_is_taken_as_it_is(tmp_path):
 )
 def test_a_directory_needs_no_quotes_on_a_later_command_line(asked):
     checkpoint = f"{directory(*asked)}/checkpoints/last.pt"
-    assert cli._compose("eval", [f"checkpoint={checkpoint}"])["checkpoint"] == checkpoint
+    assert compose("eval", [f"checkpoint={checkpoint}"])["checkpoint"] == checkpoint
     assert not set(checkpoint) & ODD
 
 
 @pytest.mark.parametrize("name", ["my pictures", "50% (a, b)", "größe", "图片", "a'b", "x=y", "[1]"])
 def test_nor_does_one_named_after_a_folder_with_odd_characters(name, tmp_path):
     root = tree(tmp_path / name)
-    found = config.check(compose() | {"data": compose("data=imagefolder")["data"] | {"root": str(root)}})
+    found = check(once() | {"data": once("data=imagefolder")["data"] | {"root": str(root)}})
     assert found.data_label == name
-    assert not set(str(config.run_directory(found, []))) & ODD
-    assert config.run_directory(found, []).parts[-2:] == ("resnet-20-A", "seed-0")
+    assert not set(str(run_directory(found, []))) & ODD
+    assert run_directory(found, []).parts[-2:] == ("resnet-20-A", "seed-0")
 
 
 def many(**changed):
@@ -834,7 +840,7 @@ def test_a_run_does_not_go_on_with_another_value(key, tmp_path):
     base = base_of(key, tmp_path)
     changed = checked(*base, f"{key}={(OTHER | PLATEAU | PHOTOS)[key][0]}")
     with pytest.raises(UserError, match="here") as caught:
-        config.check_same_run(checked(*base).plain(), changed.plain(), "here")
+        check_same_run(checked(*base).plain(), changed.plain(), "here")
     assert str(caught.value).startswith(f"{key}=")
 
 
@@ -843,9 +849,9 @@ def test_what_enters_no_mathematics_may_change():
     found = dataclasses.replace(
         found, data=dataclasses.replace(found.data, root="/elsewhere", workers=7, broken="skip")
     )
-    old, new = config.flat(checked().plain()), config.flat(found.plain())
-    assert {key for key in old if old[key] != new[key]} == config.FREE_KEYS
-    config.check_same_run(checked().plain(), found.plain(), "here")
+    old, new = flat(checked().plain()), flat(found.plain())
+    assert {key for key in old if old[key] != new[key]} == FREE_KEYS
+    check_same_run(checked().plain(), found.plain(), "here")
 
 
 def run_in(folder, found, *, finished=False):
@@ -858,21 +864,21 @@ def run_in(folder, found, *, finished=False):
 
 def blocked(folder, found):
     with pytest.raises(UserError) as caught:
-        config.check_run_dir(folder, found)
+        check_run_dir(folder, found)
     assert str(caught.value).splitlines() == [str(caught.value)]
     return str(caught.value)
 
 
 def test_a_new_or_an_empty_directory_will_do(tmp_path):
-    config.check_run_dir(tmp_path / "a" / "b", checked())
+    check_run_dir(tmp_path / "a" / "b", checked())
     (tmp_path / "empty").mkdir()
-    config.check_run_dir(tmp_path / "empty", checked())
+    check_run_dir(tmp_path / "empty", checked())
     assert os.listdir(tmp_path) == ["empty"]
 
 
 def test_a_finished_run_is_not_run_again(tmp_path):
     folder = run_in(tmp_path / "run", checked(), finished=True)
-    assert config.run_state(folder) == "finished"
+    assert run_state(folder) == "finished"
     for resume in ("auto", "never"):
         message = blocked(folder, checked(f"resume={resume}"))
         assert f"run_dir={folder}: " in message
@@ -882,20 +888,20 @@ def test_a_finished_run_is_not_run_again(tmp_path):
 def test_a_sweep_skips_a_finished_run_of_the_same_configuration_only(tmp_path):
     folder = run_in(tmp_path / "run", checked(), finished=True)
     words = [f"run_dir={folder}", "checkpoint_every=5"]
-    assert cli._prepare_train(cli._compose("train", words), words, True)[1] == folder
+    assert cli._prepare_train(compose("train", words), words, True)[1] == folder
     words += ["iterations=5"]
     with pytest.raises(UserError, match=r"^iterations=5: "):
-        cli._prepare_train(cli._compose("train", words), words, True)
+        cli._prepare_train(compose("train", words), words, True)
 
 
 def test_an_unfinished_run_goes_on_with_the_same_values_only(tmp_path):
     folder = run_in(tmp_path / "run", checked())
-    assert config.run_state(folder) == "unfinished"
-    config.check_run_dir(folder, checked("checkpoint_every=3", "device=cpu"))
+    assert run_state(folder) == "unfinished"
+    check_run_dir(folder, checked("checkpoint_every=3", "device=cpu"))
     message = blocked(folder, checked("schedule.lr=0.05"))
     assert message.startswith("schedule.lr=0.05: ")
     assert "schedule.lr=0.1" in message
-    config.check_run_dir(folder, checked("schedule.lr=0.05", "resume=never"))
+    check_run_dir(folder, checked("schedule.lr=0.05", "resume=never"))
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
@@ -930,7 +936,7 @@ def test_resume_takes_two_words_or_a_file(resume, tmp_path):
     assert message.startswith(f"resume={resume}: must be auto, never or a checkpoint's file")
     assert ("did you mean never?" in message) == (resume == "nver")
     (tmp_path / resume).touch()
-    config.check_run_dir(tmp_path / "run", checked(f"resume={resume}"))
+    check_run_dir(tmp_path / "run", checked(f"resume={resume}"))
 
 
 # --- resnet-eval -----------------------------------------------------------------------------------------------------
@@ -964,13 +970,13 @@ def test_resume_takes_two_words_or_a_file(resume, tmp_path):
 def test_a_wrong_word_for_eval_is_named(line, expected, tmp_path):
     zipfile.ZipFile(tmp_path / "last.pt", "w").close()  # what torch.save writes is a zip archive
     with pytest.raises(UserError) as caught:
-        config.check_eval(cli._compose("eval", line.split()))
+        check_eval(compose("eval", line.split()))
     assert expected in str(caught.value)
 
 
 def test_eval_takes_the_checkpoints_own_data_unless_told_otherwise(tmp_path):
     zipfile.ZipFile(tmp_path / "last.pt", "w").close()  # what torch.save writes is a zip archive
-    found = config.check_eval(cli._compose("eval", ["checkpoint=last.pt"]))
+    found = check_eval(compose("eval", ["checkpoint=last.pt"]))
     assert (found.data.name, found.data.root, found.split, found.out) == ("same", None, "test", None)
-    found = config.check_eval(cli._compose("eval", ["checkpoint=last.pt", "data.root=."]))
+    found = check_eval(compose("eval", ["checkpoint=last.pt", "data.root=."]))
     assert found.data.root == str(tmp_path)

@@ -19,6 +19,7 @@ from torch import nn
 from torchvision.models import vgg16
 
 from resnet_train import checkpoint, cli
+from resnet_train.compose import compose
 from resnet_train.detection.batches import mirrored, training_batches
 from resnet_train.detection.config import check_detect, restored
 from resnet_train.detection.data import read_voc
@@ -81,7 +82,7 @@ def configured(tree, *words):
     words = [word.replace("root=tree", f"root={tree}") for word in words]
     if "backbone=vgg16" in words:
         words.remove("depth=18")
-    return check_detect(cli._compose("detect", words), [word.split("=")[0] for word in words])
+    return check_detect(compose("detect", words), [word.split("=")[0] for word in words])
 
 
 def detect(folder, *words):
@@ -334,7 +335,7 @@ def test_the_rate_rises_and_falls_as_the_recipe_says(tree):
 
 def test_the_papers_schedules():
     """Appendix A: VOC 0.001 for 60k and 0.0001 for 20k; COCO 0.001 for 240k and 0.0001 for 80k, 8 images."""
-    voc, coco = (cli._compose("detect", [f"data={name}"]) for name in ("voc", "coco"))
+    voc, coco = (compose("detect", [f"data={name}"]) for name in ("voc", "coco"))
     assert (voc["iterations"], voc["lr"], voc["drops"], voc["momentum"], voc["weight_decay"]) == (
         80_000,
         0.001,

@@ -15,8 +15,9 @@ from torchvision.transforms.v2 import functional as TF
 
 from resnet_train import checkpoint
 from resnet_train.batchnorm import average_statistics, group_statistics
-from resnet_train.cli import CONFIG_DIR
-from resnet_train.config import check_eval, restored
+from resnet_train.compose import CONFIG_DIR
+from resnet_train.config.commands import check_eval
+from resnet_train.config.training import restored
 from resnet_train.data.images import read_image
 from resnet_train.data.sets import StreamedSets, same_shape
 from resnet_train.data.transforms import IMAGENET_MEAN

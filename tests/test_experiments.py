@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from resnet_train import cli, config
+from resnet_train import cli
+from resnet_train.compose import CONFIG_DIR, compose, groups, jobs_of, with_jobs
+from resnet_train.config.training import scaled
 from resnet_train.errors import UserError
 
 # Written out from the paper: net and seed of each run. Five runs of 110 layers (table 6), two nets of 152 (table 5).
@@ -20,7 +22,7 @@ EXPECTED = {
     "table4": {(net, 0) for net in SINGLE},
     "table5": {(net, 0) for net in SINGLE} | {("resnet-152-B", 1)},
 }
-FILES = {path.stem: path for path in Path(cli.CONFIG_DIR, "experiment").glob("*.yaml")}
+FILES = {path.stem: path for path in Path(CONFIG_DIR, "experiment").glob("*.yaml")}
 
 
 @pytest.fixture(autouse=True)
@@ -35,10 +37,10 @@ def _elsewhere(tmp_path, monkeypatch):
 def jobs(*words, monkeypatch):
     """The checked configuration and the folder of every job of a sweep, as the command comes to them."""
     monkeypatch.setattr("sys.argv", ["resnet-train", "-m", *words])
-    overrides = cli._with_jobs(list(words), True)
+    overrides = with_jobs(list(words), True)
     found = []
-    for one in cli._jobs("train", overrides, True):
-        found.append(cli._prepare_train(cli._compose("train", one), one, True))
+    for one in jobs_of("train", overrides, True):
+        found.append(cli._prepare_train(compose("train", one), one, True))
     return found
 
 
@@ -71,7 +73,7 @@ def test_a_job_is_the_same_run_without_its_experiment(monkeypatch):
     """So that figure 1 finds what figure 6 has trained."""
     (one, here), *_ = jobs("experiment=fig6", "job=resnet-56-A", monkeypatch=monkeypatch)
     words = ["depth=56"]
-    other, there = cli._prepare_train(cli._compose("train", words), words, False)
+    other, there = cli._prepare_train(compose("train", words), words, False)
     assert (one, here) == (other, there)
 
 
@@ -82,7 +84,7 @@ def test_scale_shortens_all_that_counts_iterations(monkeypatch):
     assert counts == (6400, 10, 40, 100, 500)
     assert run.schedule.drops == [0.5, 0.75]
     assert str(folder) == "runs/cifar10/plain-20/scale-0.1+seed-0"
-    tiny = config.scaled(run, 1e-9)
+    tiny = scaled(run, 1e-9)
     assert (tiny.iterations, tiny.log_every) == (1, 1)
 
 
@@ -108,13 +110,13 @@ def test_an_experiment_without_m_names_its_jobs():
     with pytest.raises(
         UserError, match=r"experiment=fig1: has 2 jobs; add -m for all, or name one, as in job=plain-20"
     ):
-        cli._with_jobs(["experiment=fig1"], False)
+        with_jobs(["experiment=fig1"], False)
 
 
 @pytest.mark.parametrize("name", ["train", "bench"])
 def test_the_help_names_every_option_of_every_group(name):
     """Hydra's own list would have the groups of resnet-detect, too."""
-    text = (Path(cli.CONFIG_DIR) / f"{name}.yaml").read_text()
-    for group in cli.groups(name):
-        options = sorted(path.stem for path in Path(cli.CONFIG_DIR, group).glob("*.yaml"))
+    text = (Path(CONFIG_DIR) / f"{name}.yaml").read_text()
+    for group in groups(name):
+        options = sorted(path.stem for path in Path(CONFIG_DIR, group).glob("*.yaml"))
         assert f"      {group}: {', '.join(options)}\n" in text

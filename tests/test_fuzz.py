@@ -15,7 +15,9 @@ from conftest import start
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from resnet_train import cli, config
+from resnet_train import cli
+from resnet_train.compose import compose, groups
+from resnet_train.config.keys import RANGES, flat
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 250))
 
@@ -32,15 +34,15 @@ WRONG = st.builds("{}!{}".format, TEXT, TEXT)
 NAME = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,12}", fullmatch=True)
 OTHER = NAME.map("x_{}".format)  # a word that is none of ours
 
-KEYS = config.flat(cli._compose("train", ["schedule=plateau"]))
+KEYS = flat(compose("train", ["schedule=plateau"]))
 BOOLS = {key for key, value in KEYS.items() if isinstance(value, bool)}
 LISTS = {"schedule.drops", "augment.shorter_side"}
 FREE = {"init_from", "run_dir", "resume", "data.root", "recipe"}
-NUMBERS = config.RANGES.keys() - LISTS
+NUMBERS = RANGES.keys() - LISTS
 WORDS = KEYS.keys() - BOOLS - LISTS - FREE - NUMBERS
 WHOLE = {"seed", "depth", "iterations", "batch_size", "timeout", "devices", "augment.pad", "data.size"}
-BELOW = {key: int(low) for key, (low, _) in config.RANGES.items() if low is not None and key in NUMBERS}
-ABOVE = {key: int(high) for key, (_, high) in config.RANGES.items() if high is not None and key in NUMBERS}
+BELOW = {key: int(low) for key, (low, _) in RANGES.items() if low is not None and key in NUMBERS}
+ABOVE = {key: int(high) for key, (_, high) in RANGES.items() if high is not None and key in NUMBERS}
 
 
 def items(keys, values):
@@ -82,9 +84,9 @@ KINDS = {
     | items(LISTS, ["", "null", "0.5", "{}", "{a:1}", "[a]", "[[0]]", "[null]", "[0.5,0.4]", "[1e999]", "[-1,2]"]),
     "no text": items(FREE - {"recipe"}, ["", "' '", "[]", "[x]", "{}", "{a:1}", "true", "x" * 300, "'~nosuchuser/x'"])
     | items(FREE - {"recipe"}, ["'a\0b'", "'\udcff'", "'a/\ud800b'"]),
-    "no option": items(cli.groups("train"), WRONG | OTHER)
+    "no option": items(groups("train"), WRONG | OTHER)
     | items(
-        cli.groups("train"),
+        groups("train"),
         ["", "null", "[]", "{}", "[cifar10]", "1", "..", "/", "../data/cifar10", "a/b", "digits.yaml"],
     ),
     "no group of values": items({"augment", "warmup"}, ["0", "null", "[]", "x", "''", "{nosuch:1}", "{1:2}"])

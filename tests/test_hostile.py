@@ -24,8 +24,8 @@ import torch
 from conftest import start
 
 from resnet_train import checkpoint
-from resnet_train.config import CIFAR_FOLDER
 from resnet_train.data.images import TEST_FILES, TRAIN_FILES
+from resnet_train.data.places import CIFAR_FOLDER
 from resnet_train.errors import UserError
 
 pytest.importorskip("sklearn")
@@ -377,8 +377,8 @@ def job(config, directory):
     return cli._train_here(config, directory)
 
 if __name__ == "__main__":
-    config, directory = cli._prepare_train(cli._compose("train", sys.argv[1:]), sys.argv[1:], sweep=False)
-    cli._run(functools.partial(job, config, directory), config)
+    config, directory = cli._prepare_train(compose("train", sys.argv[1:]), sys.argv[1:], sweep=False)
+    finish(functools.partial(job, config, directory), config)
 """
 
 

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch.nn.functional import interpolate
 
-from resnet_train.config import CIFAR_FOLDER, check_source, class_folders, is_official_cifar10
 from resnet_train.data.images import TEST_FILES, TRAIN_FILES, cache_folder, load, read_image, read_official
+from resnet_train.data.places import CIFAR_FOLDER, check_source, class_folders, is_official_cifar10
 from resnet_train.errors import UserError
 
 

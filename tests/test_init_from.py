@@ -10,8 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from resnet_train import checkpoint, cli, config, state_dicts
+from resnet_train import checkpoint, state_dicts
 from resnet_train.build import network
+from resnet_train.compose import compose
+from resnet_train.config.runs import check_run_dir
+from resnet_train.config.training import check
 from resnet_train.data.transforms import IMAGENET_STD
 from resnet_train.errors import SIGNALS, UserError
 from resnet_train.models import cifar_resnet, imagenet_resnet
@@ -25,7 +28,7 @@ DIGITS = ["data=digits", "depth=8", "batch_size=32", "precision=fp32", "device=c
 
 
 def configured(*words):
-    return config.check(cli._compose("train", [*DIGITS, *words]))
+    return check(compose("train", [*DIGITS, *words]))
 
 
 def begun(source, *words):
@@ -141,7 +144,7 @@ def test_another_net_is_named(tmp_path, make, words, told):
 
 def test_torchvisions_bottlenecks_are_not_the_papers(tmp_path):
     torch.save(imagenet_resnet(50, num_classes=10).state_dict(), tmp_path / "net.pth")
-    asked = config.check(cli._compose("train", ["data=imagenet", "depth=50"]), needs_data=False)
+    asked = check(compose("train", ["data=imagenet", "depth=50"]), needs_data=False)
     with pytest.raises(UserError, match=r"take bottleneck_stride=3x3$"):
         check_same_net(read_source(tmp_path / "net.pth"), asked, "init_from=net.pth")
 
@@ -167,7 +170,7 @@ def test_a_run_goes_on_exactly_without_the_file_it_began_with(trained, tmp_path,
     shutil.copy(trained, source)
     words = [f"init_from={source}", "freeze=layer1", "iterations=14", "log_every=7", "eval_every=7", "keep_every=7"]
     asked, run = configured(*words), tmp_path / "run"
-    config.check_run_dir(run, asked)
+    check_run_dir(run, asked)
     assert train(asked, run) == 0
     told = capsys.readouterr().out
     assert f"begins with the weights of {source} (CIFAR resnet-8-A)\nfrozen: all from the input to layer1\n" in told
@@ -175,12 +178,12 @@ def test_a_run_goes_on_exactly_without_the_file_it_began_with(trained, tmp_path,
     shutil.move(run / "checkpoints/iteration-0000007.pt", run / "checkpoints/last.pt")
     (run / "summary.json").unlink()
     source.unlink()
-    config.check_run_dir(run, asked)
+    check_run_dir(run, asked)
     assert train(asked, run) == 0
     assert "going on from iteration 7" in capsys.readouterr().out
     assert (run / "checkpoints/last.pt").read_bytes() == whole
     with pytest.raises(UserError, match=r"init_from=.*source\.pt: there is no such file"):
-        config.check_run_dir(tmp_path / "new", asked)
+        check_run_dir(tmp_path / "new", asked)
     assert not (tmp_path / "new").exists()
 
 

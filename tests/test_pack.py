@@ -18,11 +18,11 @@ from conftest import metrics, stamp, start
 from PIL import Image
 
 from resnet_train import cli
-from resnet_train.config import check_source, class_folders
 from resnet_train.data import pack as packing
 from resnet_train.data.images import decode
 from resnet_train.data.packed import Shard, open_packed, stored_order
 from resnet_train.data.photographs import cut, image_of, open_photographs, scaled_box
+from resnet_train.data.places import check_source, class_folders
 from resnet_train.data.sampler import WINDOW, permutation
 from resnet_train.data.sets import StreamedSets
 from resnet_train.errors import RunError, UserError

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from resnet_train import cli, config, paper
+from resnet_train import cli, paper
+from resnet_train.compose import CONFIG_DIR, compose
+from resnet_train.config.keys import flat
 from resnet_train.errors import UserError
 from resnet_train.report import detection, runs, tables, verdict
 from resnet_train.report.complexity import complexity_table
@@ -186,7 +188,7 @@ def test_deviations_are_named_with_the_papers_value(tmp_path):
 @pytest.mark.parametrize(("family", "data"), [("cifar", "cifar10"), ("imagenet", "imagenet")])
 def test_the_papers_recipe_is_the_programs(family, data):
     """But for what the README calls a deviation of its own: precision, and the images of batch norm."""
-    composed = config.flat(cli._compose("train", [f"data={data}"]))
+    composed = flat(compose("train", [f"data={data}"]))
     schedule = {f"schedule.{key}": value for key, value in (("patience", 1.0), ("threshold", 0.0), ("watch", "train"))}
     composed = schedule | {"schedule.drops": []} | composed
     recipe = {key: value for key, value in paper.RECIPES[family].items() if key not in ("precision", "bn_images")}
@@ -430,7 +432,7 @@ def test_complexity_is_the_papers_within_its_rounding():
 def test_experiments_and_tables_know_the_same_nets():
     """Each experiment has its table or figure."""
     published = {net for table in paper.TABLES.values() for net in table}
-    for path in Path(cli.CONFIG_DIR, "experiment").glob("*.yaml"):
+    for path in Path(CONFIG_DIR, "experiment").glob("*.yaml"):
         for job in yaml.safe_load(path.read_text())["jobs"].values():
             net = f"{job['arch']}-{job['depth']}" + ("" if job["arch"] == "plain" else f"-{job['shortcut']}")
             assert net in published, (path.stem, net)

@@ -26,8 +26,8 @@ from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 from resnet_train import checkpoint
-from resnet_train.config import CIFAR_FOLDER, class_folders, is_image, is_official_cifar10
 from resnet_train.data.download import download
+from resnet_train.data.places import CIFAR_FOLDER, class_folders, is_image, is_official_cifar10
 from resnet_train.errors import UserError
 from resnet_train.files import expand
 

@@ -29,7 +29,6 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from resnet_train.config import PACKED, PACKING
 from resnet_train.data.images import ImageError, decode
 from resnet_train.data.packed import (
     FORMAT,
@@ -43,6 +42,7 @@ from resnet_train.data.packed import (
     stored_order,
 )
 from resnet_train.data.photographs import Files, open_photographs, read_file
+from resnet_train.data.places import PACKED, PACKING
 from resnet_train.errors import SIGNALS, RunError, UserError
 from resnet_train.files import claimed, write_json
 
@@ -56,7 +56,7 @@ def pack(*, root: str, out: Path, shorter_side: int, quality: int, images: int, 
     if find_spec("litdata") is None:
         raise UserError("resnet-pack: needs litdata: pip install 'resnet-train[streaming]'")
     found = open_photographs(root)
-    assert isinstance(found.train, Files)  # config.check_pack has seen to it
+    assert isinstance(found.train, Files)  # check_pack has seen to it
     assert isinstance(found.test, Files)
     files = {"train": found.train, found.test.folder.name: found.test}
     settings = {

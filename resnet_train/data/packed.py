@@ -32,9 +32,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from resnet_train.config import PACKED, is_remote
 from resnet_train.data.images import cache_folder
 from resnet_train.data.photographs import Photographs
+from resnet_train.data.places import PACKED, is_remote
 from resnet_train.data.sampler import generator
 from resnet_train.errors import RunError, UserError
 

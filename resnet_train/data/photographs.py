@@ -25,8 +25,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from resnet_train import checkpoint
-from resnet_train.config import class_folders, is_image, is_packed
 from resnet_train.data.images import cache_folder, decode, keep
+from resnet_train.data.places import class_folders, is_image, is_packed
 from resnet_train.errors import UserError
 
 LISTERS = 16  # folders that are listed at once: on a file server each waits for its answers

@@ -8,25 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from resnet_train.config import (
-    FREE_KEYS,
-    as_list,
-    check_checkpoints,
-    check_depth,
-    check_file,
-    check_folder,
-    check_paths,
-    flat,
-    nearest,
-    plain_word,
-    run_name,
-    shown,
-    typed,
-)
+from resnet_train.config.keys import as_list, flat, nearest, shown, typed
+from resnet_train.config.paths import check_checkpoints, check_file, check_folder, check_paths
+from resnet_train.config.runs import FREE_KEYS, plain_word, run_name
+from resnet_train.config.training import check_depth
+from resnet_train.detection.places import list_file, lists_of
 from resnet_train.errors import UserError
 from resnet_train.files import expand
-
-LISTS = "ImageSets/Main"
 
 
 @dataclass(frozen=True)
@@ -170,23 +158,6 @@ def _check_data(data: DetectData) -> None:
                     kind = "VOC*/ImageSets/Main/*.txt" if data.name == "voc" else "annotations/instances_*.json"
                     raise UserError(f"data.root={data.root}: has no {kind}")
                 raise UserError(f"{key}={name}: {data.root} has {', '.join(there)}{nearest(name, there)}")
-
-
-def list_file(root: Path, kind: str, name: str) -> Path:
-    """The file that says which images are in the list `name`: 2007_trainval, or in one folder trainval; train2014."""
-    if kind == "coco":
-        return root / "annotations" / f"instances_{name}.json"
-    year, _, rest = name.partition("_")
-    folder = root / f"VOC{year}"
-    return folder / LISTS / f"{rest}.txt" if rest and folder.is_dir() else root / LISTS / f"{name}.txt"
-
-
-def lists_of(root: Path, kind: str) -> list[str]:
-    """The names of the lists that there are."""
-    if kind == "coco":
-        return sorted(path.stem.removeprefix("instances_") for path in root.glob("annotations/instances_*.json"))
-    years = (f"{path.parts[-4].removeprefix('VOC')}_{path.stem}" for path in root.glob(f"VOC*/{LISTS}/*.txt"))
-    return sorted([*years, *(path.stem for path in root.glob(f"{LISTS}/*.txt"))])
 
 
 def check_predict(values: Mapping[str, Any], images: Collection[str]) -> PredictConfig:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from resnet_train import checkpoint, curves, schedule, state_dicts
 from resnet_train.build import DTYPES, autocast, parallel, pick_device, pick_precision, placed
-from resnet_train.config import check_same_run, run_state
+from resnet_train.config.runs import check_same_run, run_state
 from resnet_train.data.sampler import generator
 from resnet_train.data.transforms import IMAGENET_STD
 from resnet_train.detection.batches import training_batches

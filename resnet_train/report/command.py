@@ -9,7 +9,7 @@ import webbrowser
 from pathlib import Path
 
 from resnet_train import paper
-from resnet_train.config import ReportConfig
+from resnet_train.config.commands import ReportConfig
 from resnet_train.errors import UserError
 from resnet_train.files import expand, put
 from resnet_train.report import detection, figures, page, runs, tables, verdict

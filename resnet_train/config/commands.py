@@ -1,0 +1,315 @@
+"""What the other commands may be told: typed dataclasses and their checks; no torch here."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from resnet_train.config.keys import as_list, nearest, shown, typed
+from resnet_train.config.paths import check_checkpoints, check_file, check_folder, check_out, check_paths, writable
+from resnet_train.config.training import Config, anchored, check
+from resnet_train.data.places import PACKED, REMOTE, check_source, is_packed, is_remote
+from resnet_train.errors import UserError
+from resnet_train.files import expand
+
+
+@dataclass(frozen=True)
+class EvalData:
+    """The data to evaluate on; `same` is what the checkpoint was trained on."""
+
+    name: Literal["same", "cifar10", "digits", "imagefolder", "imagenet"]
+    root: str | None
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Everything that `resnet-eval` is told: configs/eval.yaml."""
+
+    data: EvalData
+    checkpoint: list[str]
+    protocol: Literal["center", "tencrop", "multiscale"]
+    precise_bn: int
+    split: Literal["test", "val", "train"]
+    devices: int | Literal["auto"]
+    device: Literal["auto", "cpu", "cuda"]
+    timeout: int
+    out: str | None
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Everything that `resnet-report` is told: configs/report.yaml."""
+
+    report: Literal["runs", "complexity"]
+    runs: list[str]
+    out: str
+    open: bool
+
+
+@dataclass(frozen=True)
+class ResponsesConfig:
+    """Everything that `resnet-responses` is told: configs/responses.yaml."""
+
+    checkpoint: list[str]
+    data: EvalData
+    split: Literal["test", "val", "train"]
+    images: int
+    device: Literal["auto", "cpu", "cuda"]
+    out: str
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """What `resnet-bench` is told beside a configuration of training: configs/bench.yaml."""
+
+    bench: Literal["step", "loop", "loader", "eval", "startup", "memory"]
+    rounds: int
+    seconds: float
+    steps: int
+    packed: str | None
+    out: str | None
+
+
+@dataclass(frozen=True)
+class PackData:
+    """The tree to pack."""
+
+    root: str | None
+    broken: Literal["stop", "skip"]
+
+
+@dataclass(frozen=True)
+class PackConfig:
+    """Everything that `resnet-pack` is told: configs/pack.yaml."""
+
+    data: PackData
+    out: str | None
+    check: str | None
+    shorter_side: int
+    quality: int
+    shard_images: int
+    workers: int
+
+
+@dataclass(frozen=True)
+class WeightsData:
+    """The data set that imported weights are for; auto is imagenet or cifar10, as the net is."""
+
+    name: Literal["auto", "cifar10", "digits", "imagefolder", "imagenet"]
+    root: str | None
+    size: int | None
+
+
+@dataclass(frozen=True)
+class WeightsConfig:
+    """Everything that `resnet-weights` is told: configs/weights.yaml."""
+
+    word: Literal["import", "export"]
+    file: str
+    out: str
+    format: Literal["auto", "torchvision", "akamaster", "safetensors", "onnx"]
+    std: list[float] | None
+    mean: list[float] | None
+    arch: Literal["resnet", "plain"] | None
+    bottleneck_stride: Literal["1x1", "3x3"] | None
+    classes: str | None
+    precision: Literal["bf16", "fp16", "fp32", "fp64"]
+    data: WeightsData
+
+
+@dataclass(frozen=True)
+class ClassifyConfig:
+    """Everything that `resnet-classify` is told beside the images: configs/classify.yaml."""
+
+    checkpoint: str
+    device: Literal["auto", "cpu", "cuda"]
+    out: str | None
+
+
+# What `resnet-weights` reads for one of its words only, and the formats of each word.
+READ_BY_IMPORT = ("mean", "arch", "bottleneck_stride", "classes", "precision", "data")
+FORMATS = {"import": ("auto", "torchvision", "akamaster"), "export": ("auto", "torchvision", "safetensors", "onnx")}
+SUFFIXES = {".pth": "torchvision", ".pt": "torchvision", ".safetensors": "safetensors", ".onnx": "onnx"}
+# What `resnet-bench` does not read of the recipe and the data set, and what it has in place of training's own keys.
+UNREAD_BY_BENCH = ("iterations", "eval_every", "data.validation")
+FIXED_BY_BENCH = {
+    "iterations": 10**9,
+    "eval_every": 10**9,
+    "checkpoint_every": 10**9,
+    "keep_every": 0,
+    "max_restarts": 0,
+    "timeout": 600,
+    "run_dir": None,
+    "resume": "never",
+    "init_from": None,
+    "freeze": None,
+    "scale": 1,
+}
+
+
+def check_eval(values: Mapping[str, Any]) -> EvalConfig:
+    """The checked configuration of an evaluation. Raises UserError."""
+    config = typed(EvalConfig, {**values, "checkpoint": as_list(values["checkpoint"])})
+    check_paths({"data.root": config.data.root, "out": config.out})
+    check_checkpoints(config.checkpoint)
+    _check_other_data(config.data)
+    check_out(config.out)
+    return dataclasses.replace(config, data=anchored(config.data))
+
+
+def _check_other_data(data: EvalData) -> None:
+    """Refuse other data than the checkpoint's own that a look at the folder shows to be wrong. Raises UserError."""
+    if data.name != "same":
+        check_source(data.name, data.root)
+    elif data.root is not None and not expand(data.root).exists():
+        raise UserError(f"data.root={data.root}: there is no such file or folder")
+
+
+def check_report(values: Mapping[str, Any]) -> ReportConfig:
+    """The checked configuration of a report. Raises UserError."""
+    config = typed(ReportConfig, {**values, "runs": as_list(values["runs"])})
+    if config.report == "complexity" and config.runs:
+        raise UserError(f"resnet-report complexity: is about nets, not about runs; drop {config.runs[0]}")
+    if config.report == "runs" and not config.runs:
+        raise UserError("name the runs, or folders of runs, as in resnet-report runs out=report")
+    for name in config.runs:
+        check_paths({"runs": name})
+        if not expand(name).is_dir():
+            raise UserError(f"{name}: there is no such folder")
+    check_folder(config.out)
+    return config
+
+
+def check_responses(values: Mapping[str, Any]) -> ResponsesConfig:
+    """The checked configuration of a measurement of layer responses. Raises UserError."""
+    config = typed(ResponsesConfig, {**values, "checkpoint": as_list(values["checkpoint"])})
+    check_checkpoints(config.checkpoint)
+    check_paths({"data.root": config.data.root})
+    _check_other_data(config.data)
+    check_folder(config.out)
+    return dataclasses.replace(config, data=anchored(config.data))
+
+
+def check_pack(values: Mapping[str, Any]) -> PackConfig:
+    """The checked configuration of a packing, or of the check of a packed folder. Raises UserError."""
+    config = typed(PackConfig, values)
+    check_paths({"data.root": config.data.root, "out": config.out, "check": config.check})
+    if config.check is not None:
+        for key, value in (("data.root", config.data.root), ("out", config.out)):
+            if value is not None:
+                raise UserError(f"{key}={value}: means nothing to check=; drop it")
+        if "://" in config.check and not is_remote(config.check):
+            raise UserError(f"check={config.check}: allowed are folders and {' '.join(REMOTE)}")
+        if not is_packed(config.check):
+            raise UserError(f"check={config.check}: is no packed folder; it has no {PACKED}, which is written last")
+        return config
+    if config.out is None or config.data.root is None:
+        raise UserError("resnet-pack: needs data.root=TREE out=FOLDER, or check=FOLDER")
+    if is_packed(config.data.root):
+        raise UserError(f"data.root={config.data.root}: is packed already; name the tree of class folders")
+    if "://" in config.out or is_remote(config.out):
+        raise UserError(f"out={config.out}: pack to a folder, and copy that there with its provider's own tool")
+    check_source("imagenet", config.data.root)
+    out, root = expand(config.out), expand(config.data.root)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"out={config.out}: is a file; name a folder")
+    if out.resolve().is_relative_to(root.resolve()):
+        raise UserError(f"out={config.out}: lies in the tree itself; take another folder")
+    if not writable(out / PACKED):
+        raise UserError(f"out={config.out}: is not a folder that you may write to")
+    return dataclasses.replace(config, data=anchored(config.data))
+
+
+def check_weights(values: Mapping[str, Any], asked: Collection[str] = ()) -> WeightsConfig:
+    """The checked configuration of an import or export. Raises UserError."""
+    word = values["word"]
+    if word not in FORMATS:
+        raise UserError(
+            f"{'' if word is None else f'{word}: '}the first word is import or export, as in resnet-weights import"
+            f" FILE out=…{nearest(str(word), FORMATS)}"
+        )
+    if values["file"] is None:
+        raise UserError(f"name the file, as in resnet-weights {word} FILE out=…")
+    if values["out"] is None:
+        raise UserError("out: is needed; add out=…")
+    config = typed(WeightsConfig, values)
+    check_paths({"file": config.file, "out": config.out, "classes": config.classes, "data.root": config.data.root})
+    if config.format not in FORMATS[word]:
+        allowed = ", ".join(FORMATS[word])
+        raise UserError(f"format={config.format}: resnet-weights {word} has {allowed}")
+    for key in asked:
+        if word == "export" and key.split(".")[0] in READ_BY_IMPORT:
+            raise UserError(f"{key}: means nothing to resnet-weights export; drop it")
+    for key, value in (("mean", config.mean), ("std", config.std)):
+        if value is not None and len(value) != 3:
+            raise UserError(f"{key}={value}: must be three numbers, of red, green and blue, as [0.5,0.5,0.5]")
+    check_file("file", config.file)
+    if config.classes is not None:
+        check_file("classes", config.classes)
+    if config.data.root is not None:
+        check_source("imagenet" if config.data.name == "auto" else config.data.name, config.data.root)
+    if word == "export":
+        if config.format == "auto":
+            suffix = expand(config.out).suffix
+            if suffix not in SUFFIXES:
+                raise UserError(f"out={config.out}: ends in none of {' '.join(SUFFIXES)}; say format=")
+            config = dataclasses.replace(config, format=SUFFIXES[suffix])  # type: ignore[arg-type]
+        check_checkpoints([config.file])
+    elif expand(config.out).suffix not in (".pt", ".pth"):
+        raise UserError(f"out={config.out}: a checkpoint of resnet-train ends in .pt")
+    if expand(config.out).absolute() == expand(config.file).absolute():
+        raise UserError(f"out={config.out}: is the file itself; take another name")
+    check_out(config.out)
+    return dataclasses.replace(config, data=anchored(config.data))
+
+
+def check_classify(values: Mapping[str, Any], images: Collection[str]) -> ClassifyConfig:
+    """The checked configuration of a classification of `images`. Raises UserError."""
+    config = typed(ClassifyConfig, values)
+    check_paths({"out": config.out})
+    check_checkpoints([config.checkpoint])
+    check_out(config.out)
+    if not images:
+        raise UserError("name the images, as in resnet-classify cat.jpg dog.png checkpoint=…")
+    for image in images:
+        check_paths({image: image})
+        if expand(image).is_dir():
+            raise UserError(f"{image}: is a folder; name the images in it, as in {image.rstrip('/')}/*.jpg")
+        if not expand(image).is_file():
+            raise UserError(f"{image}: there is no such file")
+    return config
+
+
+def check_bench(values: Mapping[str, Any], asked: Collection[str] = ()) -> tuple[BenchConfig, Config]:
+    """The checked configuration of a benchmark: its own, and that of the training it measures. Raises UserError."""
+    own = {field.name for field in dataclasses.fields(BenchConfig)}
+    names = typing.get_args(typing.get_type_hints(BenchConfig)["bench"])
+    if values["bench"] is None:
+        raise UserError(f"name what to measure: {', '.join(names)}; as in resnet-bench {names[1]}")
+    bench = typed(BenchConfig, {key: value for key, value in values.items() if key in own})
+    check_paths({"out": bench.out})
+    check_out(bench.out)
+    for key in UNREAD_BY_BENCH:
+        if key in asked:
+            raise UserError(f"{key}: means nothing to resnet-bench; drop it")
+    if values["devices"] != 1:
+        raise UserError(f"devices={shown(values['devices'])}: resnet-bench measures one; drop it")
+    training = {key: value for key, value in values.items() if key not in own}
+    config = check(training | FIXED_BY_BENCH, asked, needs_data=False)
+    photographs = config.data.family == "imagenet" and bench.bench == "loader"
+    if photographs and config.data.root is None:
+        raise UserError(
+            "data=imagenet: resnet-bench loader measures real photographs; add data.root=, a tree or packed"
+        )
+    if bench.packed is not None and not (photographs and is_packed(bench.packed)):
+        raise UserError(f"packed={bench.packed}: must be a packed folder, for resnet-bench loader data=imagenet")
+    if bench.packed is not None and is_packed(config.data.root or ""):
+        raise UserError(f"packed={bench.packed}: data.root is packed already; name the tree there")
+    if config.data.family == "imagenet" and bench.bench in ("loop", "eval", "memory"):
+        raise UserError(
+            f"data={config.data.name}: resnet-bench {bench.bench} measures sets in memory; take data=cifar10"
+        )
+    return bench, config

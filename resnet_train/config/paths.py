@@ -1,0 +1,62 @@
+"""What a look at the disk shows to be wrong with a file or folder that is named; no file is read."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from resnet_train.config.keys import shown
+from resnet_train.errors import UserError
+from resnet_train.files import expand, nearest_existing
+
+
+def check_paths(paths: Mapping[str, str | None]) -> None:
+    """Refuse what the file system cannot even look for: a name too long, the home of nobody, a closed folder."""
+    for key, text in paths.items():
+        try:
+            Path(text or ".").expanduser().exists()
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"{key}={shown(text)}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def check_checkpoints(names: list[str]) -> None:
+    """Refuse what is no checkpoint at a first look. Raises UserError."""
+    if not names:
+        raise UserError("checkpoint=[]: name at least one")
+    for number, name in enumerate(names):
+        check_paths({"checkpoint": name})
+        if expand(name).is_dir():
+            raise UserError(f"checkpoint={name}: is a folder; name a file in it, such as checkpoints/last.pt")
+        if not expand(name).is_file():
+            raise UserError(f"checkpoint={name}: there is no such file; a run keeps its in RUN/checkpoints/")
+        if not zipfile.is_zipfile(expand(name)):
+            raise UserError(f"checkpoint={name}: is cut short or not a checkpoint")
+        if name in names[:number]:
+            raise UserError(f"checkpoint={name}: is named twice")
+
+
+def check_folder(out: str) -> None:
+    """Refuse a folder for results that is none or cannot be written. Raises UserError."""
+    check_paths({"out": out})
+    if (expand(out).exists() and not expand(out).is_dir()) or not writable(expand(out) / "file"):
+        raise UserError(f"out={out}: is not a folder that you may write to")
+
+
+def check_file(key: str, name: str) -> None:
+    """Refuse what is no file. Raises UserError."""
+    if not expand(name).is_file():
+        raise UserError(f"{key}={name}: {'is a folder' if expand(name).is_dir() else 'there is no such file'}")
+
+
+def check_out(out: str | None) -> None:
+    """Refuse a file for results that cannot be written. Raises UserError."""
+    if out is not None and (expand(out).is_dir() or not writable(expand(out))):
+        raise UserError(f"out={out}: is not a file that you may write")
+
+
+def writable(file: Path) -> bool:
+    """Whether a file could be made or written there, with the folders that are missing."""
+    parent = nearest_existing(file.parent)
+    return parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)

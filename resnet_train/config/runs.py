@@ -1,0 +1,112 @@
+"""Where a run lies, and whether it can be begun or gone on with there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from resnet_train.config.keys import flat, nearest, shown
+from resnet_train.config.paths import check_file, writable
+from resnet_train.config.training import EARLIER, Config, completed
+from resnet_train.errors import UserError
+from resnet_train.files import expand, nearest_existing
+
+# These may differ between a run and its continuation: none of them enters the mathematics, but for batch norm's
+# statistics where bn_images=device leaves them to the devices; then a note is printed.
+FREE_KEYS = {"run_dir", "resume", "checkpoint_every", "keep_every", "device", "devices", "device_batch_size"}
+FREE_KEYS |= {"max_restarts", "timeout", "data.root", "data.workers", "data.broken", "activation_checkpointing"}
+
+
+def run_directory(config: Config, asked: Iterable[str], scale: float = 1) -> Path:
+    """Where the run goes: `run_dir`, or runs/DATA/NET/ and the values of the other keys that were `asked` for.
+
+    An experiment's runs lie where the same runs lie without it, so that experiments share them.
+    """
+    if config.run_dir is not None:
+        return expand(config.run_dir)
+    told = {"data", "depth", "arch", "shortcut", "seed"} | FREE_KEYS
+    values = flat(config.plain()) | {"schedule": config.schedule.name} | ({"scale": scale} if scale != 1 else {})
+    return (
+        Path("runs")
+        / (plain_word(config.data_label) or "images")
+        / config.net
+        / run_name(values, set(asked) - told, config.seed)
+    )
+
+
+def run_name(values: Mapping[str, Any], asked: Iterable[str], seed: int) -> str:
+    """The name of a run's folder: the flat `values` of the keys that were `asked` for, then the seed."""
+    rest: dict[str, Any] = {}
+    for word in asked:
+        named = [word] if word in values else [key for key in values if key.startswith(word + ".")]
+        rest |= {key: values[key] for key in named}
+    words = [plain_word(f"{key}={json.dumps(rest[key])}") for key in sorted(rest)]
+    name = "+".join([*words, f"seed-{seed}"])
+    return name if len(name) <= 180 else name[:160] + "-" + hashlib.sha256(name.encode()).hexdigest()[:12]
+
+
+def plain_word(text: str) -> str:
+    """`text` with only such characters as need no quotes on a later command line, as in checkpoint=runs/…"""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-")
+
+
+def check_same_run(old: Mapping[str, Any], new: Mapping[str, Any], where: str) -> None:
+    """Refuse to go on with the run in `where` under a configuration that changes its mathematics."""
+    now = flat(new)
+    was = {key: value for key, value in flat(completed(old)).items() if key in now or key not in EARLIER}
+    for key in sorted(was.keys() | now.keys()):
+        if key not in FREE_KEYS and was.get(key) != now.get(key):
+            raise UserError(
+                f"{key}={shown(now.get(key))}: the run in {where} has {key}={shown(was.get(key))};"
+                f" take that, or another run_dir="
+            )
+
+
+def run_state(directory: Path) -> Literal["new", "unfinished", "finished"]:
+    """What a run directory holds."""
+    if (directory / "summary.json").is_file():
+        return "finished"
+    return "unfinished" if (directory / "config.json").is_file() else "new"
+
+
+class RunConfig(Protocol):
+    """What training and detection say alike of a run."""
+
+    @property
+    def resume(self) -> str:
+        """Whether to go on."""
+
+    @property
+    def init_from(self) -> str | None:
+        """The weights that it begins with."""
+
+    def plain(self) -> dict[str, Any]:
+        """The configuration as nested dictionaries of plain values."""
+
+
+def check_run_dir(directory: Path, config: RunConfig, *, may_be_finished: bool = False) -> None:
+    """Refuse a directory that cannot take this run: finished, not a run's, of another run, not writable."""
+    state = run_state(directory)
+    try:
+        if state == "finished" and not may_be_finished:
+            raise UserError(
+                f"run_dir={directory}: holds a finished run; read its summary.json, or take another seed= or run_dir="
+            )
+        if state == "finished" or (state == "unfinished" and config.resume != "never"):
+            check_same_run(json.loads((directory / "config.json").read_text()), config.plain(), str(directory))
+        if state == "new" and directory.exists() and any(path.suffix != ".part" for path in directory.iterdir()):
+            raise UserError(f"run_dir={directory}: exists and holds no run; take another run_dir=")
+        parent = nearest_existing(directory)
+    except (OSError, ValueError, AttributeError) as error:  # AttributeError: JSON that is no dictionary
+        raise UserError(f"run_dir={directory}: cannot be used: {error}") from error
+    if not writable(directory / "config.json"):
+        raise UserError(f"run_dir={directory}: {parent} is not a folder that you may write to; take another run_dir=")
+    if config.init_from is not None and (config.resume == "never" or (config.resume == "auto" and state == "new")):
+        check_file("init_from", config.init_from)  # a run that goes on has its weights
+    if config.resume not in ("auto", "never") and not expand(config.resume).is_file():
+        hint = nearest(config.resume, ["auto", "never"])
+        raise UserError(f"resume={config.resume}: must be auto, never or a checkpoint's file{hint}")

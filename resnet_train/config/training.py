@@ -1,0 +1,329 @@
+"""What `resnet-train` may be told: typed dataclasses and their checks; no torch here, so that errors come at once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from resnet_train.config.keys import convert, shown, typed
+from resnet_train.config.paths import check_paths
+from resnet_train.data.places import check_source, count_images, is_official_cifar10, is_remote
+from resnet_train.errors import UserError
+from resnet_train.files import expand
+
+IMAGENET_DEPTHS = (18, 34, 50, 101, 152)
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set: configs/data/."""
+
+    name: Literal["cifar10", "digits", "imagefolder", "imagenet"]
+    family: Literal["cifar", "imagenet"]
+    root: str | None
+    validation: int
+    size: int
+    workers: int
+    broken: Literal["stop", "skip"]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate over iterations: configs/schedule/. Each kind has the keys of its own file only."""
+
+    name: Literal["step", "plateau", "cosine"]
+    lr: float
+    factor: float = 1.0
+    drops: list[float] = dataclasses.field(default_factory=list)
+    patience: float = 1.0
+    threshold: float = 0.0
+    watch: Literal["train", "val"] = "train"
+
+
+@dataclass(frozen=True)
+class Warmup:
+    """Nets of `depth` layers and more start at `lr` until the training error is below `error` %."""
+
+    depth: int
+    lr: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Random changes of the training images: zero padding and crop, flip, scale or area, colour."""
+
+    pad: int
+    flip: bool
+    shorter_side: list[int] | None
+    area: list[float] | None
+    colour_jitter: float
+    colour_noise: float
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that `resnet-train` is told: configs/train.yaml, the recipe, the schedule and the data set."""
+
+    data: Data
+    schedule: Schedule
+    depth: int
+    arch: Literal["resnet", "plain"]
+    seed: int
+    devices: int | Literal["auto"]
+    max_restarts: int
+    timeout: int
+    precision: Literal["auto", "bf16", "fp16", "fp32", "fp64"]
+    device: Literal["auto", "cpu", "cuda"]
+    checkpoint_every: int
+    keep_every: int
+    run_dir: str | None
+    resume: str
+    recipe: str
+    shortcut: Literal["A", "B", "C", "none"]
+    bottleneck_stride: Literal["1x1", "3x3"]
+    init: Literal["fan_out", "fan_in"]
+    zero_gamma: bool
+    iterations: int
+    batch_size: int
+    device_batch_size: int | None
+    bn_images: int | Literal["device", "all"]
+    activation_checkpointing: bool
+    eval_batch_size: int
+    momentum: float
+    nesterov: bool
+    weight_decay: float
+    decay: Literal["all", "weights"]
+    warmup: Warmup
+    normalise: Literal["image", "channels", "standard"]
+    augment: Augment
+    compile: bool
+    log_every: int
+    eval_every: int
+    init_from: str | None = None
+    freeze: Literal["conv1", "layer1", "layer2", "layer3", "layer4"] | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """The configuration as nested dictionaries of plain values, for JSON and checkpoints."""
+        return dataclasses.asdict(self)
+
+    @property
+    def net(self) -> str:
+        """The network's name: resnet-110-A, plain-56."""
+        return f"{self.arch}-{self.depth}" + ("" if self.arch == "plain" else f"-{self.shortcut}")
+
+    @property
+    def data_label(self) -> str:
+        """The data's name in every record: a folder's own name, so that look-alikes are never called CIFAR-10."""
+        if _is_official(self.data):
+            return "cifar10"
+        if self.data.root is None:
+            return self.data.name
+        name = expand(self.data.root).resolve().name or "root"
+        return f"{name}-folder" if name in ("cifar10", "digits") else name
+
+
+# What each family of nets and data does not read; refused when asked for.
+UNREAD = {
+    "cifar": (
+        *("augment.shorter_side", "augment.area", "augment.colour_jitter", "augment.colour_noise", "normalise"),
+        *("bottleneck_stride", "data.workers", "data.broken"),
+    ),
+    "imagenet": ("augment.pad",),
+}
+SCHEDULE_KEYS: dict[str, tuple[str, ...]] = {
+    "step": ("name", "lr", "factor", "drops"),
+    "plateau": ("name", "lr", "factor", "patience", "threshold", "watch"),
+    "cosine": ("name", "lr"),
+}
+COUNTED = ("iterations", "log_every", "eval_every", "checkpoint_every", "keep_every")
+
+
+def check(values: Mapping[str, Any], asked: Collection[str] = (), *, needs_data: bool = True) -> Config:
+    """The checked configuration of a training run from plain, resolved `values`.
+
+    `asked` are the keys that the user named: a shortcut for a plain net is refused only if asked for.
+    `needs_data`: data.root= must be there where the data set has no other place.
+    Looks at the command line and at directory listings only. Raises UserError.
+    """
+    config = typed(Config, {key: value for key, value in values.items() if key != "scale"})
+    config = scaled(config, values.get("scale", 1))
+    check_paths({"data.root": config.data.root, "run_dir": config.run_dir, "resume": config.resume})
+    check_paths({"init_from": config.init_from})
+    kind = config.schedule.name
+    for key in sorted(values["schedule"].keys() ^ set(SCHEDULE_KEYS[kind])):
+        own = ", ".join(SCHEDULE_KEYS[kind])
+        raise UserError(f"schedule.{key}: schedule={kind} has {own}; choose another kind with schedule=")
+    check_family(config.data)
+    check_depth(config.depth, config.data.family)
+    for key in UNREAD[config.data.family]:
+        if key in asked:
+            raise UserError(f"{key}: means nothing to {config.data.family} data; drop it")
+    if config.devices != "auto":
+        share(config, config.devices)
+    if config.precision == "fp16" and config.device == "cpu":
+        raise UserError("precision=fp16: is for GPUs; on a CPU take bf16 or fp32")
+    if config.arch == "plain" and config.zero_gamma:
+        raise UserError("zero_gamma=true: a plain net would give nothing but zeros; it is for arch=resnet")
+    if config.arch == "plain":
+        if "shortcut" in asked and config.shortcut != "none":
+            raise UserError(f"shortcut={config.shortcut}: a plain net has no shortcuts; drop it, or take arch=resnet")
+        config = dataclasses.replace(config, shortcut="none")
+    elif config.shortcut == "none":
+        raise UserError("shortcut=none: a residual net needs A, B or C; without shortcuts it is arch=plain")
+    if config.data.name == "cifar10" and config.data.size != 32:
+        raise UserError(f"data.size={config.data.size}: CIFAR-10 is 32 px; for other sizes take data=imagefolder")
+    if config.data.family == "imagenet" and config.data.size % 32:
+        raise UserError(
+            f"data.size={config.data.size}: ImageNet nets halve the image five times; must be a multiple of 32,"
+            f" such as {max(32, round(config.data.size / 32) * 32)}"
+        )
+    if config.data.family == "imagenet":
+        check_crops(config.augment, config.data.size)
+    if config.schedule.drops != sorted(set(config.schedule.drops)):
+        raise UserError(f"schedule.drops={config.schedule.drops}: must rise, as [0.5,0.75] does")
+    if config.schedule.watch == "val" and not config.data.validation:
+        raise UserError("schedule.watch=val: needs a held-out part of the training set; add data.validation=5000")
+    if config.freeze is not None:
+        last = "layer3" if config.data.family == "cifar" else "layer4"
+        if config.freeze > last:
+            raise UserError(f"freeze={config.freeze}: the last stage of {config.data.family} nets is {last}")
+        if config.init_from is None:
+            raise UserError(f"freeze={config.freeze}: would keep random weights; add init_from=, or drop it")
+    if config.nesterov and not config.momentum:
+        raise UserError("nesterov=true: needs momentum above 0; take momentum=0.9")
+    if needs_data or config.data.root is not None:
+        check_source(config.data.name, config.data.root)
+    check_held_out(config.data)
+    source = None if config.init_from is None else str(expand(config.init_from).absolute())
+    return dataclasses.replace(config, data=anchored(config.data), init_from=source)
+
+
+def scaled(config: Config, scale: Any) -> Config:
+    """`config` with all that counts iterations multiplied by `scale`. Raises UserError."""
+    factor = convert("scale", scale, float)
+    counts = {key: getattr(config, key) for key in COUNTED}
+    return dataclasses.replace(config, **{key: max(1, round(n * factor)) for key, n in counts.items() if n})
+
+
+@dataclass(frozen=True)
+class Share:
+    """How one batch is dealt: `images` per device and forward pass, `passes` per step, batch norm over `group`."""
+
+    images: int
+    passes: int
+    group: int
+
+
+def share(config: Config, devices: int) -> Share:
+    """The share of each of `devices` in a batch. Raises UserError for what does not divide, naming the nearest."""
+    each, rest = divmod(config.batch_size, devices)
+    if rest or not each:
+        near = max(1, round(config.batch_size / devices)) * devices
+        raise UserError(f"batch_size={config.batch_size}: does not divide by {devices} devices; nearest: {near}")
+    images = min(config.device_batch_size or each, each)
+    if each % images:
+        near = _nearest_divisor(each, images)
+        raise UserError(f"device_batch_size={images}: does not divide the {each} images of a device; nearest: {near}")
+    passes = each // images
+    if config.bn_images == "device":
+        return Share(images, passes, images)
+    if config.bn_images == "all":
+        if config.activation_checkpointing:
+            raise UserError(
+                "bn_images=all: would count twice what activation_checkpointing computes again; take a number"
+            )
+        if passes > 1:
+            raise UserError("bn_images=all: a batch taken in parts has no common statistics; drop device_batch_size=")
+        if config.compile:
+            raise UserError("bn_images=all: PyTorch does not compile its synchronised batch norm; add compile=false")
+        return Share(images, passes, config.batch_size)
+    if config.bn_images > images or images % config.bn_images:
+        near = _nearest_divisor(images, config.bn_images)
+        raise UserError(
+            f"bn_images={config.bn_images}: does not divide the {images} images that a device takes at once;"
+            f" nearest: {near}"
+        )
+    return Share(images, passes, config.bn_images)
+
+
+def _nearest_divisor(number: int, near: int) -> int:
+    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - near))
+
+
+# What earlier versions did where there was no such key yet.
+EARLIER = {"data.broken": "stop", "normalise": "channels", "augment.area": None, "augment.colour_jitter": 0.0}
+
+
+def completed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration that an earlier version stored, with what it did where it had no key."""
+    found = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+    for key, value in EARLIER.items():
+        group, _, name = key.rpartition(".")
+        place = found.get(group) if group else found
+        if isinstance(place, dict):
+            place.setdefault(name, value)
+    return found
+
+
+def restored(values: Mapping[str, Any]) -> Config:
+    """The configuration that a checkpoint or a run directory holds. Raises UserError if it is of another version."""
+    try:
+        return typed(Config, completed(values))
+    except UserError as error:
+        raise UserError(f"the stored configuration cannot be read: {error}") from error
+
+
+def anchored(data: Any) -> Any:
+    """`data` with an absolute root, so that the record of a run holds from any folder."""
+    if data.root is None or is_remote(data.root):
+        return data
+    return dataclasses.replace(data, root=str(expand(data.root).absolute()))
+
+
+def check_crops(augment: Augment, size: int) -> None:
+    """Refuse ways to cut training images of `size` from photographs that cannot be gone. Raises UserError."""
+    sides, area = augment.shorter_side, augment.area
+    if (sides is None) == (area is None):
+        raise UserError(
+            f"augment.shorter_side={shown(sides)}: and augment.area={shown(area)} are two ways to cut; give one, and"
+            " null for the other"
+        )
+    if sides is not None and (len(sides) != 2 or sides[0] > sides[1] or sides[0] < size):
+        raise UserError(f"augment.shorter_side={sides}: must be [LOW,HIGH], LOW at least data.size={size}")
+    if area is not None and (len(area) != 2 or not 0 < area[0] <= area[1]):
+        raise UserError(f"augment.area={area}: must be [LOW,HIGH], parts of the image such as [0.08,1]")
+
+
+def check_depth(depth: int, family: str) -> None:
+    """Refuse a depth that the family does not have, naming the nearest (CIFAR: section 4.2; ImageNet: table 1)."""
+    if family == "cifar":
+        if depth < 8 or (depth - 2) % 6:
+            below = max(8, (depth - 2) // 6 * 6 + 2)
+            near = min(below, below + 6, key=lambda d: abs(d - depth))
+            raise UserError(f"depth={depth}: CIFAR nets have 6n+2 layers (20, 32, 44, 56, 110, 1202); nearest: {near}")
+    elif depth not in IMAGENET_DEPTHS:
+        near = min(IMAGENET_DEPTHS, key=lambda d: abs(d - depth))
+        allowed = ", ".join(map(str, IMAGENET_DEPTHS))
+        raise UserError(f"depth={depth}: ImageNet nets have {allowed} layers; nearest: {near}")
+
+
+def _is_official(data: Data) -> bool:
+    return data.name == "cifar10" and (data.root is None or is_official_cifar10(expand(data.root)))
+
+
+def check_family(data: Data) -> None:
+    """Refuse a family that the data set cannot have. Raises UserError."""
+    if data.family == "imagenet" and (_is_official(data) or data.name == "digits"):
+        raise UserError(f"data.family=imagenet: is for folders of photographs, not for data={data.name}")
+
+
+def check_held_out(data: Data) -> None:
+    """Refuse a held-out part that the data set cannot have. Raises UserError."""
+    if data.validation and data.family == "cifar":  # photographs are counted when they are listed
+        known = 50_000 if _is_official(data) else 1_437 if data.name == "digits" else None
+        images = known or count_images(expand(data.root or "") / "train")
+        if data.validation >= images:
+            raise UserError(f"data.validation={data.validation}: the training set has {images} images; hold out fewer")

@@ -1,0 +1,102 @@
+"""What `data.root` holds, as far as listings of folders tell; no torch here, so that errors come at once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from resnet_train.errors import UserError
+from resnet_train.files import expand
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
+CIFAR_FOLDER = "cifar-10-batches-py"
+PACKED = "pack.json"  # in a folder that resnet-pack has written, once it is whole
+PACKING = "packing"  # in one where it is not: what is done so far
+REMOTE = ("s3://", "gs://", "azure://", "r2://", "local:")  # where litdata reads from
+
+
+def is_official_cifar10(root: Path) -> bool:
+    """Whether `root` is the official archive (a file), or the folder that it unpacks to or that one's parent."""
+    return root.is_file() or any((folder / "data_batch_1").is_file() for folder in (root, root / CIFAR_FOLDER))
+
+
+def check_source(name: str, given: str | None) -> None:
+    """Refuse a data.root that a directory listing shows to be wrong for the data set. Raises UserError."""
+    if given is None:
+        if name in ("cifar10", "digits"):
+            return
+        raise UserError(f"data.root: data={name} needs one: data.root=PATH, a folder with train/ and test/ or val/")
+    root = expand(given)
+    if name == "digits":
+        raise UserError(f"data.root={given}: data=digits comes with scikit-learn and takes none; drop it")
+    if "://" in given or is_remote(given):
+        if name != "imagenet" or not is_remote(given):
+            raise UserError(f"data.root={given}: data=imagenet reads packed folders from {' '.join(REMOTE)}")
+        return
+    if not root.exists():
+        raise UserError(f"data.root={given}: there is no such file or folder")
+    if name == "cifar10" and is_official_cifar10(root):
+        return
+    if not root.is_dir():
+        raise UserError(f"data.root={given}: is a file; data={name} takes a folder with train/ and test/ or val/")
+    if name == "imagenet" and is_packed(given):
+        return
+    class_folders(root)
+
+
+def is_remote(root: str) -> bool:
+    """Whether `root` is a place on object storage, where packed folders may lie."""
+    return root.startswith(REMOTE)
+
+
+def is_packed(root: str) -> bool:
+    """Whether `root` is a packed folder, or may be one that is elsewhere."""
+    return is_remote(root) or (expand(root) / PACKED).is_file()
+
+
+def count_images(folder: Path) -> int:
+    """The image files below folder/<class>/."""
+    return sum(is_image(file.name) for entry in os.scandir(folder) if entry.is_dir() for file in os.scandir(entry))
+
+
+def class_folders(root: Path) -> tuple[list[str], str]:
+    """The class names of a train/<class>/*, test/<class>/* tree and the name of its test part (test or val).
+
+    Raises UserError where the two parts do not have the same classes or a class has no images.
+    """
+    try:
+        if (root / PACKED).is_file():
+            raise UserError(f"data.root={root}: is a packed folder, which data=imagenet reads")
+        if (root / PACKING).is_dir():
+            raise UserError(f"data.root={root}: is not packed to the end; the same resnet-pack command goes on with it")
+        # ImageNet's own test/ is flat, without classes: there val/ is the test part.
+        test = next((name for name in ("test", "val") if any(path.is_dir() for path in root.glob(f"{name}/*"))), None)
+        test = test or next((name for name in ("test", "val") if (root / name).is_dir()), None)
+        if not any(root.iterdir()):
+            raise UserError(f"data.root={root}: the folder is empty")
+        if test is None or not (root / "train").is_dir():
+            raise UserError(f"data.root={root}: has no train/ and test/ (or val/) folders with a folder for each class")
+        classes = {}
+        for part in ("train", test):
+            classes[part] = sorted(entry.name for entry in os.scandir(root / part) if entry.is_dir())
+            if not classes[part]:
+                raise UserError(f"data.root={root}: {part}/ has no folder for any class")
+            for name in classes[part]:
+                with os.scandir(root / part / name) as entries:
+                    found = any(is_image(entry.name) for entry in entries)
+                if not found:
+                    raise UserError(f"data.root={root}: {part}/{name}/ has no images ({' '.join(IMAGE_SUFFIXES)})")
+    except OSError as error:
+        raise UserError(f"data.root={root}: {error.strerror}: {error.filename}") from error
+    for here, there in (("train", test), (test, "train")):
+        for name in classes[here]:
+            if name not in classes[there]:
+                raise UserError(f"data.root={root}: class {name} is in {here}/ and not in {there}/")
+    if len(classes["train"]) < 2:
+        raise UserError(f"data.root={root}: has one class, {classes['train'][0]}; at least two are needed")
+    return classes["train"], test
+
+
+def is_image(name: str) -> bool:
+    """Whether a file name looks like an image's."""
+    return not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)

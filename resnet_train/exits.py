@@ -1,0 +1,141 @@
+"""How a command ends: one line for an error, told once by several processes, and the exit code."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing import resource_tracker
+from typing import Any, NoReturn
+
+from resnet_train.errors import RunError, UserError, of_a_peer, of_the_system
+
+LAUNCHERS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what each of them sets in the environment
+
+
+def check_restarts() -> None:
+    """Refuse a torchrun whose restarts would not come off: with its store, the addresses of the dead outlive them."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise UserError(
+            "torchrun --max-restarts= needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment and"
+            " --rdzv-backend=c10d; else the processes started again may look for those that died"
+        )
+
+
+def fail(error: UserError) -> NoReturn:
+    """One line on stderr, from one process of each machine, and the error's exit code."""
+    if _rank() != "0" and os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(10)  # a launcher that saw this one's end first would end the one that tells before it has
+    else:
+        tell(error)
+    sys.exit(error.code)
+
+
+def tell(error: UserError) -> None:
+    """One line on stderr; an error that all processes meet is the first one's to tell."""
+    rank = _rank()
+    if rank == "0" or not error.shared:
+        who = "" if rank == "0" else f"rank {rank}: "
+        print(f"error: {who}{_line(str(error))}", file=sys.stderr, flush=True)
+
+
+def _line(text: str) -> str:
+    """`text` as one line that a terminal can show; of what is very long, its beginning and its end."""
+    words = [word if len(word) <= 240 else f"{word[:120]}…{word[-40:]}" for word in text.split()]
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(words))
+    return text if len(text) <= 900 else f"{text[:500]} … {text[-300:]}"
+
+
+def _rank() -> str:
+    """The number of this process among those that a launcher has started, as the launcher spells it."""
+    return os.environ["RANK"] if all(name in os.environ for name in LAUNCHERS) else "0"
+
+
+def launched() -> int:
+    """The number of processes that torchrun, Slurm or our own launcher has started; 0 outside of them."""
+    if not all(name in os.environ for name in LAUNCHERS):
+        return 0
+    for name in ("RANK", "WORLD_SIZE"):
+        if not os.environ[name].isdecimal():
+            raise UserError(f"{name}={os.environ[name]}: must be a whole number; unset it, or leave it to torchrun")
+    return int(os.environ["WORLD_SIZE"])
+
+
+def take_launched(values: dict[str, Any], asked: list[str]) -> None:
+    """Take the number of processes from a launcher, if there is one, which alone may say it."""
+    if launched():
+        for key in ("devices", "max_restarts"):
+            if key in asked:
+                raise UserError(f"{key}={values.get(key)}: that is the launcher's to say, such as torchrun; drop it")
+        values["devices"] = launched()
+
+
+def start_tracker() -> None:
+    """Start Python's helper of spawned processes, deaf to what Slurm sends to all processes of a job.
+
+    It ignores SIGINT and SIGTERM by itself; of the others it would die, and fill stderr.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1, signal.SIGUSR2))
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGUSR1, signal.SIGUSR2))
+
+
+def finish(job: Callable[[], int], config: Any, max_restarts: int = 0) -> NoReturn:
+    """Exit with what `job` gives: here, as one of a launcher's processes, or in new processes for several devices."""
+    if launched():
+        code = job()
+        # torchrun takes another exit code for a failure: it would start all again, or end the whole job with 1.
+        sys.exit(0 if code > 128 and "TORCHELASTIC_RUN_ID" in os.environ else code)
+    if config.devices == 1 and not max_restarts:
+        sys.exit(job())
+    start_tracker()
+    from resnet_train.launch import launch, pick_processes
+
+    sys.exit(exit_code(lambda: launch(job, pick_processes(config.devices, config.device), max_restarts)))
+
+
+def exit_code(job: Callable[[], int | None]) -> int:
+    """The job's own exit code, 0 for none; one line for what the user or the machine lacks. Bugs keep their trace.
+
+    An error that this process alone meets ends it here, without a word to those that wait for it but its end.
+    """
+    import torch
+
+    try:
+        return job() or 0
+    except UserError as error:
+        told = error
+    except torch.OutOfMemoryError as error:
+        told = RunError(
+            f"out of memory; take a smaller batch_size= (or device_batch_size=) ({str(error).splitlines()[0]})"
+        )
+    except BrokenPipeError:  # as in `resnet-detect predict … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        told = of_the_system(error)
+    except KeyboardInterrupt:  # the second Ctrl-C
+        sys.exit(128 + signal.SIGINT)
+    except Exception as error:
+        if launched() and torch.distributed.is_initialized() and isinstance(error, RuntimeError):
+            _lost(error)
+        traceback.print_exc()
+        sys.exit(1)
+    tell(told)
+    if told.shared:
+        return told.code
+    sys.exit(told.code)
+
+
+def _lost(error: RuntimeError) -> None:
+    """Leave it to the launcher to end this process, if `error` came of the end of another, which it is to name."""
+    line = of_a_peer(error)
+    if line:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        time.sleep(10)
+        tell(RunError(f"lost the other processes ({line[:200]}); the same command goes on from the last checkpoint"))
+        sys.exit(1)
