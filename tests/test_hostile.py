@@ -365,6 +365,8 @@ FAR_OUT = """
 import functools, itertools, os, sys
 import torch
 from resnet_train import cli
+from resnet_train.compose import compose
+from resnet_train.exits import finish
 from resnet_train.models.resnet import ResNet
 
 def far_out(module, _, logits, batches=itertools.count()):
