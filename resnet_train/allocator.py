@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # malloc.h
+TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # malloc.h
 
 
 def keep_freed_memory() -> None:
@@ -16,5 +16,6 @@ def keep_freed_memory() -> None:
     """
     with contextlib.suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(MMAP_THRESHOLD, 2**30)
-        mallopt(TRIM_THRESHOLD, 2**31 - 1)
+        if not mallopt(MMAP_THRESHOLD, 2**30):  # before glibc 2.35 that is too much to ask
+            mallopt(MMAP_MAX, 0)
+        mallopt(TRIM_THRESHOLD, -1)  # never
