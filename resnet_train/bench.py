@@ -131,7 +131,7 @@ def changed(config: Config, **changes: Any) -> Config:
 def opened(config: Config, sets: MemorySets | StreamedSets, folder: Path) -> Run:
     """A run ready to train, as resnet-train would build it."""
     run = build(config, folder, sets)
-    run.compiled = config.compile and compile_network(run.model, config.depth, run.device)
+    run.compiled = config.compile and compile_network(run.model, config.depth, run.device, graphs=run.share.passes == 1)
     return run
 
 

@@ -17,7 +17,7 @@ from resnet_train.allocator import keep_freed_memory
 from resnet_train.batchnorm import group_statistics
 from resnet_train.config.training import Config
 from resnet_train.data.sets import MemorySets, StreamedSets
-from resnet_train.distributed import local_rank, main
+from resnet_train.distributed import local_rank, main, world
 from resnet_train.errors import UserError
 from resnet_train.models import cifar_resnet, imagenet_resnet
 from resnet_train.models.resnet import ResNet
@@ -181,10 +181,13 @@ def logits_of(net: nn.Module, images: Tensor, precision: str) -> Tensor:
         return net(images).float()
 
 
-def compile_network(model: ResNet, depth: int, device: torch.device) -> bool:
+def compile_network(model: ResNet, depth: int, device: torch.device, *, graphs: bool = False) -> bool:
     """Compile in place, the whole net or block by block; False where there is no compiler.
 
     Block by block above 110 layers, and where activations are computed again, which is done between blocks.
+
+    With `graphs`, one GPU replays a whole net's kernels as CUDA graphs: small nets wait for their launches else. What a
+    pass gives, its gradients included, then lasts until the next pass, so they are for steps of one pass.
 
     Shapes are fixed: the same batch gives the same kernels, in training and in every later evaluation.
     """
@@ -196,7 +199,8 @@ def compile_network(model: ResNet, depth: int, device: torch.device) -> bool:
             print(f"compile=true: there is no working compiler ({reason}); going on without, slower", flush=True)
         return False
     if depth <= WHOLE and not model.recompute:
-        model.compile(dynamic=False)
+        replayed = graphs and device.type == "cuda" and world() == 1
+        model.compile(dynamic=False, mode="reduce-overhead" if replayed else None)
         return True
     with contextlib.suppress(AttributeError):  # one kernel set for each shape and mode, however many blocks share it
         torch._dynamo.config.recompile_limit = 64

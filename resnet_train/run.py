@@ -65,8 +65,8 @@ def train(config: Config, directory: Path) -> int:
             together(lambda: begin_from(run, source))
         state, environment = from_main(lambda: _open(run, held))
         together(lambda: None if main() else _go_on(run, state))  # as the first has in `_open`
-        if config.compile:
-            run.compiled = (state is None or run.compiled) and compile_network(run.model, config.depth, run.device)
+        if config.compile and (state is None or run.compiled):
+            run.compiled = compile_network(run.model, config.depth, run.device, graphs=run.share.passes == 1)
         if world() > 1:
             run.net = exchanging(run.model, run.precision, (run.share.images, 3, config.data.size, config.data.size))
         _announce(run, state, source)

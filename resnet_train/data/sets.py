@@ -121,7 +121,8 @@ class MemorySets:
             indices = batch_indices(seed, iteration, batch_size, len(data))[part].to(device, non_blocking=True)
             draws = draw_crops(generator(seed, "augment", iteration), batch_size, pad, augment["flip"])
             tops, lefts, flips = (draw[part].to(device, non_blocking=True) for draw in draws)
-            yield crop_and_normalise(data.images[indices], mean, tops, lefts, flips, pad), data.labels[indices]
+            images = data.images.index_select(0, indices)  # many times as fast as data.images[indices]
+            yield crop_and_normalise(images, mean, tops, lefts, flips, pad), data.labels[indices]
             iteration += 1
 
     def eval_batches(
@@ -133,7 +134,8 @@ class MemorySets:
             indices = torch.arange(start, start + batch_size, device=device)
             inside = indices < len(data)
             indices = indices.clamp(max=len(data) - 1)
-            yield normalise(data.images[indices], mean), torch.where(inside, data.labels[indices], -1)
+            images = normalise(data.images.index_select(0, indices), mean)
+            yield images, torch.where(inside, data.labels[indices], -1)
 
     def eval_views(
         self, _: str, split: str, mean: Tensor, device: torch.device, batch_size: int, rank: int = 0, world: int = 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)  # channel averages, in 0 to 255
@@ -46,24 +45,26 @@ def crop_and_normalise(images: Tensor, mean: Tensor, tops: Tensor, lefts: Tensor
     padded mean is the padded difference, so both are cropped alike and one subtraction does for all.
     """
     count, height, width, channels = images.shape
-    across, margin = width + 2 * pad, (0, 0, pad, pad, pad, pad)
+    down, across, places = height + 2 * pad, width + 2 * pad, torch.arange(count, device=images.device)
     lefts = torch.where(flips, 2 * pad - lefts, lefts)  # the offset in the mirrored image
     rows = (tops[:, None] + torch.arange(height, device=images.device)) * across + lefts[:, None]
 
-    def cut(padded: Tensor, which: Tensor) -> Tensor:
-        """The crop of `padded[which]` for each image, copied row by row from wherever in memory a row begins."""
-        begins = which[:, None] * (across * (height + 2 * pad)) + rows
+    def cut(images: Tensor, which: Tensor) -> Tensor:
+        """The crop of `images[which]` for each place, copied row by row from wherever in memory a row begins."""
+        padded = images.new_zeros(2, len(images), down, across, channels)  # as they are, and mirrored
+        inside = padded[:, :, pad : pad + height, pad : pad + width]
+        inside[0], inside[1] = images, images.flip(2)
+        begins = (which + len(images) * flips)[:, None] * (down * across) + rows
         runs = padded.flatten().unfold(0, width * channels, channels)
-        return runs[begins.flatten()].view(count, height, width, channels)
+        return runs.index_select(0, begins.flatten()).view(count, height, width, channels)
 
-    crops = cut(F.pad(flip_some(images, flips), margin), torch.arange(count, device=images.device))
-    means = cut(F.pad(torch.stack([mean, mean.flip(1)]), margin), flips.long())
-    return normalise(crops, means)
+    return normalise(cut(images, places), cut(mean[None], torch.zeros_like(places)))
 
 
 def flip_some(images: Tensor, flips: Tensor) -> Tensor:
     """(N, H, W, 3) with those mirrored where `flips` (N,) is true."""
-    return torch.where(flips[:, None, None, None], images.flip(2), images)
+    places = torch.arange(len(images), device=images.device)
+    return torch.cat([images, images.flip(2)]).index_select(0, places + len(images) * flips)
 
 
 def colour_noise(images: Tensor, alphas: Tensor) -> Tensor:
