@@ -47,7 +47,7 @@ def open_sets(config: Config) -> MemorySets | StreamedSets:
     data = config.data
     if data.family == "cifar":
         return MemorySets(name=data.name, root=data.root, size=data.size, validation=data.validation)
-    assert data.root is not None  # config.training.check has seen to it
+    assert data.root is not None  # check_train has seen to it
     return StreamedSets(
         root=data.root,
         size=data.size,

@@ -1,7 +1,8 @@
-"""The commands. Configurations are composed and checked here, before torch is imported; errors become one line."""
+"""The commands: each job is checked before torch is imported, and then done."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
 import multiprocessing
@@ -19,10 +20,10 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from resnet_train.compose import check_hydras, compose, config_dir, jobs_of, keys_asked, quoted, with_jobs
+from resnet_train.compose import check_hydras, compose, config_dir, jobs_of, keys_asked, plain, with_jobs
 from resnet_train.config.commands import (
     BenchConfig,
     ClassifyConfig,
@@ -40,9 +41,9 @@ from resnet_train.config.commands import (
     check_weights,
 )
 from resnet_train.config.runs import check_run_dir, run_directory, run_state
-from resnet_train.config.training import Config, check
+from resnet_train.config.training import Config, check_train
 from resnet_train.errors import SIGNALS, RunError, UserError, of_the_system
-from resnet_train.exits import check_restarts, exit_code, fail, finish, launched, start_tracker, take_launched, tell
+from resnet_train.exits import exit_code, fail, finish, launched, start_tracker, tell
 from resnet_train.files import expand
 
 
@@ -74,10 +75,15 @@ def report() -> None:
         kept.append("report=complexity")
         folders = folders[1:]
     if folders:
-        kept.append(f"runs=[{','.join(map(quoted, folders))}]")
+        kept.append(f"runs=[{','.join(map(_quoted, folders))}]")
     # Hydra takes overrides together, not around a flag.
     sys.argv[1:] = sorted(kept, key=lambda word: not word.startswith("-") and "=" in word)
     _command("report", _prepare_report, _report_job)
+
+
+def _quoted(text: str) -> str:
+    """`text` as Hydra reads it back, whatever it holds."""
+    return '"' + re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + ('\\"' if found[2] else ""), text) + '"'
 
 
 def responses() -> None:
@@ -121,8 +127,8 @@ def classify() -> None:
         return check_classify(values, images) if look else None, None
 
     def job(composed: DictConfig) -> NoReturn:
-        values: Any = OmegaConf.to_container(composed, resolve=True)
-        sys.exit(exit_code(functools.partial(_classify_here, check_classify(values, images), images)))
+        asked = prepare(plain(composed), [], sweep=False)[0]
+        sys.exit(exit_code(functools.partial(_classify_here, asked, images)))
 
     _command("classify", prepare, job)
 
@@ -143,18 +149,16 @@ def detect() -> None:
         return check_predict(values, images) if look else None, None
 
     def job(composed: DictConfig) -> NoReturn:
-        values: Any = OmegaConf.to_container(composed, resolve=True)
-        sys.exit(exit_code(functools.partial(_predict_here, prepare(values, [], sweep=False)[0], images)))
+        asked = prepare(plain(composed), [], sweep=False)[0]
+        sys.exit(exit_code(functools.partial(_predict_here, asked, images)))
 
     _command("predict", prepare, job)
 
 
 def _take_words() -> list[str]:
     """Take from the command line what is no flag and no KEY=VALUE: files by any name, which Hydra is not to parse."""
-    parser = get_args_parser()
-    parser.error = _usage  # type: ignore[method-assign]
     try:
-        overrides = parser.parse_args().overrides
+        overrides = _arguments().overrides
     except UserError as error:
         fail(error)
     words = [word for word in overrides if not re.match(r"[+~]*(hydra/\w+|[A-Za-z_][\w.]*)=", word)]
@@ -163,14 +167,23 @@ def _take_words() -> list[str]:
     return words
 
 
+def _arguments() -> argparse.Namespace:
+    """The command line, as Hydra takes it apart. Raises UserError."""
+
+    def refuse(message: str) -> NoReturn:
+        raise UserError(f"{message}; --help shows what there is")
+
+    parser = get_args_parser()
+    parser.error = refuse  # type: ignore[method-assign]
+    return parser.parse_args()
+
+
 def _command(name: str, prepare: Callable[..., Any], job: Callable[[DictConfig], Any]) -> None:
     """Check every job that the command line asks for, then let Hydra run them (or show help, config, completion)."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its exceptions to us instead of printing them
     hydras: list[str] = []  # the words that are for Hydra
     try:
-        parser = get_args_parser()
-        parser.error = _usage  # type: ignore[method-assign]
-        arguments = parser.parse_args()
+        arguments = _arguments()
         for flag in ("config_name", "config_path", "config_dir", "experimental_rerun"):
             if getattr(arguments, flag) is not None:
                 raise UserError(f"--{flag.replace('_', '-')}: the configurations are this command's own; drop it")
@@ -185,8 +198,7 @@ def _command(name: str, prepare: Callable[..., Any], job: Callable[[DictConfig],
                 f"-m: torchrun would start the sweep in each of its processes; take resnet-{name} -m"
                 f" devices={os.environ.get('LOCAL_WORLD_SIZE', '8')} … without torchrun, or torchrun for one run"
             )
-        if launched() > 1 and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
-            check_restarts()
+        _check_restarts()
         places: list[Path] = []
         jobs = [] if arguments.shell_completion else jobs_of(name, arguments.overrides, sweep)
         if not (arguments.help or arguments.hydra_help or arguments.info):
@@ -218,6 +230,16 @@ def _command(name: str, prepare: Callable[..., Any], job: Callable[[DictConfig],
         fail(UserError(f"{' '.join(hydras)}: Hydra cannot take that ({type(error).__name__}: {error})"))
 
 
+def _check_restarts() -> None:
+    """Refuse a torchrun whose restarts would not come off: with its store, the addresses of the dead outlive them."""
+    restarts = launched() > 1 and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise UserError(
+            "torchrun --max-restarts= needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment and"
+            " --rdzv-backend=c10d; else the processes started again may look for those that died"
+        )
+
+
 def _check_all_finished(places: list[Path]) -> None:
     """Tell at a sweep's end which of its runs in `places` failed, here or wherever the launcher ran them."""
     failed = [str(place) for place in places if run_state(place) != "finished"]
@@ -225,8 +247,13 @@ def _check_all_finished(places: list[Path]) -> None:
         raise RunError(f"{len(failed)} of {len(places)} jobs of the sweep did not finish: {', '.join(failed)}")
 
 
-def _usage(message: str) -> NoReturn:
-    raise UserError(f"{message}; --help shows what there is")
+def _take_launched(values: dict[str, Any], asked: list[str]) -> None:
+    """Take the number of processes from a launcher, if there is one, which alone may say it."""
+    if launched():
+        for key in ("devices", "max_restarts"):
+            if key in asked:
+                raise UserError(f"{key}={values.get(key)}: that is the launcher's to say, such as torchrun; drop it")
+        values["devices"] = launched()
 
 
 def _prepare_train(values: dict[str, Any], overrides: list[str], sweep: bool, look: bool = True) -> tuple[Config, Path]:
@@ -234,10 +261,10 @@ def _prepare_train(values: dict[str, Any], overrides: list[str], sweep: bool, lo
     asked = keys_asked(overrides)
     for key in ("experiment", "job", "jobs"):  # they have said which net and seed
         values.pop(key, None)
-    take_launched(values, asked)
+    _take_launched(values, asked)
     if "scale" not in values:
         raise UserError("scale: is missing")
-    config = check(values, asked)
+    config = check_train(values, asked)
     directory = run_directory(config, asked, values["scale"])
     if look and os.environ.get("RANK", "0") == "0":
         check_run_dir(directory, config, may_be_finished=sweep)
@@ -246,20 +273,18 @@ def _prepare_train(values: dict[str, Any], overrides: list[str], sweep: bool, lo
 
 def _prepare_detect(values: dict[str, Any], overrides: list[str], sweep: bool, look: bool = True) -> tuple[Any, Path]:
     """The checked configuration of one run of a detector and its directory, which is looked at."""
-    from resnet_train.detection.config import check_detect, run_directory
+    from resnet_train.detection import config as detection
 
     asked = keys_asked(overrides)
-    take_launched(values, asked)
-    config = check_detect(values, asked)
-    directory = run_directory(config, asked)
+    _take_launched(values, asked)
+    config = detection.check_detect(values, asked)
+    directory = detection.run_directory(config, asked)
     if look and os.environ.get("RANK", "0") == "0":
         check_run_dir(directory, config, may_be_finished=sweep)
     return config, directory
 
 
-def _prepare_eval(
-    values: dict[str, Any], _: list[str], sweep: bool, look: bool = True
-) -> tuple[EvalConfig, Path | None]:
+def _prepare_eval(values: dict[str, Any], _: list[str], sweep: bool, look: bool = True) -> tuple[EvalConfig, None]:
     if sweep:
         raise UserError("-m: resnet-eval takes one checkpoint at a time")
     return check_eval(values), None
@@ -328,10 +353,9 @@ def _detect_job(composed: DictConfig) -> None:
 
 def _run_job(composed: DictConfig, prepare: Callable[..., Any], here: Callable[[Any, Path], int]) -> None:
     """One run; in a sweep in a process of its own, so that nothing leaks from one job to the next."""
-    values: Any = OmegaConf.to_container(composed, resolve=True)
     sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
-        config, directory = prepare(values, list(HydraConfig.get().overrides.task), sweep)
+        config, directory = prepare(plain(composed), list(HydraConfig.get().overrides.task), sweep)
     except UserError as error:  # not so when the command began
         if not sweep:
             fail(error)
@@ -405,8 +429,7 @@ def _predict_here(asked: Any, images: list[str]) -> None:
 
 def _eval_job(composed: DictConfig) -> None:
     """One evaluation."""
-    values: Any = OmegaConf.to_container(composed, resolve=True)
-    asked = check_eval(values)
+    asked = check_eval(plain(composed))
     finish(functools.partial(_eval_here, asked), asked)
 
 
@@ -419,8 +442,7 @@ def _eval_here(asked: EvalConfig) -> int:
 
 def _report_job(composed: DictConfig) -> None:
     """One report, in this process, without torch."""
-    values: Any = OmegaConf.to_container(composed, resolve=True)
-    asked = check_report(values)
+    asked = check_report(plain(composed))
     from resnet_train.report.command import report as write
 
     try:
@@ -431,8 +453,7 @@ def _report_job(composed: DictConfig) -> None:
 
 def _responses_job(composed: DictConfig) -> None:
     """The responses of all checkpoints."""
-    values: Any = OmegaConf.to_container(composed, resolve=True)
-    sys.exit(exit_code(functools.partial(_responses_here, check_responses(values))))
+    sys.exit(exit_code(functools.partial(_responses_here, check_responses(plain(composed)))))
 
 
 def _responses_here(asked: ResponsesConfig) -> None:
@@ -443,8 +464,7 @@ def _responses_here(asked: ResponsesConfig) -> None:
 
 def _bench_job(composed: DictConfig) -> None:
     """One sub-benchmark."""
-    values: Any = OmegaConf.to_container(composed, resolve=True)
-    asked, config = _prepare_bench(values, list(HydraConfig.get().overrides.task), sweep=False)[0]
+    asked, config = _prepare_bench(plain(composed), list(HydraConfig.get().overrides.task), sweep=False)[0]
     sys.exit(exit_code(functools.partial(_bench_here, asked, config)))
 
 
@@ -456,8 +476,7 @@ def _bench_here(asked: BenchConfig, config: Config) -> None:
 
 def _pack_job(composed: DictConfig) -> None:
     """One packing, or the check of one."""
-    values: Any = OmegaConf.to_container(composed, resolve=True)
-    sys.exit(exit_code(functools.partial(_pack_here, check_pack(values))))
+    sys.exit(exit_code(functools.partial(_pack_here, check_pack(plain(composed)))))
 
 
 def _pack_here(asked: PackConfig) -> None:

@@ -12,12 +12,12 @@ import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from resnet_train.config.commands import FIXED_BY_BENCH
-from resnet_train.config.keys import flat, nearest
-from resnet_train.errors import UserError
+from resnet_train.config.keys import flat
+from resnet_train.errors import UserError, nearest
 
 _PACKAGE = Path(__file__).resolve().parent
 CONFIG_DIR = str(next(p for p in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if p.is_dir()))
@@ -39,11 +39,6 @@ def groups(name: str) -> list[str]:
     return sorted(folder for folder in folders if folder != "detection") if name in GROUPED else []
 
 
-def quoted(text: str) -> str:
-    """`text` as Hydra reads it back, whatever it holds."""
-    return '"' + re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + ('\\"' if found[2] else ""), text) + '"'
-
-
 def check_hydras(words: list[str], multirun: bool) -> None:
     """Refuse what would go round this command's own checks. Raises UserError."""
     for item in words:
@@ -54,7 +49,12 @@ def check_hydras(words: list[str], multirun: bool) -> None:
             raise UserError(f"{item}: drop it; -m makes a sweep")
 
 
-def jobs_of(name: str, overrides: list[str], multirun: bool) -> list[list[str]]:
+def plain(composed: DictConfig) -> Any:
+    """The resolved values of one job, as its check takes them."""
+    return OmegaConf.to_container(composed, resolve=True)
+
+
+def jobs_of(name: str, overrides: list[str], sweep: bool) -> list[list[str]]:
     """The overrides of each job: the sweep written out, or the command line as it is."""
     parsed = []
     for item in overrides:
@@ -66,7 +66,7 @@ def jobs_of(name: str, overrides: list[str], multirun: bool) -> list[list[str]]:
             raise UserError(f"{item!r}: is not key=value")
         if override.package is not None:
             raise UserError(f"{item}: no key is taken elsewhere with @ here; write {override.key_or_group}=VALUE")
-        if override.is_sweep_override() and not multirun:
+        if override.is_sweep_override() and not sweep:
             raise UserError(f"{item}: several values are a sweep; add -m, or quote a list as key=[a,b]")
         if override.key_or_group in groups(name) and isinstance(override.value(), (list, dict)):
             raise UserError(
@@ -74,7 +74,7 @@ def jobs_of(name: str, overrides: list[str], multirun: bool) -> list[list[str]]:
             )
         parsed.append(override)
     try:
-        return BasicSweeper.split_arguments(parsed, None)[0] if multirun else [overrides]
+        return BasicSweeper.split_arguments(parsed, None)[0] if sweep else [overrides]
     except (HydraException, ValueError) as error:
         raise UserError(f"{' '.join(overrides)}: {error}; write the values out, as in depth=20,56") from error
 

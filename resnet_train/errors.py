@@ -2,15 +2,41 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import signal
+from collections.abc import Iterable
 
 # What ends a run in good order, with a checkpoint. Slurm sends the last two, or SIGTERM, before it takes the machine.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 # Who started this process, noted before torch is imported: that takes seconds, in which a launcher can be killed.
 PARENT = os.getppid()
+
+LAUNCHERS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what each of them sets in the environment
+
+# Words of other tools, and ours for them.
+MEANT = {
+    "epochs": "iterations",
+    "learning_rate": "lr",
+    "dataset": "data",
+    "model": "arch",
+    "gpu": "cuda",
+    "float16": "fp16",
+    "bfloat16": "bf16",
+    "float32": "fp32",
+    "float64": "fp64",
+    "gpus": "devices",
+    "sync_bn": "bn_images",
+    "10crop": "tencrop",
+    "10-crop": "tencrop",
+    "multi-scale": "multiscale",
+    "gradient_checkpointing": "activation_checkpointing",
+    "pretrained": "init_from",
+    "weights": "init_from",
+    "frozen_stages": "freeze",
+}
 
 
 class UserError(Exception):
@@ -44,3 +70,12 @@ def of_the_system(error: OSError) -> RunError:
     """What the operating system refused, for the user."""
     place = error.filename or "a file or the output"
     return RunError(f"{place}: {error.strerror}; what is on disk is whole; with room made, the same command goes on")
+
+
+def nearest(word: str, allowed: Iterable[str]) -> str:
+    """`; did you mean X?` for the allowed word most like `word`, or nothing."""
+    words = {item.lower(): item for item in allowed}
+    word = MEANT.get(word.lower(), word.lower())
+    found = [item for item in words if item.rsplit(".", 1)[-1] == word or item == word]
+    found = found or difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
+    return f"; did you mean {words[found[0]]}?" if found else ""

@@ -1,4 +1,4 @@
-"""How a command ends: one line for an error, told once by several processes, and the exit code."""
+"""How a command ends, alone or as one of several processes: one line for an error, and the exit code."""
 
 from __future__ import annotations
 
@@ -11,18 +11,7 @@ from collections.abc import Callable
 from multiprocessing import resource_tracker
 from typing import Any, NoReturn
 
-from resnet_train.errors import RunError, UserError, of_a_peer, of_the_system
-
-LAUNCHERS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what each of them sets in the environment
-
-
-def check_restarts() -> None:
-    """Refuse a torchrun whose restarts would not come off: with its store, the addresses of the dead outlive them."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        raise UserError(
-            "torchrun --max-restarts= needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment and"
-            " --rdzv-backend=c10d; else the processes started again may look for those that died"
-        )
+from resnet_train.errors import LAUNCHERS, RunError, UserError, of_a_peer, of_the_system
 
 
 def fail(error: UserError) -> NoReturn:
@@ -62,15 +51,6 @@ def launched() -> int:
         if not os.environ[name].isdecimal():
             raise UserError(f"{name}={os.environ[name]}: must be a whole number; unset it, or leave it to torchrun")
     return int(os.environ["WORLD_SIZE"])
-
-
-def take_launched(values: dict[str, Any], asked: list[str]) -> None:
-    """Take the number of processes from a launcher, if there is one, which alone may say it."""
-    if launched():
-        for key in ("devices", "max_restarts"):
-            if key in asked:
-                raise UserError(f"{key}={values.get(key)}: that is the launcher's to say, such as torchrun; drop it")
-        values["devices"] = launched()
 
 
 def start_tracker() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from resnet_train import __version__, checkpoint, state_dicts
 from resnet_train.build import network
 from resnet_train.config.commands import WeightsConfig
-from resnet_train.config.training import Config, check, restored
+from resnet_train.config.training import Config, check_train, restored
 from resnet_train.data.images import CLASSES
 from resnet_train.data.names import imagenet_classes
 from resnet_train.data.packed import open_packed
@@ -210,7 +210,7 @@ def _config(asked: WeightsConfig, source: Source, base: dict[str, Any]) -> Confi
         raise UserError(f"arch=plain: {asked.file} has projections (option {source.shortcut}), as no plain net has")
     if values["arch"] == "resnet" and source.shortcut == "none":
         values["shortcut"] = "A"
-    return check(values, needs_data=False)
+    return check_train(values, needs_data=False)
 
 
 def _classes(asked: WeightsConfig, source: Source) -> list[str]:

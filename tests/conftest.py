@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from resnet_train import cli
 from resnet_train.compose import compose
-from resnet_train.config.training import check
+from resnet_train.config.training import check_train
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data" / "unpack"
@@ -87,7 +87,7 @@ def trained(tmp_path_factory):
     from resnet_train.train import step
 
     words = ["data=digits", "depth=8", "batch_size=32", "precision=fp32", "device=cpu"]
-    config = check(compose("train", words))
+    config = check_train(compose("train", words))
     folder = tmp_path_factory.mktemp("trained")
     found = run.build(config, folder)
     augment = dataclasses.asdict(config.augment)

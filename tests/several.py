@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from resnet_train import checkpoint
 from resnet_train.build import exchanging
 from resnet_train.compose import CONFIG_DIR
-from resnet_train.config.training import check
+from resnet_train.config.training import check_train
 from resnet_train.distributed import joined, rank, world
 from resnet_train.errors import UserError
 from resnet_train.evaluate import count_errors
@@ -42,7 +42,7 @@ EVALUATED = (50, 200)
 def composed(*overrides):
     """What the command line would make of `overrides`."""
     with hydra.initialize_config_dir(CONFIG_DIR, version_base="1.3"):
-        return check(OmegaConf.to_container(hydra.compose("train", list(overrides)), resolve=True))
+        return check_train(OmegaConf.to_container(hydra.compose("train", list(overrides)), resolve=True))
 
 
 def batches(run):

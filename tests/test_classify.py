@@ -11,7 +11,7 @@ from resnet_train import checkpoint
 from resnet_train.build import logits_of
 from resnet_train.classify import view
 from resnet_train.compose import compose
-from resnet_train.config.training import check
+from resnet_train.config.training import check_train
 from resnet_train.data.images import read_image
 from resnet_train.data.names import imagenet_classes
 from resnet_train.data.sets import MemorySets, StreamedSets
@@ -38,7 +38,7 @@ def pictures(tmp_path_factory):
 def configured(family, size):
     values = compose("train", ["data=imagenet", "depth=18"] if family == "imagenet" else ["data=imagefolder"])
     values["data"] |= {"size": size, "family": family}
-    return check(values, needs_data=False)
+    return check_train(values, needs_data=False)
 
 
 def saved(path, net, found, classes):

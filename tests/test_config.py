@@ -19,7 +19,7 @@ from resnet_train.compose import CONFIG_DIR, compose
 from resnet_train.config.commands import check_eval
 from resnet_train.config.keys import ABOVE, BELOW, RANGES, flat
 from resnet_train.config.runs import FREE_KEYS, check_run_dir, check_same_run, run_directory, run_state
-from resnet_train.config.training import UNREAD, check, check_depth, restored
+from resnet_train.config.training import UNREAD, check_depth, check_train, restored
 from resnet_train.data.places import class_folders
 from resnet_train.errors import UserError
 from resnet_train.schedule import Progress, learning_rate
@@ -138,7 +138,7 @@ def keys_of(overrides):
 
 
 def checked(*overrides):
-    return check(composed(*overrides), keys_of(overrides))
+    return check_train(composed(*overrides), keys_of(overrides))
 
 
 def directory(*overrides):
@@ -320,7 +320,7 @@ def test_what_a_family_does_not_read_is_refused(family, key, tmp_path):
     assert not base_of(key, tmp_path / "other") or family == "cifar"
 
 
-UNCOUNTED = ("check", "check_eval", "check_weights", "check_classify")
+UNCOUNTED = ("check_train", "check_eval", "check_weights", "check_classify")
 
 
 def reads():
@@ -359,7 +359,7 @@ def test_every_key_is_read():
     keys |= set(flat(compose("pack", [])))
     keys |= set(flat(compose("weights", []))) | compose("classify", ["checkpoint=x"]).keys()
     keys |= set(flat(compose("detect", []))) | compose("predict", ["checkpoint=x"]).keys()
-    assert unread(keys) == {"scale"}  # which check multiplies the counts by: tests/test_experiments.py
+    assert unread(keys) == {"scale"}  # which check_train multiplies the counts by: tests/test_experiments.py
     assert unread({"bn_wd", "schedule.nosuch", "seed"}) == {"bn_wd", "schedule.nosuch"}
 
 
@@ -775,7 +775,7 @@ def test_a_directory_needs_no_quotes_on_a_later_command_line(asked):
 @pytest.mark.parametrize("name", ["my pictures", "50% (a, b)", "größe", "图片", "a'b", "x=y", "[1]"])
 def test_nor_does_one_named_after_a_folder_with_odd_characters(name, tmp_path):
     root = tree(tmp_path / name)
-    found = check(once() | {"data": once("data=imagefolder")["data"] | {"root": str(root)}})
+    found = check_train(once() | {"data": once("data=imagefolder")["data"] | {"root": str(root)}})
     assert found.data_label == name
     assert not set(str(run_directory(found, []))) & ODD
     assert run_directory(found, []).parts[-2:] == ("resnet-20-A", "seed-0")

@@ -33,12 +33,6 @@ LAYERS = [
 UPPER = {f"resnet_train.{name}" for layer in LAYERS for name in layer}
 LEAVES = [name for name in MODULES if name not in UPPER]
 CONFIGS = [name for name in MODULES if name.startswith("resnet_train.config")] + ["resnet_train.detection.config"]
-DATACLASSES = {
-    node.name
-    for module in CONFIGS
-    for node in TREES[module].body
-    if isinstance(node, ast.ClassDef) and node.decorator_list
-}
 
 
 def imports(tree, *, module_level=False):
@@ -123,12 +117,10 @@ def test_there_are_no_cycles():
 
 
 def test_leaves_take_plain_arguments():
-    """The configuration is for the layers above; only what reads boxes asks it for the nearest right name."""
-    assert {"Config", "EvalConfig", "Data", "Schedule", "DetectConfig"} <= DATACLASSES
+    """The configuration is for the layers above."""
+    assert {"resnet_train.config.training", "resnet_train.detection.config"} <= set(CONFIGS)
     for name in set(LEAVES) - set(CONFIGS):
-        borrowed = {what for module, what in imports(TREES[name]) if module in CONFIGS}
-        assert borrowed <= {"nearest"}, name
-        assert not borrowed & DATACLASSES, name
+        assert not own(TREES[name]) & set(CONFIGS), name
 
 
 def public(node, prefix=""):

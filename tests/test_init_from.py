@@ -14,7 +14,7 @@ from resnet_train import checkpoint, state_dicts
 from resnet_train.build import network
 from resnet_train.compose import compose
 from resnet_train.config.runs import check_run_dir
-from resnet_train.config.training import check
+from resnet_train.config.training import check_train
 from resnet_train.data.transforms import IMAGENET_STD
 from resnet_train.errors import SIGNALS, UserError
 from resnet_train.models import cifar_resnet, imagenet_resnet
@@ -28,7 +28,7 @@ DIGITS = ["data=digits", "depth=8", "batch_size=32", "precision=fp32", "device=c
 
 
 def configured(*words):
-    return check(compose("train", [*DIGITS, *words]))
+    return check_train(compose("train", [*DIGITS, *words]))
 
 
 def begun(source, *words):
@@ -144,7 +144,7 @@ def test_another_net_is_named(tmp_path, make, words, told):
 
 def test_torchvisions_bottlenecks_are_not_the_papers(tmp_path):
     torch.save(imagenet_resnet(50, num_classes=10).state_dict(), tmp_path / "net.pth")
-    asked = check(compose("train", ["data=imagenet", "depth=50"]), needs_data=False)
+    asked = check_train(compose("train", ["data=imagenet", "depth=50"]), needs_data=False)
     with pytest.raises(UserError, match=r"take bottleneck_stride=3x3$"):
         check_same_net(read_source(tmp_path / "net.pth"), asked, "init_from=net.pth")
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from resnet_train import checkpoint, state_dicts
 from resnet_train.compose import compose
-from resnet_train.config.training import check
+from resnet_train.config.training import check_train
 from resnet_train.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from resnet_train.errors import UserError
 from resnet_train.models import cifar_resnet, imagenet_resnet
@@ -251,7 +251,7 @@ def test_a_net_of_torchvisions_goes_through_the_command_and_back(weights, tmp_pa
 def test_what_a_recipe_does_to_pixels_goes_with_the_export(weights, tmp_path, normalise, divided):
     """The exported net and its description give the logits that evaluation gives, whichever recipe trained it."""
     values = compose("train", ["data=imagenet", "depth=18", f"normalise={normalise}", "data.size=64"])
-    found = check(values, needs_data=False)
+    found = check_train(values, needs_data=False)
     net = lived(imagenet_resnet(18, num_classes=5)).float()
     mean = torch.rand(64, 64, 3) * 255 if normalise == "image" else torch.tensor(IMAGENET_MEAN).view(1, 1, 3)
     kept = {"config": found.plain(), "iteration": 1, "model": net.state_dict(), "mean": mean, "classes": list("abcde")}

@@ -8,11 +8,19 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from resnet_train.config.keys import as_list, nearest, shown, typed
-from resnet_train.config.paths import check_checkpoints, check_file, check_folder, check_out, check_paths, writable
-from resnet_train.config.training import Config, anchored, check
+from resnet_train.config.keys import as_list, shown, typed
+from resnet_train.config.paths import (
+    anchored,
+    check_checkpoints,
+    check_file,
+    check_folder,
+    check_out,
+    check_paths,
+    writable,
+)
+from resnet_train.config.training import Config, check_train
 from resnet_train.data.places import PACKED, REMOTE, check_source, is_packed, is_remote
-from resnet_train.errors import UserError
+from resnet_train.errors import UserError, nearest
 from resnet_train.files import expand
 
 
@@ -298,7 +306,7 @@ def check_bench(values: Mapping[str, Any], asked: Collection[str] = ()) -> tuple
     if values["devices"] != 1:
         raise UserError(f"devices={shown(values['devices'])}: resnet-bench measures one; drop it")
     training = {key: value for key, value in values.items() if key not in own}
-    config = check(training | FIXED_BY_BENCH, asked, needs_data=False)
+    config = check_train(training | FIXED_BY_BENCH, asked, needs_data=False)
     photographs = config.data.family == "imagenet" and bench.bench == "loader"
     if photographs and config.data.root is None:
         raise UserError(

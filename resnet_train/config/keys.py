@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 import sys
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
-from resnet_train.errors import UserError
+from resnet_train.errors import UserError, nearest
 
-# What a number may be: at least, at most; None for no bound. Open below where the name stands in ABOVE.
+# What a number may be: at least, at most; None for no bound. Open below where
+# the name stands in ABOVE, open above where in BELOW.
 RANGES: dict[str, tuple[float | None, float | None]] = {
     "seed": (0, 2**63 - 1),
     "scale": (0, 1),
@@ -71,36 +71,8 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
 }
 ABOVE = {"scale", "lr", "schedule.lr", "warmup.lr", "schedule.factor", "schedule.patience", "seconds", "std"}
 BELOW = {"momentum"}
-# Words of other tools, and ours for them.
-MEANT = {
-    "epochs": "iterations",
-    "learning_rate": "lr",
-    "dataset": "data",
-    "model": "arch",
-    "gpu": "cuda",
-    "float16": "fp16",
-    "bfloat16": "bf16",
-    "float32": "fp32",
-    "float64": "fp64",
-    "gpus": "devices",
-    "sync_bn": "bn_images",
-    "10crop": "tencrop",
-    "10-crop": "tencrop",
-    "multi-scale": "multiscale",
-    "gradient_checkpointing": "activation_checkpointing",
-    "pretrained": "init_from",
-    "weights": "init_from",
-    "frozen_stages": "freeze",
-}
 
-
-def nearest(word: str, allowed: Iterable[str]) -> str:
-    """`; did you mean X?` for the allowed word most like `word`, or nothing."""
-    words = {item.lower(): item for item in allowed}
-    word = MEANT.get(word.lower(), word.lower())
-    found = [item for item in words if item.rsplit(".", 1)[-1] == word or item == word]
-    found = found or difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
-    return f"; did you mean {words[found[0]]}?" if found else ""
+T = TypeVar("T")
 
 
 def shown(value: Any) -> str:
@@ -156,9 +128,6 @@ def _in_range(key: str, value: float) -> float:
     if high is not None and (value > high or (value == high and key in BELOW)):
         raise UserError(f"{key}={text}: must be {'below' if key in BELOW else 'at most'} {high}")
     return value
-
-
-T = TypeVar("T")
 
 
 def typed(kind: type[T], values: Any, prefix: str = "") -> T:

@@ -1,13 +1,16 @@
-"""What a look at the disk shows to be wrong with a file or folder that is named; no file is read."""
+"""What a look at the disk shows to be wrong with a file or folder that is named; no torch here."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from resnet_train.config.keys import shown
+from resnet_train.data.places import is_remote
 from resnet_train.errors import UserError
 from resnet_train.files import expand, nearest_existing
 
@@ -60,3 +63,10 @@ def writable(file: Path) -> bool:
     """Whether a file could be made or written there, with the folders that are missing."""
     parent = nearest_existing(file.parent)
     return parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)
+
+
+def anchored(data: Any) -> Any:
+    """`data` with an absolute root, so that the record of a run holds from any folder."""
+    if data.root is None or is_remote(data.root):
+        return data
+    return dataclasses.replace(data, root=str(expand(data.root).absolute()))

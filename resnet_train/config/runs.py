@@ -9,10 +9,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from resnet_train.config.keys import flat, nearest, shown
+from resnet_train.config.keys import flat, shown
 from resnet_train.config.paths import check_file, writable
 from resnet_train.config.training import EARLIER, Config, completed
-from resnet_train.errors import UserError
+from resnet_train.errors import UserError, nearest
 from resnet_train.files import expand, nearest_existing
 
 # These may differ between a run and its continuation: none of them enters the mathematics, but for batch norm's

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from resnet_train.config.keys import convert, shown, typed
-from resnet_train.config.paths import check_paths
-from resnet_train.data.places import check_source, count_images, is_official_cifar10, is_remote
+from resnet_train.config.paths import anchored, check_paths
+from resnet_train.data.places import check_source, count_images, is_official_cifar10
 from resnet_train.errors import UserError
 from resnet_train.files import expand
 
@@ -133,15 +133,19 @@ UNREAD = {
     ),
     "imagenet": ("augment.pad",),
 }
+# What each kind of schedule reads.
 SCHEDULE_KEYS: dict[str, tuple[str, ...]] = {
     "step": ("name", "lr", "factor", "drops"),
     "plateau": ("name", "lr", "factor", "patience", "threshold", "watch"),
     "cosine": ("name", "lr"),
 }
+# What scale= multiplies.
 COUNTED = ("iterations", "log_every", "eval_every", "checkpoint_every", "keep_every")
+# What earlier versions did where there was no such key yet.
+EARLIER = {"data.broken": "stop", "normalise": "channels", "augment.area": None, "augment.colour_jitter": 0.0}
 
 
-def check(values: Mapping[str, Any], asked: Collection[str] = (), *, needs_data: bool = True) -> Config:
+def check_train(values: Mapping[str, Any], asked: Collection[str] = (), *, needs_data: bool = True) -> Config:
     """The checked configuration of a training run from plain, resolved `values`.
 
     `asked` are the keys that the user named: a shortcut for a plain net is refused only if asked for.
@@ -156,7 +160,7 @@ def check(values: Mapping[str, Any], asked: Collection[str] = (), *, needs_data:
     for key in sorted(values["schedule"].keys() ^ set(SCHEDULE_KEYS[kind])):
         own = ", ".join(SCHEDULE_KEYS[kind])
         raise UserError(f"schedule.{key}: schedule={kind} has {own}; choose another kind with schedule=")
-    check_family(config.data)
+    _check_family(config.data)
     check_depth(config.depth, config.data.family)
     for key in UNREAD[config.data.family]:
         if key in asked:
@@ -181,7 +185,7 @@ def check(values: Mapping[str, Any], asked: Collection[str] = (), *, needs_data:
             f" such as {max(32, round(config.data.size / 32) * 32)}"
         )
     if config.data.family == "imagenet":
-        check_crops(config.augment, config.data.size)
+        _check_crops(config.augment, config.data.size)
     if config.schedule.drops != sorted(set(config.schedule.drops)):
         raise UserError(f"schedule.drops={config.schedule.drops}: must rise, as [0.5,0.75] does")
     if config.schedule.watch == "val" and not config.data.validation:
@@ -196,7 +200,7 @@ def check(values: Mapping[str, Any], asked: Collection[str] = (), *, needs_data:
         raise UserError("nesterov=true: needs momentum above 0; take momentum=0.9")
     if needs_data or config.data.root is not None:
         check_source(config.data.name, config.data.root)
-    check_held_out(config.data)
+    _check_held_out(config.data)
     source = None if config.init_from is None else str(expand(config.init_from).absolute())
     return dataclasses.replace(config, data=anchored(config.data), init_from=source)
 
@@ -253,10 +257,6 @@ def _nearest_divisor(number: int, near: int) -> int:
     return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - near))
 
 
-# What earlier versions did where there was no such key yet.
-EARLIER = {"data.broken": "stop", "normalise": "channels", "augment.area": None, "augment.colour_jitter": 0.0}
-
-
 def completed(values: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration that an earlier version stored, with what it did where it had no key."""
     found = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
@@ -276,14 +276,7 @@ def restored(values: Mapping[str, Any]) -> Config:
         raise UserError(f"the stored configuration cannot be read: {error}") from error
 
 
-def anchored(data: Any) -> Any:
-    """`data` with an absolute root, so that the record of a run holds from any folder."""
-    if data.root is None or is_remote(data.root):
-        return data
-    return dataclasses.replace(data, root=str(expand(data.root).absolute()))
-
-
-def check_crops(augment: Augment, size: int) -> None:
+def _check_crops(augment: Augment, size: int) -> None:
     """Refuse ways to cut training images of `size` from photographs that cannot be gone. Raises UserError."""
     sides, area = augment.shorter_side, augment.area
     if (sides is None) == (area is None):
@@ -314,13 +307,13 @@ def _is_official(data: Data) -> bool:
     return data.name == "cifar10" and (data.root is None or is_official_cifar10(expand(data.root)))
 
 
-def check_family(data: Data) -> None:
+def _check_family(data: Data) -> None:
     """Refuse a family that the data set cannot have. Raises UserError."""
     if data.family == "imagenet" and (_is_official(data) or data.name == "digits"):
         raise UserError(f"data.family=imagenet: is for folders of photographs, not for data={data.name}")
 
 
-def check_held_out(data: Data) -> None:
+def _check_held_out(data: Data) -> None:
     """Refuse a held-out part that the data set cannot have. Raises UserError."""
     if data.validation and data.family == "cifar":  # photographs are counted when they are listed
         known = 50_000 if _is_official(data) else 1_437 if data.name == "digits" else None

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from resnet_train.config.keys import as_list, flat, nearest, shown, typed
+from resnet_train.config.keys import as_list, flat, shown, typed
 from resnet_train.config.paths import check_checkpoints, check_file, check_folder, check_paths
 from resnet_train.config.runs import FREE_KEYS, plain_word, run_name
 from resnet_train.config.training import check_depth
 from resnet_train.detection.places import list_file, lists_of
-from resnet_train.errors import UserError
+from resnet_train.errors import UserError, nearest
 from resnet_train.files import expand
 
 

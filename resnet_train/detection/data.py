@@ -23,10 +23,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from resnet_train.config.keys import nearest
 from resnet_train.data.images import ImageError, read_image
 from resnet_train.detection.places import list_file, lists_of
-from resnet_train.errors import UserError
+from resnet_train.errors import UserError, nearest
 
 VOC_CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog"),
