@@ -1,4 +1,4 @@
-"""The command `resnet-bench`: each figure beside a reference that runs in turn with it, round by round.
+"""The command `resnet-bench`: each figure beside a reference that runs in the same process, round by round.
 
 The references: `classic`, the training that everybody writes, and `bare`, our own step on one batch, the ceiling.
 """
@@ -45,7 +45,6 @@ from resnet_train.run import build, git_commit, memory_held, peak_memory, proces
 from resnet_train.timing import (
     SPEED,
     Work,
-    apart,
     clocked,
     compared,
     environment,
@@ -184,35 +183,6 @@ def recording(run: Run) -> Iterator[Record]:
         record.close()
 
 
-# --- What everybody writes, each in a process of its own --------------------------------------------------------------
-
-
-def _classic_step(config: Config, classes: int, device: torch.device) -> Callable[[int], None]:
-    images = torch.randn(config.batch_size, 3, config.data.size, config.data.size, device=device)
-    labels = torch.randint(classes, (config.batch_size,), device=device)
-    trainer = classic.Trainer(network(config, classes), device)
-    return functools.partial(trainer.steps, itertools.repeat((images, labels)))
-
-
-def _classic_loop(config: Config, device: torch.device) -> Callable[[int], None]:
-    sets = in_memory(config)
-    trainer = classic.Trainer(network(config, len(sets.classes)), device)
-    batches = classic.endless(classic.loader(sets.parts["train"], config.batch_size, device, train=True))
-    return functools.partial(trainer.steps, batches)
-
-
-def _classic_evaluation(config: Config, device: torch.device) -> Callable[[int], None]:
-    sets = in_memory(config)
-    trainer = classic.Trainer(network(config, len(sets.classes)), device)
-    batches = classic.loader(sets.parts["test"], config.eval_batch_size, device, train=False)
-
-    def passes(count: int) -> None:
-        for _ in range(count):
-            trainer.evaluate(batches)
-
-    return passes
-
-
 # --- The six ---------------------------------------------------------------------------------------------------------
 
 
@@ -222,12 +192,14 @@ def steps(asked: BenchConfig, config: Config, folder: Path, device: torch.device
     sets, works = sets_of(config), {}
     for precision, compiled in dict.fromkeys(kinds):
         run = opened(changed(config, precision=precision, compile=compiled), sets, folder)
-        works[f"{precision} {'compiled' if run.compiled else 'eager'}"] = bare(run, *next(batches_of(run)))
-    with apart(_classic_step, config, len(sets.classes), device) as classically:
-        works["classic"] = Work(classically, config.batch_size)
-        with environment("TORCHINDUCTOR_CACHE_DIR", str(folder)):  # an empty one
-            first = {name: clocked(functools.partial(work.do, 1), device) for name, work in works.items()}
-        found = speeds(works, asked.seconds, asked.rounds, device)
+        images, labels = next(batches_of(run))
+        works[f"{precision} {'compiled' if run.compiled else 'eager'}"] = bare(run, images, labels)
+    batch = images.contiguous(), labels
+    trainer = classic.Trainer(network(config, len(sets.classes)), device)
+    works["classic"] = Work(functools.partial(trainer.steps, itertools.repeat(batch)), len(images))
+    with environment("TORCHINDUCTOR_CACHE_DIR", str(folder)):  # an empty one
+        first = {name: clocked(functools.partial(work.do, 1), device) for name, work in works.items()}
+    found = speeds(works, asked.seconds, asked.rounds, device)
     rows = compared(found, "classic")
     text = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in first.items())
     return Outcome(rows, {"first_step_seconds": first}, [f"first step, compile cache empty: {text}"])
@@ -235,12 +207,15 @@ def steps(asked: BenchConfig, config: Config, folder: Path, device: torch.device
 
 def whole_loop(asked: BenchConfig, config: Config, folder: Path, device: torch.device) -> Outcome:
     """The training loop with its record, evaluation and checkpoints aside, against `bare` and `classic`."""
-    run, batch = opened(config, in_memory(config), folder), config.batch_size
-    with recording(run) as record, apart(_classic_loop, config, device) as classically:
+    sets, batch = in_memory(config), config.batch_size
+    trainer = classic.Trainer(network(config, len(sets.classes)), device)
+    batches = classic.endless(classic.loader(sets.parts["train"], batch, device, train=True))
+    run = opened(config, sets, folder)
+    with recording(run) as record:
         works = {
             "loop": Work(functools.partial(trained, run, record), batch, config.log_every),
             "bare": bare(run, *next(batches_of(run))),
-            "classic": Work(classically, batch),
+            "classic": Work(functools.partial(trainer.steps, batches), batch),
         }
         found = speeds(works, asked.seconds, asked.rounds, device)
         shares = _shares(run, record)
@@ -367,15 +342,20 @@ def evaluation(asked: BenchConfig, config: Config, folder: Path, device: torch.d
     """A pass over the test images against the classic one."""
     sets = in_memory(config)
     size, batch = sets.sizes["test"], config.eval_batch_size
+    trainer = classic.Trainer(network(config, len(sets.classes)), device)
+    theirs = classic.loader(sets.parts["test"], batch, device, train=False)
     run = opened(config, sets, folder)
 
     def ours(count: int) -> None:
         for _ in range(count):
             count_errors(run.model, sets.eval_batches("test", run.mean, device, batch), run.precision, size)
 
-    with apart(_classic_evaluation, config, device) as classically:
-        works = {"ours": Work(ours, size), "classic": Work(classically, size)}
-        found = speeds(works, asked.seconds, asked.rounds, device)
+    def classically(count: int) -> None:
+        for _ in range(count):
+            trainer.evaluate(theirs)
+
+    works = {"ours": Work(ours, size), "classic": Work(classically, size)}
+    found = speeds(works, asked.seconds, asked.rounds, device)
     rows = compared(found, "classic")
     return Outcome(rows, {"images": size}, [f"a pass: {size} images in batches of {batch}"])
 

@@ -101,37 +101,10 @@ def environment(name: str, value: str) -> Iterator[None]:
 def in_new_process(job: Callable[..., Any], *arguments: Any) -> Any:
     """What `job` gives in a fresh process. Raises RunError where that is killed."""
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return _result(pool, job, *arguments)
-
-
-@contextlib.contextmanager
-def apart(begin: Callable[..., Callable[[int], Any]], *arguments: Any) -> Iterator[Callable[[int], None]]:
-    """A process with nothing of what is set in this one: what `begin(*arguments)` gives there, to be called here.
-
-    Raises RunError where it is killed.
-    """
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, context, _begin, (begin, arguments)) as pool:
-        _result(pool, int)  # it has begun
-        yield lambda count: _result(pool, _go_on, count)
-
-
-def _result(pool: concurrent.futures.Executor, job: Callable[..., Any], *arguments: Any) -> Any:
-    try:
-        return pool.submit(job, *arguments).result()
-    except BrokenProcessPool as error:
-        raise RunError("the process that was measured was killed; is there enough memory?") from error
-
-
-_APART: list[Callable[[int], Any]] = []  # in a process of its own: what it does
-
-
-def _begin(begin: Callable[..., Callable[[int], Any]], arguments: tuple[Any, ...]) -> None:
-    _APART[:] = [begin(*arguments)]
-
-
-def _go_on(count: int) -> None:
-    _APART[0](count)
+        try:
+            return pool.submit(job, *arguments).result()
+        except BrokenProcessPool as error:
+            raise RunError("the process that was measured was killed; is there enough memory?") from error
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:

@@ -1,12 +1,10 @@
 """The benchmark: its figures hang together, its references are what they are called, a wrong command is one line."""
 
-import ast
 import dataclasses
 import itertools
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 
@@ -365,37 +363,15 @@ def test_the_classic_trainer_trains_and_counts():
     assert trainer.right == (trainer.net(images).argmax(1) == labels).sum()
 
 
-def settings():
-    """What this program sets for a whole process, and which process it is."""
-    return torch.backends.cudnn.allow_tf32, os.getpid()
-
-
-def write_settings(place):
-    return lambda count: place.write_text(repr((count, settings())))
-
-
-def test_what_is_timed_apart_has_nothing_of_what_is_set_here(tmp_path, monkeypatch):
-    """As the classic loop is: PyTorch's own float32 on a GPU is TF32, which ours is not."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    with timing.apart(write_settings, tmp_path / "there") as work:
-        work(3)
-        count, (tf32, process) = ast.literal_eval((tmp_path / "there").read_text())
-    assert count == 3
-    assert tf32
-    assert process != os.getpid()
-
-
-def die(count):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_a_process_apart_that_is_killed_is_told():
-    with timing.apart(itself, die) as work, pytest.raises(RunError, match="was killed"):
-        work(1)
-
-
-def itself(function):
-    return function
+def test_the_classic_step_computes_as_pytorch_does_by_itself():
+    """Also where our fp32 has switched TF32 off."""
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    try:
+        with classic.defaults():
+            assert torch.backends.cudnn.allow_tf32
+        assert not torch.backends.cudnn.allow_tf32
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 # --- The command line ------------------------------------------------------------------------------------------------
