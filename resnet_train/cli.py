@@ -43,7 +43,7 @@ from resnet_train.config.commands import (
 from resnet_train.config.runs import check_run_dir, run_directory, run_state
 from resnet_train.config.training import Config, check_train
 from resnet_train.errors import SIGNALS, RunError, UserError, of_the_system
-from resnet_train.exits import exit_code, fail, finish, launched, start_tracker, tell
+from resnet_train.exits import exit_code, fail, finish, launched, leave, start_tracker, tell
 from resnet_train.files import expand
 
 
@@ -119,40 +119,38 @@ def weights() -> None:
 
 def classify() -> None:
     """The command `resnet-classify`."""
-    images = _take_words()
-
-    def prepare(values: dict[str, Any], _: list[str], sweep: bool, look: bool = True) -> tuple[Any, None]:
-        if sweep or launched():
-            raise UserError("resnet-classify is one process with one checkpoint; take it without -m and torchrun")
-        return check_classify(values, images) if look else None, None
-
-    def job(composed: DictConfig) -> NoReturn:
-        asked = prepare(plain(composed), [], sweep=False)[0]
-        sys.exit(exit_code(functools.partial(_classify_here, asked, images)))
-
-    _command("classify", prepare, job)
+    _of_images("classify", "resnet-classify", check_classify, _classify_here)
 
 
 def detect() -> None:
     """The command `resnet-detect`."""
-    if sys.argv[1:2] != ["predict"]:
+    if sys.argv[1:2] == ["predict"]:
+        del sys.argv[1]
+        _of_images("predict", "resnet-detect predict", _check_predict, _predict_here)
+    else:
         _command("detect", _prepare_detect, _detect_job)
-        return
-    del sys.argv[1]
+
+
+def _check_predict(values: dict[str, Any], images: list[str]) -> Any:
+    from resnet_train.detection.config import check_predict
+
+    return check_predict(values, images)
+
+
+def _of_images(name: str, words: str, check: Callable[..., Any], here: Callable[[Any, list[str]], None]) -> None:
+    """A command that is given images and a checkpoint."""
     images = _take_words()
 
     def prepare(values: dict[str, Any], _: list[str], sweep: bool, look: bool = True) -> tuple[Any, None]:
-        from resnet_train.detection.config import check_predict
-
         if sweep or launched():
-            raise UserError("resnet-detect predict is one process with one checkpoint; take it without -m and torchrun")
-        return check_predict(values, images) if look else None, None
+            raise UserError(f"{words} is one process with one checkpoint; take it without -m and torchrun")
+        return check(values, images) if look else None, None
 
     def job(composed: DictConfig) -> NoReturn:
         asked = prepare(plain(composed), [], sweep=False)[0]
-        sys.exit(exit_code(functools.partial(_predict_here, asked, images)))
+        sys.exit(exit_code(functools.partial(here, asked, images)))
 
-    _command("predict", prepare, job)
+    _command(name, prepare, job)
 
 
 def _take_words() -> list[str]:
@@ -219,9 +217,8 @@ def _command(name: str, prepare: Callable[..., Any], job: Callable[[DictConfig],
         fail(UserError(str(error)))
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:  # as in `resnet-train --help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    except BrokenPipeError:
+        leave()
     except OSError as error:
         fail(UserError(f"{error.filename}: {error.strerror}") if error.filename else of_the_system(error))
     except Exception as error:

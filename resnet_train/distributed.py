@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from resnet_train.errors import LAUNCHERS, Elsewhere, UserError, of_the_system
+from resnet_train.errors import Elsewhere, UserError, of_a_launcher, of_the_system
 
 T = TypeVar("T")
 
@@ -164,8 +164,7 @@ def _end(message: str) -> None:
 
 def expected() -> int:
     """The number of processes that a launcher has started, this one included; 0 where it is alone."""
-    found = all(name in os.environ for name in LAUNCHERS)
-    size = int(os.environ["WORLD_SIZE"]) if found else 1
+    size = int(os.environ["WORLD_SIZE"]) if of_a_launcher() else 1
     return size if size > 1 else 0
 
 

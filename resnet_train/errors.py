@@ -14,8 +14,6 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 # Who started this process, noted before torch is imported: that takes seconds, in which a launcher can be killed.
 PARENT = os.getppid()
 
-LAUNCHERS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what each of them sets in the environment
-
 # Words of other tools, and ours for them.
 MEANT = {
     "epochs": "iterations",
@@ -58,6 +56,11 @@ class Elsewhere(UserError):
     def __init__(self, error: UserError) -> None:
         super().__init__(str(error))
         self.code = error.code
+
+
+def of_a_launcher() -> bool:
+    """Whether torchrun, Slurm or our own launcher has started this process, by what each of them sets."""
+    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
 
 
 def of_a_peer(error: RuntimeError) -> str | None:

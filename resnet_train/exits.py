@@ -11,7 +11,7 @@ from collections.abc import Callable
 from multiprocessing import resource_tracker
 from typing import Any, NoReturn
 
-from resnet_train.errors import LAUNCHERS, RunError, UserError, of_a_peer, of_the_system
+from resnet_train.errors import RunError, UserError, of_a_launcher, of_a_peer, of_the_system
 
 
 def fail(error: UserError) -> NoReturn:
@@ -31,6 +31,12 @@ def tell(error: UserError) -> None:
         print(f"error: {who}{_line(str(error))}", file=sys.stderr, flush=True)
 
 
+def leave() -> NoReturn:
+    """End without a word: who read the output has gone, as in `resnet-train --help | head`."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(1)
+
+
 def _line(text: str) -> str:
     """`text` as one line that a terminal can show; of what is very long, its beginning and its end."""
     words = [word if len(word) <= 240 else f"{word[:120]}…{word[-40:]}" for word in text.split()]
@@ -40,12 +46,12 @@ def _line(text: str) -> str:
 
 def _rank() -> str:
     """The number of this process among those that a launcher has started, as the launcher spells it."""
-    return os.environ["RANK"] if all(name in os.environ for name in LAUNCHERS) else "0"
+    return os.environ["RANK"] if of_a_launcher() else "0"
 
 
 def launched() -> int:
     """The number of processes that torchrun, Slurm or our own launcher has started; 0 outside of them."""
-    if not all(name in os.environ for name in LAUNCHERS):
+    if not of_a_launcher():
         return 0
     for name in ("RANK", "WORLD_SIZE"):
         if not os.environ[name].isdecimal():
@@ -92,9 +98,8 @@ def exit_code(job: Callable[[], int | None]) -> int:
         told = RunError(
             f"out of memory; take a smaller batch_size= (or device_batch_size=) ({str(error).splitlines()[0]})"
         )
-    except BrokenPipeError:  # as in `resnet-detect predict … | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    except BrokenPipeError:
+        leave()
     except OSError as error:
         told = of_the_system(error)
     except KeyboardInterrupt:  # the second Ctrl-C

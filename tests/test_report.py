@@ -325,9 +325,13 @@ def test_the_report_of_the_committed_runs(reported):
     assert {"index.html", "report.md", "table-6.csv", "deviations.csv", "runs.csv"} <= names
     assert {f"figure-{number}.{kind}" for number in (1, 6) for kind in ("png", "svg")} <= names
     assert not [name for name in names if name.startswith(".")]
-    rows = {line["net"]: line for line in csv.DictReader((reported / "table-6.csv").read_text().splitlines())}
-    for net in ("plain-20", "resnet-20-A"):
-        ends = [json.loads(path.read_text()) for path in RESULTS.glob(f"{net}/bf16-*/summary.json")]
+    for table, net, precision in (
+        ("table-6.csv", "plain-20", "bf16"),
+        ("table-6.csv", "resnet-20-A", "bf16"),
+        ("table-6-2.csv", "resnet-20-A", "fp32"),
+    ):
+        rows = {line["net"]: line for line in csv.DictReader((reported / table).read_text().splitlines())}
+        ends = [json.loads(path.read_text()) for path in RESULTS.glob(f"{net}/{precision}-*/summary.json")]
         errors = [end["last"]["test"]["error"] for end in ends]
         assert len(errors) > 1
         found = rows[net]["ours, last (single view)"].split()[0]
