@@ -1,4 +1,4 @@
-"""Batch norm whose statistics are those of small groups of images, on however many devices the batch lies.
+"""Batch norm: PyTorch's, and one whose statistics are those of small groups of images, on however many devices.
 
 The paper's were: 32 images on each of 8 GPUs for ImageNet, 64 on each of 2 for CIFAR-10. Here any device takes several
 such groups at once, one after another or with others, and the mathematics stays the same.
@@ -16,7 +16,22 @@ from torch import Tensor, nn
 from resnet_train.distributed import total
 
 
-class GroupBatchNorm2d(nn.BatchNorm2d):
+class BatchNorm2d(nn.BatchNorm2d):
+    """nn.BatchNorm2d whose batches `update_statistics` counts, all norms at once: on a GPU each count is a kernel."""
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to the same."""
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps
+        )
+
+
+class GroupBatchNorm2d(BatchNorm2d):
     """nn.BatchNorm2d over groups of `images` consecutive images; its state dict is the same.
 
     In training the running statistics are left alone: `sums` gathers mean and (unbiased) variance of each group, and
@@ -24,10 +39,6 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
     """
 
     sums: Tensor  # (2, channels)
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor
-    momentum: float
 
     def __init__(self, channels: int, images: int) -> None:
         super().__init__(channels)
@@ -50,7 +61,7 @@ def group_statistics(model: nn.Module, images: int) -> None:
     """Make every batch norm of a fresh `model` take its statistics over groups of `images`, in place."""
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if type(child) is nn.BatchNorm2d:
+            if type(child) is BatchNorm2d:
                 grouped = GroupBatchNorm2d(child.num_features, images)
                 grouped.load_state_dict(child.state_dict())
                 setattr(module, name, grouped)
@@ -73,14 +84,21 @@ def uncounted(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def update_statistics(model: nn.Module, groups: int) -> None:
-    """Move the running statistics towards the mean over the `groups` of one step, which all processes share."""
-    norms = [module for module in model.modules() if isinstance(module, GroupBatchNorm2d) and module.training]
-    if not norms:  # none, or all of them frozen
+    """Count one step in every batch norm that is not frozen.
+
+    Those over groups also move their running statistics here, towards the mean over the `groups` of the step, which
+    all processes share.
+    """
+    trained = [module for module in model.modules() if isinstance(module, BatchNorm2d) and module.training]
+    if not trained:
+        return
+    torch._foreach_add_([norm.num_batches_tracked for norm in trained], 1)
+    norms = [norm for norm in trained if isinstance(norm, GroupBatchNorm2d)]
+    if not norms:
         return
     found = total(torch.cat([norm.sums.flatten() for norm in norms])).div_(groups)
     running = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
     torch._foreach_lerp_(running, found.split([len(buffer) for buffer in running]), norms[0].momentum)
-    torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
     torch._foreach_zero_([norm.sums for norm in norms])
 
 

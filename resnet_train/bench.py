@@ -28,7 +28,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from resnet_train import classic
-from resnet_train.build import compile_network, network, open_sets, pick_device, pick_precision
+from resnet_train.build import (
+    compile_network,
+    network,
+    open_sets,
+    pick_compile,
+    pick_device,
+    pick_eval_batch,
+    pick_precision,
+)
 from resnet_train.config.commands import BenchConfig
 from resnet_train.config.training import Config
 from resnet_train.data.images import decode
@@ -131,7 +139,7 @@ def changed(config: Config, **changes: Any) -> Config:
 def opened(config: Config, sets: MemorySets | StreamedSets, folder: Path) -> Run:
     """A run ready to train, as resnet-train would build it."""
     run = build(config, folder, sets)
-    run.compiled = config.compile and compile_network(run.model, config.depth, run.device, graphs=run.share.passes == 1)
+    run.compiled = pick_compile(config, run.device) and compile_network(run.model, config.depth, run.device)
     return run
 
 
@@ -341,7 +349,7 @@ def _on_one_thread(work: Work) -> Work:
 def evaluation(asked: BenchConfig, config: Config, folder: Path, device: torch.device) -> Outcome:
     """A pass over the test images against the classic one."""
     sets = in_memory(config)
-    size, batch = sets.sizes["test"], config.eval_batch_size
+    size, batch = sets.sizes["test"], pick_eval_batch(config, device)
     trainer = classic.Trainer(network(config, len(sets.classes)), device)
     theirs = classic.loader(sets.parts["test"], batch, device, train=False)
     run = opened(config, sets, folder)

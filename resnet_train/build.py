@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -17,12 +18,13 @@ from resnet_train.allocator import keep_freed_memory
 from resnet_train.batchnorm import group_statistics
 from resnet_train.config.training import Config
 from resnet_train.data.sets import MemorySets, StreamedSets
-from resnet_train.distributed import local_rank, main, world
+from resnet_train.distributed import local_rank, main
 from resnet_train.errors import UserError
 from resnet_train.models import cifar_resnet, imagenet_resnet
 from resnet_train.models.resnet import ResNet
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+COMPILED_FROM = 1000  # iterations
 WHOLE = 110  # deeper nets are compiled block by block: compiling the whole takes time in proportion to its depth
 
 
@@ -52,7 +54,7 @@ def open_sets(config: Config) -> MemorySets | StreamedSets:
         root=data.root,
         size=data.size,
         validation=data.validation,
-        workers=data.workers,
+        workers=pick_workers(config),
         broken=data.broken,
         subtract=config.normalise,
     )
@@ -65,7 +67,6 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
-        torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
         if local_rank() >= torch.cuda.device_count():
             raise UserError(f"devices: torch sees {torch.cuda.device_count()} GPUs here; each process needs one")
@@ -73,6 +74,33 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda", local_rank())
     keep_freed_memory()
     return torch.device(name)
+
+
+def pick_compile(config: Config, device: torch.device) -> bool:
+    """auto as true on a GPU, and on a CPU where the run is long enough to earn the time that compiling takes."""
+    if config.compile != "auto":
+        return config.compile
+    long = config.iterations >= COMPILED_FROM
+    if device.type != "cuda" and not long and main():
+        print(f"compile=auto: {config.iterations} iterations are too few to earn the time of compiling", flush=True)
+    return config.bn_images != "all" and (long or device.type == "cuda")
+
+
+def pick_eval_batch(config: Config, device: torch.device) -> int:
+    """auto as a batch of small images that keeps a GPU busy, or as one that stays in a CPU's cache."""
+    if config.eval_batch_size != "auto":
+        return config.eval_batch_size
+    return (2000 if device.type == "cuda" else 250) if config.data.family == "cifar" else 100
+
+
+def pick_workers(config: Config) -> int:
+    """auto as this process's share of the machine's cores; on a CPU, where they compute as well, at most four."""
+    workers = config.data.workers
+    if workers != "auto":
+        return workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return share if torch.cuda.is_available() and config.device != "cpu" else min(4, share)
 
 
 def pick_precision(name: str, device: torch.device) -> str:
@@ -181,13 +209,10 @@ def logits_of(net: nn.Module, images: Tensor, precision: str) -> Tensor:
         return net(images).float()
 
 
-def compile_network(model: ResNet, depth: int, device: torch.device, *, graphs: bool = False) -> bool:
+def compile_network(model: ResNet, depth: int, device: torch.device) -> bool:
     """Compile in place, the whole net or block by block; False where there is no compiler.
 
     Block by block above 110 layers, and where activations are computed again, which is done between blocks.
-
-    With `graphs`, one GPU replays a whole net's kernels as CUDA graphs: small nets wait for their launches else. What a
-    pass gives, its gradients included, then lasts until the next pass, so they are for steps of one pass.
 
     Shapes are fixed: the same batch gives the same kernels, in training and in every later evaluation.
     """
@@ -199,8 +224,7 @@ def compile_network(model: ResNet, depth: int, device: torch.device, *, graphs: 
             print(f"compile=true: there is no working compiler ({reason}); going on without, slower", flush=True)
         return False
     if depth <= WHOLE and not model.recompute:
-        replayed = graphs and device.type == "cuda" and world() == 1
-        model.compile(dynamic=False, mode="reduce-overhead" if replayed else None)
+        model.compile(dynamic=False)
         return True
     with contextlib.suppress(AttributeError):  # one kernel set for each shape and mode, however many blocks share it
         torch._dynamo.config.recompile_limit = 64

@@ -43,7 +43,7 @@ def classify(asked: ClassifyConfig, images: list[str]) -> None:
             for row in rows:
                 print(f"  {100 * row['probability']:6.2f} %  {' '.join([row['class'], row.get('words', '')]).strip()}")
     if asked.out is not None:
-        named = {"checkpoint": str(path.absolute()), "net": config.net, "data": config.data_label}
+        named = {"checkpoint": str(path.absolute()), "net": config.net, "data": state.get("label", config.data_label)}
         write_result(expand(asked.out), {**named, "iteration": state["iteration"], "images": found})
 
 

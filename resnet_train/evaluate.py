@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from resnet_train import checkpoint
 from resnet_train.batchnorm import average_statistics
-from resnet_train.build import compile_network, logits_of, open_sets, pick_device, restored_net
+from resnet_train.build import compile_network, logits_of, open_sets, pick_device, pick_eval_batch, restored_net
 from resnet_train.config.commands import EvalConfig, EvalData
 from resnet_train.config.training import Config, restored
 from resnet_train.data.places import check_source
@@ -152,7 +152,7 @@ def _evaluate(asked: EvalConfig, device: torch.device) -> None:
     result = {
         **(members[0].told() if one else {"net": f"ensemble of {len(members)}"}),
         **({} if one else {"members": [member.told() for member in members]}),
-        "data": config.data_label,
+        "data": sets.label,
         "split": asked.split,
         "protocol": PROTOCOLS.get(asked.protocol, sets.protocol),
         "image_size": config.data.size,
@@ -168,11 +168,11 @@ def _evaluate(asked: EvalConfig, device: torch.device) -> None:
     }
     if not main():
         return
-    out = expand(asked.out) if asked.out else _default_out(members, sets.digest, asked)
+    out = expand(asked.out) if asked.out else _default_out(members, sets, asked)
     write_result(out, result)
     what = " + ".join(f"{m.config.net} (seed {m.config.seed}, iteration {m.state['iteration']})" for m in members)
     print(
-        f"{what} on {config.data_label} {asked.split}, {result['protocol']}"
+        f"{what} on {sets.label} {asked.split}, {result['protocol']}"
         + (f", batch norm over {asked.precise_bn} batches" if asked.precise_bn else "")
         + f": {counted.wrong} of {counted.seen} wrong, error {counted.error:.2f} %"
         + (f", top-5 {counted.error5:.2f} %" if sets.top5 else "")
@@ -211,6 +211,7 @@ def _counted(
     """The count of all members together, their precision, and whether all were compiled."""
     sums: list[tuple[Tensor, Tensor]] = []
     precisions, compiled, size = set(), True, sets.sizes[asked.split]
+    torch.backends.cudnn.benchmark = asked.protocol != "multiscale"  # whose shapes vary
     for member in members:
         of = member.path, member.config, member.state, sets.classes, device
         restore = functools.partial(restored_net, *of, precise_bn=asked.precise_bn > 0)
@@ -220,7 +221,7 @@ def _counted(
             _true_averages(model, mean, member, sets, asked.precise_bn, precision)
         compile = compile and compile_network(model, member.config.depth, device)
         compiled = compiled and compile
-        deal = (asked.split, mean, device, member.config.eval_batch_size, rank(), world())
+        deal = (asked.split, mean, device, pick_eval_batch(member.config, device), rank(), world())
         if len(members) == 1 and asked.protocol == "center":
             return count_errors(model, sets.eval_batches(*deal), precision, size), precision, compiled
         found = probabilities(model, sets.eval_views(asked.protocol, *deal), precision)
@@ -250,11 +251,11 @@ def _true_averages(
     average_statistics(model, passes, count)
 
 
-def _default_out(members: list[Member], digest: str, asked: EvalConfig) -> Path:
+def _default_out(members: list[Member], sets: MemorySets | StreamedSets, asked: EvalConfig) -> Path:
     """Beside the first checkpoint, named after what was measured."""
     first = members[0]
     words = [first.path.stem] if len(members) == 1 else [f"ensemble-of-{len(members)}"]
-    words += [] if digest == first.state["digest"] else [first.config.data_label]
+    words += [] if sets.digest == first.state["digest"] else [sets.label]
     words += [] if asked.protocol == "center" else [asked.protocol]
     words += [f"precise-bn-{asked.precise_bn}"] if asked.precise_bn else []
     return first.path.with_name("-".join([*words, asked.split]) + ".json")

@@ -84,7 +84,7 @@ _BOTH = {
     "nesterov": False,
     "weight_decay": 1e-4,
     "decay": "all",
-    "init": "fan_out",
+    "init": "fan_in",
     "zero_gamma": False,
     "precision": "fp32",
     "schedule.lr": 0.1,
@@ -92,6 +92,7 @@ _BOTH = {
     "schedule.watch": "train",
     "warmup.lr": 0.01,
     "warmup.error": 80.0,
+    "warmup.iterations": 400,
     "augment.flip": True,
     "data.validation": 0,
 }

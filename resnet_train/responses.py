@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_train import checkpoint, paper
-from resnet_train.build import logits_of, open_sets, pick_device, restored_net
+from resnet_train.build import logits_of, open_sets, pick_device, pick_eval_batch, restored_net
 from resnet_train.config.commands import ResponsesConfig
 from resnet_train.config.training import restored
 from resnet_train.data.sets import MemorySets
@@ -148,5 +148,5 @@ def _measure(member: Member, asked: ResponsesConfig, device: torch.device) -> di
     size = sets.sizes[asked.split]
     if asked.images > size:
         raise UserError(f"images={asked.images}: {config.data_label} {asked.split} has {size}; take fewer")
-    batches = sets.eval_batches(asked.split, mean, device, min(config.eval_batch_size, asked.images))
+    batches = sets.eval_batches(asked.split, mean, device, min(pick_eval_batch(config, device), asked.images))
     return response_stds(model, batches, asked.images, precision)

@@ -27,6 +27,7 @@ from resnet_train.build import (
     exchanging,
     network,
     open_sets,
+    pick_compile,
     pick_device,
     pick_precision,
     placed,
@@ -65,20 +66,20 @@ def train(config: Config, directory: Path) -> int:
             together(lambda: begin_from(run, source))
         state, environment = from_main(lambda: _open(run, held))
         together(lambda: None if main() else _go_on(run, state))  # as the first has in `_open`
-        if config.compile and (state is None or run.compiled):
-            run.compiled = compile_network(run.model, config.depth, run.device, graphs=run.share.passes == 1)
+        if run.compiled if state is not None else pick_compile(config, device):
+            run.compiled = compile_network(run.model, config.depth, run.device)
         if world() > 1:
             run.net = exchanging(run.model, run.precision, (run.share.images, 3, config.data.size, config.data.size))
         _announce(run, state, source)
         stop = Stop()
         record = Record(
             directory if main() else None,
-            {"data": config.data_label, "seed": config.seed},
+            {"data": run.sets.label, "seed": config.seed},
             run.iteration,
             config.iterations,
         )
         run.seconds = record.seconds
-        reference = _reference(config)
+        reference = _reference(config, run.sets.label)
         if reference:
             record.reference(reference[1], config.iterations)
         try:
@@ -113,6 +114,7 @@ def build(config: Config, directory: Path, sets: MemorySets | StreamedSets | Non
     precision = together(lambda: pick_precision(config.precision, device))
     part = together(lambda: share(config, world()))
     sets = sets or one_after_all(lambda: open_sets(config))
+    torch.backends.cudnn.benchmark = True  # shapes are fixed
     torch.manual_seed(generator(config.seed, "initialisation", 0).initial_seed())
     model = network(config, len(sets.classes))
     if config.bn_images == "all" and world() > 1:
@@ -153,8 +155,9 @@ def optimizer(model: nn.Module, config: Config, precision: str) -> torch.optim.S
         lr=config.schedule.lr,
         momentum=config.momentum,
         nesterov=config.nesterov,
-        # Where fp16's scaler skips the first step, the fused one would leave the momentum uninitialised.
-        fused=precision != "fp16",
+        # Where fp16's scaler skips the first step, the fused one would leave the momentum uninitialised; None is the
+        # one that takes all parameters at once, False would take each alone.
+        fused=True if precision != "fp16" else None,
     )
 
 
@@ -200,7 +203,7 @@ def _resume_state(run: Run) -> dict[str, Any] | None:
             raise UserError(f"resume={path}: no iteration is left; resnet-eval checkpoint={path} measures it")
     check_same_run(state["config"], config.plain(), str(path))
     if state["digest"] != run.sets.digest:
-        raise UserError(f"data: {config.data_label} does not hold the images that the run in {path} was trained on")
+        raise UserError(f"data: {run.sets.label} does not hold the images that the run in {path} was trained on")
     return state
 
 
@@ -346,7 +349,7 @@ def _announce(run: Run, state: dict[str, Any] | None, source: Source | None) -> 
     config, sizes = run.config, run.sets.sizes
     held_out = f", {sizes['val']} held out" if sizes["val"] else ""
     print(
-        f"{config.net} on {config.data_label}: {sizes['train']} training images{held_out}, {sizes['test']} for the"
+        f"{config.net} on {run.sets.label}: {sizes['train']} training images{held_out}, {sizes['test']} for the"
         f" test; {config.iterations} iterations of {_batch(run)}; {run.precision} on {run.device};"
         f" {'compiling; ' if run.compiled else ''}{run.directory}"
     )
@@ -383,9 +386,9 @@ def _batch(run: Run) -> str:
     return str(run.config.batch_size) + (f" ({', '.join(details)})" if details else "")
 
 
-def _reference(config: Config) -> tuple[str, float] | None:
+def _reference(config: Config, label: str) -> tuple[str, float] | None:
     """The paper's test error of this net, for runs on CIFAR-10 proper."""
-    if config.data_label == "cifar10" and config.net.endswith("-A") and config.depth in paper.CIFAR10_TEST_ERROR:
+    if label == "cifar10" and config.net.endswith("-A") and config.depth in paper.CIFAR10_TEST_ERROR:
         return "He et al. 2015, table 6:", paper.CIFAR10_TEST_ERROR[config.depth]
     return None
 
@@ -404,7 +407,7 @@ def _summarise(run: Run, environment: dict[str, Any], reference: tuple[str, floa
     last = errors(config.iterations)
     summary = {
         "net": config.net,
-        "data": config.data_label,
+        "data": run.sets.label,
         "images": run.sets.sizes,
         "recipe": config.recipe,
         "seed": config.seed,
@@ -423,7 +426,7 @@ def _summarise(run: Run, environment: dict[str, Any], reference: tuple[str, floa
         **environment,
         "finished": time.strftime("%Y-%m-%d %H:%M:%S %z"),
     }
-    title = f"{config.net} on {config.data_label}, seed {config.seed}"
+    title = f"{config.net} on {run.sets.label}, seed {config.seed}"
     short = paper.shortened(config.data.family, config.iterations)
     curves.draw({config.net: metrics}, f"{short}\n{title}" if short else title, directory / "curves.png", reference)
     write_json(directory / "summary.json", summary)

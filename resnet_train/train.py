@@ -9,7 +9,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from resnet_train import checkpoint
 from resnet_train.batchnorm import update_statistics
-from resnet_train.build import logits_of
+from resnet_train.build import logits_of, pick_eval_batch
 from resnet_train.config.training import Config, Share
 from resnet_train.data.sets import MemorySets, StreamedSets
 from resnet_train.distributed import from_main, rank, shared, total, world
@@ -30,6 +30,7 @@ from resnet_train.record import Record
 from resnet_train.schedule import Progress, end_warmup, learning_rate, watch_plateau
 
 T = TypeVar("T")
+WINDOW = 100  # iterations whose training error may end the warm-up, or fewer if it need not last as long
 # What a checkpoint says of the keys that have no say in what a run computes, nor in how it is dealt to devices.
 INDIFFERENT = {"run_dir": None, "resume": "auto", "max_restarts": 0, "timeout": 600}
 
@@ -48,10 +49,15 @@ class Meters:
         self.skipped = 0  # broken images that others stood in for, in this process
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Add one batch; no synchronisation with the device."""
+        """Add one batch, but for `seen`; no synchronisation with the device."""
         self.loss[rank()] += loss * len(labels)
         self.wrong[rank()] += wrong_answers(logits, labels)
-        self.seen += len(labels) * world()
+
+    def reset(self) -> None:
+        """Begin anew, in place: a captured step adds to these very tensors."""
+        self.loss.zero_()
+        self.wrong.zero_()
+        self.seen = self.skipped = 0
 
     def state(self) -> dict[str, Any]:
         """For the checkpoint, and to read: the rows of all processes. All of them call this."""
@@ -103,6 +109,7 @@ class Run:
         return {
             "config": self.config.plain() | INDIFFERENT,  # the same file in any directory, however often it was cut
             "classes": self.sets.classes,
+            "label": self.sets.label,
             "digest": self.sets.digest,
             "measure": {"precision": self.precision, "compile": self.compiled, "bn_images": self.share.group},
             "mean": self.mean.cpu(),
@@ -199,13 +206,12 @@ class Clock:
         self.mark = now
 
 
-def step(run: Run, images: Tensor, labels: Tensor, lr: float) -> None:
+def step(run: Run, images: Tensor, labels: Tensor, lr: float | Tensor) -> None:
     """One iteration on this process's share of a batch: forward, backward, update. Nothing waits for the device.
 
     A share of several parts is accumulated, its gradients exchanged between processes with the last of them.
     """
-    for group in run.optimizer.param_groups:
-        group["lr"] = lr
+    _set_rate(run, lr)
     passes = run.share.passes
     for part, (some, truth) in enumerate(zip(images.chunk(passes), labels.chunk(passes), strict=True), 1):
         with contextlib.nullcontext() if part == passes or world() == 1 else run.net.no_sync():  # type: ignore[operator]
@@ -217,7 +223,74 @@ def step(run: Run, images: Tensor, labels: Tensor, lr: float) -> None:
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
     update_statistics(run.model, run.config.batch_size // run.share.group)
+    _count(run)
+
+
+def _set_rate(run: Run, lr: float | Tensor) -> None:
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+
+
+def _count(run: Run) -> None:
+    run.meters.seen += run.config.batch_size
     run.iteration += 1
+
+
+class CapturedStep:
+    """`step`, the making of its batch included, as one CUDA graph: a GPU waits for the launches of a small net else.
+
+    The graph reads what changes from iteration to iteration, the draws of a batch (`MemorySets.draw_batches`) and the
+    learning rate, from two tensors, and changes weights, momentum, statistics and meters where they lie.
+    """
+
+    UNCAPTURED = 3  # first steps: compiling, choosing convolution algorithms and making momentum cannot be captured
+
+    def __init__(self, run: Run, make: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+        self.run, self.make = run, make
+        self.draws = torch.zeros(4, run.config.batch_size, dtype=torch.int64, device=run.device)
+        self.lr = torch.zeros((), device=run.device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.stream = torch.cuda.Stream(run.device)
+        self.calls = 0
+
+    def __call__(self, draws: Tensor, lr: float) -> None:
+        """One iteration with the batch that `draws` (4, B), in pinned memory, says. Nothing waits for the device."""
+        self.draws.copy_(draws, non_blocking=True)
+        self.lr.fill_(lr)
+        self.calls += 1
+        if self.calls <= self.UNCAPTURED:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                step(self.run, *self.make(self.draws), self.lr)
+            torch.cuda.current_stream().wait_stream(self.stream)
+        elif self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=self.stream):  # computes nothing yet
+                step(self.run, *self.make(self.draws), self.lr)
+            self.graph.replay()
+        else:
+            self.graph.replay()
+            _count(self.run)
+        _set_rate(self.run, lr)  # a number again, for the checkpoint
+
+
+def prepare_steps(run: Run) -> tuple[Iterator[tuple[Tensor, ...]], Callable[..., None]]:
+    """The training batches from the run's iteration on, and the function that makes a step of one and a rate.
+
+    On one GPU, with images in memory, in one pass and without fp16's scaler, the step is captured.
+    """
+    options: dict[str, Any] = {
+        "seed": run.config.seed,
+        "batch_size": run.config.batch_size,
+        "augment": dataclasses.asdict(run.config.augment),
+        "start": run.iteration,
+    }
+    plain = run.share.passes > 1 or run.scaler.is_enabled() or run.model.recompute
+    if run.device.type == "cuda" and world() == 1 and isinstance(run.sets, MemorySets) and not plain:
+        make = run.sets.batch_maker(run.mean, run.device, run.config.augment.pad)
+        return ((draws,) for draws in run.sets.draw_batches(run.device, **options)), CapturedStep(run, make)
+    batches = run.sets.train_batches(run.mean, run.device, **options, rank=rank(), world=world())
+    return batches, functools.partial(step, run)
 
 
 def rate(config: Config, iteration: int, progress: Progress) -> float:
@@ -238,23 +311,16 @@ def rate(config: Config, iteration: int, progress: Progress) -> float:
 def loop(run: Run, record: Record, stop: Stop) -> None:
     """All iterations that are left, or those until a signal; leaves a checkpoint of the last one in either case."""
     config, clock = run.config, Clock(run.iteration)
-    batches = run.sets.train_batches(
-        run.mean,
-        run.device,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        augment=dataclasses.asdict(config.augment),
-        start=run.iteration,
-        rank=rank(),
-        world=world(),
-    )
+    batches, take = prepare_steps(run)
     first = run.iteration + 1
     while run.iteration < config.iterations and not stop.agreed():
-        images, labels = clock.next_of(batches)
+        batch = clock.next_of(batches)
         run.meters.skipped += run.sets.skipped
         lr = rate(config, run.iteration, run.progress)
-        step(run, images, labels, lr)
+        take(*batch, lr)
         record.bar.update()
+        if run.progress.warm:
+            watch_warmup(run)
         if run.compiled and world() == 1 and run.iteration == first:
             record.say(f"compiled in {time.perf_counter() - clock.mark:.0f} s")
 
@@ -274,7 +340,7 @@ def loop(run: Run, record: Record, stop: Stop) -> None:
 def log_training(run: Run, record: Record, clock: Clock, lr: float) -> None:
     """A point of the training curve: error and loss of the augmented batches in training mode since the last point.
 
-    Here the warm-up ends and the plateau drops. Raises RunError for a loss that is not finite.
+    Here the plateau drops. Raises RunError for a loss that is not finite.
     """
     config, sums = run.config, run.meters.state()
     require_finite(run)
@@ -295,7 +361,7 @@ def log_training(run: Run, record: Record, clock: Clock, lr: float) -> None:
         seconds=run.seconds,
         protocol="augmented batches in training mode",
     )
-    end_warmup(run.progress, error, config.warmup.error)
+    run.progress.recent += wrong
     if config.schedule.watch == "train":
         _watch(run, error)
     chance = 100 - 100 / len(run.sets.classes)
@@ -303,14 +369,28 @@ def log_training(run: Run, record: Record, clock: Clock, lr: float) -> None:
     if error > 0.98 * chance and run.iteration - config.log_every < tenth <= run.iteration:
         record.say(f"warning: a tenth of the run is over and the training error is still at chance ({chance:.1f} %)")
     clock.training, clock.waited, clock.since = 0.0, 0.0, run.iteration
-    run.meters = Meters(run.device)
+    run.meters.reset()
+
+
+def watch_warmup(run: Run) -> None:
+    """End the warm-up where the training error of the last `WINDOW` iterations is low enough (section 4.2)."""
+    warmup, iteration = run.config.warmup, run.iteration
+    window = max(1, min(WINDOW, warmup.iterations))
+    if iteration % window:
+        return
+    wrong = int(run.meters.state()["wrong"][:, 0].sum())
+    error = 100 * (run.progress.recent + wrong) / (window * run.config.batch_size)
+    run.progress.recent = -wrong  # these are not of the next window, though the next logged point counts them
+    end_warmup(run.progress, iteration, error, below=warmup.error, at_least=warmup.iterations)
 
 
 def log_test(run: Run, record: Record, clock: Clock) -> None:
     """A point of the test curve, and of the validation curve if a part is held out, which alone chooses `best`."""
     clock.lap(run, training=True)
     for split in ("val", "test") if run.sets.sizes["val"] else ("test",):
-        batches = run.sets.eval_batches(split, run.mean, run.device, run.config.eval_batch_size, rank(), world())
+        batches = run.sets.eval_batches(
+            split, run.mean, run.device, pick_eval_batch(run.config, run.device), rank(), world()
+        )
         count = count_errors(run.model, batches, run.precision, run.sets.sizes[split])
         record.point(
             split,
@@ -337,7 +417,7 @@ def _hyper_parameters(run: Run) -> dict[str, str | bool | int | float]:
     """Those that runs are told apart by, for TensorBoard's table of runs."""
     config = run.config
     keys = ("arch", "depth", "shortcut", "seed", "iterations", "batch_size", "momentum", "weight_decay")
-    found = {"data": config.data_label, "validation": config.data.validation, "precision": run.precision}
+    found = {"data": run.sets.label, "validation": config.data.validation, "precision": run.precision}
     return {
         **found,
         **{key: getattr(config, key) for key in keys},
@@ -376,12 +456,14 @@ def save(run: Run, record: Record, clock: Clock) -> None:
 
 def require_finite(run: Run) -> None:
     """Raise RunError if a loss since the last logged point or a weight is not finite, in any process."""
-    check_finite([run.meters.loss, *run.model.parameters()], run.iteration, run.directory, "schedule.lr=")
+    check_finite(run.meters.loss, run.model, run.iteration, run.directory, "schedule.lr=")
 
 
-def check_finite(values: Iterable[Tensor], iteration: int, directory: Path, key: str) -> None:
-    """Raise RunError if one of `values` is not finite, in any process; `key` is that of the learning rate."""
-    if total((~torch.stack([value.isfinite().all() for value in values])).sum()):
+@torch.no_grad()
+def check_finite(losses: Tensor, model: nn.Module, iteration: int, directory: Path, key: str) -> None:
+    """Raise RunError if a loss or a weight is not finite, in any process; `key` is that of the learning rate."""
+    largest = torch._foreach_norm(list(model.parameters()), math.inf)  # of each its largest, in a few kernels for all
+    if total((~torch.cat([torch.stack(largest), losses.flatten()]).isfinite()).sum()):
         raise shared(
             RunError(
                 f"the loss is not finite at iteration {iteration} or shortly before; {directory}/checkpoints"

@@ -298,7 +298,7 @@ def export(asked: WeightsConfig) -> None:
         "family": config.data.family,
         "arch": config.arch,
         "bottleneck_stride": config.bottleneck_stride,
-        "data": config.data_label,
+        "data": state.get("label", config.data_label),
         "size": config.data.size,
         "seed": config.seed,
         "iteration": state["iteration"],

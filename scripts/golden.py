@@ -25,7 +25,7 @@ from resnet_train.models import cifar_resnet, imagenet_resnet
 from resnet_train.models.resnet import IMAGENET, multiply_adds, parameters
 from resnet_train.run import build, processor
 from resnet_train.schedule import Progress, end_warmup, watch_plateau
-from resnet_train.train import Meters, rate, step
+from resnet_train.train import rate, step
 
 FILE = Path(__file__).resolve().parent.parent / "tests" / "golden.json"
 NETS = {  # name: its family, depth and shortcut
@@ -68,7 +68,8 @@ def rates(overrides: str) -> list[tuple[float, int]]:
         found.append(rate(config, iteration, progress))
         if (iteration + 1) % config.log_every == 0:
             error += ((40, 30, 27)[min(progress.dropped, 2)] - error) * 15 * config.log_every / config.iterations
-            end_warmup(progress, error, config.warmup.error)
+            at_least = config.warmup.iterations
+            end_warmup(progress, iteration + 1, error, below=config.warmup.error, at_least=at_least)
             if config.schedule.name == "plateau":
                 patience = config.schedule.patience * config.iterations
                 watch_plateau(progress, iteration + 1, error, patience=patience, threshold=config.schedule.threshold)
@@ -90,7 +91,7 @@ def losses() -> list[float]:
             start=0,
         )
         for images, labels in itertools.islice(batches, config.iterations):
-            run.meters = Meters(run.device)
+            run.meters.reset()
             step(run, images, labels, rate(config, run.iteration, run.progress))
             found.append(run.meters.loss.item() / run.meters.seen)
     finally:

@@ -29,6 +29,7 @@ TINY = [
     "eval_every=12",
 ]
 TINY += ["eval_batch_size=50", "checkpoint_every=7", "device=cpu", "warmup.depth=8", "warmup.error=85"]
+TINY += ["warmup.iterations=15"]
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,19 @@ import torch
 from PIL import Image
 from torch.nn.functional import interpolate
 
-from resnet_train.data.images import TEST_FILES, TRAIN_FILES, cache_folder, load, read_image, read_official
+from resnet_train.data.images import (
+    CIFAR10_FINGERPRINT,
+    TEST_FILES,
+    TRAIN_FILES,
+    ImageSet,
+    _data_set,
+    cache_folder,
+    load,
+    read_image,
+    read_official,
+)
 from resnet_train.data.places import CIFAR_FOLDER, check_source, class_folders, is_official_cifar10
+from resnet_train.data.sets import MemorySets
 from resnet_train.errors import UserError
 
 
@@ -729,14 +740,25 @@ def test_digits_are_enlarged_bilinearly(size):
 
 
 @pytest.mark.slow
-def test_real_images_are_50000_and_10000_evenly_in_ten_classes(real_data, monkeypatch):
-    """The shared CIFAR-10 as JPEG files, where the user keeps it: decoded once, then from the cache."""
+def test_cifar10_is_known_by_its_images_in_whatever_container(real_data, monkeypatch):
+    """The shared PNG tree, where the user keeps it (decoded once, then from the cache), and its images shuffled."""
     monkeypatch.undo()
-    data = load("cifar10", str(real_data("cifar10_jpeg")), 32)
+    root = str(real_data("cifar10"))
+    data = load("imagefolder", root, 32)
     assert data.classes == CLASSES
     assert (data.train.images.shape, data.test.images.shape) == ((50_000, 32, 32, 3), (10_000, 32, 32, 3))
     assert data.train.labels.bincount().tolist() == [5000] * 10
     assert data.test.labels.bincount().tolist() == [1000] * 10
-    # The means that are known of CIFAR-10, as shares of 255; JPEG changes them by less than a grey level.
     means = data.train.images.reshape(-1, 3).double().mean(0) / 255
-    assert (means - torch.tensor([0.4914, 0.4822, 0.4465])).abs().max() < 1 / 255
+    assert (means - torch.tensor([0.4914, 0.4822, 0.4465])).abs().max() < 1e-4
+    assert data.digest == CIFAR10_FINGERPRINT
+
+    other = _data_set(*(part.part(torch.randperm(len(part))) for part in (data.train, data.test)), CLASSES)
+    same(other, data)
+    assert MemorySets(name="imagefolder", root=root, size=32, validation=0).label == "cifar10"
+
+    data.train.images[0, 0, 0, 0] ^= 1  # one bit of one image: a look-alike
+    assert _data_set(data.train, data.test, CLASSES).digest != CIFAR10_FINGERPRINT
+    swapped = other.train.labels.clone()
+    swapped[[0, 1]] = swapped[[1, 0]] if swapped[0] != swapped[1] else (swapped[[0, 1]] + 1) % 10
+    assert _data_set(ImageSet(other.train.images, swapped), other.test, CLASSES).digest != CIFAR10_FINGERPRINT

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
+from resnet_train.batchnorm import update_statistics
+from resnet_train.build import logits_of
 from resnet_train.models import cifar_resnet, imagenet_resnet
 from resnet_train.models.resnet import BasicBlock, Bottleneck, BottleneckV1, PaddedIdentity, multiply_adds, parameters
 
@@ -286,7 +288,8 @@ def test_torchvision_gives_the_same_logits(depth):
         assert expected.isfinite().all()
         assert expected.std() > 0
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6 * expected.abs().max().item())
-    torch.testing.assert_close(ours.state_dict(), theirs.state_dict())  # the training pass moved the statistics alike
+    update_statistics(ours, 1)  # counts the training pass, which moved the statistics alike
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
 
 
 # --- Initialisation --------------------------------------------------------------------------------------------------
@@ -310,10 +313,20 @@ def test_he_initialisation(make, depth, init):
     assert (unit.abs() > 2).float().mean().item() == pytest.approx(0.0455, abs=0.003)
 
 
-def test_fan_out_is_the_default():
+def test_fan_in_is_the_default():
     """The first layer tells: its fans are 27 and 144."""
     torch.manual_seed(0)
-    assert cifar_resnet(8).conv1.weight.std().item() == pytest.approx(math.sqrt(2 / 144), rel=0.2)
+    assert cifar_resnet(8).conv1.weight.std().item() == pytest.approx(math.sqrt(2 / 27), rel=0.2)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32", "fp64"])
+def test_logits_are_not_rounded_to_bf16(precision):
+    """Rounded logits tie, and then topk decides which answers are wrong."""
+    torch.manual_seed(0)
+    net = cifar_resnet(8).double() if precision == "fp64" else cifar_resnet(8)
+    logits = logits_of(net.eval(), torch.randn(64, 3, 32, 32), precision)
+    assert logits.dtype == (torch.float64 if precision == "fp64" else torch.float32)
+    assert (logits.bfloat16().to(logits.dtype) == logits).float().mean() < 0.1
     assert cifar_resnet(8, init="fan_in").conv1.weight.std().item() == pytest.approx(math.sqrt(2 / 27), rel=0.2)
 
 

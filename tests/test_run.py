@@ -43,11 +43,13 @@ def test_every_line_names_data_split_protocol_seed_and_iteration(undisturbed):
     assert splits["test"] == [12, 24, 36, 48, 60, 61]
 
 
-def test_the_warm_up_ends_at_a_logged_point_and_for_good(undisturbed):
+def test_the_warm_up_ends_by_the_error_of_its_window_and_for_good(undisturbed):
+    """Windows of 15 iterations, three logged points each, of which the first below 85 % ends it."""
     points = [m for m in metrics(undisturbed) if m["split"] == "train"]
-    first = next(i for i, m in enumerate(points) if m["error"] < 85)
-    assert [m["lr"] for m in points[: first + 1]] == [0.01] * (first + 1)
-    assert points[first + 1]["lr"] == (0.1 if points[first + 1]["iteration"] <= 30 else pytest.approx(0.01))
+    windows = [sum(m["error"] for m in points[start : start + 3]) / 3 for start in range(0, 12, 3)]
+    end = 3 * (1 + next(i for i, error in enumerate(windows) if error < 85))
+    assert [m["lr"] for m in points[:end]] == [0.01] * end
+    assert points[end]["lr"] == (0.1 if points[end]["iteration"] <= 30 else pytest.approx(0.01))
 
 
 def test_the_summary_has_the_last_point_and_the_best_of_the_validation_error(undisturbed):

@@ -164,21 +164,30 @@ def test_warmup_rate_lasts_as_long_as_the_warmup(schedule, iteration):
 
 def test_warmup_ends_with_the_first_error_below_80_and_never_comes_back():
     progress, found = Progress(warm=True), []
-    for error in [90, 85, 80.0, 79.99, 95, 60]:
-        end_warmup(progress, error, 80)
+    for iteration, error in enumerate([90, 85, 80.0, 79.99, 95, 60], 4):
+        end_warmup(progress, 100 * iteration, error, below=80, at_least=400)
         found.append(learning_rate(0, 64_000, progress, **STEP))
     assert found == [0.01, 0.01, 0.01, 0.1, 0.1, 0.1]
 
 
+def test_warmup_lasts_400_iterations_at_least():
+    """Section 4.2: about 400. An error that is below 80 % earlier may rise again, and did here at a rate of 0.1."""
+    progress, found = Progress(warm=True), []
+    for iteration, error in [(100, 74.1), (200, 70.0), (399, 65.0), (400, 64.0)]:
+        end_warmup(progress, iteration, error, below=80, at_least=400)
+        found.append(progress.warm)
+    assert found == [True, True, True, False]
+
+
 def test_an_error_that_is_no_number_does_not_end_the_warmup():
     progress = Progress(warm=True)
-    end_warmup(progress, math.nan, 80)
+    end_warmup(progress, 1000, math.nan, below=80, at_least=400)
     assert progress.warm
 
 
 def test_without_warmup_no_error_starts_one():
     progress = Progress(warm=False)
-    end_warmup(progress, 99, 80)
+    end_warmup(progress, 1000, 99, below=80, at_least=400)
     assert not progress.warm
 
 

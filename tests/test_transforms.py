@@ -17,6 +17,7 @@ from resnet_train.data.transforms import (
     flip_some,
     mean_image,
     normalise,
+    pad_and_mirror,
 )
 
 
@@ -56,7 +57,7 @@ def test_every_crop_is_the_definition_for_one_image(height, width, pad):
     tops, lefts, flips = every_view(pad)
     assert len(tops) == 2 * (2 * pad + 1) ** 2
     batch, mean = images(len(tops), height, width), mean_of(height, width)
-    found = crop_and_normalise(batch, mean, tops, lefts, flips, pad)
+    found = crop_and_normalise(batch, pad_and_mirror(mean[None], pad), tops, lefts, flips, pad)
     assert found.shape == (len(tops), 3, height, width)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, one_by_one(batch, mean, tops, lefts, flips, pad), rtol=1e-6, atol=1e-7)
@@ -64,7 +65,7 @@ def test_every_crop_is_the_definition_for_one_image(height, width, pad):
 
 def test_margins_are_exactly_zero_and_nothing_else_is():
     tops, lefts, flips = every_view(4)
-    found = crop_and_normalise(images(len(tops)), mean_of(), tops, lefts, flips, 4)
+    found = crop_and_normalise(images(len(tops)), pad_and_mirror(mean_of()[None], 4), tops, lefts, flips, 4)
     for view, top, left, flip in zip(found, tops.tolist(), lefts.tolist(), flips.tolist(), strict=True):
         inside = torch.zeros(32, 32, dtype=torch.bool)
         inside[max(0, 4 - top) : 36 - top, max(0, 4 - left) : 36 - left] = True
@@ -76,7 +77,7 @@ def test_margins_are_exactly_zero_and_nothing_else_is():
 def test_output_is_channels_last(count):
     batch, zeros = images(count), torch.zeros(count, dtype=torch.int64)
     for found in (
-        crop_and_normalise(batch, mean_of(), zeros, zeros, zeros.bool(), 4),
+        crop_and_normalise(batch, pad_and_mirror(mean_of()[None], 4), zeros, zeros, zeros.bool(), 4),
         normalise(batch, mean_of()),
         colour_noise(normalise(batch, mean_of()), torch.randn(count, 3, generator=seeded())),
     ):
@@ -85,7 +86,7 @@ def test_output_is_channels_last(count):
 
 def test_the_middle_crop_is_normalise():
     middle = torch.full((5,), 4)
-    found = crop_and_normalise(images(5), mean_of(), middle, middle, torch.zeros(5).bool(), 4)
+    found = crop_and_normalise(images(5), pad_and_mirror(mean_of()[None], 4), middle, middle, torch.zeros(5).bool(), 4)
     assert torch.equal(found, normalise(images(5), mean_of()))
 
 
@@ -103,7 +104,7 @@ def test_no_argument_is_changed():
     alphas, floats = torch.ones(4, 3), normalise(batch, mean)
     arguments = (batch, mean, tops, lefts, flips, alphas, floats)
     before = [argument.clone() for argument in arguments]
-    crop_and_normalise(batch, mean, tops, lefts, flips, 4)
+    crop_and_normalise(batch, pad_and_mirror(mean[None], 4), tops, lefts, flips, 4)
     normalise(batch, mean)
     flip_some(batch, flips)
     colour_noise(floats, alphas)

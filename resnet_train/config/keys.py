@@ -35,6 +35,7 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "warmup.depth": (0, None),
     "warmup.lr": (0, None),
     "warmup.error": (0, 100),
+    "warmup.iterations": (0, 10**9),
     "augment.pad": (0, 16),
     "augment.shorter_side": (0, 4096),
     "augment.area": (0, 1),
@@ -93,10 +94,9 @@ def convert(key: str, value: Any, hint: Any) -> Any:
         words = [word for option in literals for word in typing.get_args(option)]
         if value in words or (value is None and type(None) in arguments):
             return value
-        if words and int in arguments and isinstance(value, str):
-            raise UserError(
-                f"{key}={shown(value)}: must be a whole number or {' or '.join(words)}{nearest(value, words)}"
-            )
+        kind = {int: "a whole number", bool: "true, false"}.get(arguments[0])
+        if words and kind and isinstance(value, str):
+            raise UserError(f"{key}={shown(value)}: must be {kind} or {' or '.join(words)}{nearest(value, words)}")
         return convert(key, value, arguments[0])
     if origin is list:
         if not isinstance(value, list):

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from resnet_train.config.keys import convert, shown, typed
 from resnet_train.config.paths import anchored, check_paths
-from resnet_train.data.places import check_source, count_images, is_official_cifar10
+from resnet_train.data.places import check_source, count_images, is_official_cifar10, name_data
 from resnet_train.errors import UserError
 from resnet_train.files import expand
 
@@ -25,7 +25,7 @@ class Data:
     root: str | None
     validation: int
     size: int
-    workers: int
+    workers: int | Literal["auto"]
     broken: Literal["stop", "skip"]
 
 
@@ -44,11 +44,12 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Warmup:
-    """Nets of `depth` layers and more start at `lr` until the training error is below `error` %."""
+    """Nets of `depth` layers and more start at `lr`, for `iterations` at least, until the error is below `error` %."""
 
     depth: int
     lr: float
     error: float
+    iterations: int
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Config:
     device_batch_size: int | None
     bn_images: int | Literal["device", "all"]
     activation_checkpointing: bool
-    eval_batch_size: int
+    eval_batch_size: int | Literal["auto"]
     momentum: float
     nesterov: bool
     weight_decay: float
@@ -99,7 +100,7 @@ class Config:
     warmup: Warmup
     normalise: Literal["image", "channels", "standard"]
     augment: Augment
-    compile: bool
+    compile: bool | Literal["auto"]
     log_every: int
     eval_every: int
     init_from: str | None = None
@@ -116,13 +117,8 @@ class Config:
 
     @property
     def data_label(self) -> str:
-        """The data's name in every record: a folder's own name, so that look-alikes are never called CIFAR-10."""
-        if _is_official(self.data):
-            return "cifar10"
-        if self.data.root is None:
-            return self.data.name
-        name = expand(self.data.root).resolve().name or "root"
-        return f"{name}-folder" if name in ("cifar10", "digits") else name
+        """The data's name before the images are read; records have that of the opened data, which know CIFAR-10."""
+        return name_data(self.data.name, self.data.root)
 
 
 # What each family of nets and data does not read; refused when asked for.
@@ -241,7 +237,7 @@ def share(config: Config, devices: int) -> Share:
             )
         if passes > 1:
             raise UserError("bn_images=all: a batch taken in parts has no common statistics; drop device_batch_size=")
-        if config.compile:
+        if config.compile is True:
             raise UserError("bn_images=all: PyTorch does not compile its synchronised batch norm; add compile=false")
         return Share(images, passes, config.batch_size)
     if config.bn_images > images or images % config.bn_images:

@@ -14,6 +14,7 @@ class MadeUp(MemorySets):
 
     def __init__(self, *, family: str, size: int) -> None:
         self.classes, self.digest = [str(name) for name in range(1000 if family == "imagenet" else 10)], ""
+        self.label = "random images"
         self.sizes = {"train": min(50_000, 50_000 * 32**2 // size**2), "val": 0, "test": 0}
         self.sizes["test"] = self.sizes["train"] // 5
         self.parts = {name: self._part(count, size) for name, count in self.sizes.items()}

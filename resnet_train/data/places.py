@@ -20,6 +20,17 @@ def is_official_cifar10(root: Path) -> bool:
     return root.is_file() or any((folder / "data_batch_1").is_file() for folder in (root, root / CIFAR_FOLDER))
 
 
+def name_data(name: str, root: str | None) -> str:
+    """What data are called before their images are read: CIFAR-10's official container by its name, folders by theirs.
+
+    A folder's name says nothing of what it holds: one that is called cifar10 or digits becomes cifar10-folder.
+    """
+    if root is None or (name == "cifar10" and is_official_cifar10(expand(root))):
+        return name
+    folder = expand(root).resolve().name or "root"
+    return f"{folder}-folder" if folder in ("cifar10", "digits") else folder
+
+
 def check_source(name: str, given: str | None) -> None:
     """Refuse a data.root that a directory listing shows to be wrong for the data set. Raises UserError."""
     if given is None:

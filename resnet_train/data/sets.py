@@ -1,8 +1,8 @@
 """The training, validation and test parts of a data set, as batches on the device. Two kinds with one face.
 
 `MemorySets` holds small images on the device and changes whole batches there; `StreamedSets` decodes files in worker
-processes as it trains. Both have `classes`, `digest`, `sizes` (images of train, val and test), `protocol`, `top5`,
-`skipped`, `mean_image()`, `train_batches()` and `eval_batches()`.
+processes as it trains. Both have `classes`, `digest`, `label` (the data's name in every record), `sizes` (images of
+train, val and test), `protocol`, `top5`, `skipped`, `mean_image()`, `train_batches()` and `eval_batches()`.
 
 Processes that train together each take a contiguous part of every training batch, and every so-many-th evaluation
 batch: `rank` of `world`. Which images these are, and how they are changed, depends on neither.
@@ -28,8 +28,9 @@ from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 from resnet_train import checkpoint
-from resnet_train.data.images import ImageError, ImageSet, cache_folder, center_view, keep, load
+from resnet_train.data.images import CIFAR10_FINGERPRINT, ImageError, ImageSet, cache_folder, center_view, keep, load
 from resnet_train.data.photographs import Box, Part, area_box, cut, image_of, open_photographs, scaled_box
+from resnet_train.data.places import name_data
 from resnet_train.data.sampler import batch_indices, generator, held_out
 from resnet_train.data.transforms import (
     IMAGENET_MEAN,
@@ -42,6 +43,7 @@ from resnet_train.data.transforms import (
     flip_some,
     mean_image,
     normalise,
+    pad_and_mirror,
 )
 from resnet_train.errors import SIGNALS, UserError
 
@@ -83,6 +85,7 @@ class MemorySets:
     def __init__(self, *, name: str, root: str | None, size: int, validation: int) -> None:
         found = load(name, root, size)
         self.classes, self.digest = found.classes, found.digest
+        self.label = "cifar10" if found.digest == CIFAR10_FINGERPRINT else name_data(name, root)
         train, self.val_indices = split_sizes(len(found.train), validation)
         self.parts = {
             "train": found.train.part(train) if validation else found.train,
@@ -115,15 +118,45 @@ class MemorySets:
 
         B is `batch_size`, of all processes, divided by `world`.
         """
-        data, pad, iteration = self._on(device, "train"), augment["pad"], start
-        part = share_of(batch_size, rank, world)
-        while True:
-            indices = batch_indices(seed, iteration, batch_size, len(data))[part].to(device, non_blocking=True)
-            draws = draw_crops(generator(seed, "augment", iteration), batch_size, pad, augment["flip"])
-            tops, lefts, flips = (draw[part].to(device, non_blocking=True) for draw in draws)
+        make = self.batch_maker(mean, device, augment["pad"])
+        for draws in self.draw_batches(
+            device, seed=seed, batch_size=batch_size, augment=augment, start=start, rank=rank, world=world
+        ):
+            yield make(draws.to(device, non_blocking=True))
+
+    def draw_batches(
+        self,
+        device: torch.device,
+        *,
+        seed: int,
+        batch_size: int,
+        augment: dict[str, Any],
+        start: int,
+        rank: int = 0,
+        world: int = 1,
+    ) -> Iterator[Tensor]:
+        """What training batches are made of: (4, B) int64, the indices of images, offsets from top and left, flips.
+
+        On the CPU, pinned for a GPU: one copy an iteration, which nobody waits for.
+        """
+        part, size = share_of(batch_size, rank, world), self.sizes["train"]
+        for iteration in itertools.count(start):
+            indices = batch_indices(seed, iteration, batch_size, size)
+            draws = draw_crops(generator(seed, "augment", iteration), batch_size, augment["pad"], augment["flip"])
+            rows = torch.stack([indices, *draws])[:, part]
+            yield rows.pin_memory() if device.type == "cuda" else rows
+
+    def batch_maker(self, mean: Tensor, device: torch.device, pad: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        """The function that makes images and labels of such draws, once these are on the device."""
+        data, padded_mean = self._on(device, "train"), pad_and_mirror(mean[None], pad)
+
+        def make(draws: Tensor) -> tuple[Tensor, Tensor]:
+            indices, tops, lefts, flips = draws
             images = data.images.index_select(0, indices)  # many times as fast as data.images[indices]
-            yield crop_and_normalise(images, mean, tops, lefts, flips, pad), data.labels[indices]
-            iteration += 1
+            labels = data.labels.index_select(0, indices)
+            return crop_and_normalise(images, padded_mean, tops, lefts, flips.bool(), pad), labels
+
+        return make
 
     def eval_batches(
         self, split: str, mean: Tensor, device: torch.device, batch_size: int, rank: int = 0, world: int = 1
@@ -167,7 +200,7 @@ class StreamedSets:
         self.size, self.workers, self.subtract, self.broken, self.skipped = size, workers, subtract, broken, 0
         self.told: set[str] = set()  # the broken images of which a line has been printed
         found = open_photographs(root)
-        self.classes, self.digest = found.classes, found.digest
+        self.classes, self.digest, self.label = found.classes, found.digest, name_data("imagenet", root)
         kept, self.val_indices = split_sizes(len(found.train), validation)
         self.parts = {
             "train": found.train.part(kept),

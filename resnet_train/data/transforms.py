@@ -38,27 +38,41 @@ def draw_crops(generator: torch.Generator, count: int, pad: int, flip: bool) -> 
     return tops, lefts, flips if flip else torch.zeros_like(flips)
 
 
-def crop_and_normalise(images: Tensor, mean: Tensor, tops: Tensor, lefts: Tensor, flips: Tensor, pad: int) -> Tensor:
+def pad_and_mirror(images: Tensor, pad: int) -> Tensor:
+    """Images (N, H, W, C) with `pad` zeros on each side, as they are and mirrored: (2, N, H + 2 pad, W + 2 pad, C)."""
+    count, height, width, channels = images.shape
+    padded = images.new_zeros(2, count, height + 2 * pad, width + 2 * pad, channels)
+    inside = padded[:, :, pad : pad + height, pad : pad + width]
+    inside[0], inside[1] = images, images.flip(2)
+    return padded
+
+
+def crop_and_normalise(
+    images: Tensor, padded_mean: Tensor, tops: Tensor, lefts: Tensor, flips: Tensor, pad: int
+) -> Tensor:
     """Subtract the mean, pad `pad` zeros on each side, crop to the old size at the offsets, flip.
 
     (N, H, W, 3) uint8 to (N, 3, H, W) float32, channels last. The zeros come after the mean: padded image minus
-    padded mean is the padded difference, so both are cropped alike and one subtraction does for all.
+    padded mean is the padded difference, so both are cropped alike and one subtraction does for all. `padded_mean` is
+    `pad_and_mirror` of the mean image, made once.
     """
     count, height, width, channels = images.shape
-    down, across, places = height + 2 * pad, width + 2 * pad, torch.arange(count, device=images.device)
+    down, across = height + 2 * pad, width + 2 * pad
     lefts = torch.where(flips, 2 * pad - lefts, lefts)  # the offset in the mirrored image
     rows = (tops[:, None] + torch.arange(height, device=images.device)) * across + lefts[:, None]
 
-    def cut(images: Tensor, which: Tensor) -> Tensor:
-        """The crop of `images[which]` for each place, copied row by row from wherever in memory a row begins."""
-        padded = images.new_zeros(2, len(images), down, across, channels)  # as they are, and mirrored
-        inside = padded[:, :, pad : pad + height, pad : pad + width]
-        inside[0], inside[1] = images, images.flip(2)
-        begins = (which + len(images) * flips)[:, None] * (down * across) + rows
+    def crop(padded: Tensor, which: Tensor) -> Tensor:
+        """The crop of the image `which` of `padded` for each place.
+
+        A crop is `height` rows, each of which lies in one piece in memory. `unfold` shows the padded images as all the
+        rows that begin at some pixel, without a copy, and `index_select` copies those of the crops.
+        """
         runs = padded.flatten().unfold(0, width * channels, channels)
+        begins = which[:, None] * (down * across) + rows
         return runs.index_select(0, begins.flatten()).view(count, height, width, channels)
 
-    return normalise(cut(images, places), cut(mean[None], torch.zeros_like(places)))
+    which = torch.arange(count, device=images.device) + count * flips
+    return normalise(crop(pad_and_mirror(images, pad), which), crop(padded_mean, flips.long()))
 
 
 def flip_some(images: Tensor, flips: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import copy
 import functools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from resnet_train.batchnorm import uncounted
+from resnet_train.batchnorm import BatchNorm2d, uncounted
 
 # Table 1: the kind of block and the number of blocks in each stage.
 IMAGENET = {
@@ -35,12 +35,12 @@ def cifar_resnet(
     shortcut: str = "A",
     *,
     num_classes: int = 10,
-    init: str = "fan_out",
+    init: str = "fan_in",
     zero_gamma: bool = False,
 ) -> ResNet:
     """The CIFAR-10 net of section 4.2: 6n+2 layers, stages of 2n 3x3 layers with 16, 32 and 64 filters.
 
-    `shortcut`: A, B, C (section 3.3) or none for the plain net. `init`: He initialisation over fan_out or fan_in.
+    `shortcut`: A, B, C (section 3.3) or none for the plain net. `init`: He initialisation over fan_in or fan_out.
     Takes images (N, 3, 32, 32), gives logits (N, num_classes). Raises ValueError for a depth that is not 6n+2.
     """
     n, remainder = divmod(depth - 2, 6)
@@ -55,7 +55,7 @@ def imagenet_resnet(
     *,
     num_classes: int = 1000,
     bottleneck_stride: str = "1x1",
-    init: str = "fan_out",
+    init: str = "fan_in",
     zero_gamma: bool = False,
 ) -> ResNet:
     """The ImageNet net of table 1 with 18, 34, 50, 101 or 152 layers.
@@ -103,7 +103,7 @@ def make_shortcut(option: str, in_channels: int, out_channels: int, stride: int)
         return None
     if option == "A":
         return PaddedIdentity(stride, out_channels - in_channels)
-    return nn.Sequential(conv(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels))
+    return nn.Sequential(conv(in_channels, out_channels, 1, stride), BatchNorm2d(out_channels))
 
 
 class BasicBlock(nn.Module):
@@ -114,9 +114,9 @@ class BasicBlock(nn.Module):
     def __init__(self, in_channels: int, channels: int, stride: int, shortcut: str) -> None:
         super().__init__()
         self.conv1 = conv(in_channels, channels, 3, stride)
-        self.bn1 = nn.BatchNorm2d(channels)
+        self.bn1 = BatchNorm2d(channels)
         self.conv2 = conv(channels, channels, 3)
-        self.bn2 = nn.BatchNorm2d(channels)
+        self.bn2 = BatchNorm2d(channels)
         self.downsample = make_shortcut(shortcut, in_channels, channels, stride)
         self.residual = shortcut != "none"
 
@@ -139,11 +139,11 @@ class Bottleneck(nn.Module):
         first, second = (stride, 1) if self.stride_in_1x1 else (1, stride)
         out_channels = channels * self.expansion
         self.conv1 = conv(in_channels, channels, 1, first)
-        self.bn1 = nn.BatchNorm2d(channels)
+        self.bn1 = BatchNorm2d(channels)
         self.conv2 = conv(channels, channels, 3, second)
-        self.bn2 = nn.BatchNorm2d(channels)
+        self.bn2 = BatchNorm2d(channels)
         self.conv3 = conv(channels, out_channels, 1)
-        self.bn3 = nn.BatchNorm2d(out_channels)
+        self.bn3 = BatchNorm2d(out_channels)
         self.downsample = make_shortcut(shortcut, in_channels, out_channels, stride)
         self.residual = shortcut != "none"
 
@@ -189,7 +189,7 @@ class ResNet(nn.Module):
         if shortcut not in ("A", "B", "C", "none"):
             raise ValueError(f"shortcut must be A, B, C or none, not {shortcut}")
         self.conv1 = nn.Conv2d(3, width, 7, 2, padding=3, bias=False) if imagenet else conv(3, width, 3)
-        self.bn1 = nn.BatchNorm2d(width)
+        self.bn1 = BatchNorm2d(width)
         self.maxpool = nn.MaxPool2d(3, 2, padding=1) if imagenet else nn.Identity()
         in_channels = width
         self.stages = [f"layer{stage + 1}" for stage in range(len(blocks))]
@@ -206,8 +206,8 @@ class ResNet(nn.Module):
         self._initialise(init, zero_gamma)
 
     def _initialise(self, init: str, zero_gamma: bool) -> None:
-        # He et al. 2015 ("[13]"): std sqrt(2 / fan). The classifier's weights are PyTorch's default, its bias zero,
-        # as in fb.resnet.torch. Batch norm starts as the identity (PyTorch's default).
+        # He et al. 2015 ("[13]"): std sqrt(2 / fan), over fan_in in the authors' Caffe. The classifier's weights are
+        # PyTorch's default, its bias zero, as in fb.resnet.torch. Batch norm starts as the identity (also its default).
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode=init, nonlinearity="relu")  # type: ignore[arg-type]
@@ -244,7 +244,15 @@ class ResNet(nn.Module):
         else:
             for stage in self.stages:
                 x = getattr(self, stage)(x)
-        return self.fc(torch.flatten(self.avgpool(x), 1))
+        features = torch.flatten(self.avgpool(x), 1).to(self.fc.weight.dtype)
+        with _full_precision(x.device.type):
+            return self.fc(features)
+
+
+def _full_precision(device_type: str) -> AbstractContextManager[Any]:
+    """Autocast off, for the classifier: logits rounded to bf16 tie, and then topk decides what counts as wrong."""
+    available = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if available else nullcontext()
 
 
 def _first_and_again(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
