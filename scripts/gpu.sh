@@ -1,0 +1,119 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, on a bare machine without a network, from the root of a checkout.
+#   scripts/gpu.sh prepare [DIR]        here: DIR (.gpu) and DIR-2 (.gpu-2) with all that such a machine lacks
+#   scripts/gpu.sh A                    there, 4 minutes: the GPU tests, the profile of a step, two runs side by side
+#   scripts/gpu.sh B SECONDS NET…       there: whole runs of table 6 side by side, such as resnet-20 plain-56
+# There: Python 3.12 with torch 2.11 or newer, torchvision, triton, tensorboard, tqdm, matplotlib, scikit-learn, safetensors
+# and pytest. DIR holds the rest: wheels of hydra-core, omegaconf, antlr4 and simplejpeg (and faster-coco-eval, without which
+# the detector's test is skipped), and half of CIFAR-10 as lossless sheets, five classes each in DIR and DIR-2, since 64 MiB
+# is the most that may travel at once; B needs both halves, from two calls. What is unpacked stays there between the calls.
+# B stops what has not finished with a checkpoint and packs each run into $OUT/NET.tar; where DIR has NET.tar, it resumes.
+set -u
+T0=$(date +%s)
+OUT=${OUT:-/tmp/out}
+GPU=$PWD/.gpu
+WORK=${WORK:-/tmp/resnet-train}
+say() { echo "[$(($(date +%s) - T0)) s] $*"; }
+
+prepare() {
+  local dir=${1:-.gpu} shared t
+  shared=$(cd "$(dirname "$0")/../../shared/data" && pwd) || exit 2
+  mkdir -p "$dir/whl" "$dir-2"
+  python3 -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux2014_x86_64 \
+    --platform manylinux_2_17_x86_64 --platform manylinux_2_27_x86_64 --platform manylinux_2_28_x86_64 -d "$dir/whl" \
+    hydra-core==1.3.8 omegaconf==2.3.1 simplejpeg==1.9.0 faster-coco-eval==1.8.0
+  python3 -m pip wheel -q --no-deps -w "$dir/whl" antlr4-python3-runtime==4.9.3
+  t=$(mktemp -d) && tar -xzf "$shared/cifar10.tar.gz" -C "$t"
+  cp "$shared/cut_sheets.py" "$dir"
+  half() { (cd "$t" && find cifar10 -name '*.webp' -o -name '*.txt' | grep -E "/($1)\." | sort | tar -cf - -T -); }
+  half 'airplane|automobile|bird|cat|deer' > "$dir/cifar10-1.tar"
+  half 'dog|frog|horse|ship|truck' > "$dir-2/cifar10-2.tar"
+  rm -r "$t"
+  du -sh "$dir" "$dir-2"
+}
+
+install() { # once on a machine; the sheets of a half are cut in the background, a process for each
+  export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 OMP_NUM_THREADS=2 TORCHINDUCTOR_COMPILE_THREADS=4
+  export RESNET_TRAIN_DATA=$WORK/cache TORCHINDUCTOR_CACHE_DIR=$WORK/inductor PYTHONPATH=$WORK/site:$PWD
+  mkdir -p "$OUT" "$WORK/runs"
+  if [ ! -d "$WORK/site" ]; then
+    python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$WORK/site" "$GPU"/whl/*.whl || exit 9
+  fi
+  local half sheet
+  for half in "$GPU"/cifar10-1.tar "$GPU-2"/cifar10-2.tar; do
+    [ -f "$half" ] && [ ! -e "$WORK/$(basename "$half")" ] || continue
+    touch "$WORK/$(basename "$half")" && tar -xf "$half" -C "$WORK"
+    for sheet in $(tar -tf "$half" | grep webp); do
+      mkdir -p "$WORK/sheets/$sheet/part"
+      mv "$WORK/$sheet" "$WORK/${sheet%.webp}.txt" "$WORK/sheets/$sheet/part"
+      { python3 "$GPU/cut_sheets.py" "$WORK/sheets/$sheet" && mkdir -p "$WORK/$(dirname "$sheet")" &&
+        mv "$WORK/sheets/$sheet"/part/* "$WORK/$(dirname "$sheet")/"; } &
+    done
+  done
+  {
+    nvidia-smi
+    python3 -c 'import torch, torchvision, triton; print(torch.__version__, torchvision.__version__, triton.__version__,
+torch.backends.cudnn.version(), torch.cuda.nccl.version(), torch.cuda.get_device_name())'
+    nproc && free -g
+  } > "$OUT/machine.txt" 2>&1
+  say "installed: $(tail -4 "$OUT/machine.txt" | head -1)"
+}
+
+begin() { # a whole run of table 6 in the background: begin NET [WORD…]
+  local net=$1 && shift
+  [ -f "$GPU/$net.tar" ] && [ ! -d "$WORK/runs/$net" ] && tar -xf "$GPU/$net.tar" -C "$WORK/runs"
+  python3 -c 'from resnet_train.cli import train; train()' arch="${net%-*}" depth="${net#*-}" device=cuda \
+    data.root="$WORK/cifar10" run_dir="$WORK/runs/$net" "$@" > "$OUT/$net.log" 2>&1 &
+  PID[$net]=$!
+}
+
+pack() { # what a run leaves, but for TensorBoard's events
+  (cd "$WORK/runs" && tar -cf "$OUT/$1.tar" --exclude=tensorboard --exclude=previous.pt "$1")
+}
+
+part_a() {
+  timeout 100 python3 -m pytest -q -n 8 -p no:cacheprovider -W default -o timeout=90 tests/test_gpu.py > "$OUT/tests.txt" 2>&1
+  grep -E '^(FAILED|ERROR)|passed|failed' "$OUT/tests.txt" | cut -c1-300
+  say "tests"
+  wait
+  timeout 110 python3 scripts/gpu_profile.py 20 56 110 out="$OUT/profile.json" > "$OUT/profile.txt" 2>&1
+  grep -v ' us ' "$OUT/profile.txt" | tail -110
+  say "profile"
+}
+
+part_b() {
+  local limit=$1 net alive
+  shift
+  wait # for the images
+  say "images: $(find "$WORK/cifar10" -name '*.png' | wc -l)"
+  python3 -c "from resnet_train.data.images import load; print(load('cifar10', '$WORK/cifar10', 32).digest)"
+  say "decoded"
+  declare -gA PID=()
+  for net in "$@"; do begin "$net"; done
+  while [ $(($(date +%s) - T0)) -lt "$limit" ]; do
+    sleep 2
+    alive=0
+    for net in "${!PID[@]}"; do
+      if kill -0 "${PID[$net]}" 2> /dev/null; then
+        alive=1
+      else
+        say "$net: $(grep -a 'test error' "$OUT/$net.log" | tail -1 | cut -c1-200)"
+        unset "PID[$net]"
+      fi
+    done
+    [ $alive = 0 ] && break
+  done
+  for net in "${!PID[@]}"; do kill -TERM "${PID[$net]}" 2> /dev/null; done
+  wait
+  for net in "$@"; do
+    pack "$net"
+    say "$net: $(tail -c 400 "$OUT/$net.log" | tr '\r' '\n' | tail -1 | cut -c1-200)"
+  done
+}
+
+case ${1:-} in
+  prepare) prepare "${2:-}" ;;
+  A) install && part_a ;;
+  B) install && part_b "${@:2}" ;;
+  *) sed -n 2,5p "$0" && exit 2 ;;
+esac

@@ -1,0 +1,292 @@
+"""What only a GPU can show. A minute on one; `scripts/gpu.sh` runs it on a machine that has nothing else."""
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import metrics, start
+from test_sets import photograph
+
+from resnet_train.build import compile_network, logits_of
+from resnet_train.compose import compose
+from resnet_train.config.training import check_train
+from resnet_train.evaluate import count_errors
+from resnet_train.run import build
+from resnet_train.train import CapturedStep, prepare_steps, step
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytest.importorskip("sklearn")
+DIGITS = ["data=digits", "depth=8", "device=cuda", "schedule.lr=0.01"]
+HERE = os.path.dirname(__file__)
+
+
+def opened(folder, *words):
+    """A run on the GPU, compiled where `words` say so."""
+    run = build(check_train(compose("train", [*DIGITS, "compile=false", *words])), folder)
+    if "compile=true" in words:
+        run.compiled = compile_network(run.model, run.config.depth, run.device)
+    return run
+
+
+def trained(run, take, batches, count, lr=0.01):
+    """The loss of each of `count` steps."""
+    losses = []
+    for batch in itertools.islice(batches, count):
+        run.meters.reset()
+        take(*batch, lr)
+        losses.append(run.meters.loss.item() / run.config.batch_size)
+    return losses
+
+
+def plainly(run, count):
+    """The losses of steps that are launched kernel by kernel, or as one CPU runs them."""
+    augment = {"pad": run.config.augment.pad, "flip": run.config.augment.flip}
+    batches = run.sets.train_batches(
+        run.mean, run.device, seed=0, batch_size=run.config.batch_size, augment=augment, start=run.iteration
+    )
+    return trained(run, lambda *batch: step(run, *batch), batches, count)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["precision=bf16"],
+        ["precision=bf16", "compile=true"],
+        ["precision=fp32"],
+        ["precision=fp64"],
+        ["precision=fp16"],
+        ["bn_images=16"],
+        ["device_batch_size=16"],
+        ["bn_images=32", "activation_checkpointing=true"],
+        ["nesterov=true", "decay=weights"],
+    ],
+    ids=" ".join,
+)
+def test_nothing_waits_for_the_gpu_within_a_step(tmp_path, words):
+    run = opened(tmp_path, *words)
+    batches, take = prepare_steps(run)
+    alone = not {"precision=fp16", "device_batch_size=16", "activation_checkpointing=true"} & set(words)
+    assert isinstance(take, CapturedStep) == alone
+    for batch in itertools.islice(batches, 6):
+        take(*batch, 0.01)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in itertools.islice(batches, 3):
+            take(*batch, 0.01)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert run.iteration == 9
+    assert run.meters.state()["seen"] == 9 * 64
+    assert all(group["lr"] == 0.01 for group in run.optimizer.param_groups)
+
+
+@pytest.mark.parametrize("words", [[], ["bn_images=16"], ["arch=plain"], ["shortcut=C", "nesterov=true"]], ids=str)
+def test_float64_losses_are_the_same_on_cpu_and_gpu_eager_compiled_and_captured(tmp_path, words):
+    """To the rate's rounding: the captured step reads it from a float32 tensor."""
+    words = ["precision=fp64", *words]
+    runs = {
+        "cpu": opened(tmp_path, *words, "device=cpu"),
+        "eager": opened(tmp_path, *words),
+        "compiled": opened(tmp_path, *words, "compile=true"),
+    }
+    losses = {name: plainly(run, 12) for name, run in runs.items()}
+    for compiled in ("false", "true"):
+        run = opened(tmp_path, *words, f"compile={compiled}")
+        batches, take = prepare_steps(run)
+        assert isinstance(take, CapturedStep)
+        losses[f"captured, compile={compiled}"] = trained(run, take, batches, 12)
+        assert take.graph is not None
+    for name, found in losses.items():
+        assert found == pytest.approx(losses["cpu"], rel=1e-6), name
+
+
+@pytest.mark.parametrize("compiled", ["false", "true"])
+def test_an_evaluation_between_replays_disturbs_nothing(tmp_path, compiled):
+    words = ["precision=bf16", f"compile={compiled}"]
+    states, counts = [], []
+    for tested in (False, True):
+        run = opened(tmp_path, *words)
+        batches, take = prepare_steps(run)
+        for _ in range(4):
+            trained(run, take, batches, 5)
+            if tested:
+                views = run.sets.eval_batches("test", run.mean, run.device, 120)
+                counts.append(count_errors(run.model, views, run.precision, 360))
+        states.append({name: value.clone() for name, value in run.model.state_dict().items()})
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, msg=name)
+    assert run.model.training
+    assert counts[-1].seen == 360
+
+
+def test_the_batch_norms_count_the_steps_once_each(tmp_path):
+    run = opened(tmp_path, "compile=true")
+    batches, take = prepare_steps(run)
+    trained(run, take, batches, 7)
+    counts = [value.item() for name, value in run.model.state_dict().items() if "num_batches" in name]
+    assert counts == [7] * len(counts)
+
+
+def test_no_two_logits_of_an_image_are_equal(tmp_path):
+    run = opened(tmp_path, "precision=bf16")
+    batches, take = prepare_steps(run)
+    trained(run, take, batches, 100, lr=0.05)
+    run.model.eval()
+    with torch.no_grad():
+        for images, _ in run.sets.eval_batches("test", run.mean, run.device, 120):
+            best, second = logits_of(run.model, images, "bf16").topk(2).values.T
+            assert (best > second).all()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_killed_stopped_and_resumed_runs_end(tmp_path, precision):
+    """By SIGKILL after a checkpoint, then by SIGTERM; the metrics are seamless."""
+    words = ["data=digits", "depth=8", "iterations=2000", "checkpoint_every=50", "log_every=50", "eval_every=500"]
+    words += [f"precision={precision}", "compile=false", "device=cuda", "run_dir=run"]
+    last = tmp_path / "run" / "checkpoints" / "last.pt"
+    for ending, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 128 + signal.SIGTERM)):
+        before = last.stat().st_mtime_ns if last.exists() else 0
+        process = subprocess.Popen(start(*words), cwd=tmp_path, stdout=subprocess.DEVNULL)
+        while process.poll() is None and (not last.exists() or last.stat().st_mtime_ns == before):
+            time.sleep(0.02)
+        process.send_signal(ending)
+        assert process.wait(timeout=60) == code
+    done = subprocess.run(start(*words), cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    points = [line["iteration"] for line in metrics(tmp_path / "run") if line["split"] == "train"]
+    assert points == list(range(50, 2001, 50))
+
+
+def script(tmp_path, text, processes=0):
+    """Run Python text in a process of its own, or in several by torchrun."""
+    (tmp_path / "job.py").write_text(text)
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"] if processes else []
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([os.path.dirname(HERE), HERE])}
+    command = [sys.executable, *launcher, str(tmp_path / "job.py")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_both_backends_and_the_first_pass_of_ddp_in_one_process(tmp_path):
+    told = script(
+        tmp_path,
+        """
+import os
+import torch
+import torch.distributed as dist
+from resnet_train.build import exchanging
+from resnet_train.models import cifar_resnet
+os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT="29511")
+torch.cuda.set_device(0)
+dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device("cuda", 0))
+for device in ("cpu", "cuda"):
+    values = torch.ones(3, dtype=torch.float64, device=device)
+    dist.all_reduce(values)
+    assert values.sum() == 3
+found = [None]
+dist.all_gather_object(found, {"a": 1})
+model = cifar_resnet(8).cuda().to(memory_format=torch.channels_last)
+net = exchanging(model, "bf16", (64, 3, 32, 32))
+images = torch.randn(64, 3, 32, 32, device="cuda")
+net(images).sum().backward()
+torch.nn.SyncBatchNorm.convert_sync_batchnorm(cifar_resnet(8)).cuda()(images)
+print(found, all(p.grad is not None for p in model.parameters()))
+dist.destroy_process_group()
+""",
+    )
+    assert told.strip().endswith("[{'a': 1}] True")
+
+
+TWO_ON_ONE = """
+import sys
+import torch
+from resnet_train import build, cli
+build.local_rank = lambda: 0
+start = torch.distributed.init_process_group
+def over_gloo(backend, **options):
+    options.pop("device_id", None)
+    return start("gloo", **options)
+torch.distributed.init_process_group = over_gloo
+sys.argv = ["resnet-train", *WORDS]
+cli.train()
+"""
+
+
+def test_two_processes_on_one_gpu_train_as_one_does(tmp_path):
+    """CUDA tensors through gloo, since NCCL wants a GPU for each; batch norm over the same groups in both."""
+    words = ["data=digits", "depth=8", "iterations=10", "batch_size=64", "bn_images=32", "compile=false", "log_every=1"]
+    words += ["precision=fp64", "device=cuda", "schedule.lr=0.01"]
+    script(tmp_path, TWO_ON_ONE.replace("WORDS", repr([*words, "run_dir=two"])), processes=2)
+    done = subprocess.run(start(*words, "run_dir=one"), cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    losses = {
+        name: [line["loss"] for line in metrics(tmp_path / name) if line["split"] == "train"] for name in ("one", "two")
+    }
+    assert losses["two"] == pytest.approx(losses["one"], rel=1e-6)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() > 1, reason="there are several GPUs")
+def test_more_devices_than_gpus_are_refused_in_one_line(tmp_path):
+    words = ["data=digits", "devices=2", "device=cuda", "iterations=3", "run_dir=run"]
+    done = subprocess.run(start(*words), cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "torch sees 1 GPU" in done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_out_of_memory_is_one_line(tmp_path):
+    words = ["data=digits", "depth=110", "device=cuda", "compile=false", "precision=fp64", "iterations=1"]
+    words += ["batch_size=1400", "data.size=64", "run_dir=run"]
+    text = f"""
+import sys
+import torch
+from resnet_train import cli
+torch.cuda.set_per_process_memory_fraction(0.02)
+sys.argv = ["resnet-train", *{words!r}]
+cli.train()
+"""
+    (tmp_path / "job.py").write_text(text)
+    environment = os.environ | {"PYTHONPATH": os.path.dirname(HERE)}
+    done = subprocess.run(
+        [sys.executable, "job.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120, env=environment
+    )
+    assert done.returncode == 1
+    assert "memory" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_photographs_end_to_end(tmp_path):
+    for part, name, index in itertools.product(("train", "val"), ("cat", "dog"), range(6)):
+        folder = tmp_path / "photos" / part / name
+        photograph(folder / f"{index}.jpg", (80, 100), seed=index)
+    words = ["data=imagenet", "data.root=photos", "depth=18", "data.size=32", "augment.shorter_side=[36,48]"]
+    words += ["iterations=6", "batch_size=8", "log_every=2", "eval_every=3", "data.workers=2", "run_dir=run"]
+    done = subprocess.run(start(*words, "compile=false"), cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    tested = [line for line in metrics(tmp_path / "run") if line["split"] == "test"]
+    assert [(line["iteration"], line["seen"]) for line in tested] == [(3, 12), (6, 12)]
+
+
+def test_a_detector_with_frozen_norms_trains(tmp_path):
+    pytest.importorskip("faster_coco_eval")
+    from test_detection import WORDS, make_tree
+
+    make_tree(tmp_path / "tree")
+    words = [word for word in WORDS if not word.startswith(("device=", "precision="))]
+    done = subprocess.run(
+        start(*words, "device=cuda", "freeze=layer1", "run_dir=run", entry="detect"),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    losses = [line["loss"] for line in metrics(tmp_path / "run") if line["split"] == "train"]
+    assert all(loss > 0 for loss in losses)
