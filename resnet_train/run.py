@@ -150,15 +150,17 @@ def optimizer(model: nn.Module, config: Config, precision: str) -> torch.optim.S
     decayed = [p for p in trained if config.decay == "all" or p.ndim > 1]
     spared = [p for p in trained if config.decay == "weights" and p.ndim == 1]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": spared, "weight_decay": 0.0}]
-    return torch.optim.SGD(
+    found = torch.optim.SGD(
         [group for group in groups if group["params"]],
         lr=config.schedule.lr,
         momentum=config.momentum,
         nesterov=config.nesterov,
-        # Where fp16's scaler skips the first step, the fused one would leave the momentum uninitialised; None is the
-        # one that takes all parameters at once, False would take each alone.
-        fused=True if precision != "fp16" else None,
+        fused=True,
     )
+    if precision == "fp16" and config.momentum:  # where the scaler skips the first step, it would stay uninitialised
+        for parameter in trained:
+            found.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return found
 
 
 def _source(config: Config, directory: Path) -> Source | None:

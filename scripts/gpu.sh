@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, on a bare machine without a network, from the root of a checkout.
 #   scripts/gpu.sh prepare [DIR]        here: DIR (.gpu) and DIR-2 (.gpu-2) with all that such a machine lacks
-#   scripts/gpu.sh A                    there, 4 minutes: the GPU tests, the profile of a step, two runs side by side
+#   scripts/gpu.sh A                    there, 4 minutes: the GPU tests, the profile of a step
+#   scripts/gpu.sh unpack               there: only unpack what this call has brought
 #   scripts/gpu.sh B SECONDS NET…       there: whole runs of table 6 side by side, such as resnet-20 plain-56
 # There: Python 3.12 with torch 2.11 or newer, torchvision, triton, tensorboard, tqdm, matplotlib, scikit-learn, safetensors
 # and pytest. DIR holds the rest: wheels of hydra-core, omegaconf, antlr4 and simplejpeg (and faster-coco-eval, without which
@@ -63,7 +64,7 @@ begin() { # a whole run of table 6 in the background: begin NET [WORD…]
   local net=$1 && shift
   [ -f "$GPU/$net.tar" ] && [ ! -d "$WORK/runs/$net" ] && tar -xf "$GPU/$net.tar" -C "$WORK/runs"
   python3 -c 'from resnet_train.cli import train; train()' arch="${net%-*}" depth="${net#*-}" device=cuda \
-    data.root="$WORK/cifar10" run_dir="$WORK/runs/$net" "$@" > "$OUT/$net.log" 2>&1 &
+    data.root="$WORK/cifar10" run_dir="$WORK/runs/$net" "$@" > "$WORK/$net.log" 2>&1 &
   PID[$net]=$!
 }
 
@@ -71,11 +72,27 @@ pack() { # what a run leaves, but for TensorBoard's events
   (cd "$WORK/runs" && tar -cf "$OUT/$1.tar" --exclude=tensorboard --exclude=previous.pt "$1")
 }
 
-part_a() {
-  timeout 100 python3 -m pytest -q -n 8 -p no:cacheprovider -W default -o timeout=90 tests/test_gpu.py > "$OUT/tests.txt" 2>&1
-  grep -E '^(FAILED|ERROR)|passed|failed' "$OUT/tests.txt" | cut -c1-300
+gpu_tests() {
+  timeout 170 python3 -m pytest -v --tb=short -n 8 -p no:cacheprovider -p no:benchmark -W default tests/test_gpu.py > "$OUT/tests.txt" 2>&1
+  grep -E '(FAILED|ERROR) tests|passed|failed' "$OUT/tests.txt" | cut -c1-300
   say "tests"
+}
+
+share_gpu() { # processes side by side under NVIDIA's multi-process service, where it is there and works
+  export CUDA_MPS_PIPE_DIRECTORY=$WORK/mps CUDA_MPS_LOG_DIRECTORY=$WORK/mps-log
+  mkdir -p "$CUDA_MPS_PIPE_DIRECTORY" "$CUDA_MPS_LOG_DIRECTORY"
+  if nvidia-cuda-mps-control -d && timeout 40 python3 -c 'import torch; torch.ones(1, device="cuda").item()'; then
+    say "multi-process service"
+  else
+    echo quit | nvidia-cuda-mps-control
+    unset CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY
+    say "no multi-process service"
+  fi
+}
+
+part_a() {
   wait
+  gpu_tests
   timeout 110 python3 scripts/gpu_profile.py 20 56 110 out="$OUT/profile.json" > "$OUT/profile.txt" 2>&1
   grep -v ' us ' "$OUT/profile.txt" | tail -110
   say "profile"
@@ -86,6 +103,8 @@ part_b() {
   shift
   wait # for the images
   say "images: $(find "$WORK/cifar10" -name '*.png' | wc -l)"
+  gpu_tests & # while the runs compile
+  share_gpu
   python3 -c "from resnet_train.data.images import load; print(load('cifar10', '$WORK/cifar10', 32).digest)"
   say "decoded"
   declare -gA PID=()
@@ -97,7 +116,7 @@ part_b() {
       if kill -0 "${PID[$net]}" 2> /dev/null; then
         alive=1
       else
-        say "$net: $(grep -a 'test error' "$OUT/$net.log" | tail -1 | cut -c1-200)"
+        say "$net: $(grep -a 'test error' "$WORK/$net.log" | tail -1 | cut -c1-200)"
         unset "PID[$net]"
       fi
     done
@@ -105,15 +124,18 @@ part_b() {
   done
   for net in "${!PID[@]}"; do kill -TERM "${PID[$net]}" 2> /dev/null; done
   wait
+  [ -n "${CUDA_MPS_PIPE_DIRECTORY:-}" ] && echo quit | nvidia-cuda-mps-control
   for net in "$@"; do
     pack "$net"
-    say "$net: $(tail -c 400 "$OUT/$net.log" | tr '\r' '\n' | tail -1 | cut -c1-200)"
+    tail -c 20000 "$WORK/$net.log" >> "$OUT/logs.txt"
+    say "$net: $(tail -c 400 "$WORK/$net.log" | tr '\r' '\n' | tail -1 | cut -c1-200)"
   done
 }
 
 case ${1:-} in
   prepare) prepare "${2:-}" ;;
+  unpack) install && wait ;;
   A) install && part_a ;;
   B) install && part_b "${@:2}" ;;
-  *) sed -n 2,5p "$0" && exit 2 ;;
+  *) sed -n 2,6p "$0" && exit 2 ;;
 esac

@@ -236,7 +236,7 @@ def test_more_devices_than_gpus_are_refused_in_one_line(tmp_path):
     words = ["data=digits", "devices=2", "device=cuda", "iterations=3", "run_dir=run"]
     done = subprocess.run(start(*words), cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
-    assert "torch sees 1 GPU" in done.stderr
+    assert "devices=2: torch sees 1 here" in done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
     assert not (tmp_path / "run").exists()
 

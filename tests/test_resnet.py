@@ -319,6 +319,15 @@ def test_fan_in_is_the_default():
     assert cifar_resnet(8).conv1.weight.std().item() == pytest.approx(math.sqrt(2 / 27), rel=0.2)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_the_whole_net_compiles_into_one_graph(precision):
+    """Each break costs a launch of a graph of its own, and a compilation for each block of a net in one process."""
+    net = torch.compile(cifar_resnet(8), backend="eager", fullgraph=True)
+    logits = logits_of(net, torch.randn(2, 3, 32, 32), precision)
+    assert logits.shape == (2, 10)
+    assert logits.dtype == torch.float32
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp32", "fp64"])
 def test_logits_are_not_rounded_to_bf16(precision):
     """Rounded logits tie, and then topk decides which answers are wrong."""
