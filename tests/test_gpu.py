@@ -16,13 +16,13 @@ from resnet_train.build import compile_network, logits_of
 from resnet_train.compose import compose
 from resnet_train.config.training import check_train
 from resnet_train.evaluate import count_errors
+from resnet_train.models import imagenet_resnet
 from resnet_train.run import build
 from resnet_train.train import CapturedStep, prepare_steps, step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 pytest.importorskip("sklearn")
 DIGITS = ["data=digits", "depth=8", "device=cuda", "schedule.lr=0.01"]
-HERE = os.path.dirname(__file__)
 
 
 def opened(folder, *words):
@@ -166,7 +166,7 @@ def script(tmp_path, text, processes=0):
     """Run Python text in a process of its own, or in several by torchrun."""
     (tmp_path / "job.py").write_text(text)
     launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"] if processes else []
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([os.path.dirname(HERE), HERE])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, *launcher, str(tmp_path / "job.py")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -253,7 +253,7 @@ sys.argv = ["resnet-train", *{words!r}]
 cli.train()
 """
     (tmp_path / "job.py").write_text(text)
-    environment = os.environ | {"PYTHONPATH": os.path.dirname(HERE)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         [sys.executable, "job.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120, env=environment
     )
@@ -279,9 +279,10 @@ def test_a_detector_with_frozen_norms_trains(tmp_path):
     from test_detection import WORDS, make_tree
 
     make_tree(tmp_path / "tree")
+    torch.save(imagenet_resnet(18).state_dict(), tmp_path / "r18.pth")
     words = [word for word in WORDS if not word.startswith(("device=", "precision="))]
     done = subprocess.run(
-        start(*words, "device=cuda", "freeze=layer1", "run_dir=run", entry="detect"),
+        start(*words, "device=cuda", "init_from=r18.pth", "freeze=layer1", "run_dir=run", entry="detect"),
         cwd=tmp_path,
         capture_output=True,
         text=True,
