@@ -104,7 +104,7 @@ def bench(asked: BenchConfig, config: Config) -> None:
         **found.values,
         "rows": found.rows,
         "machine": _machine(device),
-        "versions": versions(),
+        "versions": versions(device),
         "git_commit": git_commit(),
         "measured": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "settings": {**dataclasses.asdict(asked), "random_images": _is_made_up(config), "config": config.plain()},
@@ -205,7 +205,8 @@ def steps(asked: BenchConfig, config: Config, folder: Path, device: torch.device
     batch = images.contiguous(), labels
     trainer = classic.Trainer(network(config, len(sets.classes)), device)
     works["classic"] = Work(functools.partial(trainer.steps, itertools.repeat(batch)), len(images))
-    with environment("TORCHINDUCTOR_CACHE_DIR", str(folder)):  # an empty one
+    # Empty ones; Triton's lies in the other's unless that has been used before.
+    with environment("TORCHINDUCTOR_CACHE_DIR", str(folder)), environment("TRITON_CACHE_DIR", str(folder / "triton")):
         first = {name: clocked(functools.partial(work.do, 1), device) for name, work in works.items()}
     found = speeds(works, asked.seconds, asked.rounds, device)
     rows = compared(found, "classic")
@@ -258,8 +259,16 @@ def loader(asked: BenchConfig, config: Config, folder: Path, device: torch.devic
     places = itertools.cycle(range(len(pictures)))
     run = opened(config, sets, folder)
     batches, batch = batches_of(run), config.batch_size
-    ours = Work(lambda count: [next(batches) for _ in range(count)], batch)
-    theirs = Work(lambda count: [pictures[next(places)] for _ in range(count * batch)], batch)
+
+    def augment(count: int) -> None:
+        for _ in range(count):
+            next(batches)
+
+    def transform(count: int) -> None:
+        for _ in range(count * batch):
+            pictures[next(places)]
+
+    ours, theirs = Work(augment, batch), Work(transform, batch)
     works = {"ours, one thread": _on_one_thread(ours), "classic, one thread": _on_one_thread(theirs)}
     works |= {"ours": ours, "bare": bare(run, *next(batches))}
     found = speeds(works, asked.seconds, asked.rounds, device)

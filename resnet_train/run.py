@@ -299,28 +299,36 @@ def environment_of(command: str, device: torch.device) -> dict[str, Any]:
         "processes": world(),
         "threads": torch.get_num_threads(),
         "launch": os.environ.get("TORCHELASTIC_RUN_ID"),
-        "versions": versions(),
+        "versions": versions(device),
     }
 
 
 def git_commit() -> str | None:
     """The commit of this package's code, where it lies in a git repository."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=5)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return found.stdout.strip() or None
+    return _output_of("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40") or None
 
 
-def versions() -> dict[str, str]:
-    """Of what computes."""
-    return {
+def versions(device: torch.device) -> dict[str, str]:
+    """Of what computes; on a GPU of its libraries and driver as well."""
+    found = {
         "resnet_train": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
     }
+    if device.type == "cuda":
+        found["cudnn"] = str(torch.backends.cudnn.version())
+        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+        found["driver"] = _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
+    return found
+
+
+def _output_of(*command: str) -> str:
+    """What a command prints; empty where it cannot be run."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
 
 
 def peak_memory(device: torch.device) -> int:

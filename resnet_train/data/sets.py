@@ -440,21 +440,21 @@ class _RandomViews(Sampler[list[View]]):
 
     def __iter__(self) -> Iterator[list[View]]:
         for iteration in itertools.count(self.start):
-            indices = batch_indices(self.seed, iteration, self.batch_size, self.count, self.blocks).tolist()
-            yield list(zip(indices, self._boxes(generator(self.seed, "augment", iteration)), strict=True))[self.share]
+            indices = batch_indices(self.seed, iteration, self.batch_size, self.count, self.blocks)[self.share].tolist()
+            yield list(zip(indices, self._boxes(generator(self.seed, "augment", iteration)), strict=True))
 
     def _boxes(self, draw: torch.Generator) -> list[Callable[[int, int], Box] | None]:
-        """What is cut from each photograph of a batch."""
+        """What is cut from each photograph of this process's share; the numbers are drawn for the whole batch."""
         count, area = self.batch_size, self.augment["area"]
         if area is not None:
-            tries = torch.rand(count, 10, 2, generator=draw).tolist()
-            places = torch.rand(count, 2, generator=draw).tolist()
+            tries = torch.rand(count, 10, 2, generator=draw)[self.share].tolist()
+            places = torch.rand(count, 2, generator=draw)[self.share].tolist()
             return [
                 functools.partial(area_box, area=area, tries=t, place=p) for t, p in zip(tries, places, strict=True)
             ]
         low, high = self.augment["shorter_side"]
-        sides = torch.randint(low, high + 1, (count,), generator=draw).tolist()
-        places = torch.rand(count, 2, generator=draw).tolist()
+        sides = torch.randint(low, high + 1, (count,), generator=draw)[self.share].tolist()
+        places = torch.rand(count, 2, generator=draw)[self.share].tolist()
         return [
             functools.partial(scaled_box, size=self.size, side=side, place=place)
             for side, place in zip(sides, places, strict=True)
