@@ -12,6 +12,7 @@ import struct
 import tarfile
 import warnings
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,15 @@ from resnet_train.data.images import (
 )
 from resnet_train.data.pack import packed_image
 from resnet_train.data.photographs import cut, open_photographs
-from resnet_train.data.places import CIFAR_FOLDER, check_source, class_folders, is_official_cifar10
+from resnet_train.data.places import (
+    CIFAR_FOLDER,
+    check_source,
+    class_folders,
+    count_images,
+    describe_left_out,
+    is_official_cifar10,
+    left_out,
+)
 from resnet_train.data.sets import MemorySets
 from resnet_train.detection import data as detection
 from resnet_train.errors import UserError
@@ -352,6 +361,64 @@ def test_files_that_are_no_images_by_name_are_left_out(tree):
     data = load("cifar10", str(tree), 32)
     assert (data.classes, data.train.labels.tolist()) == (["cat", "dog"], [0, 0, 0, 0, 1, 1])
     assert torch.equal(data.train.images[0], data.train.images[3])
+
+
+def test_hidden_folders_are_no_classes(tree):
+    """Such as Jupyter's; in the training part, in the test part, or alone in one that then has no classes."""
+    first = load("cifar10", str(tree), 32)
+    for part in ("train", "test"):
+        fill(tree / part, {".ipynb_checkpoints": 2})
+    (tree / "train" / ".empty").mkdir()
+    check(tree)
+    assert class_folders(tree) == (["cat", "dog"], "test")
+    same(load("cifar10", str(tree), 32), first)
+    assert open_photographs(str(tree)).classes == ["cat", "dog"]
+    assert count_images(tree / "train") == 5
+    (tree / "test").rename(tree / "val")
+    (tree / "test" / ".ipynb_checkpoints").mkdir(parents=True)
+    assert class_folders(tree) == (["cat", "dog"], "val")
+
+
+def test_names_that_are_not_utf8_are_names(tree):
+    """Latin-1's é, in a class and in a file."""
+    name = os.fsdecode(b"caf\xe9")
+    for part in ("train", "test"):
+        (tree / part / "cat").rename(tree / part / name)
+        (tree / part / name / "00.png").rename(tree / part / name / f"{name}.png")
+    check(tree)
+    for _ in range(2):  # then from the cache
+        data, photographs = load("imagefolder", str(tree), 32), open_photographs(str(tree))
+        assert data.classes == photographs.classes == [name, "dog"]
+        assert torch.equal(data.train.images, expected(tree / "train"))
+        assert Path(photographs.train.read(2)[0]) == tree / "train" / name / f"{name}.png"
+    sets = MemorySets(name="imagefolder", root=str(tree), size=32, validation=0)
+    assert sets.classes == [name, "dog"]
+
+
+def test_what_is_left_out_of_a_tree_is_counted(tree):
+    for part, name in (("train", "cat"), ("test", "dog")):
+        fill(tree / part / name, {"more": 3, "deeper/still": 2}, seed=7)
+        for file in ("a.avif", "b.AVIF", "c.heic", "notes", "Thumbs.db", ".hidden", ".DS_Store"):
+            (tree / part / name / file).write_bytes(b"")
+    (tree / "train" / "dog" / "empty").mkdir()
+    (tree / "train" / "dog" / "x.t\nxt").write_bytes(b"")
+    wanted = {"in subfolders": 10, ".avif": 4, ".heic": 2, "without a suffix": 2, ".db": 2, ".t\\nxt": 1}
+    assert +left_out("imagefolder", str(tree)) == wanted
+    for _ in range(2):  # then from the kept listing
+        assert +Counter(open_photographs(str(tree)).left_out) == wanted
+    line = describe_left_out(wanted)
+    assert line.startswith(
+        "left out of the class folders: 10 in subfolders, 4 .avif, 2 .heic, 2 without a suffix, 2 .db, "
+    )
+    assert "1 of other kinds; images end in .jpg .jpeg .png" in line
+    assert "\n" not in line
+    assert len(load("imagefolder", str(tree), 32).train) == 5
+
+
+def test_where_nothing_is_left_out_nothing_is_said(tree):
+    assert describe_left_out(left_out("cifar10", str(tree))) == ""
+    assert describe_left_out(open_photographs(str(tree)).left_out) == ""
+    assert describe_left_out(left_out("digits", None)) == describe_left_out(left_out("cifar10", None)) == ""
 
 
 def test_val_stands_for_test(tree):
@@ -706,6 +773,14 @@ def test_a_tile_larger_than_any_image_is_refused():
     data = tiff(ImageWidth=9, ImageLength=9, Compression=8, TileWidth=40_000, TileLength=10_000)
     with pytest.raises(ImageError, match=r"^x: .*is declared as 40000x10000, above 300,000,000 pixels"):
         decode(data, "x")
+
+
+def test_a_jpeg_cannot_hold_every_image_that_png_can(tmp_path):
+    """A line that is packed: 65,500 pixels are the most."""
+    path = save(tmp_path / "line.png", torch.zeros(1, 65_501, dtype=torch.uint8))
+    with pytest.raises(ImageError) as caught:
+        packed_image(path.read_bytes(), str(path), 8, 90)
+    one_line(caught, path, "is 65501x1; a JPEG has at most 65500 pixels a side")
 
 
 @pytest.mark.parametrize("view", [whole_view, center_view])

@@ -94,23 +94,22 @@ def images_in(folder: str | Path) -> tuple[list[os.DirEntry[str]], Counter[str]]
     return sorted(found, key=lambda entry: entry.name), other
 
 
-def left_out(root: Path) -> Counter[str]:
-    """What `images_in` counts in all classes of a tree."""
-    classes, test = class_folders(root)
-    return sum((images_in(root / part / name)[1] for part in ("train", test) for name in classes), Counter[str]())
+def left_out(name: str, root: str | None) -> Counter[str]:
+    """What `images_in` counts beside the images in all classes of the tree of a data set; nothing where it is none."""
+    if name == "digits" or root is None or is_official_cifar10(folder := expand(root)):
+        return Counter()
+    classes, test = class_folders(folder)
+    return sum((images_in(folder / part / name)[1] for part in ("train", test) for name in classes), Counter[str]())
 
 
-def told_left_out(found: Mapping[str, int]) -> str:
-    """What is left out of class folders, as the end of a sentence; empty where that is nothing."""
-    kinds = Counter(found).most_common()
+def describe_left_out(found: Mapping[str, int]) -> str:
+    """A line about the files that `images_in` has counted beside the images; empty where there are none."""
+    kinds = (+Counter(found)).most_common()
     shown = [f"{count} {kind}" for kind, count in kinds[:5]]
-    rest = sum(count for _, count in kinds[5:])
-    files = ", ".join([*shown, *([f"{rest} of other kinds"] if rest else [])])
-    return (
-        f"files that are not taken as images: {files}; images lie in CLASS/ and end in {' '.join(IMAGE_SUFFIXES)}"
-        if found
-        else ""
-    )
+    if rest := sum(count for _, count in kinds[5:]):
+        shown.append(f"{rest} of other kinds")
+    line = f"left out of the class folders: {', '.join(shown)}; images end in {' '.join(IMAGE_SUFFIXES)}"
+    return line if shown else ""
 
 
 def class_folders(root: Path) -> tuple[list[str], str]:
