@@ -34,6 +34,7 @@ from resnet_train.build import (
 )
 from resnet_train.config.runs import check_same_run, run_state
 from resnet_train.config.training import Config, share
+from resnet_train.data.places import describe_left_out
 from resnet_train.data.sampler import generator
 from resnet_train.data.sets import MemorySets, StreamedSets
 from resnet_train.distributed import from_main, joined, main, one_after_all, together, total, world
@@ -363,6 +364,8 @@ def _announce(run: Run, state: dict[str, Any] | None, source: Source | None) -> 
         f" test; {config.iterations} iterations of {_batch(run)}; {run.precision} on {run.device};"
         f" {'compiling; ' if run.compiled else ''}{run.directory}"
     )
+    if line := describe_left_out(run.sets.left_out):
+        print(f"note: {line}")
     if source is not None:
         classes, kept = len(run.sets.classes), source.same_classes(run.sets.classes)
         print(

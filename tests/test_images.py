@@ -1,12 +1,18 @@
 """CIFAR-10's archive, class-folder trees and digits as tensors; what is wrong with a data set is said in one line."""
 
+import contextlib
 import hashlib
 import io
+import logging
 import os
 import pickle
 import random
 import shutil
+import struct
 import tarfile
+import warnings
+import zlib
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,19 +20,39 @@ import torch
 from PIL import Image
 from torch.nn.functional import interpolate
 
+from resnet_train.data import images
 from resnet_train.data.images import (
     CIFAR10_FINGERPRINT,
+    LONGEST,
     TEST_FILES,
     TRAIN_FILES,
+    ImageError,
     ImageSet,
     _data_set,
     cache_folder,
+    center_view,
+    check_pixels,
+    decode,
+    image_size,
+    jpeg_size,
     load,
     read_image,
     read_official,
+    whole_view,
 )
-from resnet_train.data.places import CIFAR_FOLDER, check_source, class_folders, is_official_cifar10
+from resnet_train.data.pack import packed_image
+from resnet_train.data.photographs import cut, open_photographs
+from resnet_train.data.places import (
+    CIFAR_FOLDER,
+    check_source,
+    class_folders,
+    count_images,
+    describe_left_out,
+    is_official_cifar10,
+    left_out,
+)
 from resnet_train.data.sets import MemorySets
+from resnet_train.detection import data as detection
 from resnet_train.errors import UserError
 
 
@@ -337,6 +363,64 @@ def test_files_that_are_no_images_by_name_are_left_out(tree):
     assert torch.equal(data.train.images[0], data.train.images[3])
 
 
+def test_hidden_folders_are_no_classes(tree):
+    """Such as Jupyter's; in the training part, in the test part, or alone in one that then has no classes."""
+    first = load("cifar10", str(tree), 32)
+    for part in ("train", "test"):
+        fill(tree / part, {".ipynb_checkpoints": 2})
+    (tree / "train" / ".empty").mkdir()
+    check(tree)
+    assert class_folders(tree) == (["cat", "dog"], "test")
+    same(load("cifar10", str(tree), 32), first)
+    assert open_photographs(str(tree)).classes == ["cat", "dog"]
+    assert count_images(tree / "train") == 5
+    (tree / "test").rename(tree / "val")
+    (tree / "test" / ".ipynb_checkpoints").mkdir(parents=True)
+    assert class_folders(tree) == (["cat", "dog"], "val")
+
+
+def test_names_that_are_not_utf8_are_names(tree):
+    """Latin-1's é, in a class and in a file."""
+    name = os.fsdecode(b"caf\xe9")
+    for part in ("train", "test"):
+        (tree / part / "cat").rename(tree / part / name)
+        (tree / part / name / "00.png").rename(tree / part / name / f"{name}.png")
+    check(tree)
+    for _ in range(2):  # then from the cache
+        data, photographs = load("imagefolder", str(tree), 32), open_photographs(str(tree))
+        assert data.classes == photographs.classes == [name, "dog"]
+        assert torch.equal(data.train.images, expected(tree / "train"))
+        assert Path(photographs.train.read(2)[0]) == tree / "train" / name / f"{name}.png"
+    sets = MemorySets(name="imagefolder", root=str(tree), size=32, validation=0)
+    assert sets.classes == [name, "dog"]
+
+
+def test_what_is_left_out_of_a_tree_is_counted(tree):
+    for part, name in (("train", "cat"), ("test", "dog")):
+        fill(tree / part / name, {"more": 3, "deeper/still": 2}, seed=7)
+        for file in ("a.avif", "b.AVIF", "c.heic", "notes", "Thumbs.db", ".hidden", ".DS_Store"):
+            (tree / part / name / file).write_bytes(b"")
+    (tree / "train" / "dog" / "empty").mkdir()
+    (tree / "train" / "dog" / "x.t\nxt").write_bytes(b"")
+    wanted = {"in subfolders": 10, ".avif": 4, ".heic": 2, "without a suffix": 2, ".db": 2, ".t\\nxt": 1}
+    assert +left_out("imagefolder", str(tree)) == wanted
+    for _ in range(2):  # then from the kept listing
+        assert +Counter(open_photographs(str(tree)).left_out) == wanted
+    line = describe_left_out(wanted)
+    assert line.startswith(
+        "left out of the class folders: 10 in subfolders, 4 .avif, 2 .heic, 2 without a suffix, 2 .db, "
+    )
+    assert "1 of other kinds; images end in .jpg .jpeg .png" in line
+    assert "\n" not in line
+    assert len(load("imagefolder", str(tree), 32).train) == 5
+
+
+def test_where_nothing_is_left_out_nothing_is_said(tree):
+    assert describe_left_out(left_out("cifar10", str(tree))) == ""
+    assert describe_left_out(open_photographs(str(tree)).left_out) == ""
+    assert describe_left_out(left_out("digits", None)) == describe_left_out(left_out("cifar10", None)) == ""
+
+
 def test_val_stands_for_test(tree):
     before = load("cifar10", str(tree), 32)
     (tree / "test").rename(tree / "val")
@@ -524,6 +608,277 @@ def test_a_file_is_no_root_of_a_tree(name, tmp_path):
     with pytest.raises(UserError) as caught:
         check(tmp_path / "file", name)
     one_line(caught, tmp_path / "file", "is a file")
+
+
+# Images that are odd, or that mean harm
+
+
+def segment(kind, body):
+    """A segment of a JPEG with its marker and length."""
+    return struct.pack(">BBH", 0xFF, kind, len(body) + 2) + body
+
+
+def frame(kind, height, width, colours=3, bits=8):
+    """The header of a JPEG's frame: baseline is 0xC0, progressive 0xC2, lossless 0xC3."""
+    return segment(kind, struct.pack(">BHHB", bits, height, width, colours) + bytes([1, 0x11, 0] * colours))
+
+
+def lossless(height, width):
+    """A lossless JPEG of grey pixels: each differs by 0 from the one before, which is one bit in one code."""
+    table = segment(0xC4, bytes([0, 1] + [0] * 15 + [0]))
+    scan = segment(0xDA, bytes([3, 1, 0, 1, 0, 1, 0, 1, 0, 0]))
+    zeros = bytes(height * width * 3 // 8 + 1)
+    return b"\xff\xd8" + frame(0xC3, height, width) + table + scan + zeros + b"\xff\xd9"
+
+
+@pytest.mark.parametrize("data", [lossless(200, 300), lossless(1600, 40)])
+def test_a_jpeg_that_libjpeg_cannot_reduce_is_decoded_whole(data):
+    """Reducing it, libjpeg writes beyond its memory, and the process dies."""
+    whole = decode(data, "x.jpg")
+    assert (whole == 128).all()
+    assert jpeg_size(data) is None
+    assert torch.equal(decode(data, "x.jpg", 8), whole)
+    assert torch.equal(cut(data, "x.jpg", 8, lambda height, width: (0, 0, height, width)), whole[:8, :8])
+
+
+def jpeg(mode="RGB", **options):
+    file = io.BytesIO()
+    Image.fromarray(pixels(7, 37, 41, 3).numpy()).convert(mode).save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(("mode", "options"), [("RGB", {}), ("L", {}), ("RGB", {"progressive": True})])
+def test_a_usual_jpeg_may_be_reduced(mode, options):
+    data = jpeg(mode, **options, comment=b"c" * 300, exif=b"Exif\0\0" + bytes(999))
+    assert jpeg_size(data) == (37, 41)
+    assert decode(data, "x", 4).shape == (10, 11, 3)
+
+
+def test_any_other_image_may_not_be_reduced():
+    usual = jpeg()
+    place = usual.index(b"\xff\xc0")
+    others = [usual[:place] + bytes([0xFF, kind]) + usual[place + 2 :] for kind in {*range(0xC0, 0x100)} - {0xC0, 0xC2}]
+    others += [usual[:place] + between + usual[place:] for between in (b"\0", b"\xff", b"\xff\x01", b"\xff\xfe\0\1")]
+    others += [usual[:place] + frame(0xC0, *size) for size in ((0, 9), (9, 0), (9, 9, 4), (9, 9, 2), (9, 9, 3, 12))]
+    others += [jpeg("CMYK"), usual[: place + 9], usual[:4], usual[:2], b"", b"text"]
+    assert [jpeg_size(data) for data in others] == [None] * len(others)
+
+
+@pytest.mark.parametrize("kind", ["EPS", "ICO", "TGA", "SGI", "PCX", "DDS", "ICNS", "PDF", "SPIDER", "JPEG2000"])
+def test_no_other_format_is_opened(kind, tmp_path, monkeypatch):
+    """PostScript would start a program, Ghostscript; whatever the file is named."""
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/mark\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # what it has found before
+    mode = "F" if kind == "SPIDER" else "RGB"
+    file = io.BytesIO()
+    Image.fromarray(pixels(7, 64, 64, 3).numpy()).convert(mode).save(file, kind)
+    (tmp_path / "x.jpg").write_bytes(file.getvalue())
+    for read in (read_image, image_size):
+        with pytest.raises(ImageError) as caught:
+            read(tmp_path / "x.jpg")
+        one_line(caught, tmp_path / "x.jpg", "none of JPEG, PNG, WEBP, GIF, BMP, TIFF, PPM")
+    assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "JPEG", "png", "webp", "gif", "bmp", "tif", "Tiff", "ppm", "PGM"])
+def test_suffixes_count_in_any_case(suffix, tree):
+    path = tree / "train" / "cat" / f"zz.{suffix}"
+    with Image.open(tree / "train" / "cat" / "00.png") as image:
+        image.convert("L" if suffix == "PGM" else "RGB").save(path)
+    assert len(load("cifar10", str(tree), 32).train) == 6
+    assert len(open_photographs(str(tree)).train) == 6
+
+
+def tiff(**tags):
+    """A grey TIFF of the given tags beside the usual ones, without pixels."""
+    numbers = {
+        "ImageWidth": 256,
+        "ImageLength": 257,
+        "Compression": 259,
+        "TileWidth": 322,
+        "TileLength": 323,
+        "SamplesPerPixel": 277,
+    }
+    usual = {256: 1, 257: 1, 258: 8, 259: 1, 262: 1, 273: 0, 277: 1, 279: 9, 324: 0, 325: 9}
+    values = sorted((usual | {numbers[name]: value for name, value in tags.items()}).items())
+    entries = b"".join(struct.pack("<HHII", number, 4, 1, value) for number, value in values)
+    return struct.pack("<2sHIH", b"II", 42, 8, len(values)) + entries + bytes(99)
+
+
+def header(kind, width, height):
+    """The beginning of an image that is declared to be of that size; of its pixels, next to nothing."""
+    if kind.endswith("JPEG"):
+        code = {"JPEG": 0xC0, "progressive JPEG": 0xC2, "lossless JPEG": 0xC3}[kind]
+        scan = segment(0xDA, bytes([3, 1, 0, 2, 0, 3, 0, 0, 63, 0]))
+        return b"\xff\xd8" + frame(code, height, width) + scan + bytes(99) + b"\xff\xd9"
+    if kind == "PPM":
+        return f"P6 {width} {height} 255\n".encode()
+    if kind == "TIFF":
+        return tiff(ImageWidth=width, ImageLength=height)
+    if kind == "WEBP":
+        canvas = bytes(4) + (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+        return b"RIFF" + struct.pack("<I", 22) + b"WEBPVP8X" + struct.pack("<I", 10) + canvas
+    file = io.BytesIO()
+    Image.new("L", (1, 1)).save(file, kind)
+    data = bytearray(file.getvalue())
+    if kind == "PNG":
+        struct.pack_into(">II", data, 16, width, height)
+        struct.pack_into(">I", data, 29, zlib.crc32(data[12:29]))
+    else:
+        form, place = {"GIF": ("<HH", 6), "BMP": ("<ii", 18)}[kind]
+        struct.pack_into(form, data, place, width, height)
+    return bytes(data)
+
+
+LARGE_KINDS = ["JPEG", "progressive JPEG", "lossless JPEG", "PNG", "GIF", "BMP", "TIFF", "PPM", "WEBP"]
+
+
+@pytest.mark.parametrize("kind", LARGE_KINDS)
+@pytest.mark.parametrize(("width", "height"), [(20000, 20000), (65500, 65500), (15001, 20000)])
+def test_what_is_declared_too_large_is_refused_everywhere(kind, width, height, tmp_path):
+    """By classification, packing, prediction and detection, whole or at a fraction; below the limit the size passes."""
+    if kind == "WEBP":
+        width, height = (min(side, 1 << 24) for side in (width, height))
+    data, path = header(kind, width, height), tmp_path / "bomb.jpg"
+    path.write_bytes(data)
+    readers = [
+        lambda: read_image(path),
+        lambda: decode(data, str(path), 8),
+        lambda: cut(data, str(path), 24, lambda height, width: (0, 0, height, width)),
+        lambda: image_size(path),
+        lambda: packed_image(data, str(path), 256, 90),
+        lambda: detection.load(detection.Example(path, "bomb", 1, width, height, *[torch.empty(0)] * 4)),
+    ]
+    for read in readers:
+        with pytest.raises(ImageError) as caught:
+            read()
+        one_line(caught, path, "is not an image that can be read", "300")
+        assert any(said in str(caught.value) for said in (f"{width}x{height}", f"({width * height} pixels)"))
+
+
+def test_the_largest_image_is_of_300_million_pixels(tmp_path):
+    check_pixels(15_000, 20_000)
+    with pytest.raises(ValueError, match="is declared as 20000x15001, above 300,000,000 pixels"):
+        check_pixels(15_001, 20_000)
+    for kind in set(LARGE_KINDS) - {"WEBP"}:  # whose header alone is not opened
+        path = tmp_path / kind
+        path.write_bytes(header(kind, 15_000, 20_000))
+        assert image_size(path) == (15_000, 20_000)
+
+
+def test_a_tile_larger_than_any_image_is_refused():
+    """It is allocated whole, however small the image."""
+    data = tiff(ImageWidth=9, ImageLength=9, Compression=8, TileWidth=40_000, TileLength=10_000)
+    with pytest.raises(ImageError, match=r"^x: .*is declared as 40000x10000, above 300,000,000 pixels"):
+        decode(data, "x")
+
+
+def test_a_jpeg_cannot_hold_every_image_that_png_can(tmp_path):
+    """A line that is packed: 65,500 pixels are the most."""
+    path = save(tmp_path / "line.png", torch.zeros(1, 65_501, dtype=torch.uint8))
+    with pytest.raises(ImageError) as caught:
+        packed_image(path.read_bytes(), str(path), 8, 90)
+    one_line(caught, path, "is 65501x1; a JPEG has at most 65500 pixels a side")
+
+
+@pytest.mark.parametrize("view", [whole_view, center_view])
+def test_a_line_is_not_blown_up(view):
+    """3,000,001x1 with its shorter side at 224 would be 1.8 TB: only the middle is."""
+    line = torch.zeros(3, 1, 3_000_001, dtype=torch.uint8)
+    line[:, :, 1_499_980:1_500_021] = 200
+    assert (view(line, 224) == 200).all()
+    assert (view(line.transpose(1, 2), 224) == 200).all()
+
+
+@pytest.mark.parametrize("view", [whole_view, center_view])
+@pytest.mark.parametrize("length", [LONGEST + 1, 60, 61])
+def test_the_middle_of_a_long_image_is_that_of_the_whole(view, length, monkeypatch):
+    image = pixels(2, 3, length, 1)
+    seen = view(image, 32).int()
+    monkeypatch.setattr(images, "LONGEST", 10**6)
+    assert (view(image, 32).int() - seen).abs().max() <= 1
+
+
+@pytest.mark.parametrize("shape", [(3, 1, LONGEST), (3, 40, 1), (3, 7, 7 * LONGEST), (3, 7, 9), (3, 2, 60_001)])
+def test_the_middle_leaves_out_as_much_at_either_end(shape):
+    image = torch.arange(shape[1] * shape[2]).expand(3, -1).reshape(shape)
+    found = images.middle(image)
+    short, long = sorted(shape[1:])
+    assert max(found.shape[1:]) in (long,) if long <= LONGEST * short else (LONGEST * short, LONGEST * short + 1)
+    assert found[0, 0, 0] + found[0, -1, -1] == image[0, 0, 0] + image[0, -1, -1]
+
+
+def apng_without_frames():
+    """An animation of no pictures: Pillow warns."""
+    file = io.BytesIO()
+    Image.new("RGB", (9, 9)).save(file, "PNG")
+    data, body = file.getvalue(), b"acTL" + bytes(8)
+    return data[:33] + struct.pack(">I", 8) + body + struct.pack(">I", zlib.crc32(body)) + data[33:]
+
+
+def odd_fax():
+    """libtiff prints what is wrong with such codes."""
+    file = io.BytesIO()
+    Image.fromarray(pixels(7, 99, 99).numpy()).convert("1").save(file, "TIFF", compression="group4")
+    data = bytearray(file.getvalue())
+    with Image.open(file) as image:
+        start = image.tag_v2[273][0]
+    data[start : start + 300] = pixels(8, 300).numpy().tobytes()
+    return bytes(data)
+
+
+def many_samples():
+    """153 for each pixel: Pillow logs an error."""
+    return tiff(SamplesPerPixel=153)
+
+
+@pytest.mark.parametrize("make", [apng_without_frames, odd_fax, many_samples])
+def test_pillow_and_its_libraries_print_nothing(make, capfd, recwarn, monkeypatch):
+    monkeypatch.setattr(logging.root, "handlers", [])  # pytest's: without any, Python prints errors
+    warnings.simplefilter("always")
+    with contextlib.suppress(ImageError):
+        decode(make(), "x")
+    assert capfd.readouterr() == ("", "")
+    assert list(recwarn) == []
+
+
+def blp():
+    """An image of the game Warcraft, in a compression that it does not have."""
+    return b"BLP1" + struct.pack("<IIIIII", 9, 0, 4, 4, 5, 0) + bytes(2000)
+
+
+def dds():
+    """A texture of no known pixel format."""
+    return b"DDS " + struct.pack("<IIII", 124, 0, 4, 4) + bytes(48) + struct.pack("<II4s", 32, 4, b"????") + bytes(99)
+
+
+@pytest.mark.parametrize("make", [blp, dds])
+def test_whatever_a_decoder_raises_names_the_file(make):
+    with pytest.raises(ImageError, match=r"^x\.jpg: is not an image that can be read"):
+        decode(make(), "x.jpg")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a\nb"), NotImplementedError(), KeyError("k"), struct.error("s")])
+def test_an_exception_of_any_kind_is_an_image_error(error):
+    with pytest.raises(ImageError, match=r"^x: is not an image that can be read") as caught, images._decoding("x"):
+        raise error
+    one_line(caught)
+
+
+def test_a_lack_of_memory_is_not_the_images_fault():
+    with pytest.raises(MemoryError), images._decoding("x"):
+        raise MemoryError
+
+
+@pytest.mark.parametrize("kind", ["PGM of 16 bits", "PPM of 16 bits"])
+def test_ppm_of_16_bits_keeps_its_brightness(kind):
+    """A ramp from black to white: 0, 2,048, … 63,488 of 65,535."""
+    grey = kind.startswith("PGM")
+    values = [value for step in range(32) for value in [2048 * step] * (1 if grey else 3)]
+    data = f"P{5 if grey else 6} 32 1 65535\n".encode() + struct.pack(f">{len(values)}H", *values)
+    assert (decode(data, "x")[0].int() - 8 * torch.arange(32)[:, None]).abs().max() <= 1
 
 
 # The cache of decoded sets

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import hashlib
 import io
+import logging
 import os
 import pickle
+import re
 import struct
 import tarfile
+import warnings
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import simplejpeg
@@ -27,7 +32,7 @@ from tqdm import tqdm
 
 from resnet_train import checkpoint
 from resnet_train.data.download import download
-from resnet_train.data.places import CIFAR_FOLDER, class_folders, is_image, is_official_cifar10
+from resnet_train.data.places import CIFAR_FOLDER, class_folders, images_in, is_official_cifar10
 from resnet_train.errors import UserError
 from resnet_train.files import expand
 
@@ -39,10 +44,14 @@ MIRRORS = (
 )
 TRAIN_FILES = dict(CIFAR10.train_list)  # name: MD5
 TEST_FILES = dict(CIFAR10.test_list)
-Image.MAX_IMAGE_PIXELS = 150_000_000  # Pillow warns above this and refuses twice as many
 # Of the official 50,000 training and 10,000 test images, their pixels and labels, in any order: `_order_by_hash`.
 CIFAR10_FINGERPRINT = "1b3a4b491e6c8623cfe77cacbd54ef370cc2f6b5799277858cdd619134a689f9"
 FORMAT = 2  # of the decoded sets in the cache folder
+LARGEST_IMAGE = 300_000_000  # pixels; a larger image is refused by its header, before anything is allocated for it
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # and no other: for some, Pillow starts programs
+LONGEST = 16  # times its width: only the middle of a longer image is scaled, or the result could fill the memory
+PILLOW_FILTER = ("ignore", None, Warning, re.compile("PIL"), 0)  # of Pillow's warnings, as `warnings` keeps it
+QUIET = logging.NullHandler()
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
@@ -133,7 +142,7 @@ def _cached(name: str, files: list[Path], key: str, make: Callable[[], DataSet])
     try:
         for file in files:
             status = file.stat()
-            stamp.update(f"{file} {status.st_size} {status.st_mtime_ns}\n".encode())
+            stamp.update(os.fsencode(f"{file} {status.st_size} {status.st_mtime_ns}\n"))
     except OSError as error:
         raise UserError(f"data.root: {error.filename}: {error.strerror}") from error
     path = cache_folder() / "decoded" / f"{name}-{stamp.hexdigest()[:16]}.pt"
@@ -213,10 +222,9 @@ def _batches(raw: Mapping[str, bytes], names: Iterable[str]) -> ImageSet:
 def listing(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
     """The image files below `folder`/<class>/ with their labels, in order."""
     return [
-        (folder / name / file, label)
+        (folder / name / entry.name, label)
         for label, name in enumerate(classes)
-        for file in sorted(os.listdir(folder / name))
-        if is_image(file)
+        for entry in images_in(folder / name)[0]
     ]
 
 
@@ -233,38 +241,114 @@ def read_image(path: Path) -> Tensor:
     return decode(data, str(path)).permute(2, 0, 1)
 
 
+def image_size(path: Path) -> tuple[int, int]:
+    """Width and height of an image file, as its header declares them. Raises UserError naming the file."""
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise UserError(f"{path}: is not an image that can be read ({error.strerror})") from error
+    with file, _decoding(str(path)), _open(file) as image:
+        return image.size
+
+
 def decode(data: bytes, name: str, factor: int = 1) -> Tensor:
     """An encoded image as (H, W, 3) uint8 RGB, whatever its suffix said. Raises ImageError, which begins with `name`.
 
-    A `factor` of 2, 4 or 8 is what a JPEG may be reduced by; others come whole.
+    A `factor` of 2, 4 or 8 is what a JPEG may be reduced by, where `jpeg_size` says that it can be; others come whole.
     """
-    with contextlib.suppress(ValueError):  # no JPEG, or one that Pillow is to judge
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-        if colours in ("Gray", "RGB", "YCbCr"):  # the same pixels as Pillow's, in less time; CMYK is not the same
-            least = {"min_height": -(-height // factor), "min_width": -(-width // factor)} if factor > 1 else {}
-            return torch.from_numpy(simplejpeg.decode_jpeg(data, "RGB", **least))
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            deep = image.mode.startswith("I;16")  # Pillow would clip where it should scale
-            shallow = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)) if deep else image
-            opaque = shallow.convert("RGBA") if "transparency" in shallow.info else shallow  # else Pillow warns
+    with _decoding(name):
+        if size := jpeg_size(data):
+            check_pixels(*size)
+            least = {"min_height": -(-size[0] // factor), "min_width": -(-size[1] // factor)} if factor > 1 else {}
+            with contextlib.suppress(ValueError):  # which Pillow is to judge
+                # The same pixels as Pillow's, in less time.
+                return torch.from_numpy(simplejpeg.decode_jpeg(data, "RGB", **least))
+        with _open(io.BytesIO(data)) as image:
+            if image.mode.startswith("I;16") or (image.format, image.mode) == ("PPM", "I"):  # 16 bits
+                grey = (np.asarray(image) >> 8).astype(np.uint8)  # Pillow would clip where it should scale
+                return torch.from_numpy(grey[..., None].repeat(3, 2))
+            opaque = image.convert("RGBA") if "transparency" in image.info else image  # else Pillow warns
             return torch.from_numpy(np.array(opaque.convert("RGB")))
-    except UnidentifiedImageError:
-        raise ImageError(f"{name}: is not an image that can be read (of no known format)") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+
+
+def jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Height and width of a JPEG that may be reduced as it is decoded; None for any other image.
+
+    These are baseline and progressive frames of 8 bits, grey or in three colours. libjpeg would write beyond its memory
+    when it reduces a lossless frame. What is not in plain order is None, so that libjpeg finds no other frame.
+    """
+    place = 2
+    while data[:2] == b"\xff\xd8" and len(data) >= place + 10 and data[place] == 0xFF:
+        kind, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4])
+        if kind in (0xC0, 0xC2):  # baseline and progressive
+            bits, height, width, colours = struct.unpack_from(">BHHB", data, place + 4)
+            return (height, width) if bits == 8 and height and width and colours in (1, 3) else None
+        if not (kind in (0xC4, 0xDB, 0xDD, 0xFE) or 0xE0 <= kind <= 0xEF) or length < 2:  # tables, comments, APPn
+            return None
+        place += 2 + length
+    return None
+
+
+def check_pixels(height: int, width: int) -> None:
+    """Refuse what is declared as larger than any image may be. Raises ValueError."""
+    if height * width > LARGEST_IMAGE:
+        raise ValueError(f"is declared as {width}x{height}, above {LARGEST_IMAGE:,} pixels")
+
+
+@contextlib.contextmanager
+def _decoding(name: str) -> Iterator[None]:
+    """Make an ImageError of whatever a decoder raises, which may be anything; but not of a lack of memory."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if isinstance(error, UnidentifiedImageError):
+            reason = f"none of {', '.join(FORMATS)}"
         raise ImageError(f"{name}: is not an image that can be read ({reason})") from error
+
+
+def _open(file: BinaryIO) -> Image.Image:
+    """An image whose header has been read and found to be in bounds; what Pillow would print is left out."""
+    Image.MAX_IMAGE_PIXELS = LARGEST_IMAGE // 2  # Pillow refuses twice as many, in some formats before we can
+    if PILLOW_FILTER not in warnings.filters:
+        warnings.filterwarnings("ignore", module="PIL")
+    logging.getLogger("PIL").addHandler(QUIET)
+    image = Image.open(file, formats=FORMATS)
+    check_pixels(image.height, image.width)
+    if image.format == "TIFF":
+        _silence_libtiff()
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        if isinstance(width := tags.get(322), int) and isinstance(height := tags.get(323), int):
+            check_pixels(height, width)  # of a tile, which is allocated whole however small the image is
+    return image
+
+
+@functools.cache
+def _silence_libtiff() -> None:
+    """Keep libtiff from printing what is wrong with a file: the error that names the file is enough."""
+    with contextlib.suppress(OSError, AttributeError):  # a Pillow without libtiff, or that hides it
+        ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
+
+
+def middle(image: Tensor) -> Tensor:
+    """An image (3, H, W), or the middle of one that is more than `LONGEST` times as long as it is wide."""
+    height, width = image.shape[-2:]
+    longest = LONGEST * min(height, width)
+    longest += (max(height, width) - longest) % 2  # as many pixels are left out at either end
+    return TF.center_crop(image, [min(height, longest), min(width, longest)])
 
 
 def whole_view(image: Tensor, size: int) -> Tensor:
     """The view of a small image (3, H, W) that is kept in memory: its shorter side at `size`, the center cropped."""
-    resized = TF.resize(image.float(), [size], antialias=True).round().to(torch.uint8)  # as for the digits
+    resized = TF.resize(middle(image).float(), [size], antialias=True).round().to(torch.uint8)  # as for the digits
     return TF.center_crop(resized, [size, size])
 
 
 def center_view(image: Tensor, size: int) -> Tensor:
     """The center crop of a photograph (3, H, W), as in figure 4: the shorter side at 256 for crops of 224."""
-    return TF.center_crop(TF.resize(image, [round(size * 256 / 224)], antialias=True), [size, size])
+    return TF.center_crop(TF.resize(middle(image), [round(size * 256 / 224)], antialias=True), [size, size])
 
 
 def _decode(files: list[tuple[Path, int]], size: int, exact: bool) -> ImageSet:

@@ -29,7 +29,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from resnet_train.data.images import ImageError, decode
+from resnet_train.data.images import ImageError, decode, jpeg_size
 from resnet_train.data.packed import (
     FORMAT,
     Shard,
@@ -42,9 +42,11 @@ from resnet_train.data.packed import (
     stored_order,
 )
 from resnet_train.data.photographs import Files, open_photographs, read_file
-from resnet_train.data.places import PACKED, PACKING
+from resnet_train.data.places import PACKED, PACKING, describe_left_out
 from resnet_train.errors import SIGNALS, RunError, UserError
 from resnet_train.files import claimed, write_json
+
+LONGEST_JPEG = 65_500  # pixels of a side, as libjpeg has it
 
 
 def pack(*, root: str, out: Path, shorter_side: int, quality: int, images: int, workers: int, broken: str) -> None:
@@ -75,6 +77,8 @@ def pack(*, root: str, out: Path, shorter_side: int, quality: int, images: int, 
             print(f"{out}: is packed already; nothing to do")
             return
         _begin(out, settings, files)
+        if line := describe_left_out(found.left_out):
+            print(f"note: {line}", flush=True)
         shards = list(_shards(out, files, images))
         missing = [shard for shard in shards if _note_of(shard) is None]
         total, done = sum(map(len, files.values())), len(shards) - len(missing)
@@ -188,7 +192,7 @@ def _write_shard(job: dict[str, Any]) -> list[str]:
 def packed_image(data: bytes, name: str, shorter_side: int, quality: int) -> bytes:
     """An encoded image as JPEG of `quality`, its shorter side brought down to `shorter_side`. Raises ImageError.
 
-    A JPEG that is small enough in pixels, and in bytes, stays as it is.
+    A JPEG that any reader takes, and that is small enough in pixels and in bytes, stays as it is.
     """
     image = Image.fromarray(decode(data, name).numpy())
     scale = shorter_side / min(image.size)
@@ -196,15 +200,11 @@ def packed_image(data: bytes, name: str, shorter_side: int, quality: int) -> byt
         width, height = (max(1, round(scale * n)) for n in image.size)
         image = image.resize((width, height), Image.Resampling.LANCZOS)
     encoded = io.BytesIO()
+    if max(image.size) > LONGEST_JPEG:
+        raise ImageError(f"{name}: is {image.width}x{image.height}; a JPEG has at most {LONGEST_JPEG} pixels a side")
     image.save(encoded, "JPEG", quality=quality)
-    stays = scale >= 1 and len(data) <= encoded.tell() and _plain_jpeg(data)
+    stays = scale >= 1 and len(data) <= encoded.tell() and jpeg_size(data) is not None
     return data if stays else encoded.getvalue()
-
-
-def _plain_jpeg(data: bytes) -> bool:
-    """Whether this is a JPEG that any reader takes as it is: grey or colour, no CMYK."""
-    with Image.open(io.BytesIO(data)) as image:
-        return image.format == "JPEG" and image.mode in ("L", "RGB")
 
 
 def _finish(

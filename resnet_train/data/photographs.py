@@ -11,22 +11,22 @@ import hashlib
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import simplejpeg
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from resnet_train import checkpoint
-from resnet_train.data.images import cache_folder, decode, keep
-from resnet_train.data.places import class_folders, is_image, is_packed
+from resnet_train.data.images import cache_folder, decode, jpeg_size, keep
+from resnet_train.data.places import IMAGE_SUFFIXES, class_folders, images_in, is_packed
 from resnet_train.errors import UserError
 
 LISTERS = 16  # folders that are listed at once: on a file server each waits for its answers
@@ -56,6 +56,7 @@ class Photographs:
     test: Part
     classes: list[str]
     digest: str
+    left_out: dict[str, int] = field(default_factory=dict)  # files that are not taken, counted by kind
 
 
 def open_photographs(root: str) -> Photographs:
@@ -135,19 +136,20 @@ def _open_tree(root: Path) -> Photographs:
     with contextlib.suppress(UserError):  # not there yet, or damaged: made again
         found = checkpoint.read(listing)
     if found.get("stamp") != stamp:
-        parts = {part: _listed([root / part / name for name in classes]) for part in ("train", test)}
+        left_out = Counter[str]()
+        parts = {part: _listed([root / part / name for name in classes], left_out) for part in ("train", test)}
         digest = hashlib.sha256(repr(classes).encode())
         for part, files in parts.items():
             for label, name, size in files:
                 digest.update(os.fsencode(f"{part}/{classes[label]}/{name} {size}\n"))
-        found = {"stamp": stamp, "digest": digest.hexdigest()}
+        found = {"stamp": stamp, "digest": digest.hexdigest(), "left_out": dict(left_out)}
         found |= {part: _compact(files) for part, files in parts.items()}
         if _stamp(folders)[0] != stamp:
             raise UserError(f"data.root={root}: changed while it was listed; start again when it is complete")
         if time.time() - newest > SETTLED:
             keep(listing, found)
     train, tested = (Files(root / part, classes, found[part]) for part in ("train", test))
-    return Photographs(train, tested, classes, found["digest"])
+    return Photographs(train, tested, classes, found["digest"], found["left_out"])
 
 
 def _stamp(folders: Sequence[Path]) -> tuple[str, float]:
@@ -155,7 +157,7 @@ def _stamp(folders: Sequence[Path]) -> tuple[str, float]:
 
     Contents that change in place show when they are read: by their size.
     """
-    stamp, newest = hashlib.sha256(), 0.0
+    stamp, newest = hashlib.sha256(repr(IMAGE_SUFFIXES).encode()), 0.0
     for folder in folders:
         try:
             status = os.stat(folder)
@@ -167,19 +169,23 @@ def _stamp(folders: Sequence[Path]) -> tuple[str, float]:
     return stamp.hexdigest(), newest
 
 
-def _listed(folders: list[Path]) -> list[tuple[int, str, int]]:
-    """The label, name and size of every image in `folders`, one for each class, in order."""
+def _listed(folders: list[Path], left_out: Counter[str]) -> list[tuple[int, str, int]]:
+    """The label, name and size of every image in `folders`, one for each class, in order. Counts in `left_out`."""
 
-    def one(folder: Path) -> list[tuple[str, int]]:
+    def one(folder: Path) -> tuple[list[tuple[str, int]], Counter[str]]:
         try:
-            with os.scandir(folder) as entries:
-                return sorted((entry.name, entry.stat().st_size) for entry in entries if is_image(entry.name))
+            entries, other = images_in(folder)
+            return [(entry.name, entry.stat().st_size) for entry in entries], other
         except OSError as error:
             raise UserError(f"data.root: {error.filename}: {error.strerror}") from error
 
     with ThreadPoolExecutor(LISTERS) as pool:
         bar = tqdm(pool.map(one, folders), total=len(folders), desc=f"listing {folders[0].parent.name}", disable=None)
-        return [(label, name, size) for label, files in enumerate(bar) for name, size in files]
+        found = []
+        for label, (files, other) in enumerate(bar):
+            found += [(label, name, size) for name, size in files]
+            left_out.update(other)
+    return found
 
 
 def _compact(files: list[tuple[int, str, int]]) -> dict[str, Tensor]:
@@ -235,14 +241,12 @@ def area_box(
 def cut(data: bytes, name: str, size: int, box_of: Callable[[int, int], Box]) -> Tensor:
     """The part `box_of(height, width)` of an encoded image, brought to `size`: (S, S, 3) uint8. Raises ImageError.
 
-    Only the part is resized. A JPEG whose part is twice `size` or more is decoded at a half, a quarter or an eighth,
-    never below `size`.
+    Only the part is resized. A JPEG (see `jpeg_size`) whose part is twice `size` or more is decoded at a half, a
+    quarter or an eighth, never below `size`.
     """
-    factor = 1
-    with contextlib.suppress(ValueError):  # no JPEG
-        shorter = min(box_of(*simplejpeg.decode_jpeg_header(data)[:2])[2:])
-        factor = max(f for f in (1, 2, 4, 8) if f == 1 or shorter >= f * size)
-    image = decode(data, name, factor)
+    whole = jpeg_size(data)
+    shorter = min(box_of(*whole)[2:]) if whole else 0
+    image = decode(data, name, max(factor for factor in (1, 2, 4, 8) if factor == 1 or shorter >= factor * size))
     top, left, height, width = box_of(*image.shape[:2])
     part = image[top : top + height, left : left + width].permute(2, 0, 1)[None]
     part = part.contiguous(memory_format=torch.channels_last)  # of one image torch does not see it, and is slower

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 from resnet_train.errors import UserError
 from resnet_train.files import expand
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 CIFAR_FOLDER = "cifar-10-batches-py"
 PACKED = "pack.json"  # in a folder that resnet-pack has written, once it is whole
 PACKING = "packing"  # in one where it is not: what is done so far
@@ -67,7 +69,47 @@ def is_packed(root: str) -> bool:
 
 def count_images(folder: Path) -> int:
     """The image files below folder/<class>/."""
-    return sum(is_image(file.name) for entry in os.scandir(folder) if entry.is_dir() for file in os.scandir(entry))
+    return sum(len(images_in(folder / name)[0]) for name in folders_in(folder))
+
+
+def folders_in(folder: Path) -> list[str]:
+    """The names of the folders in one, in order; hidden ones, such as .ipynb_checkpoints, are none."""
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+
+
+def images_in(folder: str | Path) -> tuple[list[os.DirEntry[str]], Counter[str]]:
+    """The image files of a class in the order of their names, and what else lies there, counted by kind."""
+    found, other = [], Counter[str]()
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if is_image(entry.name):
+                found.append(entry)
+            elif entry.name.startswith("."):
+                pass
+            elif entry.is_dir():
+                other["in subfolders"] += sum(is_image(name) for _, _, names in os.walk(entry) for name in names)
+            else:
+                other[ascii(os.path.splitext(entry.name)[1].lower())[1:-1] or "without a suffix"] += 1
+    return sorted(found, key=lambda entry: entry.name), other
+
+
+def left_out(name: str, root: str | None) -> Counter[str]:
+    """What `images_in` counts beside the images in all classes of the tree of a data set; nothing where it is none."""
+    if name == "digits" or root is None or is_official_cifar10(folder := expand(root)):
+        return Counter()
+    classes, test = class_folders(folder)
+    return sum((images_in(folder / part / name)[1] for part in ("train", test) for name in classes), Counter[str]())
+
+
+def describe_left_out(found: Mapping[str, int]) -> str:
+    """A line about the files that `images_in` has counted beside the images; empty where there are none."""
+    kinds = (+Counter(found)).most_common()
+    shown = [f"{count} {kind}" for kind, count in kinds[:5]]
+    if rest := sum(count for _, count in kinds[5:]):
+        shown.append(f"{rest} of other kinds")
+    line = f"left out of the class folders: {', '.join(shown)}; images end in {' '.join(IMAGE_SUFFIXES)}"
+    return line if shown else ""
 
 
 def class_folders(root: Path) -> tuple[list[str], str]:
@@ -81,15 +123,15 @@ def class_folders(root: Path) -> tuple[list[str], str]:
         if (root / PACKING).is_dir():
             raise UserError(f"data.root={root}: is not packed to the end; the same resnet-pack command goes on with it")
         # ImageNet's own test/ is flat, without classes: there val/ is the test part.
-        test = next((name for name in ("test", "val") if any(path.is_dir() for path in root.glob(f"{name}/*"))), None)
-        test = test or next((name for name in ("test", "val") if (root / name).is_dir()), None)
+        parts = [name for name in ("test", "val") if (root / name).is_dir()]
+        test = next((name for name in parts if folders_in(root / name)), parts[0] if parts else None)
         if not any(root.iterdir()):
             raise UserError(f"data.root={root}: the folder is empty")
         if test is None or not (root / "train").is_dir():
             raise UserError(f"data.root={root}: has no train/ and test/ (or val/) folders with a folder for each class")
         classes = {}
         for part in ("train", test):
-            classes[part] = sorted(entry.name for entry in os.scandir(root / part) if entry.is_dir())
+            classes[part] = folders_in(root / part)
             if not classes[part]:
                 raise UserError(f"data.root={root}: {part}/ has no folder for any class")
             for name in classes[part]:

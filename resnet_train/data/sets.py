@@ -2,7 +2,7 @@
 
 `MemorySets` holds small images on the device and changes whole batches there; `StreamedSets` decodes files in worker
 processes as it trains. Both have `classes`, `digest`, `label` (the data's name in every record), `sizes` (images of
-train, val and test), `protocol`, `top5`, `skipped`, `mean_image()`, `train_batches()` and `eval_batches()`.
+train, val and test), `protocol`, `top5`, `skipped`, `left_out`, `mean_image()`, `train_batches()` and `eval_batches()`.
 
 Processes that train together each take a contiguous part of every training batch, and every so-many-th evaluation
 batch: `rank` of `world`. Which images these are, and how they are changed, depends on neither.
@@ -28,9 +28,18 @@ from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 from resnet_train import checkpoint
-from resnet_train.data.images import CIFAR10_FINGERPRINT, ImageError, ImageSet, cache_folder, center_view, keep, load
+from resnet_train.data.images import (
+    CIFAR10_FINGERPRINT,
+    ImageError,
+    ImageSet,
+    cache_folder,
+    center_view,
+    keep,
+    load,
+    middle,
+)
 from resnet_train.data.photographs import Box, Part, area_box, cut, image_of, open_photographs, scaled_box
-from resnet_train.data.places import name_data
+from resnet_train.data.places import left_out, name_data
 from resnet_train.data.sampler import batch_indices, generator, held_out
 from resnet_train.data.transforms import (
     IMAGENET_MEAN,
@@ -84,6 +93,7 @@ class MemorySets:
 
     def __init__(self, *, name: str, root: str | None, size: int, validation: int) -> None:
         found = load(name, root, size)
+        self.left_out = left_out(name, root)
         self.classes, self.digest = found.classes, found.digest
         self.label = "cifar10" if found.digest == CIFAR10_FINGERPRINT else name_data(name, root)
         train, self.val_indices = split_sizes(len(found.train), validation)
@@ -200,6 +210,7 @@ class StreamedSets:
         self.size, self.workers, self.subtract, self.broken, self.skipped = size, workers, subtract, broken, 0
         self.told: set[str] = set()  # the broken images of which a line has been printed
         found = open_photographs(root)
+        self.left_out = found.left_out
         self.classes, self.digest, self.label = found.classes, found.digest, name_data("imagenet", root)
         kept, self.val_indices = split_sizes(len(found.train), validation)
         self.parts = {
@@ -409,7 +420,7 @@ class _Wholes(Dataset[tuple[list[Tensor], int]]):
     def __getitem__(self, index: int) -> tuple[list[Tensor], int]:
         (image, label), found = image_of(self.part, index), []
         for side in self.sides:
-            resized = TF.resize(image, [side], antialias=True)
+            resized = TF.resize(middle(image), [side], antialias=True)
             views = TF.five_crop(resized, [self.crop, self.crop]) if self.crop else (resized,)
             found.append(torch.stack(views).permute(0, 2, 3, 1).contiguous())
         return found, label

@@ -19,11 +19,11 @@ from typing import Any
 from xml.etree import ElementTree
 
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from resnet_train.data.images import ImageError, read_image
+from resnet_train.data.images import LARGEST_IMAGE, ImageError, image_size, read_image
+from resnet_train.data.places import is_image
 from resnet_train.detection.places import list_file, lists_of
 from resnet_train.errors import UserError, nearest
 
@@ -180,16 +180,15 @@ def _kinds(path: Path) -> set[str]:
 
 def _voc_example(root: Path, path: Path, files: dict[str, str], classes: list[str], faults: _Faults) -> Example:
     node, tree, stem = _xml(path), path.parents[1], path.name.removesuffix(".xml")
-    names = (f"{stem}.jpg", _text(node, "filename"), f"{stem}.png", f"{stem}.jpeg")
+    named = _text(node, "filename")
+    names = (f"{stem}.jpg", *([named] if named in files else files.of_stem.get(stem, ())))
     image = tree / "JPEGImages" / next((name for name in names if name in files), names[0])
     if image.name not in files:
         raise _Fault(NO_IMAGE, f"{path}: there is no image {image}")
     try:
-        with Image.open(image) as header:
-            size = header.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = "of no known format" if isinstance(error, Image.UnidentifiedImageError) else error
-        raise _Fault(UNREADABLE, f"{image}: is not an image that can be read ({reason})") from error
+        size = image_size(image)
+    except UserError as error:
+        raise _Fault(UNREADABLE, str(error)) from error
     for key, real in zip(("width", "height"), size, strict=True):
         text = _text(node, f"size/{key}")
         if text and (given := _number(text, f"{path}: {key}", BAD_ANNOTATION)) not in (0, real):
