@@ -179,7 +179,9 @@ def saved(photographs, tmp_path_factory):
     folder, root = tmp_path_factory.mktemp("saved"), photographs.parts["test"][0][0].parents[2]
     images = ["depth=18", "data=imagenet", f"data.root={root}", "data.size=32", "data.workers=0", "batch_size=4"]
     images += ["augment.shorter_side=[36,40]", "eval_batch_size=20", "normalise=channels"]
-    for name, words in {"0": images, "1": [*images, "seed=1", "arch=plain"], "digits": ["data=digits"]}.items():
+    nets = {"0": images, "1": [*images, "seed=1", "arch=plain"], "digits": ["data=digits"]}
+    nets["in groups of 2"] = [*images, "bn_images=2"]
+    for name, words in nets.items():
         run = build(composed(*words, "device=cpu", "precision=fp32"), folder)
         checkpoint.save(folder / name / "last.pt", run.state())
     return folder
@@ -225,6 +227,26 @@ def test_an_ensemble_and_its_members_under_a_protocol(saved, photographs, monkey
     labels = torch.tensor([label for _, label in photographs.parts["test"]])
     assert result["wrong"] == int((scores.argmax(1) != labels).sum())
     assert result["loss"] == pytest.approx(-scores[range(9), labels].log().mean().item(), rel=1e-3)
+
+
+def test_true_averages_are_over_groups_as_in_training(saved, photographs, monkeypatch):
+    """Groups of 2 of the batches of 4."""
+    measured(saved, monkeypatch, "checkpoint='in groups of 2/last.pt'", "precise_bn=5")
+    result = json.loads((saved / "in groups of 2" / "last-precise-bn-5-test.json").read_text())
+
+    def loss(group):
+        state = checkpoint.load(saved / "in groups of 2" / "last.pt")
+        model = imagenet_resnet(18, num_classes=3)
+        model.load_state_dict(state["model"])
+        group_statistics(model, group)
+        mean, device = photographs.mean_image(), torch.device("cpu")
+        augment = dataclasses.asdict(restored(state["config"]).augment)
+        batches = photographs.train_batches(mean, device, seed=0, batch_size=group, augment=augment, start=0)
+        average_statistics(model, (model(images) for images, _ in itertools.islice(batches, 5)), 5)
+        return count_errors(model, photographs.eval_batches("test", mean, device, 20), "fp32", 9).loss
+
+    assert result["loss"] == pytest.approx(loss(2), rel=1e-5)
+    assert result["loss"] != pytest.approx(loss(4), rel=1e-3)
 
 
 @pytest.mark.parametrize(

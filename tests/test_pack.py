@@ -140,6 +140,7 @@ def test_a_jpeg_that_is_small_stays_and_others_become_one(tmp_path):
     assert packing.packed_image(kept, "", 40, 90) == kept
     for other in (encoded(small, quality=100), encoded(small, "PNG"), encoded(small.convert("CMYK"), quality=50)):
         found = packing.packed_image(other, "", 40, 90)
+        assert found == encoded(Image.fromarray(decode(other, "").numpy()), quality=90)
         with Image.open(io.BytesIO(found)) as image:
             assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (50, 39))
     with Image.open(io.BytesIO(packing.packed_image(encoded(photograph(1, 400, 90)), "", 40, 90))) as image:
