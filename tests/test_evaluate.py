@@ -67,6 +67,36 @@ def test_evaluation_leaves_the_running_statistics_alone():
     assert all(torch.equal(before[name], buffer) for name, buffer in model.named_buffers())
 
 
+def breaking():
+    """Batches that come to a bad end."""
+    yield torch.zeros(4, 3, 32, 32), torch.zeros(4, dtype=torch.int64)
+    raise UserError("no more")
+
+
+@pytest.mark.parametrize("was_training", [True, False])
+@pytest.mark.parametrize("last", [None, "layer1", "layer3"])
+def test_training_mode_is_after_an_evaluation_what_it_was_before(was_training, last):
+    """Of every module, the frozen ones too, however the evaluation ends; while it lasts, none trains."""
+    model = cifar_resnet(8, "A")
+    group_statistics(model, 4)
+    if last is not None:
+        model.freeze(last)
+    model.train(was_training)
+    before, seen = [module.training for module in model.modules()], []
+    assert any(before) == was_training
+    model.fc.register_forward_hook(lambda *_: seen.append(any(module.training for module in model.modules())))
+    images, labels = torch.randn(4, 3, 32, 32), torch.zeros(4, dtype=torch.int64)
+    count_errors(model, [(images, labels)], "fp32", 4)
+    views = [([(images, torch.arange(4))], labels)]
+    assert len(list(probabilities(model, views, "fp32"))) == 1
+    with pytest.raises(UserError, match="no more"):
+        count_errors(model, breaking(), "fp32", 4)
+    assert seen == [False] * 3
+    assert [module.training for module in model.modules()] == before
+    average_statistics(model, (model(images) for _ in range(2)), 2)
+    assert [module.training for module in model.modules()] == before
+
+
 def batches(images, labels, size):
     for first in range(0, len(images), size):
         part, truth = images[first : first + size], labels[first : first + size]

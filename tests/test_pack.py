@@ -814,6 +814,44 @@ def test_a_listing_is_kept_and_never_stale(tree, tmp_path, monkeypatch):
     opened(2)  # the folder has changed just now: not kept
 
 
+def test_a_folder_that_changed_and_has_its_old_time_again_is_listed_anew(tree, tmp_path, monkeypatch):
+    """As copying programs leave it, which set the times of what they copy."""
+    from resnet_train.data import photographs
+
+    monkeypatch.setenv("RESNET_TRAIN_DATA", str(tmp_path / "cache"))
+    monkeypatch.setattr(photographs, "SETTLED", -1.0)
+    root = tmp_path / "photos"
+    shutil.copytree(tree, root)
+    assert len(open_photographs(str(root)).test) == 11
+    before = (root / "val" / "eel").stat()
+    shutil.copy(root / "val" / "eel" / "01.JPEG", root / "val" / "eel" / "02.JPEG")
+    os.utime(root / "val" / "eel", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (root / "val" / "eel").stat().st_mtime_ns == before.st_mtime_ns
+    assert len(open_photographs(str(root)).test) == 12
+
+
+def test_a_tree_that_changes_while_it_is_listed_is_refused(tree, tmp_path, monkeypatch):
+    from resnet_train.data import photographs
+
+    monkeypatch.setenv("RESNET_TRAIN_DATA", str(tmp_path / "cache"))
+    monkeypatch.setattr(photographs, "SETTLED", -1.0)
+    root = tmp_path / "photos"
+    shutil.copytree(tree, root)
+    real = photographs._listed
+
+    def slowly(folders):
+        found = real(folders)
+        shutil.copy(root / "val" / "eel" / "01.JPEG", root / "val" / "eel" / "02.JPEG")
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(photographs, "_listed", slowly)
+        with pytest.raises(UserError, match="changed while it was listed; start again"):
+            open_photographs(str(root))
+    assert not (tmp_path / "cache" / "listings").exists()
+    assert len(open_photographs(str(root)).test) == 12
+
+
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_a_broken_training_image_is_skipped_where_asked(tree, tmp_path, capfd):
     """The next one comes in its place, the same on any workers, counted; a broken test image stops all the same."""
