@@ -13,6 +13,8 @@ from typing import Any
 
 from resnet_train.errors import UserError
 
+LARGEST_JSON = 2**28  # bytes: the index of a pack of a million shards
+
 
 def expand(path: str | Path) -> Path:
     """`path` with ~ written out. Raises UserError for the home of nobody."""
@@ -61,6 +63,19 @@ def put(path: Path, content: bytes) -> None:
     except OSError:
         part.unlink(missing_ok=True)
         raise
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises OSError, and ValueError for whatever else the file is."""
+    if path.stat().st_size > LARGEST_JSON:
+        raise ValueError("too large")
+    try:
+        found = json.loads(path.read_bytes())
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(found, dict):
+        raise ValueError("not an object")
+    return found
 
 
 def write_json(path: Path, values: Any, indent: int | None = 2) -> None:

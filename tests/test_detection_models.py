@@ -1,6 +1,7 @@
 """The arrangement of appendix A: what is shared, what is computed on each region, what stays as it is."""
 
 import copy
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -103,6 +104,79 @@ def test_roi_pooling_by_hand():
     assert found[0, 0].tolist() == [[5, 7], [13, 15]]
     # 15/16 -> 1, 33/16 -> 2, 17/16 -> 1, 49/16 -> 3: columns 1 and 2, rows 1 to 3, the second of which is in both bins
     assert found[1, 0].tolist() == [[9, 10], [13, 14]]
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: resnet_detector(imagenet_resnet(18), 3, FRAME), lambda: vgg_detector(3, FRAME)]
+)
+def test_regions_are_pooled_at_the_stride_of_the_shared_layers(make):
+    """A map as the layers give for 160x96 pixels, one of its cells lit: a region over that cell's pixels sees it."""
+    with torch.device("meta"):
+        found = make()
+        shape = found.backbone(torch.empty(1, 3, 96, 160)).shape
+    maps = torch.zeros(shape)
+    maps[0, 0, 2, 7] = 1
+    assert tuple(shape[2:]) == (6, 10)
+    boxes = torch.tensor([[112.0, 32, 127, 47], [128, 48, 143, 63], [0, 0, 63, 63]])
+    pooled = found.roi_heads.box_roi_pool(OrderedDict([("0", maps)]), [boxes], [(96, 160)])
+    assert pooled[:, 0].amax((1, 2)).tolist() == [1, 0, 0]
+
+
+# Which proposals and detections are left
+
+
+def shifted(*lefts):
+    """Boxes of 100x100 so far to the right: two that are s apart overlap by (100 - s) / (100 + s)."""
+    return torch.tensor([[left, 0.0, left + 100, 100] for left in lefts])
+
+
+def filtered(found, proposals, scores):
+    """The proposals that the region proposal network hands on, of one image and one level, best first."""
+    kept, _ = found.rpn.filter_proposals(proposals[None], scores[:, None], [(10_000, 10_000)], [len(proposals)])
+    return kept[0]
+
+
+def test_proposals_that_overlap_by_more_than_0_7_are_one(resnet):
+    """0.709 goes, 0.695 stays (Ren et al. 2015, section 3.3)."""
+    boxes = shifted(0, 17, 200, 218)
+    kept = filtered(detector(resnet).eval(), boxes, torch.tensor([4.0, 3, 2, 1]))
+    assert torch.equal(kept, boxes[[0, 2, 3]])
+
+
+@pytest.mark.parametrize(("training", "before", "after"), [(True, 12_000, 2_000), (False, 6_000, 20)])
+def test_so_many_proposals_are_looked_at_and_handed_on(training, before, after, resnet):
+    """Faster R-CNN's 12,000 and 2,000 in training, 6,000 and the asked for in a test."""
+    found = detector(resnet).train(training)
+    apart = torch.arange(before + 2.0)[:, None] * torch.tensor([[0.5, 0, 0.5, 0]]) + torch.tensor([[0.0, 0, 0.4, 9]])
+    scores = torch.linspace(5, -5, before + 2, dtype=torch.float64).float()
+    assert len(scores.unique()) == before + 2
+    assert torch.equal(filtered(found, apart, scores), apart[:after])
+    one = torch.tensor([[0.0, 0, 50, 50]]).expand(before + 2, -1).clone()
+    one[before - 1 :] = shifted(100, 300, 500)  # the last that is looked at, and two behind it
+    assert torch.equal(filtered(found, one, scores), one[[0, before - 1]])
+
+
+def test_detections_of_a_class_that_overlap_by_more_than_0_3_are_one(resnet):
+    """0.316 goes, 0.282 stays; another class has nothing to do with it (Fast R-CNN)."""
+    found = detector(resnet).eval()
+    boxes = shifted(0, 52, 300, 356, 600, 652)
+    logits = torch.full((6, 4), -9.0)
+    for box, (label, value) in enumerate([(1, 9), (1, 8), (1, 7), (1, 6), (1, 5), (2, 4)]):
+        logits[box, label] = value
+    kept, scores, labels = found.roi_heads.postprocess_detections(logits, torch.zeros(6, 16), [boxes], [(1000, 1000)])
+    assert torch.equal(kept[0], boxes[[0, 2, 3, 4, 5]])
+    assert labels[0].tolist() == [1, 1, 1, 1, 2]
+    assert scores[0].min() > 0.9
+
+
+def test_so_many_regions_of_an_image_are_trained_on(resnet):
+    """The asked for, a quarter of them on objects at the most."""
+    found = detector(resnet).train()
+    torch.manual_seed(0)
+    proposals = [torch.cat([shifted(*range(40)), shifted(*range(500, 1500, 2))])]
+    target = [{"boxes": shifted(10), "labels": torch.tensor([2])}]
+    _, _, labels, _ = found.roi_heads.select_training_samples(proposals, target)
+    assert labels[0].bincount().tolist() == [6, 0, 2]  # the 8 of FRAME
 
 
 @pytest.mark.parametrize(("frame", "pyramid"), [(FRAME, False), (LEVELS, True)])

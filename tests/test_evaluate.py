@@ -67,6 +67,36 @@ def test_evaluation_leaves_the_running_statistics_alone():
     assert all(torch.equal(before[name], buffer) for name, buffer in model.named_buffers())
 
 
+def breaking():
+    """Batches that come to a bad end."""
+    yield torch.zeros(4, 3, 32, 32), torch.zeros(4, dtype=torch.int64)
+    raise UserError("no more")
+
+
+@pytest.mark.parametrize("was_training", [True, False])
+@pytest.mark.parametrize("last", [None, "layer1", "layer3"])
+def test_training_mode_is_after_an_evaluation_what_it_was_before(was_training, last):
+    """Of every module, the frozen ones too, however the evaluation ends; while it lasts, none trains."""
+    model = cifar_resnet(8, "A")
+    group_statistics(model, 4)
+    if last is not None:
+        model.freeze(last)
+    model.train(was_training)
+    before, seen = [module.training for module in model.modules()], []
+    assert any(before) == was_training
+    model.fc.register_forward_hook(lambda *_: seen.append(any(module.training for module in model.modules())))
+    images, labels = torch.randn(4, 3, 32, 32), torch.zeros(4, dtype=torch.int64)
+    count_errors(model, [(images, labels)], "fp32", 4)
+    views = [([(images, torch.arange(4))], labels)]
+    assert len(list(probabilities(model, views, "fp32"))) == 1
+    with pytest.raises(UserError, match="no more"):
+        count_errors(model, breaking(), "fp32", 4)
+    assert seen == [False] * 3
+    assert [module.training for module in model.modules()] == before
+    average_statistics(model, (model(images) for _ in range(2)), 2)
+    assert [module.training for module in model.modules()] == before
+
+
 def batches(images, labels, size):
     for first in range(0, len(images), size):
         part, truth = images[first : first + size], labels[first : first + size]
@@ -179,7 +209,9 @@ def saved(photographs, tmp_path_factory):
     folder, root = tmp_path_factory.mktemp("saved"), photographs.parts["test"][0][0].parents[2]
     images = ["depth=18", "data=imagenet", f"data.root={root}", "data.size=32", "data.workers=0", "batch_size=4"]
     images += ["augment.shorter_side=[36,40]", "eval_batch_size=20", "normalise=channels"]
-    for name, words in {"0": images, "1": [*images, "seed=1", "arch=plain"], "digits": ["data=digits"]}.items():
+    nets = {"0": images, "1": [*images, "seed=1", "arch=plain"], "digits": ["data=digits"]}
+    nets["in groups of 2"] = [*images, "bn_images=2"]
+    for name, words in nets.items():
         run = build(composed(*words, "device=cpu", "precision=fp32"), folder)
         checkpoint.save(folder / name / "last.pt", run.state())
     return folder
@@ -225,6 +257,26 @@ def test_an_ensemble_and_its_members_under_a_protocol(saved, photographs, monkey
     labels = torch.tensor([label for _, label in photographs.parts["test"]])
     assert result["wrong"] == int((scores.argmax(1) != labels).sum())
     assert result["loss"] == pytest.approx(-scores[range(9), labels].log().mean().item(), rel=1e-3)
+
+
+def test_true_averages_are_over_groups_as_in_training(saved, photographs, monkeypatch):
+    """Groups of 2 of the batches of 4."""
+    measured(saved, monkeypatch, "checkpoint='in groups of 2/last.pt'", "precise_bn=5")
+    result = json.loads((saved / "in groups of 2" / "last-precise-bn-5-test.json").read_text())
+
+    def loss(group):
+        state = checkpoint.load(saved / "in groups of 2" / "last.pt")
+        model = imagenet_resnet(18, num_classes=3)
+        model.load_state_dict(state["model"])
+        group_statistics(model, group)
+        mean, device = photographs.mean_image(), torch.device("cpu")
+        augment = dataclasses.asdict(restored(state["config"]).augment)
+        batches = photographs.train_batches(mean, device, seed=0, batch_size=group, augment=augment, start=0)
+        average_statistics(model, (model(images) for images, _ in itertools.islice(batches, 5)), 5)
+        return count_errors(model, photographs.eval_batches("test", mean, device, 20), "fp32", 9).loss
+
+    assert result["loss"] == pytest.approx(loss(2), rel=1e-5)
+    assert result["loss"] != pytest.approx(loss(4), rel=1e-3)
 
 
 @pytest.mark.parametrize(

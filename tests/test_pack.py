@@ -8,9 +8,11 @@ import json
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
+import tracemalloc
 
 import pytest
 import torch
@@ -138,6 +140,7 @@ def test_a_jpeg_that_is_small_stays_and_others_become_one(tmp_path):
     assert packing.packed_image(kept, "", 40, 90) == kept
     for other in (encoded(small, quality=100), encoded(small, "PNG"), encoded(small.convert("CMYK"), quality=50)):
         found = packing.packed_image(other, "", 40, 90)
+        assert found == encoded(Image.fromarray(decode(other, "").numpy()), quality=90)
         with Image.open(io.BytesIO(found)) as image:
             assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (50, 39))
     with Image.open(io.BytesIO(packing.packed_image(encoded(photograph(1, 400, 90)), "", 40, 90))) as image:
@@ -292,6 +295,326 @@ def test_a_damaged_pack_json_is_one_line(text, packed, tmp_path):
         open_packed(str(tmp_path / "copy"))
 
 
+# Hostile and damaged packs. What pack.json says is held against one schema, against itself, and against the shards.
+
+
+def sealed(about, folder):
+    """`about` with the checksums of the shards in `folder`, and the digest that belongs to it."""
+    digest = hashlib.sha256(repr(about["classes"]).encode())
+    for part, told in about["parts"].items():
+        for shard in told["shards"]:
+            shard["sha256"] = hashlib.sha256((folder / part / shard["name"]).read_bytes()).hexdigest()
+            digest.update(shard["sha256"].encode())
+    about["digest"] = digest.hexdigest()
+
+
+def at(*path, value):
+    """A change of pack.json: what lies at `path` becomes `value`, or what `value` makes of it."""
+
+    def change(about):
+        for key in path[:-1]:
+            about = about[key]
+        about[path[-1]] = value(about[path[-1]]) if callable(value) else value
+
+    return change
+
+
+def without(*path):
+    def change(about):
+        for key in path[:-1]:
+            about = about[key]
+        del about[path[-1]]
+
+    return change
+
+
+def one_more(about):
+    """A shard and its part claim an image that is not there."""
+    for place in (about["parts"]["val"]["shards"][0], about["parts"]["val"]):
+        place["images"] += 1
+    about["parts"]["val"]["listed"] += 1
+    about["images"] = 6
+
+
+def twice(about):
+    about["parts"]["train"]["skipped"], about["parts"]["train"]["listed"] = [3, 3], 66
+
+
+def false_digest(about):
+    about["classes"] = about["classes"][::-1]
+
+
+TRAIN_PART, VAL, FIRST = ("parts", "train"), ("parts", "val"), ("parts", "train", "shards", 0)
+HOSTILE = {
+    "the training part as test part": (at("test", value="train"), "test=train: allowed are test, val"),
+    "another test part": (at("test", value="test"), "parts: are train, val and must be train, test"),
+    "no test part": (without("test"), "test: is missing"),
+    "no part of that name": (without(*VAL), "parts: are train and"),
+    "one part too many": (at("parts", value=lambda old: {**old, "test": old["val"]}), "parts: are train, val, test"),
+    "parts that are none": (at("parts", value=[]), "parts="),
+    "a part that is none": (at(*VAL, value=7), "parts.val"),
+    "no classes": (at("classes", value=[]), "classes: must be two or more"),
+    "one class": (at("classes", value=["cat"]), "classes: must be two or more"),
+    "one class twice": (at("classes", value=["cat", "dog", "cat"]), "classes: must be two or more different"),
+    "classes that are a word": (at("classes", value="cat"), "classes=cat: must be a list"),
+    "a class without a name": (at("classes", 1, value=None), "classes=null: must be a word"),
+    "a class with half a character": (at("classes", 1, value="\udcff"), "classes="),
+    "classes in another order": (false_digest, "digest=[0-9a-f.]+: is not that of"),
+    "no digest": (at("digest", value=None), "digest=null"),
+    "a list of 10^12 images": (at(*TRAIN_PART, "listed", value=10**12), "listed=1000000000000: must be 64 stored"),
+    "a list of 10^30 images": (at(*TRAIN_PART, "listed", value=10**30), "listed=10+: must be at most"),
+    "a list of fewer than none": (at(*TRAIN_PART, "listed", value=-1), "listed=-1: must be at least 0"),
+    "a number as word": (at(*TRAIN_PART, "listed", value="64"), "listed=64: must be a whole number"),
+    "a truth as number": (at(*TRAIN_PART, "images", value=True), "images=true: must be a whole number"),
+    "half an image": (at(*TRAIN_PART, "images", value=64.5), "images=64.5: must be a whole number"),
+    "no number at all": (at(*TRAIN_PART, "images", value=float("nan")), "images=nan: must be a whole number"),
+    "images that the shards do not have": (at(*TRAIN_PART, "images", value=63), "images=63: must be the 64"),
+    "what was skipped is not there": (at(*TRAIN_PART, "skipped", value=[64]), "listed=64: must be 64 stored and 1"),
+    "skipped from the end": (
+        lambda about: about["parts"]["train"].update(skipped=[-1], listed=65),
+        "skipped=-1: must be at least 0",
+    ),
+    "skipped behind the end": (
+        lambda about: about["parts"]["train"].update(skipped=[65], listed=65),
+        "skipped: must rise, and stay below 65",
+    ),
+    "skipped twice": (twice, "skipped: must rise"),
+    "skipped a word": (at(*TRAIN_PART, "skipped", value=["x"]), "skipped=x: must be a whole number"),
+    "no shards": (at(*VAL, "shards", value=[]), "images=11: must be the 0 of its shards"),
+    "shards that are none": (at(*VAL, "shards", value={"a": 1}), "shards=.*must be a list"),
+    "a shard that is none": (at(*FIRST, value=None), "parts.train.shards"),
+    "a shard without images": (at(*FIRST, "images", value=0), "images=0: must be at least 1"),
+    "a shard of too many": (at(*FIRST, "images", value=6), "images=6: are too many for chunk-0-0"),
+    "a shard of none of its bytes": (at(*FIRST, "bytes", value=60), "images=5: are too many for chunk-0-0"),
+    "a shard of no bytes": (at(*FIRST, "bytes", value=0), "bytes=0: must be at least 1"),
+    "a shard of too many bytes": (at(*FIRST, "bytes", value=2**32), "bytes=4294967296: must be at most"),
+    "a shard of other bytes": (at(*FIRST, "bytes", value=lambda old: old + 1), r"chunk-0-0.bin: .*\d+ bytes of \d+"),
+    "a shard of other images": (one_more, r"val/chunk-0-0.bin: holds 5 images and should 6"),
+    "a checksum that is none": (at(*FIRST, "sha256", value="x"), "sha256=x: must be 64 digits"),
+    "a shard that lies elsewhere": (at(*FIRST, "name", value="../../evil.bin"), "name=../../evil.bin: must be chunk"),
+    "a shard with another name": (at(*FIRST, "name", value="chunk-0-\u0661.bin"), "must be chunk-0-NUMBER"),
+    "a shard twice": (at(*FIRST, "name", value="chunk-0-1.bin"), "name=chunk-0-1.bin: comes after"),
+    "shards in another order": (at(*TRAIN_PART, "shards", value=lambda old: old[::-1]), "comes after chunk-0-12.bin"),
+    "a part of another kind": (at(*FIRST, "chunks", value=3), "chunks: there is no such key"),
+    "another key": (at("colour", value="red"), "colour: there is no such key"),
+    "no format": (without("format"), "format: is missing"),
+    "a format that is true": (at("format", value=1.5), "format=1.5: must be a whole number"),
+    "no source": (at("source", value=None), "source"),
+    "no shorter side": (at("shorter_side", value=0), "shorter_side=0: must be at least 8"),
+    "too good": (at("quality", value=101), "quality=101: must be at most 100"),
+    "a way with broken ones": (at("broken", value="maybe"), "broken=maybe: allowed are stop, skip"),
+}
+
+
+@pytest.mark.parametrize(("change", "words"), HOSTILE.values(), ids=HOSTILE)
+def test_a_pack_json_that_cannot_be_is_named_before_anything_is_read(change, words, packed, tmp_path):
+    for part in ("train", "val"):
+        (tmp_path / part).symlink_to(packed / part)
+    about = json.loads((packed / "pack.json").read_text())
+    change(about)
+    (tmp_path / "pack.json").write_text(json.dumps(about))
+    for reading in (lambda: open_packed(str(tmp_path)), lambda: packing.check_packed(str(tmp_path), workers=0)):
+        with pytest.raises(UserError, match=words) as caught:
+            reading()
+        assert str(tmp_path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+        if "chunk-0-0.bin: " in words:
+            break  # the second reading names what is wrong with shards together
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
+@pytest.mark.parametrize("text", [f'{{"format": 1, "parts": {DEEP}}}', f'{{"format": {"9" * 5000}}}', "\udcff", "null"])
+def test_a_pack_json_that_json_cannot_read_is_one_line(text, packed, tmp_path):
+    for part in ("train", "val"):
+        (tmp_path / part).symlink_to(packed / part)
+    (tmp_path / "pack.json").write_bytes(os.fsencode(text))
+    with pytest.raises(UserError, match=r"pack\.json: is damaged") as caught:
+        open_packed(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_huge_pack_json_is_not_read(packed, tmp_path):
+    (tmp_path / "pack.json").touch()
+    os.truncate(tmp_path / "pack.json", 2**40)
+    with pytest.raises(UserError, match=r"pack\.json: is damaged \(too large\)"):
+        open_packed(str(tmp_path))
+
+
+def table(*numbers):
+    return struct.pack(f"<{len(numbers)}I", *numbers)
+
+
+TABLES = {
+    "four thousand million images": table(2**32 - 1) + bytes(100),
+    "images in the table": table(2, 0, 40, 84) + bytes(68),
+    "images behind a gap": table(2, 40, 80, 120) + bytes(104),
+    "an image before its table": table(1, 4, 60) + bytes(48),
+    "an image without room for its sizes": table(2, 16, 34, 60) + bytes(44),
+    "the second before the first": table(2, 16, 60, 40) + bytes(24),
+    "an end behind the file": table(1, 12, 2**32 - 1) + bytes(48),
+}
+
+
+@pytest.mark.parametrize("content", TABLES.values(), ids=TABLES)
+def test_a_false_table_is_refused_before_memory_is_taken_for_it(content, tmp_path):
+    (tmp_path / "shard").write_bytes(content)
+    tracemalloc.start()
+    with pytest.raises(UserError, match="shard: is cut short or damaged"):
+        Shard(tmp_path / "shard")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20
+
+
+def of_image(change):
+    """A change of the first image of a shard, after its three sizes."""
+
+    def damage(data):
+        (count,) = struct.unpack_from("<I", data)
+        change(data, 4 * count + 8)
+
+    return damage
+
+
+def relabel(number):
+    def change(data, start):
+        image = struct.unpack_from("<I", data, start)[0]
+        struct.pack_into("<q", data, start + 12 + image, number)
+
+    return of_image(change)
+
+
+IMAGES = {
+    "a class that is not there": (relabel(3), r"cat|dog|eel.*: there is no class 3"),
+    "the label of what fills up a batch": (relabel(-1), "there is no class -1"),
+    "an image longer than its place": (
+        of_image(lambda data, start: struct.pack_into("<I", data, start, 2**32 - 1)),
+        "is damaged at its image 0",
+    ),
+    "a label of four bytes": (
+        of_image(lambda data, start: struct.pack_into("<I", data, start + 4, 4)),
+        "is damaged at its image 0",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "words"), IMAGES.values(), ids=IMAGES)
+def test_a_false_image_of_a_sealed_pack_is_named_in_training_and_by_the_check(damage, words, packed, tmp_path):
+    """With checksums that hold, as whoever makes a pack can give it."""
+    shutil.copytree(packed, tmp_path / "copy")
+    for part in ("train", "val"):
+        path = tmp_path / "copy" / part / "chunk-0-0.bin"
+        data = bytearray(path.read_bytes())
+        damage(data)
+        path.write_bytes(data)
+    about = json.loads((packed / "pack.json").read_text())
+    sealed(about, tmp_path / "copy")
+    (tmp_path / "copy" / "pack.json").write_text(json.dumps(about))
+    sets = StreamedSets(root=str(tmp_path / "copy"), size=32, validation=0, workers=0)
+    for reading in (
+        lambda: batches(tmp_path / "copy"),
+        lambda: list(sets.eval_batches("test", sets.mean_image(), CPU, 4)),
+    ):
+        with pytest.raises(UserError, match=words):
+            reading()
+    with pytest.raises(RunError, match="2 things are wrong"):
+        packing.check_packed(str(tmp_path / "copy"), workers=0)
+
+
+def test_shards_that_are_no_files_are_named(packed, tmp_path):
+    shutil.copytree(packed, tmp_path / "copy")
+    path = tmp_path / "copy" / "val" / "chunk-0-1.bin"
+    size = path.stat().st_size
+    path.unlink()
+    path.mkdir()
+    about = json.loads((packed / "pack.json").read_text())
+    about["parts"]["val"]["shards"][1]["bytes"] = max(size, path.stat().st_size)  # as a folder has it
+    (tmp_path / "copy" / "pack.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match=r"val/chunk-0-1\.bin: is cut short or damaged"):
+        open_packed(str(tmp_path / "copy"))
+
+
+def note_at(key, value):
+    def damage(path):
+        note = json.loads(path.read_text())
+        if key in note:
+            note[key] = value(note[key])
+        else:
+            note["shard"][key] = value(note["shard"][key])
+        path.write_text(json.dumps(note))
+
+    return damage
+
+
+NOTES = [
+    *(lambda path, text=text: path.write_text(text) for text in ("", "null", "5", "[]", "{}", DEEP)),
+    lambda path: path.write_bytes(b"\xff"),
+    note_at("shard", lambda _: None),
+    note_at("shard", lambda _: 5),
+    note_at("skipped", lambda _: [10**12]),
+    note_at("skipped", lambda _: "x"),
+    note_at("name", lambda _: "chunk-0-1.bin"),
+    note_at("images", lambda old: old - 1),
+    note_at("bytes", lambda old: old + 1),
+    note_at("config", lambda _: None),
+]
+
+
+def cut_before_pack_json(tree, out):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing.shutil, "rmtree", lambda *_, **__: None)
+        packing.pack(root=str(tree), out=out, **SETTINGS)
+    (out / "pack.json").unlink()
+
+
+def test_shards_with_damaged_notes_and_without_files_are_made_again(tree, packed, tmp_path, capsys):
+    """Each of the first 15 notes in another way; the file of the last one is gone."""
+    out = tmp_path / "out"
+    cut_before_pack_json(tree, out)
+    notes = [*(out / "packing" / f"train-{n}.json" for n in range(13)), out / "packing" / "val-0.json"]
+    notes += [out / "packing" / "val-1.json"]
+    for damage, path in zip(NOTES, notes, strict=True):
+        damage(path)
+    (out / "val" / "chunk-0-2.bin").unlink()
+    packing.pack(root=str(tree), out=out, **SETTINGS)
+    assert "going on" not in capsys.readouterr().out  # none of 16 shards was there
+    assert content(out) == content(packed)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "5", DEEP, '{"format": 1}', "\udcff"])
+def test_damaged_settings_are_one_line(text, tree, tmp_path):
+    out = tmp_path / "out"
+    cut_before_pack_json(tree, out)
+    (out / "packing" / "settings.json").write_bytes(os.fsencode(text))
+    with pytest.raises(UserError, match=r"settings\.json: is damaged .*remove") as caught:
+        packing.pack(root=str(tree), out=out, **SETTINGS)
+    assert "\n" not in str(caught.value)
+
+
+def test_names_that_are_not_utf_8(tree, tmp_path):
+    """Those of files are packed as litdata can have them; that of a class is refused before anything is written."""
+    root = tmp_path / "photos"
+    shutil.copytree(tree, root)
+    os.rename(root / "val" / "cat" / "00.JPEG", os.fsencode(root / "val" / "cat") + b"/\xff.JPEG")
+    packing.pack(root=str(root), out=tmp_path / "out", **SETTINGS)
+    test = open_packed(str(tmp_path / "out")).test
+    assert [test.read(index)[0].split(": ")[1] for index in range(4)][-1] == "cat/\N{REPLACEMENT CHARACTER}.JPEG"
+    for part in ("train", "val"):
+        os.rename(root / part / "eel", os.fsencode(root / part) + b"/\xff")
+    with pytest.raises(UserError, match=r"classes='\\udcff': must be a name in UTF-8"):
+        packing.pack(root=str(root), out=tmp_path / "other", **SETTINGS)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_shard_that_its_table_cannot_hold_is_refused(tree, tmp_path, monkeypatch):
+    monkeypatch.setattr(packing, "LARGEST", 5000)
+    with pytest.raises(UserError, match=r"shard_images=5: .*take fewer"):
+        packing.pack(root=str(tree), out=tmp_path / "out", **SETTINGS)
+    assert not (tmp_path / "out" / "pack.json").exists()
+
+
 # Elsewhere
 
 
@@ -315,6 +638,23 @@ def test_a_packed_folder_elsewhere_is_fetched_once_and_checked(packed, tmp_path,
         open_packed(url)
     with pytest.raises(UserError, match=r"pack\.json cannot be fetched"):
         open_packed(f"local:{tmp_path / 'nowhere'}")
+
+
+def test_false_sizes_elsewhere_and_notes_that_are_no_text(packed, tmp_path, monkeypatch):
+    """A shard whose checksum holds and whose size does not is not kept; a note of bytes is as none."""
+    monkeypatch.setenv("RESNET_TRAIN_DATA", str(tmp_path / "cache"))
+    shutil.copytree(packed, tmp_path / "there")
+    url = f"local:{tmp_path / 'there'}"
+    assert open_packed(url).test.read(0) == open_packed(url).test.read(0)
+    (here,) = (tmp_path / "cache" / "packed").iterdir()
+    (here / "val" / "chunk-0-0.bin.sha256").write_bytes(b"\xff")
+    open_packed(url)
+    assert len((here / "val" / "chunk-0-0.bin.sha256").read_text()) == 64
+    about = json.loads((packed / "pack.json").read_text())
+    about["parts"]["val"]["shards"][0]["bytes"] += 1
+    (tmp_path / "there" / "pack.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match=r"val/chunk-0-0\.bin is not what pack\.json says"):
+        open_packed(url)
 
 
 # The order
@@ -472,6 +812,44 @@ def test_a_listing_is_kept_and_never_stale(tree, tmp_path, monkeypatch):
     (root / "train" / "dog" / "zz.JPEG").write_bytes(b"x")
     opened(2)
     opened(2)  # the folder has changed just now: not kept
+
+
+def test_a_folder_that_changed_and_has_its_old_time_again_is_listed_anew(tree, tmp_path, monkeypatch):
+    """As copying programs leave it, which set the times of what they copy."""
+    from resnet_train.data import photographs
+
+    monkeypatch.setenv("RESNET_TRAIN_DATA", str(tmp_path / "cache"))
+    monkeypatch.setattr(photographs, "SETTLED", -1.0)
+    root = tmp_path / "photos"
+    shutil.copytree(tree, root)
+    assert len(open_photographs(str(root)).test) == 11
+    before = (root / "val" / "eel").stat()
+    shutil.copy(root / "val" / "eel" / "01.JPEG", root / "val" / "eel" / "02.JPEG")
+    os.utime(root / "val" / "eel", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (root / "val" / "eel").stat().st_mtime_ns == before.st_mtime_ns
+    assert len(open_photographs(str(root)).test) == 12
+
+
+def test_a_tree_that_changes_while_it_is_listed_is_refused(tree, tmp_path, monkeypatch):
+    from resnet_train.data import photographs
+
+    monkeypatch.setenv("RESNET_TRAIN_DATA", str(tmp_path / "cache"))
+    monkeypatch.setattr(photographs, "SETTLED", -1.0)
+    root = tmp_path / "photos"
+    shutil.copytree(tree, root)
+    real = photographs._listed
+
+    def slowly(folders):
+        found = real(folders)
+        shutil.copy(root / "val" / "eel" / "01.JPEG", root / "val" / "eel" / "02.JPEG")
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(photographs, "_listed", slowly)
+        with pytest.raises(UserError, match="changed while it was listed; start again"):
+            open_photographs(str(root))
+    assert not (tmp_path / "cache" / "listings").exists()
+    assert len(open_photographs(str(root)).test) == 12
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")

@@ -368,6 +368,16 @@ def test_zero_gamma_starts_each_block_as_its_shortcut(make, depth, size, shortcu
         assert out.any()
 
 
+@pytest.mark.parametrize(("make", "depth", "last"), [(cifar_resnet, 20, "bn2"), (imagenet_resnet, 50, "bn3")])
+def test_zero_gamma_is_that_of_the_last_norm_of_each_block_alone(make, depth, last):
+    """Also where an earlier one would give the same at the start."""
+    net = make(depth, "C", zero_gamma=True)
+    zero = {name for name, m in net.named_modules() if isinstance(m, nn.BatchNorm2d) and not m.weight.any()}
+    blocks = [name for name, m in net.named_modules() if isinstance(m, (BasicBlock, Bottleneck))]
+    assert zero == {f"{name}.{last}" for name in blocks}
+    assert all((m.weight == 1).all() for n, m in net.named_modules() if isinstance(m, nn.BatchNorm2d) and n not in zero)
+
+
 # --- Gradients -------------------------------------------------------------------------------------------------------
 
 

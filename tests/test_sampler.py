@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resnet_train.data.sampler import batch_indices, generator, held_out, permutation
+from resnet_train.data.sampler import WINDOW, batch_indices, generator, held_out, permutation
 
 SIZES = st.integers(1, 60)
 BATCHES = st.integers(1, 150)  # also larger than the set
@@ -77,6 +77,22 @@ def test_the_paper_s_64000_batches_are_163_84_passes():
     assert torch.equal(batch_indices(0, 63_999, 128, 50_000), permutation(0, 163, 50_000)[41_872:42_000])
     straddling = torch.cat([permutation(0, 0, 50_000)[49_920:], permutation(0, 1, 50_000)[:48]])
     assert torch.equal(batch_indices(0, 390, 128, 50_000), straddling)
+
+
+def test_shards_come_in_another_order_in_each_pass_and_for_each_seed():
+    """The first window is no fixed part of the shards, and every shard comes first as often as another."""
+    blocks = (3,) * 40
+    first = WINDOW * 3  # images of the first window
+    windows = {
+        (seed, epoch): frozenset((permutation(seed, epoch, 120, blocks)[:first] // 3).tolist())
+        for seed in range(20)
+        for epoch in range(20)
+    }
+    assert len(set(windows.values())) == 400
+    counts = torch.tensor([shard for window in windows.values() for shard in window]).bincount(minlength=40)
+    # 160 of each are expected; five standard deviations are 49
+    assert counts.min() > 111
+    assert counts.max() < 209
 
 
 def test_a_batch_larger_than_the_set_holds_whole_passes():

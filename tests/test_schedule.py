@@ -62,6 +62,19 @@ def test_step_with_other_values(change, expected):
     assert runs(rates(100, STEP | change)) == expected
 
 
+@pytest.mark.parametrize(
+    ("iterations", "drops", "expected"),
+    [
+        (1, (0.5, 0.75), [(0.1, 1)]),
+        (2, (0.5, 0.75), [(0.1, 1), (0.01, 1)]),
+        (100, (0.0, 0.004, 0.02), [(0.1, 1), (0.001, 1), (0.0001, 98)]),
+    ],
+)
+def test_the_first_step_is_never_below_the_first_rate(iterations, drops, expected):
+    """However early a drop, and however short the run."""
+    assert runs(rates(iterations, STEP | {"drops": drops})) == expected
+
+
 def test_step_is_not_moved_by_the_plateaus_state():
     assert learning_rate(0, 100, Progress(warm=False, dropped=2, best=1, best_at=50), **STEP) == 0.1
 

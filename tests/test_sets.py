@@ -8,11 +8,14 @@ import shutil
 import pytest
 import torch
 from PIL import Image
+from several import composed
 from torchvision.transforms.v2 import functional as TF
 
+from resnet_train.build import open_sets
+from resnet_train.data import sets as data_sets
 from resnet_train.data.images import cache_folder, load, read_image
 from resnet_train.data.photographs import area_box
-from resnet_train.data.sets import MemorySets, StreamedSets, split_sizes
+from resnet_train.data.sets import MemorySets, StreamedSets, _RandomViews, split_sizes
 from resnet_train.data.transforms import EIGENVECTORS, IMAGENET_MEAN
 from resnet_train.errors import UserError
 
@@ -341,6 +344,53 @@ def test_the_digest_is_of_names_and_sizes(tree, tmp_path):
     assert streamed(tmp_path / "copy").digest != digest
 
 
+def moved_to_another_class(tree, folder):
+    """The tree with its last cat as the first dog: the same names and sizes in the same order, of other classes."""
+    shutil.copytree(tree, folder)
+    for number in range(4):
+        (folder / "train" / "dog" / f"{number}.JPEG").rename(folder / "train" / "dog" / f"7-{number}.JPEG")
+    shutil.copytree(folder, folder.with_name("moved"))
+    (folder.with_name("moved") / "train" / "cat" / "6.JPEG").rename(
+        folder.with_name("moved") / "train" / "dog" / "6.JPEG"
+    )
+    return folder, folder.with_name("moved")
+
+
+def test_the_digest_is_of_classes_too(tree, tmp_path):
+    """Of photographs by their names, of small images by their labels."""
+    one, other = moved_to_another_class(tree, tmp_path / "copy")
+    files = [sets.parts["train"] for sets in map(streamed, (one, other))]
+    names = [[(path.name, path.stat().st_size) for path, _ in part] for part in files]
+    assert names[0] == names[1]
+    assert streamed(one).digest != streamed(other).digest
+    small = [load("imagefolder", str(root), 8) for root in (one, other)]
+    assert torch.equal(small[0].train.images, small[1].train.images)
+    assert not torch.equal(small[0].train.labels, small[1].train.labels)
+    assert small[0].digest != small[1].digest
+
+
+def test_the_next_of_a_broken_last_image_is_the_first(tree, tmp_path):
+    """Every pass then holds the first image twice."""
+    shutil.copytree(tree, tmp_path / "copy")
+    (tmp_path / "copy" / "train" / "eel" / "1.JPEG").write_bytes(b"no image")
+    sets = StreamedSets(root=str(tmp_path / "copy"), size=24, validation=0, workers=0, broken="skip")
+    batches = training(sets, 13, batch_size=1, augment=PLAIN)
+    assert torch.cat([labels for _, labels in batches]).bincount().tolist() == [8, 4, 1]
+    (tmp_path / "copy" / "train" / "cat" / "0.JPEG").write_bytes(b"no image")  # nor is this one
+    sets = StreamedSets(root=str(tmp_path / "copy"), size=24, validation=0, workers=0, broken="skip")
+    batches = training(sets, 13, batch_size=1, augment=PLAIN)
+    assert torch.cat([labels for _, labels in batches]).bincount().tolist() == [8, 4, 1]
+
+
+def test_images_have_the_size_that_the_configuration_names(tree):
+    """data.size, in training and in the test, of both kinds."""
+    photographs = ["data=imagenet", f"data.root={tree}", "data.workers=0", "augment.shorter_side=[36,40]"]
+    for size, words in ((23, ["data=digits"]), (32, photographs)):
+        sets = open_sets(composed(*words, f"data.size={size}", "data.validation=0", "device=cpu"))
+        assert training(sets, 1, batch_size=2)[0][0].shape == (2, 3, size, size)
+        assert evaluating(sets, "test", 2)[0][0].shape == (2, 3, size, size)
+
+
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("content", [b"", b"hello\n", None], ids=["zero bytes", "text", "half"])
@@ -382,6 +432,17 @@ def test_the_mean_image_is_that_of_the_center_crops(tree):
     assert not torch.equal(whole, found)
 
 
+def test_the_mean_of_some_images_is_of_such_from_all_classes(tree, monkeypatch):
+    """Of 13 training images, sorted by class, four at even distances: the first, the last and two between."""
+    monkeypatch.setattr(data_sets, "MEAN_OF", 4)
+    sets = StreamedSets(root=str(tree), size=24, validation=0, workers=0, subtract="image")
+    paths = [sets.parts["train"][index][0] for index in (0, 4, 8, 12)]
+    assert [path.parent.name for path in paths] == ["cat", "cat", "dog", "eel"]
+    crops = [TF.center_crop(TF.resize(read_image(path), [27], antialias=True), [24, 24]) for path in paths]
+    expected = torch.stack(crops).double().mean(0).permute(1, 2, 0)
+    torch.testing.assert_close(sets.mean_image().double(), expected, rtol=1e-6, atol=0)
+
+
 def test_standard_input_is_over_the_std_after_all_else(tree):
     plain = StreamedSets(root=str(tree), size=24, validation=0, workers=0)
     divided = StreamedSets(root=str(tree), size=24, validation=0, workers=0, subtract="standard")
@@ -419,6 +480,22 @@ def test_parts_by_area_lie_inside_and_are_of_all_sizes_and_shapes():
 )
 def test_where_no_part_fits_the_middle_is_taken(shape, expected):
     assert area_box(*shape, area=[2, 2], tries=[(0.5, 0.5)] * 10, place=(0.9, 0.9)) == expected
+
+
+@pytest.mark.parametrize("place", range(10))
+def test_the_first_part_of_ten_that_lies_inside_is_taken(place):
+    """(1, 0): the whole area at 3:4, which is 115 high; (0.25, 0.5): a quarter, square."""
+    tries = [(1.0, 0.0)] * place + [(0.25, 0.5), *[(0.01, 0.5)] * (9 - place)]
+    assert area_box(100, 100, area=[0, 1], tries=tries, place=(0.5, 0.999)) == (25, 50, 50, 50)
+
+
+def test_ten_parts_are_drawn_for_each_image(tree):
+    augment = PLAIN | {"shorter_side": None, "area": [0.25, 1]}
+    sampler = _RandomViews(3, 0, 8, 24, augment, streamed(tree).parts["train"], slice(None))
+    boxes = [box.keywords for _, box in next(iter(sampler))]
+    assert [len(box["tries"]) for box in boxes] == [10] * 8
+    assert len({tuple(map(tuple, box["tries"])) for box in boxes}) == 8
+    assert len({tuple(box["place"]) for box in boxes}) == 8
 
 
 def test_a_batch_by_area_is_cut_from_its_photographs(tree):

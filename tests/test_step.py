@@ -1,21 +1,27 @@
 """Activation checkpointing changes the memory and nothing else; a step asks the device for nothing."""
 
+import contextlib
 import copy
 import itertools
 import json
+import signal
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import metrics
 from test_golden import golden
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from resnet_train import checkpoint
 from resnet_train.batchnorm import group_statistics, update_statistics
+from resnet_train.errors import SIGNALS
 from resnet_train.models import cifar_resnet, imagenet_resnet
+from resnet_train.record import Record
 from resnet_train.run import build
-from resnet_train.train import step
+from resnet_train.train import Stop, loop, step
 
 # What makes the processor wait for a GPU: reading a value, and shapes that depend on values.
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
@@ -101,19 +107,92 @@ class Waits(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def training(run):
+    """The training batches of a run."""
+    config = run.config
+    return run.sets.train_batches(
+        run.mean, run.device, seed=0, batch_size=config.batch_size, augment=asdict(config.augment), start=0
+    )
+
+
 @pytest.mark.parametrize("extra", [[], ["device_batch_size=16"], ["activation_checkpointing=true"], ["nesterov=true"]])
 def test_a_step_waits_for_nothing(extra):
     pytest.importorskip("sklearn")
-    config = golden.composed([*golden.TINY, *extra])
-    run = build(config, Path("nowhere"))
-    batches = run.sets.train_batches(
-        run.mean, run.device, seed=0, batch_size=config.batch_size, augment=asdict(config.augment), start=0
-    )
+    run = build(golden.composed([*golden.TINY, *extra]), Path("nowhere"))
     with Waits() as waits:
-        for images, labels in itertools.islice(batches, 3):
+        for images, labels in itertools.islice(training(run), 3):
             step(run, images, labels, 0.1)
     assert waits.found == []
     assert run.iteration == 3
+
+
+@pytest.mark.parametrize("decay", ["all", "weights"])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_steps_are_sgd_written_out(nesterov, decay):
+    """Momentum and weight decay of three steps in float64; `weights` spares batch norm and the bias."""
+    pytest.importorskip("sklearn")
+    words = [f"nesterov={str(nesterov).lower()}", f"decay={decay}", "weight_decay=0.02", "momentum=0.8"]
+    config = golden.composed([*(word for word in golden.TINY if word != "precision=fp32"), "precision=fp64", *words])
+    run = build(config, Path("nowhere"))
+    net, velocity = copy.deepcopy(run.model).train(), {}
+    for images, labels in itertools.islice(training(run), 3):
+        step(run, images, labels, 0.1)
+        net.zero_grad()
+        F.cross_entropy(net(images.double()), labels).backward()
+        for name, p in net.named_parameters():
+            decayed = decay == "all" or name.endswith(("conv1.weight", "conv2.weight", "fc.weight"))
+            gradient = p.grad + 0.02 * decayed * p.detach()
+            velocity[name] = 0.8 * velocity.get(name, 0.0) + gradient
+            p.data -= 0.1 * (gradient + 0.8 * velocity[name] if nesterov else velocity[name])
+    for (name, found), expected in zip(run.model.named_parameters(), net.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12, msg=name)
+
+
+@pytest.fixture
+def stop():
+    """What ends a run at a signal; the handlers of the tests come back."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield Stop()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("watch", "rates"),
+    [
+        ("train", [0.003] * 15 + [0.0003] * 10 + [0.00003] * 10 + [0.000003] * 5),
+        ("val", [0.003] * 20 + [0.0003] * 10 + [0.00003] * 10),
+    ],
+)
+def test_the_plateau_drops_the_rate_in_training_and_a_resumed_run_goes_on_so(watch, rates, stop, tmp_path):
+    """No error falls by 100 points, so each 10 iterations after the first look (at 5 and at 10) bring a drop."""
+    pytest.importorskip("sklearn")
+    words = ["iterations=40", "schedule=plateau", "schedule.lr=0.003", "schedule.patience=0.25"]
+    words += ["schedule.threshold=100", f"schedule.watch={watch}", "data.validation=137", "data.size=8"]
+    words += ["log_every=5", "eval_every=10", "checkpoint_every=40", "keep_every=18", "eval_batch_size=200"]
+    config = golden.composed([*(w for w in golden.TINY if not w.startswith(("iterations", "log_every"))), *words])
+
+    def trained(name, state):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+        run, used = build(config, tmp_path / name), []
+        if state is not None:
+            run.load(state)
+        run.optimizer.register_step_pre_hook(lambda *_: used.append(run.optimizer.param_groups[0]["lr"]))
+        record = Record(tmp_path / name, {}, run.iteration, config.iterations)
+        with contextlib.closing(record):
+            loop(run, record, stop)
+        return run.state(), used
+
+    whole, used = trained("whole", None)
+    assert used == pytest.approx(rates, rel=1e-12)
+    logged = [line for line in metrics(tmp_path / "whole") if line["split"] == "train"]
+    assert [line["lr"] for line in logged] == pytest.approx([rates[line["iteration"] - 1] for line in logged])
+    assert len(logged) == 8
+    cut, rest = trained("cut", checkpoint.load(tmp_path / "whole" / "checkpoints" / "iteration-0000018.pt"))
+    assert rest == used[18:]
+    assert cut["progress"] == whole["progress"]
+    assert all(torch.equal(value, cut["model"][name]) for name, value in whole["model"].items())
+    assert metrics(tmp_path / "cut") == [line for line in metrics(tmp_path / "whole") if line["iteration"] > 18]
 
 
 def test_a_value_that_is_read_is_found():

@@ -120,6 +120,13 @@ def test_draws_cover_all_offsets_and_both_flips_evenly():
     assert counts.max() < 271
 
 
+def test_every_second_image_is_flipped():
+    """Of 100,000; five standard deviations are 791. In every batch anew."""
+    draw = seeded()
+    flips = torch.cat([draw_crops(draw, 100, 4, True)[2] for _ in range(1000)])
+    assert abs(int(flips.sum()) - 50_000) < 791
+
+
 @pytest.mark.parametrize("pad", [0, 1, 4])
 def test_draws_without_flip(pad):
     """No flips, and the same offsets as with them."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import sys
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from resnet_train.errors import UserError, nearest
 
@@ -82,9 +83,16 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def convert(key: str, value: Any, hint: Any) -> Any:
-    """`value` as the type `hint`, or UserError."""
+def convert(key: str, value: Any, hint: Any, bounds: Any = None) -> Any:
+    """`value` as the type `hint`, or UserError.
+
+    What a number may be stands in `bounds`, where the hint is Annotated[int, (least, most)], and else in RANGES.
+    """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return convert(key, value, *arguments)
+    if hint is Any:
+        return value
     if origin is Literal:
         if value in arguments and not isinstance(value, bool):
             return value
@@ -97,19 +105,23 @@ def convert(key: str, value: Any, hint: Any) -> Any:
         kind = {int: "a whole number", bool: "true, false"}.get(arguments[0])
         if words and kind and isinstance(value, str):
             raise UserError(f"{key}={shown(value)}: must be {kind} or {' or '.join(words)}{nearest(value, words)}")
-        return convert(key, value, arguments[0])
+        return convert(key, value, arguments[0], bounds)
     if origin is list:
         if not isinstance(value, list):
-            example = {int: "[256,480]", float: "[0.5,0.75]", str: "[one,two]"}[arguments[0]]
-            raise UserError(f"{key}={shown(value)}: must be a list, such as {example}")
-        return [convert(key, item, arguments[0]) for item in value]
+            example = {int: "[256,480]", float: "[0.5,0.75]", str: "[one,two]"}.get(arguments[0])
+            raise UserError(f"{key}={shown(value)}: must be a list{f', such as {example}' if example else ''}")
+        return [convert(key, item, arguments[0], bounds) for item in value]
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise UserError(f"{key}={shown(value)}: must hold values of its own")
+        return {name: convert(f"{key}.{name}", item, arguments[1]) for name, item in value.items()}
     if dataclasses.is_dataclass(hint):
         return typed(typing.cast(type, hint), value, key + ".")
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is int and number and (isinstance(value, int) or value.is_integer()):
-        return _in_range(key, int(value))
+        return _in_range(key, int(value), bounds)
     if hint is float and number and abs(value) <= sys.float_info.max:
-        return _in_range(key, float(value))
+        return _in_range(key, float(value), bounds)
     if hint is bool and isinstance(value, bool):
         return value
     if hint is str and (isinstance(value, str) or number):
@@ -120,8 +132,8 @@ def convert(key: str, value: Any, hint: Any) -> Any:
     raise UserError(f"{key}={shown(value)}: must be {kind}")
 
 
-def _in_range(key: str, value: float) -> float:
-    low, high = RANGES.get(key, (None, None))
+def _in_range(key: str, value: float, bounds: tuple[float | None, float | None] | None) -> float:
+    low, high = bounds or RANGES.get(key, (None, None))
     text = f"{value:g}" if isinstance(value, float) else shown(value)
     if low is not None and (value < low or (value == low and key in ABOVE)):
         raise UserError(f"{key}={text}: must be {'above' if key in ABOVE else 'at least'} {low}")
@@ -134,8 +146,7 @@ def typed(kind: type[T], values: Any, prefix: str = "") -> T:
     """The dataclass `kind` from nested plain `values`; unknown, missing and mistyped keys are refused by name."""
     if not isinstance(values, Mapping):
         raise UserError(f"{prefix[:-1]}={shown(values)}: holds values of its own; set one, as in {prefix}KEY=VALUE")
-    hints = typing.get_type_hints(kind)
-    fields = {field.name: field for field in dataclasses.fields(typing.cast(Any, kind))}
+    hints, fields = _fields(typing.cast(Any, kind))
     for name in values:
         if name not in fields:
             raise UserError(f"{prefix}{name}: there is no such key{nearest(str(name), fields)}")
@@ -146,6 +157,12 @@ def typed(kind: type[T], values: Any, prefix: str = "") -> T:
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise UserError(f"{prefix}{name}: is missing")
     return kind(**found)
+
+
+@functools.cache  # a pack has as many shards as it likes
+def _fields(kind: Any) -> tuple[dict[str, Any], dict[str, dataclasses.Field[Any]]]:
+    """The types and the fields of a dataclass by name."""
+    return typing.get_type_hints(kind, include_extras=True), {field.name: field for field in dataclasses.fields(kind)}
 
 
 def as_list(value: Any) -> Any:

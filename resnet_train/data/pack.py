@@ -8,9 +8,9 @@ each shard that is whole and on disk; at the end the notes become pack.json, and
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import io
 import itertools
-import json
 import multiprocessing
 import os
 import shutil
@@ -18,6 +18,7 @@ import signal
 import sys
 import tempfile
 import threading
+import typing
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from importlib.util import find_spec
@@ -29,11 +30,21 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from resnet_train.config.keys import shown, typed
 from resnet_train.data.images import ImageError, decode, jpeg_size
 from resnet_train.data.packed import (
     FORMAT,
+    LARGEST,
+    LEAST,
+    Pack,
+    PackPart,
+    PackSettings,
+    PackShard,
+    PackSource,
     Shard,
-    check_size,
+    check_classes,
+    check_label,
+    check_shard,
     checksum,
     digest_of,
     located,
@@ -44,7 +55,7 @@ from resnet_train.data.packed import (
 from resnet_train.data.photographs import Files, open_photographs, read_file
 from resnet_train.data.places import PACKED, PACKING, describe_left_out
 from resnet_train.errors import SIGNALS, RunError, UserError
-from resnet_train.files import claimed, write_json
+from resnet_train.files import claimed, read_json, write_json
 
 LONGEST_JPEG = 65_500  # pixels of a side, as libjpeg has it
 
@@ -61,18 +72,12 @@ def pack(*, root: str, out: Path, shorter_side: int, quality: int, images: int, 
     assert isinstance(found.train, Files)  # check_pack has seen to it
     assert isinstance(found.test, Files)
     files = {"train": found.train, found.test.folder.name: found.test}
-    settings = {
-        "format": FORMAT,
-        "source": {"name": Path(root).name, "digest": found.digest},
-        "shorter_side": shorter_side,
-        "quality": quality,
-        "images": images,
-        "broken": broken,
-    }
+    check_classes(found.classes)
+    source = PackSource(os.fsencode(Path(root).name).decode(errors="replace"), found.digest)
+    settings = PackSettings(FORMAT, source, shorter_side, quality, images, typing.cast(Any, broken))
     with claimed(out, "out", "packing"):
         if (out / PACKED).is_file():
-            about = read_about(out)
-            _check_same(out, about, settings)
+            _check_same(out, read_about(out), settings)
             shutil.rmtree(out / PACKING, ignore_errors=True)
             print(f"{out}: is packed already; nothing to do")
             return
@@ -93,38 +98,48 @@ def pack(*, root: str, out: Path, shorter_side: int, quality: int, images: int, 
                 bar.update(len(job["items"]))
                 for line in lines:
                     tqdm.write(f"skipped: {line}", file=sys.stderr)
-        about = _finish(out, settings, found.classes, files, shards)
-    size = sum(shard["bytes"] for told in about["parts"].values() for shard in told["shards"])
-    skipped = sum(len(told["skipped"]) for told in about["parts"].values())
+        parts = _finish(out, settings, found.classes, files, shards).parts.values()
+    size = sum(shard.bytes for part in parts for shard in part.shards)
+    skipped = sum(len(part.skipped) for part in parts)
     print(
-        f"{out}: {total - skipped} images in {sum(len(told['shards']) for told in about['parts'].values())} shards,"
+        f"{out}: {total - skipped} images in {sum(len(part.shards) for part in parts)} shards,"
         f" {size / 1e6:.1f} MB" + (f"; {skipped} broken ones skipped" if skipped else "")
     )
 
 
-def _check_same(out: Path, before: dict[str, Any], settings: dict[str, Any]) -> None:
+def _check_same(out: Path, before: PackSettings, settings: PackSettings) -> None:
     """Refuse a folder that holds something else. Raises UserError."""
-    for key, value in settings.items():
-        if before.get(key) != value:
-            word = "data.root" if key == "source" else key
-            raise UserError(f"{word}: {out} holds a pack with other values ({before.get(key)}); take another out=")
+    for field in dataclasses.fields(PackSettings):
+        value = getattr(before, field.name)
+        if value != getattr(settings, field.name):
+            word = "data.root" if field.name == "source" else field.name
+            raise UserError(f"{word}: {out} holds a pack with other values ({shown(value)}); take another out=")
 
 
-def _begin(out: Path, settings: dict[str, Any], files: dict[str, Files]) -> None:
+def _begin(out: Path, settings: PackSettings, files: dict[str, Files]) -> None:
     """Make the folders, or see that they are of the same pack. Raises UserError."""
     place = out / PACKING / "settings.json"
     if place.is_file():
         try:
-            before = json.loads(place.read_text())
-        except ValueError as error:
-            raise UserError(f"{place}: is damaged; remove {out}") from error
+            before = typed(PackSettings, read_json(place))
+        except (OSError, ValueError, RecursionError, UserError) as error:
+            raise UserError(f"{place}: is damaged ({error}); remove {out}") from error
         _check_same(out, before, settings)
-        return
-    if any(path.name != PACKING for path in out.iterdir()):
+    elif any(path.name != PACKING or not path.is_dir() for path in out.iterdir()):
         raise UserError(f"out={out}: exists and holds no pack; take another out=")
     for folder in (PACKING, *files):
         (out / folder).mkdir(exist_ok=True)
-    write_json(place, settings)
+    if not place.is_file():
+        write_json(place, dataclasses.asdict(settings))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Note:
+    """What is noted of a shard that is on disk: the images that were left out, the shard if any is left, its config."""
+
+    skipped: list[int]
+    shard: PackShard | None
+    config: dict[str, Any] | None = None
 
 
 class _Planned(NamedTuple):
@@ -147,12 +162,19 @@ def _items(shard: _Planned) -> list[tuple[int, str, int, int]]:
     return [(place, *shard.source.entry(place)) for place in shard.places.tolist()]
 
 
-def _note_of(shard: _Planned) -> Any:
-    """What is noted of a shard that is whole, or None."""
+def _note_of(planned: _Planned) -> _Note | None:
+    """What is noted of a shard that is on disk, or None: where note or file are not of this shard, it is made again."""
     try:
-        return json.loads(shard.note.read_text())
-    except (OSError, ValueError):
+        note = typed(_Note, read_json(planned.note))
+        if note.shard is not None:
+            check_shard(planned.path, note.shard)
+    except (OSError, ValueError, RecursionError, UserError):
         return None
+    stored = note.shard.images if note.shard else 0
+    fits = len(set(note.skipped)) == len(note.skipped) and set(note.skipped) <= set(planned.places.tolist())
+    fits &= len(note.skipped) + stored == len(planned.places)
+    fits &= note.shard is None or (note.shard.name == planned.path.name and note.config is not None)
+    return note if fits else None
 
 
 def _write_shard(job: dict[str, Any]) -> list[str]:
@@ -162,30 +184,33 @@ def _write_shard(job: dict[str, Any]) -> list[str]:
     """
     from litdata.streaming.writer import BinaryWriter
 
-    path, note = job["path"], job["note"]
-    skipped, broken, count = [], [], 0
-    with tempfile.TemporaryDirectory(dir=note.parent) as folder:
+    path, note_file = job["path"], job["note"]
+    skipped, broken, count, size = [], [], 0, 0
+    with tempfile.TemporaryDirectory(dir=note_file.parent) as folder:
         writer = BinaryWriter(folder, chunk_size=job["images"])
-        for place, file, size, label in job["items"]:
+        for place, file, length, label in job["items"]:
             try:
-                image = packed_image(read_file(file, size), file, job["shorter_side"], job["quality"])
+                image = packed_image(read_file(file, length), file, job["shorter_side"], job["quality"])
             except ImageError as error:
                 if not job["skip"]:
                     raise
                 skipped.append(place)
                 broken.append(str(error))
                 continue
-            writer.add_item(count, {"image": image, "label": label, "name": "/".join(file.split(os.sep)[-2:])})
+            name = os.fsencode("/".join(file.split(os.sep)[-2:])).decode(errors="replace")
+            size += len(image) + len(name.encode()) + LEAST
+            if size + 8 > LARGEST:
+                raise UserError(f"shard_images={job['images']}: such a shard would be above 4 GiB; take fewer")
+            writer.add_item(count, {"image": image, "label": label, "name": name})
             count += 1
-        about: dict[str, Any] = {"skipped": skipped, "shard": None}
+        note = _Note(skipped, None)
         for written in map(Path, writer.done()):  # one, or none
             with written.open("rb") as handle:
                 os.fsync(handle.fileno())
-            size = written.stat().st_size
-            about["shard"] = {"name": path.name, "images": count, "bytes": size, "sha256": checksum(written)}
-            about["config"] = writer.get_config()
+            shard = PackShard(path.name, count, written.stat().st_size, checksum(written))
+            note = _Note(skipped, shard, writer.get_config())
             written.replace(path)
-        write_json(note, about)
+        write_json(note_file, dataclasses.asdict(note))
     return broken
 
 
@@ -208,32 +233,32 @@ def packed_image(data: bytes, name: str, shorter_side: int, quality: int) -> byt
 
 
 def _finish(
-    out: Path, settings: dict[str, Any], classes: list[str], files: dict[str, Files], planned: list[_Planned]
-) -> dict[str, Any]:
+    out: Path, settings: PackSettings, classes: list[str], files: dict[str, Files], planned: list[_Planned]
+) -> Pack:
     """Write litdata's index of each part and, last, pack.json; what it holds. Raises UserError."""
-    parts: dict[str, Any] = {}
+    parts: dict[str, PackPart] = {}
     for part, source in files.items():
-        notes = [_note_of(shard) for shard in planned if shard.source is source]
-        shards = [note["shard"] for note in notes if note["shard"]]
+        found = [(shard, _note_of(shard)) for shard in planned if shard.source is source]
+        notes = [note for _, note in found if note is not None]
+        if len(notes) < len(found):
+            raise RunError(f"{out}: was changed while it was packed; the same command goes on")
+        shards = [note.shard for note in notes if note.shard]
         if not shards:
             raise UserError(f"data.root: no image of {part}/ can be decoded")
-        parts[part] = {
-            "images": sum(shard["images"] for shard in shards),
-            "listed": len(source),
-            "skipped": sorted(place for note in notes for place in note["skipped"]),
-            "shards": shards,
-        }
+        skipped = sorted(place for note in notes for place in note.skipped)
+        parts[part] = PackPart(sum(shard.images for shard in shards), len(source), skipped, shards)
         chunks = [
-            {"chunk_bytes": shard["bytes"], "chunk_size": shard["images"], "dim": None, "filename": shard["name"]}
+            {"chunk_bytes": shard.bytes, "chunk_size": shard.images, "dim": None, "filename": shard.name}
             for shard in shards
         ]
-        config = next(note["config"] for note in notes if note["shard"])
+        config = next(note.config for note in notes if note.shard)
         write_json(out / part / "index.json", {"chunks": chunks, "config": config})
-    test = next(part for part in files if part != "train")
-    about = {**settings, "classes": classes, "test": test, "digest": digest_of(classes, parts), "parts": parts}
-    write_json(out / PACKED, about)
+    test: Any = next(part for part in files if part != "train")
+    common = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    pack = Pack(**common, classes=classes, test=test, digest=digest_of(classes, parts), parts=parts)
+    write_json(out / PACKED, dataclasses.asdict(pack))
     shutil.rmtree(out / PACKING)
-    return about
+    return pack
 
 
 # --- The check -------------------------------------------------------------------------------------------------------
@@ -242,16 +267,16 @@ def _finish(
 def check_packed(root: str, workers: int) -> None:
     """Read all shards of a packed folder and decode every image. Raises UserError and, naming them, RunError."""
     folder = located(root)
-    about = read_about(folder)
+    pack = read_about(folder)
     jobs = [
-        {"path": folder / part / shard["name"], "classes": len(about["classes"]), **shard}
-        for part, told in about["parts"].items()
-        for shard in told["shards"]
+        {"path": folder / name / shard.name, "classes": len(pack.classes), "shard": shard}
+        for name, part in pack.parts.items()
+        for shard in part.shards
     ]
-    total, wrong = sum(job["images"] for job in jobs), []
+    total, wrong = sum(part.images for part in pack.parts.values()), []
     with tqdm(total=total, desc="checking", unit=" images", disable=None) as bar:
         for job, errors in _worked(_check_shard, jobs, workers):
-            bar.update(job["images"])
+            bar.update(job["shard"].images)
             wrong += errors
     for line in wrong:
         print(f"wrong: {line}", file=sys.stderr)
@@ -263,19 +288,16 @@ def check_packed(root: str, workers: int) -> None:
 def _check_shard(job: dict[str, Any]) -> list[str]:
     """What is wrong with a shard, as lines."""
     try:
-        check_size(job["path"], job["bytes"])
+        check_shard(job["path"], job["shard"])
         shard = Shard(job["path"])
     except UserError as error:
         return [str(error)]
-    wrong = [] if checksum(job["path"]) == job["sha256"] else [f"{job['path']}: its checksum does not hold"]
-    if len(shard) != job["images"]:
-        return [*wrong, f"{job['path']}: holds {len(shard)} images and should {job['images']}"]
+    wrong = [] if checksum(job["path"]) == job["shard"].sha256 else [f"{job['path']}: its checksum does not hold"]
     for place in range(len(shard)):
         try:
             name, data, label = shard.item(place)
+            check_label(name, label, job["classes"])
             decode(data, name)
-            if not 0 <= label < job["classes"]:
-                wrong.append(f"{name}: there is no class {label}")
         except UserError as error:
             wrong.append(str(error))
     return wrong
