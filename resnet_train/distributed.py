@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from resnet_train.errors import Elsewhere, UserError, of_a_launcher, of_the_system
+from resnet_train.errors import Elsewhere, UserError, of_a_launcher, of_nccl, of_the_machine
 
 T = TypeVar("T")
 STORE = "RESNET_TRAIN_STORE"  # names the file in which the processes of our own launcher meet
@@ -52,8 +52,8 @@ def total(values: Tensor) -> Tensor:
 def together(job: Callable[[], T]) -> T:
     """What `job` gives in this process, once it is done in all of them.
 
-    A UserError or OSError that it raises in any of them ends all; the first process raises it (OSError as RunError),
-    the others Elsewhere.
+    A UserError that it raises in any of them, or what the machine refuses it, ends all; the first process raises it
+    (the latter as RunError), the others Elsewhere.
     """
     if world() == 1:
         return job()
@@ -82,8 +82,11 @@ def _attempt(job: Callable[[], T]) -> tuple[T | None, UserError | None]:
         return job(), None
     except UserError as error:
         return None, error
-    except OSError as error:
-        return None, of_the_system(error)
+    except (OSError, RuntimeError, MemoryError) as error:
+        told = of_the_machine(error)
+        if told is None:
+            raise
+        return None, told
 
 
 def shared(error: UserError) -> UserError:
@@ -163,9 +166,16 @@ def _not_joined(error: Exception, unmet: str) -> UserError:
             f"MASTER_PORT={os.environ['MASTER_PORT']}: the port is taken; choose another (torchrun --master-port=,"
             " or --rdzv-backend=c10d --rdzv-endpoint=HOST:0, which finds a free one)"
         )
-    return UserError(
-        f"{unmet} ({text.splitlines()[0][:200]}); see that every machine runs the same command and reaches that address"
-    )
+    if "GLOO_SOCKET_IFNAME" in os.environ and "address for:" in text:
+        name = os.environ["GLOO_SOCKET_IFNAME"]
+        return UserError(f"GLOO_SOCKET_IFNAME={name}: there is no such network interface; unset it, or name another")
+    told = of_nccl(error) or of_the_machine(error)
+    if told is not None:
+        return told
+    way = "see that every machine runs the same command and reaches that address"
+    if STORE in os.environ:
+        way = "a larger timeout= waits longer"
+    return UserError(f"{unmet} ({text.splitlines()[0][:200]}); {way}")
 
 
 def _wait_for(host: str, port: int, timeout: int) -> None:

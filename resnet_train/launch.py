@@ -68,7 +68,7 @@ def launch(job: Callable[[], int], processes: int, max_restarts: int) -> int:
             assert result is not None  # it waits for good
             if not result.is_failed():
                 return result.return_values[0]
-    rank, failure = next(iter(result.failures.items()))
+            ((rank, failure),) = result.failures.items()
     if failure.exitcode >= 0:  # it has told why
         return failure.exitcode
     if -failure.exitcode in told:  # before it had begun

@@ -541,11 +541,10 @@ def rewritten(port, mark):
 def test_two_processes_can_be_reached_from_this_machine_alone_and_keep_no_store_at_a_port(tmp_path):
     """While they train: what launcher, processes and helpers listen at, and what a stranger can do there."""
     words = [*DIGITS, "iterations=100000", "log_every=10", "eval_every=1000", "compile=false", "devices=2"]
+    options = {"cwd": tmp_path, "env": ONE_THREAD, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with (
         ThreadPoolExecutor() as strangers,
-        subprocess.Popen(
-            start(*words, "run_dir=run"), cwd=tmp_path, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        ) as job,
+        subprocess.Popen(start(*words, "run_dir=run"), **options) as job,
     ):
         before = list(takewhile(lambda line: not line.startswith("iteration 10/"), job.stdout))
         processes = family(job.pid)
