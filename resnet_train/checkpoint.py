@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from resnet_train.errors import RunError, UserError
+from resnet_train.errors import RunError, UserError, of_the_machine, remedy
 
 FORMAT = 1
 PARTS = {"config": dict, "iteration": int, "model": dict, "mean": torch.Tensor, "classes": list, "digest": str}
@@ -41,11 +41,15 @@ def save(path: Path, state: dict[str, Any], *, keep_as: Path | None = None) -> N
         os.fsync(folder)
         os.close(folder)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        part.unlink(missing_ok=True)
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "the disk may be full"
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        reason, way = "the disk may be full", "with room made"
+        if isinstance(error, OSError) and error.strerror:
+            reason, way = error.strerror, remedy(error)
+        intact = path.exists() or (keep_as is not None and keep_as.exists())
         raise RunError(
-            f"{path}: the checkpoint cannot be written ({reason}); with room made, the same"
-            " command goes on from the one before it, which is intact"
+            f"{path}: the checkpoint cannot be written ({reason}); {way}, the same command goes on"
+            + (" from the one before it, which is intact" if intact else "")
         ) from error
 
 
@@ -78,6 +82,8 @@ def read(path: Path) -> Any:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     except Exception as error:  # the readers fail in many ways on what torch has not written
+        if of_the_machine(error):
+            raise
         raise UserError(f"{path}: is cut short or not a checkpoint") from error
 
 
@@ -118,9 +124,9 @@ def fitting(name: Path | str) -> Iterator[None]:
     """Make a UserError of what the reading of a checkpoint raises whose parts are not those of the net."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if of_the_machine(error):
+            raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{name}: holds other things than a checkpoint of this net must ({reason})") from error
 

@@ -16,9 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from resnet_train.errors import Elsewhere, UserError, of_a_launcher, of_the_system
+from resnet_train.errors import Elsewhere, UserError, of_a_launcher, of_nccl, of_the_machine
 
 T = TypeVar("T")
+STORE = "RESNET_TRAIN_STORE"  # names the file in which the processes of our own launcher meet
 
 
 def rank() -> int:
@@ -51,8 +52,8 @@ def total(values: Tensor) -> Tensor:
 def together(job: Callable[[], T]) -> T:
     """What `job` gives in this process, once it is done in all of them.
 
-    A UserError or OSError that it raises in any of them ends all; the first process raises it (OSError as RunError),
-    the others Elsewhere.
+    A UserError that it raises in any of them, or what the machine refuses it, ends all; the first process raises it
+    (the latter as RunError), the others Elsewhere.
     """
     if world() == 1:
         return job()
@@ -81,8 +82,11 @@ def _attempt(job: Callable[[], T]) -> tuple[T | None, UserError | None]:
         return job(), None
     except UserError as error:
         return None, error
-    except OSError as error:
-        return None, of_the_system(error)
+    except (OSError, RuntimeError, MemoryError) as error:
+        told = of_the_machine(error)
+        if told is None:
+            raise
+        return None, told
 
 
 def shared(error: UserError) -> UserError:
@@ -102,36 +106,33 @@ def one_after_all(job: Callable[[], T]) -> T:
 def joined(device: torch.device, timeout: int) -> Iterator[None]:
     """The processes that torchrun, Slurm or `launch` has started, joined; nothing where this is the only one.
 
-    Collectives of CPU tensors go through gloo, of CUDA tensors through NCCL. Raises UserError where the others do not
-    come within `timeout` seconds.
+    Collectives of CPU tensors go through gloo, of CUDA tensors through NCCL. Where all processes are on one machine,
+    nothing here listens anywhere but on loopback, unless GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME says so. Raises
+    UserError where the others do not come within `timeout` seconds.
     """
     if not expected():
         yield
         return
-    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    file = os.environ.get(STORE)
+    where = file or f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     unmet = f"{os.environ['WORLD_SIZE']} processes did not meet at {where} within timeout={timeout} s"
-    watch = threading.Timer(3 * timeout, _end, [f"{unmet} (something else may be listening there); take another port"])
+    listening = "" if file else " (something else may be listening there); take another port"
+    watch = threading.Timer(3 * timeout, _end, [unmet + listening])
     watch.daemon = True
     watch.start()
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        _listen_on_loopback()
     try:
-        if os.environ["RANK"] != "0":
+        if file is None and os.environ["RANK"] != "0":
             _wait_for(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             timeout=datetime.timedelta(seconds=timeout),
             device_id=device if device.type == "cuda" else None,
+            **_in_file(file, timeout) if file else {},
         )
     except (RuntimeError, ValueError) as error:
-        text = str(error)
-        if "EADDRINUSE" in text:
-            raise UserError(
-                f"MASTER_PORT={os.environ['MASTER_PORT']}: the port is taken; choose another (torchrun --master-port=,"
-                " or --rdzv-backend=c10d --rdzv-endpoint=HOST:0, which finds a free one)"
-            ) from error
-        raise UserError(
-            f"{unmet} ({text.splitlines()[0][:200]}); see that every machine runs the same command and reaches that"
-            " address"
-        ) from error
+        raise _not_joined(error, unmet) from error
     finally:
         watch.cancel()
     try:
@@ -141,6 +142,40 @@ def joined(device: torch.device, timeout: int) -> Iterator[None]:
             dist.destroy_process_group()
         raise
     dist.destroy_process_group()
+
+
+def _listen_on_loopback() -> None:
+    """Have Gloo and NCCL listen on loopback alone, where the user has not said on what."""
+    loopback = "lo0" if sys.platform == "darwin" else "lo"
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={loopback}")  # without = also of all names that begin so
+
+
+def _in_file(path: str, timeout: int) -> dict[str, Any]:
+    """What has processes meet in a file, with no store that listens at a port."""
+    store = dist.FileStore(path, int(os.environ["WORLD_SIZE"]))
+    store.set_timeout(datetime.timedelta(seconds=timeout))
+    return {"store": store, "rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+
+
+def _not_joined(error: Exception, unmet: str) -> UserError:
+    """Why the processes have not come together, for the user."""
+    text = str(error)
+    if "EADDRINUSE" in text:
+        return UserError(
+            f"MASTER_PORT={os.environ['MASTER_PORT']}: the port is taken; choose another (torchrun --master-port=,"
+            " or --rdzv-backend=c10d --rdzv-endpoint=HOST:0, which finds a free one)"
+        )
+    if "GLOO_SOCKET_IFNAME" in os.environ and "address for:" in text:
+        name = os.environ["GLOO_SOCKET_IFNAME"]
+        return UserError(f"GLOO_SOCKET_IFNAME={name}: there is no such network interface; unset it, or name another")
+    told = of_nccl(error) or of_the_machine(error)
+    if told is not None:
+        return told
+    way = "see that every machine runs the same command and reaches that address"
+    if STORE in os.environ:
+        way = "a larger timeout= waits longer"
+    return UserError(f"{unmet} ({text.splitlines()[0][:200]}); {way}")
 
 
 def _wait_for(host: str, port: int, timeout: int) -> None:

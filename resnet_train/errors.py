@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import re
+import resource
 import signal
 from collections.abc import Iterable
 
@@ -63,16 +65,85 @@ def of_a_launcher() -> bool:
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
 
 
-def of_a_peer(error: RuntimeError) -> str | None:
+# What Gloo, NCCL and torch's stores say where another process has ended or cannot be reached.
+GONE = r"[Cc]onnection (was )?(closed|reset|refused)|[Bb]roken pipe|[Tt]imed out|[Tt]imeout|ncclRemoteError|was aborted"
+# What torch, cuBLAS, NCCL and the C++ library say where there is no memory left.
+NO_MEMORY = r"DefaultCPUAllocator|out of memory|std::bad_alloc|ALLOC_FAILED|Cannot allocate memory|Unable to allocate"
+
+
+def of_a_peer(error: BaseException) -> str | None:
     """The line of `error` that says that another process is gone, if that is what it says."""
-    lines = (line for line in str(error).splitlines() if re.search("gloo|NCCL|[Cc]onnection|[Tt]imed out", line))
-    return next(lines, None)
+    if not re.search("gloo|nccl|c10d|tcpstore", str(error), re.IGNORECASE):
+        return None
+    return _line_with(GONE, str(error))
+
+
+def of_nccl(error: BaseException) -> UserError | None:
+    """What keeps NCCL from its work here, where that is neither another process nor a lack of memory; else None."""
+    text = str(error)
+    if "nccl" not in text.lower() or of_a_peer(error) or _line_with(NO_MEMORY, text):
+        return None
+    reason = re.search(r"Last error:\s*(\S.*)", text) or re.search(r"(nccl\w+: .*)", text) or re.search(r"(.*)", text)
+    assert reason is not None  # the last one fits all
+    if "Duplicate GPU" in text:
+        return UserError(f"NCCL: {reason[1]}; each process needs a GPU of its own: start fewer (devices=)")
+    return RunError(f"NCCL cannot work here: {reason[1]}; NCCL_DEBUG=INFO in the environment tells more")
+
+
+def of_the_machine(error: BaseException) -> RunError | None:
+    """What the machine refused for want of memory, shared memory, open files or disk, for the user; else None.
+
+    Errors of a DataLoader's worker come as text of the same type, with the worker's trace of calls.
+    """
+    text = str(error)
+    if _line_with("Too many open files|ancdata", text):
+        return RunError(f"too many open files; raise the limit (ulimit -n, now {_open_files()}), or take fewer workers")
+    if isinstance(error, RuntimeError) and (line := _line_with(r"shared memory|/torch_\d+", text)):
+        return RunError(
+            "/dev/shm, the memory that processes share, is full; make it larger (docker run --shm-size=8g), or take"
+            f" fewer workers ({line})"
+        )
+    if isinstance(error, MemoryError) or _line_with(NO_MEMORY, text):
+        line = re.sub(r".*err == 0\. ", "", _line_with(NO_MEMORY, text) or type(error).__name__)
+        return RunError(f"out of memory; take a smaller batch_size= (or device_batch_size=) ({line})")
+    if "DataLoader worker" in text and (line := _line_with("killed by signal|exited unexpectedly", text)):
+        return RunError(f"{line.rstrip('.')}; if it was killed for want of memory, take fewer workers")
+    return of_the_system(error) if isinstance(error, OSError) else None
 
 
 def of_the_system(error: OSError) -> RunError:
     """What the operating system refused, for the user."""
+    if error.errno is None:  # a DataLoader's worker hands on the text alone
+        found = re.search(r"\[Errno (\d+)\] ([^:\n]+)(?:: '(.*)')?", str(error))
+        error = OSError(int(found[1]), found[2], found[3]) if found else OSError(0, str(error))
+    whole = "" if error.errno in (errno.ENOENT, errno.ENOTDIR) else "what is on disk is whole; "
     place = error.filename or "a file or the output"
-    return RunError(f"{place}: {error.strerror}; what is on disk is whole; with room made, the same command goes on")
+    return RunError(f"{place}: {error.strerror}; {whole}{remedy(error)}, the same command goes on")
+
+
+def remedy(error: BaseException) -> str:
+    """What has to be done before the same command can go on, as the first half of a sentence."""
+    ways = {
+        errno.ENOSPC: "with room made",
+        errno.EDQUOT: "with room made",
+        errno.EMFILE: f"with a higher limit of open files (ulimit -n, now {_open_files()})",
+        errno.ENFILE: "with a higher limit of open files",
+        errno.EFBIG: "with a higher limit of a file's size (ulimit -f)",
+        errno.ENOENT: "with it there again",
+        errno.ENOTDIR: "with a folder there",
+        errno.EACCES: "with leave to use it",
+        errno.EPERM: "with leave to use it",
+        errno.EROFS: "with leave to write there",
+    }
+    return ways.get(getattr(error, "errno", None) or 0, "with that mended")
+
+
+def _open_files() -> int:
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def _line_with(pattern: str, text: str) -> str | None:
+    return next((line.strip() for line in text.splitlines() if re.search(pattern, line)), None)
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:

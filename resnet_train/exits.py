@@ -11,7 +11,7 @@ from collections.abc import Callable
 from multiprocessing import resource_tracker
 from typing import Any, NoReturn
 
-from resnet_train.errors import RunError, UserError, of_a_launcher, of_a_peer, of_the_system
+from resnet_train.errors import RunError, UserError, of_a_launcher, of_a_peer, of_nccl, of_the_machine
 
 
 def fail(error: UserError) -> NoReturn:
@@ -88,34 +88,29 @@ def exit_code(job: Callable[[], int | None]) -> int:
 
     An error that this process alone meets ends it here, without a word to those that wait for it but its end.
     """
-    import torch
-
+    told: UserError | None
     try:
         return job() or 0
     except UserError as error:
         told = error
-    except torch.OutOfMemoryError as error:
-        told = RunError(
-            f"out of memory; take a smaller batch_size= (or device_batch_size=) ({str(error).splitlines()[0]})"
-        )
     except BrokenPipeError:
         leave()
-    except OSError as error:
-        told = of_the_system(error)
     except KeyboardInterrupt:  # the second Ctrl-C
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
-        if launched() and torch.distributed.is_initialized() and isinstance(error, RuntimeError):
+        if launched():
             _lost(error)
-        traceback.print_exc()
-        sys.exit(1)
+        told = of_the_machine(error) or of_nccl(error)
+        if told is None:
+            traceback.print_exc()
+            sys.exit(1)
     tell(told)
     if told.shared:
         return told.code
     sys.exit(told.code)
 
 
-def _lost(error: RuntimeError) -> None:
+def _lost(error: Exception) -> None:
     """Leave it to the launcher to end this process, if `error` came of the end of another, which it is to name."""
     line = of_a_peer(error)
     if line:

@@ -1,4 +1,4 @@
-"""Start the processes that train together on this machine: torch.distributed's elastic launcher."""
+"""Start the processes that train together on this machine: the part of torch's elastic launcher that needs no port."""
 
 from __future__ import annotations
 
@@ -7,26 +7,27 @@ import logging
 import multiprocessing
 import os
 import signal
+import tempfile
 import threading
 import uuid
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 
-from resnet_train.distributed import share_cores
+from resnet_train.distributed import STORE, share_cores
 from resnet_train.errors import SIGNALS, RunError, UserError
 
 
 def launch(job: Callable[[], int], processes: int, max_restarts: int) -> int:
     """Run `job` (to be pickled) in `processes` new processes and give the first one's exit code.
 
-    A signal is passed on to all, which agree to stop and end as they always do: the engine has no part in it, for it
-    would wait only so long for a checkpoint. Where one dies, the others are ended and, up to `max_restarts` times, all
-    started again; then RunError names it.
+    A signal is passed on to all, which agree to stop and end as they always do. Where one dies, the others are ended
+    and, up to `max_restarts` times, all started again; then RunError names it.
+
+    They meet in a file of this user's alone. The elastic launcher's own rendezvous is a store that listens on all
+    interfaces and whose content it unpickles: whoever reached it could run code here.
     """
     told: list[int] = []
 
@@ -39,41 +40,49 @@ def launch(job: Callable[[], int], processes: int, max_restarts: int) -> int:
 
     for number in SIGNALS:
         signal.signal(number, pass_on)
-    for name in ("elastic", "elastic.agent.server.api", "elastic.multiprocessing.api"):
-        logging.getLogger(f"torch.distributed.{name}").setLevel(logging.CRITICAL)  # told below, in one line
-    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.CRITICAL)
-    # A store that outlives a restart holds the addresses of the dead: the processes would look for each other there.
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",  # any free port
-        local_addr="localhost",
-        max_restarts=max_restarts,
-        signals_to_handle="SIGQUIT",  # none of ours
-        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),  # else each start leaves a folder in /tmp
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # none of ours
+    for name in ("distributed.elastic.multiprocessing.api", "multiprocessing.spawn"):
+        logging.getLogger(f"torch.{name}").setLevel(logging.CRITICAL)  # told below, in one line
+    group = {
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "localhost",  # for what asks whether a launcher has started it
+        "MASTER_PORT": "0",
+        "TORCHELASTIC_RUN_ID": uuid.uuid4().hex,
+    }
+    with tempfile.TemporaryDirectory(prefix="resnet-train-", ignore_cleanup_errors=True) as folder:
+        for restart in range(max_restarts + 1):
+            # A new file for each start: in the one before are the addresses of the dead.
+            group |= {"TORCHELASTIC_RESTART_COUNT": str(restart), STORE: os.path.join(folder, str(restart))}
+            context = start_processes(
+                "resnet-train",
+                _work,
+                args=dict.fromkeys(range(processes), (job, processes, told)),
+                envs={rank: group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)},
+                logs_specs=DefaultLogsSpecs(log_dir=os.devnull),  # else each start leaves a folder in /tmp
+            )
+            try:
+                result = context.wait(period=0.1)
+            finally:
+                context.close()  # after a second Ctrl-C
+            assert result is not None  # it waits for good
+            if not result.is_failed():
+                return result.return_values[0]
+            ((rank, failure),) = result.failures.items()
+    if failure.exitcode >= 0:  # it has told why
+        return failure.exitcode
+    if -failure.exitcode in told:  # before it had begun
+        return 128 - failure.exitcode
+    raise RunError(
+        f"rank {rank} (process {failure.pid}) was killed by {signal.Signals(-failure.exitcode).name}"
+        + (f" after all restarts (max_restarts={max_restarts})" if max_restarts else "")
+        + "; the same command goes on from the last checkpoint"
+        + ("" if max_restarts else ", and with max_restarts=3 by itself")
     )
-    try:
-        return elastic_launch(config, _work)(job, processes, told)[0]
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode >= 0:  # it has told why
-            return failure.exitcode
-        if -failure.exitcode in told:  # before it had begun
-            return 128 - failure.exitcode
-        raise RunError(
-            f"rank {rank} (process {failure.pid}) was killed by {signal.Signals(-failure.exitcode).name}"
-            + (f" after all restarts (max_restarts={max_restarts})" if max_restarts else "")
-            + "; the same command goes on from the last checkpoint"
-            + ("" if max_restarts else ", and with max_restarts=3 by itself")
-        ) from error
 
 
 def _work(job: Callable[[], int], processes: int, told: list[int]) -> int:
-    """One process: its code is returned, for any other end is a failure in the engine's eyes, to start all again after.
+    """One process: its code is returned, for any other end is a failure, to start all again after.
 
     `told` is the list of signals so far, as it was when this process was started.
     """
@@ -81,7 +90,7 @@ def _work(job: Callable[[], int], processes: int, told: list[int]) -> int:
         return 128 + told[0]
     share_cores(processes)
     code = job()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the engine's, where another has died: nothing is left to save
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's, where another has died: nothing is left to save
     threading.Thread(target=_end_with_launcher, daemon=True).start()
     return code
 

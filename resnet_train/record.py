@@ -17,7 +17,7 @@ from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from resnet_train.curves import read_metrics
-from resnet_train.errors import RunError
+from resnet_train.errors import RunError, remedy
 
 tqdm.set_lock(threading.RLock())  # the default is a semaphore of the system, which a killed process leaves behind
 
@@ -73,9 +73,10 @@ class Record:
         try:
             yield
         except OSError as error:
+            kept = any((self.path.parent / "checkpoints").glob("*.pt"))
             raise RunError(
-                f"{self.path.parent}: the record cannot be written ({error.strerror}); with room made, the same command"
-                " goes on from the last checkpoint, which is intact"
+                f"{self.path.parent}: the record cannot be written ({error.strerror}); {remedy(error)}, the same"
+                f" command goes on{' from the last checkpoint, which is intact' if kept else ''}"
             ) from error
 
     def _writer(self, split: str) -> SummaryWriter:

@@ -380,9 +380,10 @@ def _announce(run: Run, state: dict[str, Any] | None, source: Source | None) -> 
         print(f"going on from iteration {run.iteration}{after}")
         before = state["measure"].get("bn_images", run.share.group)
         if before != run.share.group:
+            least = min(before, run.share.group)
             print(
-                f"note: batch norm's statistics were over {before} images and are now over {run.share.group};"
-                f" bn_images={min(before, run.share.group)} from the start keeps them the same on any devices"
+                f"note: batch norm's statistics were over {before} images and are now over {run.share.group}"
+                + (f"; bn_images={least} from the start keeps them the same on any devices" if least > 1 else "")
             )
     sys.stdout.flush()
 

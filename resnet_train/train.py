@@ -456,17 +456,20 @@ def save(run: Run, record: Record, clock: Clock) -> None:
 
 def require_finite(run: Run) -> None:
     """Raise RunError if a loss since the last logged point or a weight is not finite, in any process."""
-    check_finite(run.meters.loss, run.model, run.iteration, run.directory, "schedule.lr=")
+    check_finite(run.meters.loss, run.model, run.iteration, run.directory, "schedule.lr=", run.precision)
 
 
 @torch.no_grad()
-def check_finite(losses: Tensor, model: nn.Module, iteration: int, directory: Path, key: str) -> None:
+def check_finite(losses: Tensor, model: nn.Module, iteration: int, directory: Path, key: str, precision: str) -> None:
     """Raise RunError if a loss or a weight is not finite, in any process; `key` is that of the learning rate."""
     largest = torch._foreach_norm(list(model.parameters()), math.inf)  # of each its largest, in a few kernels for all
     if total((~torch.cat([torch.stack(largest), losses.flatten()]).isfinite()).sum()):
+        kept = (directory / "checkpoints" / "last.pt").exists()
         raise shared(
             RunError(
-                f"the loss is not finite at iteration {iteration} or shortly before; {directory}/checkpoints"
-                f" holds the last good state; take a lower {key} in a new run, or precision=fp32"
+                f"the loss is not finite at iteration {iteration} or shortly before;"
+                + (f" {directory}/checkpoints holds the last good state;" if kept else "")
+                + f" take a lower {key} in a new run"
+                + (", or precision=fp32" if precision in ("bf16", "fp16") else "")
             )
         )

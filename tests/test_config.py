@@ -450,6 +450,8 @@ WRONG = [
     ("bn_images=256", "the 128 images that a device takes at once; nearest: 128"),
     ("devices=2 bn_images=128", "nearest: 64"),
     ("device_batch_size=16 bn_images=32", "nearest: 16"),
+    ("batch_size=1 bn_images=2", "nearest: device"),
+    ("batch_size=3 bn_images=2", "nearest: 3"),
     ("bn_images=1", "at least 2"),
     ("bn_images=some", "whole number or device or all"),
     ("device_batch_size=64 bn_images=all", "drop device_batch_size="),
@@ -611,6 +613,24 @@ def test_imagenet_sizes_are_multiples_of_32(tmp_path):
     assert "data.size=100" in refusal(*root, "data.size=100")
     assert "such as 96" in refusal(*root, "data.size=100")
     assert checked(*root, "data.size=192").data.size == 192
+
+
+@pytest.mark.parametrize(
+    ("line", "key", "nearest"),
+    [
+        ("batch_size=1", "batch_size=1", 2),
+        ("batch_size=2 devices=2", "batch_size=2", 4),
+        ("batch_size=8 device_batch_size=1", "device_batch_size=1", 2),
+    ],
+)
+def test_a_batch_norm_over_one_value_is_refused(line, key, nearest, tmp_path):
+    """Where the last maps are of 1x1 and one image at a time is on a device; of larger maps it is many values."""
+    root = needs_root("imagenet", tmp_path)
+    message = refusal(*root, "data.size=32", *line.split())
+    assert message.startswith(f"{key}: batch norm needs two images at a time on a device where data.size=32 ")
+    assert message.endswith(f"; nearest: {nearest}")
+    assert checked(*root, "data.size=64", *line.split()).data.size == 64
+    checked(*root, "data.size=32", *line.replace(key, f"{key.split('=')[0]}={nearest}").split())
 
 
 def test_imagenet_crops_fit_into_the_shorter_side(tmp_path):

@@ -1,17 +1,23 @@
 """Several processes do what one does: the same mathematics, images, counts and files, and runs that change shape."""
 
+import base64
+import contextlib
+import datetime
+import ipaddress
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from itertools import count, islice
+from itertools import count, islice, takewhile
 from pathlib import Path
 
 import pytest
 import several
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import start
 from several import CPU, DIGITS
@@ -482,6 +488,77 @@ def test_jobs_of_a_sweep_with_two_devices_run_one_after_another(runs):
     assert {"32", "64"} <= set(os.listdir(folder))
     assert heads(printed) == 2 * heads(runs("one")[1])
     assert "64/run" in printed.splitlines()[0]
+
+
+# Who can reach the processes
+
+
+class Harm:
+    """A pickle that makes a file when it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def family(pid):
+    """A process and all below it."""
+    children = (
+        child for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
+    )
+    return [pid, *(below for child in children for below in family(int(child)))]
+
+
+def listening(pids):
+    """Address and port of each socket, TCP or UDP, at which one of the processes can be reached."""
+    links = {os.readlink(link) for pid in pids for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink()}
+    found = []
+    for name, open_to_all in (("tcp", "0A"), ("tcp6", "0A"), ("udp", "07"), ("udp6", "07")):
+        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]:
+            _, local, _, state, *_, inode = line.split()[:10]
+            if state == open_to_all and f"socket:[{inode}]" in links:
+                address, port = local.split(":")
+                words = [bytes.fromhex(address[at : at + 8])[::-1] for at in range(0, len(address), 8)]
+                found.append((ipaddress.ip_address(b"".join(words)), int(port, 16)))
+    return found
+
+
+def rewritten(port, mark):
+    """The keys of torch's store at a port, if there is one, with harm put where the launcher reads its rendezvous."""
+    with contextlib.suppress(RuntimeError):  # what is there speaks otherwise, and ends
+        store = dist.TCPStore("127.0.0.1", port, None, False, datetime.timedelta(seconds=5), False)
+        for key in (keys := store.list_keys()):
+            if "torch.rendezvous." in key:
+                store.set(key, base64.b64encode(pickle.dumps(Harm(mark))).decode())
+        return keys
+    return []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="sockets are found through /proc")
+def test_two_processes_can_be_reached_from_this_machine_alone_and_keep_no_store_at_a_port(tmp_path):
+    """While they train: what launcher, processes and helpers listen at, and what a stranger can do there."""
+    words = [*DIGITS, "iterations=100000", "log_every=10", "eval_every=1000", "compile=false", "devices=2"]
+    options = {"cwd": tmp_path, "env": ONE_THREAD, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with (
+        ThreadPoolExecutor() as strangers,
+        subprocess.Popen(start(*words, "run_dir=run"), **options) as job,
+    ):
+        before = list(takewhile(lambda line: not line.startswith("iteration 10/"), job.stdout))
+        processes = family(job.pid)
+        found = listening(processes)
+        keys = [strangers.submit(rewritten, port, tmp_path / "mark") for _, port in found]
+        after = list(islice(job.stdout, 20))  # the launcher has looked at its rendezvous, if it has one
+        job.terminate()
+        after += list(job.stdout)
+    assert any("stopped at iteration" in line for line in after), [*before, *after]
+    assert len(processes) >= 3
+    assert found  # each other's
+    assert [address for address, _ in found if not address.is_loopback] == []
+    assert [key for port in keys for key in port.result()] == []
+    assert not (tmp_path / "mark").exists()
 
 
 # The command line under torchrun

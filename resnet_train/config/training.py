@@ -228,6 +228,13 @@ def share(config: Config, devices: int) -> Share:
         near = _nearest_divisor(each, images)
         raise UserError(f"device_batch_size={images}: does not divide the {each} images of a device; nearest: {near}")
     passes = each // images
+    # Five halvings leave maps of one pixel: of one image each channel then has one value, which has no variance.
+    if images == 1 and config.data.family == "imagenet" and config.data.size == 32 and config.bn_images != "all":
+        key = "device_batch_size" if each > 1 else "batch_size"
+        raise UserError(
+            f"{key}={getattr(config, key)}: batch norm needs two images at a time on a device where data.size=32 leaves"
+            f" maps of 1x1; nearest: {2 if each > 1 else 2 * devices}"
+        )
     if config.bn_images == "device":
         return Share(images, passes, images)
     if config.bn_images == "all":
@@ -241,7 +248,7 @@ def share(config: Config, devices: int) -> Share:
             raise UserError("bn_images=all: PyTorch does not compile its synchronised batch norm; add compile=false")
         return Share(images, passes, config.batch_size)
     if config.bn_images > images or images % config.bn_images:
-        near = _nearest_divisor(images, config.bn_images)
+        near = _nearest_divisor(images, config.bn_images, 2) if images > 1 else "device"
         raise UserError(
             f"bn_images={config.bn_images}: does not divide the {images} images that a device takes at once;"
             f" nearest: {near}"
@@ -249,8 +256,8 @@ def share(config: Config, devices: int) -> Share:
     return Share(images, passes, config.bn_images)
 
 
-def _nearest_divisor(number: int, near: int) -> int:
-    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - near))
+def _nearest_divisor(number: int, near: int, least: int = 1) -> int:
+    return min((d for d in range(least, number + 1) if number % d == 0), key=lambda d: abs(d - near))
 
 
 def completed(values: Mapping[str, Any]) -> dict[str, Any]:

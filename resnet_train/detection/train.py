@@ -235,7 +235,7 @@ def _save(run: Run, record: Record, clock: Clock) -> None:
 
 
 def _require_finite(run: Run) -> None:
-    check_finite(run.sums, run.model, run.iteration, run.directory, "lr=")
+    check_finite(run.sums, run.model, run.iteration, run.directory, "lr=", run.precision)
 
 
 def detect(config: DetectConfig, directory: Path) -> int:

@@ -1,0 +1,254 @@
+"""What the machine refuses, and other processes that have gone: one line each that says what it is, and exit code 1."""
+
+import contextlib
+import errno
+import math
+import os
+import re
+import resource
+import signal
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from resnet_train import checkpoint
+from resnet_train.distributed import _not_joined, joined
+from resnet_train.errors import RunError, UserError, of_a_peer, of_nccl, of_the_system
+from resnet_train.exits import exit_code
+from resnet_train.train import check_finite
+
+
+class Starved(Dataset):
+    """Images that cannot be had."""
+
+    def __init__(self, read):
+        self.read = read
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return self.read()
+
+
+def of_a_worker(read):
+    """What DataLoader's own worker raises comes from it, or of its end."""
+    return lambda: list(DataLoader(Starved(read), num_workers=1))
+
+
+def with_few_files(job):
+    """`job` with room for some more open files than there are."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 12, hard))
+    try:
+        job()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def with_no_file_left(job):
+    """`job` with as many open files as there may be."""
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):
+            while True:
+                held.enter_context(open(os.devnull))
+        job()
+
+
+MEMORY = r"out of memory; take a smaller batch_size= \(or device_batch_size=\) \(.+\)"
+FILES = r"too many open files; raise the limit \(ulimit -n, now \d+\), or take fewer workers"
+MISSING = "/no/such: No such file or directory; with it there again, the same command goes on"
+WORKER = r"DataLoader worker \(.+\) exited unexpectedly; if it was killed for want of memory, take fewer workers"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a killed worker's, in a destructor
+@pytest.mark.parametrize(
+    ("job", "message"),
+    [
+        (lambda: torch.empty(1 << 50), MEMORY),
+        (lambda: bytearray(1 << 62), MEMORY),
+        (of_a_worker(lambda: torch.empty(1 << 50)), MEMORY),
+        (of_a_worker(lambda: bytearray(1 << 62)), MEMORY),
+        (of_a_worker(lambda: os.kill(os.getpid(), signal.SIGKILL)), WORKER),
+        (
+            of_a_worker(lambda: os.open("/no/such", os.O_RDONLY)),
+            "/no/such: No such file or directory; with it there again, .+",
+        ),
+        (lambda: with_few_files(lambda: with_no_file_left(lambda: os.dup(2))), FILES),
+        (
+            lambda: with_few_files(of_a_worker(lambda: [torch.zeros(9) for _ in range(30)])),
+            FILES,
+        ),
+    ],
+)
+def test_what_the_machine_refuses_is_one_line(job, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        exit_code(job)
+    assert ended.value.code == 1
+    assert re.fullmatch(f"error: {message}\n", capsys.readouterr().err)
+
+
+def test_what_is_a_mistake_in_the_code_keeps_its_trace(capsys):
+    with pytest.raises(SystemExit) as ended:
+        exit_code(lambda: torch.zeros(2) @ torch.zeros(3))
+    assert ended.value.code == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("number", "way"),
+    [
+        (errno.ENOSPC, "what is on disk is whole; with room made, "),
+        (errno.EMFILE, "what is on disk is whole; with a higher limit of open files (ulimit -n, now "),
+        (errno.ENOENT, "with it there again, "),
+        (errno.ENOTDIR, "with a folder there, "),
+        (errno.EACCES, "what is on disk is whole; with leave to use it, "),
+        (errno.EIO, "what is on disk is whole; with that mended, "),
+    ],
+)
+def test_the_way_out_is_that_of_the_fault(number, way):
+    told = str(of_the_system(OSError(number, os.strerror(number), "run/x")))
+    assert told.startswith(f"run/x: {os.strerror(number)}; {way}")
+    assert told.endswith(", the same command goes on")
+    assert ("room made" in told) == (number == errno.ENOSPC)
+
+
+@pytest.mark.parametrize(("precision", "way"), [("bf16", ", or precision=fp32"), ("fp32", ""), ("fp64", "")])
+def test_a_loss_that_is_not_finite_is_told_with_what_there_is_and_what_is_left_to_try(precision, way, tmp_path):
+    """No checkpoint is named that was never written, and no precision that is in use."""
+
+    def told():
+        with pytest.raises(RunError) as error:
+            check_finite(torch.tensor([math.inf]), nn.Linear(2, 2), 7, tmp_path, "schedule.lr=", precision)
+        return str(error.value)
+
+    begin, end = "the loss is not finite at iteration 7 or shortly before;", " take a lower schedule.lr= in a new run"
+    assert told() == f"{begin}{end}{way}"
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/last.pt").touch()
+    assert told() == f"{begin} {tmp_path}/checkpoints holds the last good state;{end}{way}"
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told_with_the_way_out_and_with_what_is_left(tmp_path):
+    path = tmp_path / "checkpoints/last.pt"
+
+    def told():
+        with pytest.raises(RunError) as error:
+            with_few_files(lambda: with_no_file_left(lambda: checkpoint.save(path, {})))
+        return str(error.value)
+
+    begin = f"{path}: the checkpoint cannot be written (Too many open files); with a higher limit of open files"
+    assert re.fullmatch(re.escape(begin) + r" \(ulimit -n, now \d+\), the same command goes on", told())
+    checkpoint.save(path, {})
+    assert told().endswith("), the same command goes on from the one before it, which is intact")
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match=r"\(Not a directory\); with a folder there, the same command goes on$"):
+        checkpoint.save(tmp_path / "file/deep/last.pt", {})
+
+
+def test_a_checkpoint_that_there_is_no_memory_for_is_not_called_damaged():
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"), checkpoint.fitting("last.pt"):
+        torch.empty(1 << 50)
+
+
+# Other processes, and NCCL. Its texts are put together as torch and NCCL do it (ProcessGroupNCCL, NCCLUtils.cpp).
+
+START = (
+    "NCCL error in: /torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp:77, {}, NCCL version 2.27.5\n{}\nLast error:\n{}"
+)
+DUPLICATE = START.format(
+    "invalid usage (run with NCCL_DEBUG=WARN for details)",
+    "ncclInvalidUsage: This usually reflects invalid usage of NCCL library.",
+    "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1000",
+)
+NO_ROOM = START.format(
+    "unhandled cuda error (run with NCCL_DEBUG=INFO for details)",
+    "ncclUnhandledCudaError: Call to CUDA function failed.",
+    "Cuda failure 2 'out of memory'",
+)
+UNHANDLED = NO_ROOM.replace("2 'out of memory'", "719 'unspecified launch failure'")
+GONE = START.format(
+    "remote process exited or there was a network error",
+    "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.",
+    "socketProgress: Connection closed by remote peer localhost<41213>",
+)
+OF_GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:18354: {}"
+
+
+@pytest.mark.parametrize(
+    ("text", "gone"),
+    [
+        (GONE, True),
+        (OF_GLOO.format("Connection reset by peer"), True),
+        (OF_GLOO.format("Connection closed by peer [127.0.0.1]:18354"), True),
+        ("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 600000ms for recv operation to complete", True),
+        (DUPLICATE, False),
+        (NO_ROOM, False),
+        (UNHANDLED, False),
+        ("[enforce fail at gloo/transport/tcp/pair.cc:446] op.preamble.length <= op.nbytes. 8 vs 4", False),
+        ("the server timed out: https://example.org/train.tar", False),
+    ],
+)
+def test_only_an_error_that_says_so_is_taken_for_the_loss_of_a_process(text, gone):
+    assert (of_a_peer(RuntimeError(text)) is not None) == gone
+
+
+def test_nccl_that_cannot_work_is_told_for_what_it_is(capsys):
+    duplicate = _not_joined(RuntimeError(DUPLICATE), "they did not meet")
+    assert type(duplicate) is UserError
+    assert str(duplicate) == (
+        "NCCL: Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1000; each process needs a GPU of its"
+        " own: start fewer (devices=)"
+    )
+    memory = _not_joined(RuntimeError(NO_ROOM), "they did not meet")
+    assert type(memory) is RunError
+    assert re.fullmatch(MEMORY, str(memory))
+    assert "NCCL cannot work here: Cuda failure 719" in str(of_nccl(RuntimeError(UNHANDLED)))
+    assert str(_not_joined(RuntimeError(GONE), "they did not meet")).startswith("they did not meet (NCCL error in: ")
+
+
+@pytest.fixture
+def two_of_a_launcher(monkeypatch):
+    """The environment of the first of two processes on one machine."""
+
+    def described(**more):
+        group = {
+            "RANK": "0",
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": "0",
+        }
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            monkeypatch.setenv(name, "")  # that it be as before in the end
+            monkeypatch.delenv(name)
+        for name, value in (group | more).items():
+            monkeypatch.setenv(name, value)
+
+    return described
+
+
+def test_processes_of_one_machine_use_its_loopback_unless_told_otherwise(two_of_a_launcher, tmp_path):
+    """Those of several machines need a network."""
+
+    def interfaces():
+        with pytest.raises(UserError, match=r"not meet|no such"), joined(torch.device("cpu"), 1):
+            pass
+        return os.environ.get("GLOO_SOCKET_IFNAME"), os.environ.get("NCCL_SOCKET_IFNAME")
+
+    store = str(tmp_path / "store")
+    two_of_a_launcher(RESNET_TRAIN_STORE=store)
+    assert interfaces() == ("lo", "=lo")
+    two_of_a_launcher(RESNET_TRAIN_STORE=store, GLOO_SOCKET_IFNAME="nosuch", NCCL_SOCKET_IFNAME="eth7")
+    assert interfaces() == ("nosuch", "eth7")
+    two_of_a_launcher(LOCAL_WORLD_SIZE="1")
+    assert interfaces() == (None, None)
+
+
+def test_an_interface_that_is_not_there_is_named(two_of_a_launcher, tmp_path):
+    two_of_a_launcher(RESNET_TRAIN_STORE=str(tmp_path / "store"), GLOO_SOCKET_IFNAME="nosuch")
+    message = "GLOO_SOCKET_IFNAME=nosuch: there is no such network interface; unset it, or name another"
+    with pytest.raises(UserError, match=f"^{message}$"), joined(torch.device("cpu"), 1):
+        pass
