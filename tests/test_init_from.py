@@ -90,6 +90,14 @@ def test_the_weights_and_the_mean_are_those_of_the_source(trained):
     assert torch.equal(run.mean, state["mean"])
 
 
+def test_an_export_begins_a_run_as_its_checkpoint_does(trained, tmp_path, command_here):
+    command_here("weights", "export", trained, f"out={tmp_path}/net.safetensors")
+    run, other = begun(tmp_path / "net.safetensors"), begun(trained)
+    assert all(torch.equal(value, other.model.state_dict()[name]) for name, value in run.model.state_dict().items())
+    assert torch.equal(run.mean, other.mean)
+    assert run.mean.dtype == torch.float32
+
+
 def test_the_mean_image_at_another_size_is_its_channel_averages(trained):
     run = begun(trained, "data.size=24")
     averages = checkpoint.load(trained)["mean"].mean((0, 1))
