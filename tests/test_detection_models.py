@@ -105,6 +105,18 @@ def test_roi_pooling_by_hand():
     assert found[1, 0].tolist() == [[9, 10], [13, 14]]
 
 
+def test_a_detector_cuts_regions_at_the_stride_of_its_map(resnet):
+    """A region of 14 x 14 cells of 16 pixels: ResNet's 14 x 14 bins are the cells, VGG's 7 x 7 the largest of four."""
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        vgg = vgg_detector(3, FRAME)
+    for found, bins in ((detector(resnet), 14), (vgg, 7)):
+        maps, place = torch.rand(1, 2, 20, 20), 16.0 * torch.tensor([[3, 4, 16, 17]])  # ends included
+        pooled = found.roi_heads.box_roi_pool({"0": maps}, [place], [(320, 320)])
+        wanted = nn.functional.max_pool2d(maps[:, :, 4:18, 3:17], 14 // bins)
+        torch.testing.assert_close(pooled, wanted, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(("frame", "pyramid"), [(FRAME, False), (LEVELS, True)])
 def test_images_with_and_without_objects_give_finite_losses_and_boxes_inside(resnet, frame, pyramid):
     found = detector(resnet, frame, pyramid=pyramid)
