@@ -146,6 +146,7 @@ def load(path: Path) -> dict[str, Any]:
     with checkpoint.fitting(path):
         config = restored(told["config"])
         state = {name: told[name] for name in ("config", "classes", "digest", "measure", "iteration")}
+        state["label"] = told["data"]
         double = state["measure"]["precision"] == "fp64"
         state["mean"] = source.mean if double else source.mean.float()
         return state | {"model": state_dicts.rescaled(source.model, source.std, divisor(config))}

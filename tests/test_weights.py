@@ -580,7 +580,7 @@ def test_an_export_is_evaluated_as_its_checkpoint_is(weights, command_here, trai
         one, other = ({"": state[part]} if part == "mean" else state[part] for state in (kept, found))
         assert one.keys() == other.keys()
         assert all(torch.equal(value, other[name]) and value.dtype == other[name].dtype for name, value in one.items())
-    assert all(found[name] == kept[name] for name in ("classes", "digest", "measure", "iteration"))
+    assert all(found[name] == kept[name] for name in ("classes", "digest", "label", "measure", "iteration"))
     Image.new("RGB", (40, 32), (200, 10, 90)).save(tmp_path / "x.png")
     results = []
     for name in (trained, "w/net.safetensors"):
@@ -600,7 +600,10 @@ def test_an_export_says_what_it_is_and_names_no_place_of_the_machine(weights, tr
     state = checkpoint.load(trained)
     values = state["config"] | {"init_from": "/home/me/first.pt"}
     values["data"] = values["data"] | {"name": "imagefolder", "root": "/home/me/photos"}
-    checkpoint.save(tmp_path / "net.pt", {key: v for key, v in state.items() if key != "format"} | {"config": values})
+    checkpoint.save(
+        tmp_path / "net.pt",
+        {key: v for key, v in state.items() if key != "format"} | {"config": values, "label": "photos"},
+    )
     weights("export", "net.pt", "out=net.safetensors")
     with safe_open(tmp_path / "net.safetensors", "pt") as file:
         header = file.metadata()
