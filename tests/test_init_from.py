@@ -196,6 +196,14 @@ def test_a_run_goes_on_exactly_without_the_file_it_began_with(trained, tmp_path,
 
 
 @pytest.mark.usefixtures("_signals")
+def test_a_run_tells_what_it_assumes_of_its_source(tmp_path, capsys):
+    torch.save(cifar_resnet(8).state_dict(), tmp_path / "net.pth")
+    assert train(configured(f"init_from={tmp_path}/net.pth", "iterations=1"), tmp_path / "run") == 0
+    assumed = "torchvision's net, whose names and shapes it has; a residual net; mean [0.485, 0.456, 0.406]; std [0.229"
+    assert f"assumed, for the file does not say: {assumed}" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("_signals")
 def test_a_source_that_does_not_fit_leaves_nothing(tmp_path):
     (tmp_path / "source.pt").write_bytes(b"no checkpoint")
     torch.save(network(configured("depth=14"), 10).state_dict(), tmp_path / "other.pth")
