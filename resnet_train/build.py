@@ -127,6 +127,12 @@ def placed(model: Net, device: torch.device, precision: str) -> Net:
     return model.to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
+def check_net(config: Config, state: dict[str, Any]) -> None:
+    """Raise ValueError where a checkpoint's `state` does not hold the net that its `config` declares; makes none."""
+    checkpoint.check_net(state["model"], lambda: network(config, len(state["classes"])), config.depth)
+    checkpoint.check_mean(state["mean"])
+
+
 def restored_net(
     path: Path,
     config: Config,
@@ -150,6 +156,7 @@ def restored_net(
         precision = str(state["measure"]["precision"])
         if precision not in get_args(get_type_hints(Config)["precision"]):
             raise ValueError(f"precision {precision}")
+        check_net(config, state)
         model = network(config, len(classes))
         if precise_bn:
             group_statistics(model, state["measure"]["bn_images"])

@@ -5,19 +5,23 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import re
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from resnet_train.errors import RunError, UserError, of_the_machine, remedy
 
 FORMAT = 1
 PARTS = {"config": dict, "iteration": int, "model": dict, "mean": torch.Tensor, "classes": list, "digest": str}
 PARTS |= {"measure": dict}
+# A byte string may be declared in one number; unpickled, it is filled with so many zeros.
+BYTEARRAY = re.compile(rb"c(?:__builtin__|builtins)\nbytearray\n")
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # what files begin with that torch wrote before version 1.6
 
 
@@ -67,18 +71,27 @@ def _canonical(value: Any) -> Any:
 
 
 def read(path: Path) -> Any:
-    """What torch.save wrote to `path`, on the CPU. Raises UserError for a file that is damaged or could run code."""
+    """What torch.save wrote to `path`, on the CPU.
+
+    Raises UserError for a file that is damaged, could run code, or declares more than it holds.
+    """
     try:
         with path.open("rb") as file:
             legacy = file.read(len(LEGACY)) == LEGACY  # a format without checksums
         damaged = None if legacy else _damaged(path)
         if damaged:
             raise UserError(f"{path}: is damaged ({damaged})")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        if BYTEARRAY.search(_pickled(path, legacy)):
+            raise UserError(f"{path}: is refused: it holds a bytearray, which may ask for any amount of memory")
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        _check_sizes(found, path)
+        return found
     except UserError:
         raise
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path}: is refused: it holds more than tensors and plain values") from error
+        what = re.search(r"GLOBAL (\S+)", str(error))
+        named = f" ({what[1]})" if what else ""
+        raise UserError(f"{path}: is refused: it holds more than tensors and plain values{named}") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     except Exception as error:  # the readers fail in many ways on what torch has not written
@@ -90,10 +103,44 @@ def read(path: Path) -> Any:
 def _damaged(path: Path) -> str | None:
     """The first part of a file in torch's zip format that is not whole."""
     with zipfile.ZipFile(path) as archive:
+        # torch.save compresses nothing; what is larger than the file would only be made by unpacking.
+        if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
+            return "it declares more than it holds"
         damaged = archive.testzip()  # the format's own CRC, which torch.load does not look at
         # This attribute is a folder's: torch would read nothing and leave a tensor's memory as it happens to be.
         marked = [member.filename for member in archive.infolist() if member.external_attr & 16]
         return damaged or next(iter(marked), None)
+
+
+def _pickled(path: Path, legacy: bool) -> bytes:
+    """The bytes that will be unpickled."""
+    if legacy:
+        return path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        return b"".join(archive.read(name) for name in archive.namelist() if name.endswith("data.pkl"))
+
+
+def _check_sizes(value: Any, path: Path) -> None:
+    """Refuse tensors that are larger than what the file holds of them, such as a row expanded to 1e9 rows."""
+    stored: dict[int, int] = {}
+    met: set[int] = set()
+    waiting = [("", value)]
+    while waiting:  # a loop, not a recursion: the values may be nested deeply, or in a circle
+        name, value = waiting.pop()
+        if isinstance(value, Tensor):
+            if value.layout is not torch.strided or value.is_quantized or value.device.type != "cpu":
+                raise UserError(f"{path}: {name[1:]} is no plain tensor ({value.layout}, {value.dtype})")
+            held = value.untyped_storage()
+            if value.numel() * value.element_size() > held.nbytes():
+                shape = "x".join(map(str, value.shape))
+                raise UserError(f"{path}: {name[1:]} declares {shape} values, and {held.nbytes()} bytes are there")
+            stored[held.data_ptr()] = held.nbytes()
+        elif isinstance(value, (Mapping, list, tuple, set)) and id(value) not in met:
+            met.add(id(value))
+            items = value.items() if isinstance(value, Mapping) else enumerate(value)
+            waiting += [(f"{name}.{key}", item) for key, item in items]
+    if sum(stored.values()) > path.stat().st_size:
+        raise UserError(f"{path}: declares tensors of {sum(stored.values())} bytes, more than the file has")
 
 
 def load(path: Path, *, detector: bool = False) -> dict[str, Any]:
@@ -129,6 +176,42 @@ def fitting(name: Path | str) -> Iterator[None]:
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{name}: holds other things than a checkpoint of this net must ({reason})") from error
+
+
+def check_net(model: Mapping[str, Tensor], make: Callable[[], nn.Module], layers: int) -> None:
+    """Raise ValueError where `model` is not the state dict of the net that `make` makes, of `layers` layers at least.
+
+    To be asked before that net is made: its weights take no memory here.
+    """
+    if len(model) < layers:  # nor do its modules
+        raise ValueError(f"a net of {layers} layers, and {len(model)} tensors")
+    check_own_memory(model)
+    with torch.device("meta"):
+        wanted = make().state_dict()
+    for name, value in wanted.items():
+        if (found := model.get(name)) is None:
+            raise ValueError(f"{name} is missing")
+        if found.shape != value.shape:
+            raise ValueError(f"{name} is {_by(found.shape)}, not {_by(value.shape)}")
+
+
+def check_mean(mean: Tensor) -> None:
+    """Raise ValueError where `mean` is none of an image, (H, W, 3) or (1, 1, 3)."""
+    if mean.ndim != 3 or mean.shape[2] != 3 or not mean.is_floating_point() or not bool(mean.isfinite().all()):
+        raise ValueError(f"a mean of {_by(mean.shape)} {str(mean.dtype).removeprefix('torch.')}, or not finite")
+
+
+def check_own_memory(state: Mapping[str, Tensor]) -> None:
+    """Raise ValueError where the weights of a net share their values, so that a small file declares a large net."""
+    weights = [value for value in state.values() if value.is_floating_point()]
+    declared = sum(value.numel() * value.element_size() for value in weights)
+    held = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in weights}
+    if declared > sum(held.values()):
+        raise ValueError(f"weights of {declared} bytes, and {sum(held.values())} are there")
+
+
+def _by(shape: torch.Size) -> str:
+    return "x".join(map(str, shape)) or "one number"
 
 
 def load_newest(folder: Path, *, detector: bool = False) -> tuple[Path, dict[str, Any]] | None:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_train import checkpoint
 from resnet_train.build import logits_of, pick_device, restored_net
 from resnet_train.config.commands import ClassifyConfig
 from resnet_train.config.training import Config, restored
@@ -15,7 +14,7 @@ from resnet_train.data.images import center_view, read_image, whole_view
 from resnet_train.data.names import imagenet_classes
 from resnet_train.data.transforms import normalise
 from resnet_train.files import expand, write_result
-from resnet_train.weights import divisor
+from resnet_train.weights import divisor, load
 
 AT_ONCE = 32
 
@@ -24,10 +23,10 @@ def classify(asked: ClassifyConfig, images: list[str]) -> None:
     """Print the five most likely classes of each image, in JSON too where asked. Raises UserError for a broken one."""
     device = pick_device(asked.device)
     path = expand(asked.checkpoint)
-    state = checkpoint.load(path)
+    state = load(path)
     config, classes = restored(state["config"]), state["classes"]
     net, mean, precision, _ = restored_net(path, config, state, classes, device)
-    std = torch.tensor(divisor(config), device=device).view(1, 3, 1, 1)
+    std = torch.tensor(divisor(config), dtype=torch.float64, device=device).view(1, 3, 1, 1)
     net.eval()
     words, found = imagenet_classes(), []
     for start in range(0, len(images), AT_ONCE):

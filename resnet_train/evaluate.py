@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnet_train import checkpoint
 from resnet_train.batchnorm import average_statistics
 from resnet_train.build import compile_network, logits_of, open_sets, pick_device, pick_eval_batch, restored_net
 from resnet_train.config.commands import EvalConfig, EvalData
@@ -25,6 +24,7 @@ from resnet_train.data.sets import PROTOCOLS, MemorySets, StreamedSets, Views
 from resnet_train.distributed import from_main, joined, main, one_after_all, rank, together, total, world
 from resnet_train.errors import UserError
 from resnet_train.files import expand, write_result
+from resnet_train.weights import load
 
 
 @dataclass
@@ -181,7 +181,7 @@ def _evaluate(asked: EvalConfig, device: torch.device) -> None:
 
 
 def _member(path: Path, asked: EvalConfig) -> Member:
-    state = from_main(lambda: checkpoint.load(path))
+    state = from_main(lambda: load(path))
     return Member(path, together(lambda: with_data(restored(state["config"]), asked.data)), state)
 
 

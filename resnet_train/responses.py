@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resnet_train import checkpoint, paper
+from resnet_train import paper
 from resnet_train.build import logits_of, open_sets, pick_device, pick_eval_batch, restored_net
 from resnet_train.config.commands import ResponsesConfig
 from resnet_train.config.training import restored
@@ -22,6 +22,7 @@ from resnet_train.evaluate import Member, testing, with_data
 from resnet_train.files import expand, put
 from resnet_train.models.resnet import ResNet
 from resnet_train.report import figures
+from resnet_train.weights import load
 
 
 def layers(model: ResNet) -> dict[str, nn.Module]:
@@ -133,7 +134,7 @@ def responses(asked: ResponsesConfig) -> None:
 def _opened(name: str, asked: ResponsesConfig) -> Member:
     """A checkpoint and its configuration, on the data that was asked for. Raises UserError for an ImageNet net."""
     path = expand(name)
-    state = checkpoint.load(path)
+    state = load(path)
     config = restored(state["config"])
     if config.data.family != "cifar":
         raise UserError(f"checkpoint={name}: holds {config.net} for ImageNet; figure 7 is about CIFAR nets")

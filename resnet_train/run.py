@@ -372,6 +372,8 @@ def _announce(run: Run, state: dict[str, Any] | None, source: Source | None) -> 
             f"begins with the weights of {config.init_from} ({source.name})"
             + ("" if kept else f", but for fc, which is fresh, for {classes} classes in place of its {source.count}")
         )
+        if source.assumed:
+            print(f"assumed, for the file does not say: {'; '.join(source.assumed)}")
     if config.freeze is not None:
         print(f"frozen: all from the input to {config.freeze}")
     if state is not None:

@@ -10,10 +10,13 @@ half after them; ours stand after them. The same net with its channels in anothe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -26,7 +29,15 @@ from resnet_train.models.resnet import IMAGENET
 # What torchvision, timm and pytorch_resnet_cifar10 subtract from images in 0 to 1; they divide by IMAGENET_STD.
 MEAN = (0.485, 0.456, 0.406)
 UNDIVIDED = (1.0, 1.0, 1.0)
-PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and of compiled modules
+PREFIXES = ("module.", "_orig_mod.", "model.", "net.")  # of DataParallel, compiled modules and Lightning's own
+# Where programs put the state dict among other things, and what of two that are there is taken.
+PLACES = ("state_dict", "model", "model_state_dict", "net", "state_dict_ema", "model_ema", "ema")
+SAYS = ("architecture", "arch")  # where files say which net they hold
+# A net with the names and shapes of torchvision's may be another: an anti-aliased one of timm's, or one of Caffe, whose
+# stride and pixels are others. Of what a file says, the words that are torchvision's; of its name, those that are not.
+PLAIN = re.compile(r"([\w:.-]*[/:])?((tv|gluon|ssl|swsl)_)?resnet([_-]?\d+([_-]?v1b|[_-]?v1\.5)?([^a-z0-9].*)?)?")
+OTHERS = re.compile(r"resnet[_-]?aa|blur|anti-?_?alias|caffe|msra")
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 NORM = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -46,32 +57,101 @@ def read(path: Path) -> Any:
 
 
 def tensors(found: object, path: Path) -> dict[str, Tensor]:
-    """The state dict in what was read from `path`: itself, or under "state_dict" or "model". Raises UserError.
+    """The state dict in what was read from `path`: itself, or in one of PLACES. Raises UserError.
 
     Prefixes of wrappers are taken off.
     """
-    for key in ("state_dict", "model"):
-        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            found = found[key]
-    if not isinstance(found, Mapping) or not found or not all(isinstance(value, Tensor) for value in found.values()):
-        raise UserError(f"{path}: is no state dict, which holds a tensor for each name")
-    state = {str(name): value.detach() for name, value in found.items()}
+    place = next(iter(places(found)), None)
+    state = found[place] if place is not None and isinstance(found, Mapping) else found
+    if not _is_state_dict(state):
+        raise UserError(f"{path}: is no state dict, which holds a tensor for each name{_holds(found)}")
+    state = {str(name): value.detach() for name, value in state.items()}
+    try:
+        checkpoint.check_own_memory(state)
+    except ValueError as error:
+        raise UserError(f"{path}: declares {error}") from error
     while prefix := next((prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in state)), None):
         state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state
 
 
+def places(found: object) -> list[str]:
+    """Under which of PLACES there is a state dict; the first is taken."""
+    return [key for key in PLACES if isinstance(found, Mapping) and _is_state_dict(found.get(key))]
+
+
+def _is_state_dict(value: Any) -> TypeGuard[Mapping[Any, Tensor]]:
+    return isinstance(value, Mapping) and bool(value) and all(isinstance(item, Tensor) for item in value.values())
+
+
+def _holds(found: object) -> str:
+    """What there is in a file in place of a state dict, as far as a line has room."""
+    if not isinstance(found, Mapping):
+        return f"; it is a {type(found).__name__}"
+    kinds = [
+        f"{str(key)[:40]!r} ({f'{len(item)} entries' if isinstance(item, (Mapping, list)) else type(item).__name__})"
+        for key, item in found.items()
+    ]
+    return f"; it has {_some(kinds, 6)}" if kinds else "; it is empty"
+
+
+def check_said(found: object, path: Path) -> bool:
+    """Whether a file says that its net is torchvision's: in itself, in timm's config.json beside it, or by its name.
+
+    Raises UserError where it says another, whose names and shapes may be the same.
+    """
+    notes = [found, metadata(path), {"architecture": _beside(path.with_name("config.json")).get("architecture")}]
+    words = [(key, note.get(key)) for note in notes if isinstance(note, Mapping) for key in SAYS]
+    told = [(f"{key}={word[:60]}", PLAIN.fullmatch(word.lower())) for key, word in words if isinstance(word, str)]
+    told += [("its name", None)] if OTHERS.search(path.name.lower()) else []
+    for what, plain in told:
+        if not plain:
+            raise UserError(
+                f"{path}: is another net by {what}, though its weights have torchvision's names and shapes; if it"
+                " is torchvision's, resnet-weights import takes it with format=torchvision"
+            )
+    return bool(told) or re.search(r"(?<![a-z])resnet[_-]?\d+(?![a-z])", path.name.lower()) is not None
+
+
+def _beside(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty where there is none."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """What the header of a .safetensors file says beside its tensors."""
+    if path.suffix != ".safetensors":
+        return {}
+    with _safetensors_errors(path):
+        from safetensors import safe_open
+
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+
+
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    with _safetensors_errors(path):
+        from safetensors.torch import load_file
+
+        return load_file(path)
+
+
+@contextlib.contextmanager
+def _safetensors_errors(path: Path) -> Iterator[None]:
+    """Make a UserError of what the reading of a .safetensors file raises."""
     try:
         from safetensors import SafetensorError
-        from safetensors.torch import load_file
     except ImportError as error:
         raise UserError(f"{path}: needs safetensors: pip install 'resnet-train[safetensors]'") from error
     try:
-        return load_file(path)
+        yield
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except SafetensorError as error:
+    except (SafetensorError, ValueError, KeyError) as error:
         raise UserError(f"{path}: is cut short or no safetensors file ({error})") from error
 
 
@@ -86,9 +166,26 @@ def ours(state: Mapping[str, Tensor], form: str, where: str) -> tuple[dict[str, 
             name.replace("linear.", "fc.").replace(".shortcut.", ".downsample."): value for name, value in state.items()
         }
     shape = shape_of(state, where)
+    _check_values(state, where)
     half = (torch.float16, torch.bfloat16)
     state = {name: value.float() if value.dtype in half else value for name, value in complete(state).items()}
     return end_padded(state) if akamaster and shape.shortcut == "A" else state, shape
+
+
+def _check_values(state: Mapping[str, Tensor], where: str) -> None:
+    """Refuse weights that no logits can be computed with. Raises UserError."""
+    for name, value in state.items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        if value.dtype not in FLOATS:
+            raise UserError(
+                f"{where}: {name} is {str(value.dtype).removeprefix('torch.')}; taken are"
+                f" {', '.join(str(dtype).removeprefix('torch.') for dtype in FLOATS)}"
+            )
+        if not bool(value.isfinite().all()):
+            raise UserError(f"{where}: {name} has values that are not finite")
+        if name.endswith("running_var") and bool((value < 0).any()):
+            raise UserError(f"{where}: {name} has values below 0, as no variance is")
 
 
 def end_padded(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -190,7 +287,7 @@ def complete(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {**{f"{norm}num_batches_tracked": torch.tensor(0) for norm in norms}, **state}
 
 
-def _some(names: Sequence[str]) -> str:
+def _some(names: Sequence[str], count: int = 3) -> str:
     """The first few of `names`, and how many more there are."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more

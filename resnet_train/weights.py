@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import warnings
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_train import __version__, checkpoint, state_dicts
-from resnet_train.build import network
+from resnet_train.build import check_net, network
 from resnet_train.config.commands import WeightsConfig
 from resnet_train.config.training import Config, check_train, restored
 from resnet_train.data.images import CLASSES
@@ -29,6 +30,8 @@ from resnet_train.models.resnet import ResNet
 
 BN_IMAGES = {"cifar": 64, "imagenet": 32}
 FAMILIES = {"cifar": "CIFAR", "imagenet": "ImageNet"}
+# In the header of a .safetensors file of ours: what else its checkpoint holds, and what is to be done to images. JSON.
+HEADER = "resnet_train"
 TOLERANCE = 1e-4  # of ONNX logits, in absolute terms and relative to the largest
 
 
@@ -36,7 +39,8 @@ TOLERANCE = 1e-4  # of ONNX logits, in absolute terms and relative to the larges
 class Source:
     """Weights from a file in our form, for images of which `mean`, (H, W, 3) or (1, 1, 3) in 0 to 255, is subtracted.
 
-    What the file does not say is None: whether option A is a plain net, and the classes.
+    What the file does not say is None: whether option A is a plain net, and the classes. `assumed`: what else it does
+    not say, though its logits depend on it.
     """
 
     family: str
@@ -49,6 +53,7 @@ class Source:
     std: tuple[float, ...]  # what images in 0 to 1 are divided by for this conv1
     ours: bool  # whether it is a checkpoint of ours
     classes: list[str] | None
+    assumed: tuple[str, ...] = ()
 
     @property
     def count(self) -> int:
@@ -95,21 +100,56 @@ def read_source(
     state, shape = state_dicts.ours(state_dicts.tensors(found, path), form, str(path))
     if double:
         state = {name: value.double() if value.is_floating_point() else value for name, value in state.items()}
-    beside = _read_beside(path)
-    mean_image = torch.tensor(beside.get("mean", state_dicts.MEAN) if mean is None else mean, dtype=torch.float64)
-    plain = beside.get("arch") == "plain"
-    return Source(
+    told = _description(path) or {}
+    mean_image = 255 * torch.tensor(told.get("mean", state_dicts.MEAN) if mean is None else mean, dtype=torch.float64)
+    source = Source(
         family=shape.family,
         depth=shape.depth,
-        arch=beside.get("arch", None if shape.shortcut == "A" else "resnet"),
-        shortcut="none" if plain else shape.shortcut,
-        bottleneck_stride=beside.get("bottleneck_stride", "3x3"),
+        arch=told.get("arch", None if shape.shortcut == "A" else "resnet"),
+        shortcut="none" if told.get("arch") == "plain" else shape.shortcut,
+        bottleneck_stride=told.get("bottleneck_stride", "3x3"),
         model=state,
-        mean=(mean_image * 255).float().view(1, 1, 3) if mean_image.ndim == 1 else (mean_image * 255).float(),
-        std=tuple(std or beside.get("std", IMAGENET_STD)),
+        mean=mean_image.view(1, 1, 3) if mean_image.ndim == 1 else mean_image,
+        std=tuple(std or told.get("std", IMAGENET_STD)),
         ours=False,
-        classes=beside.get("classes"),
+        classes=told.get("classes"),
     )
+    if told:
+        return source
+    named = form != "auto" or state_dicts.check_said(found, path)
+    taken, *others = state_dicts.places(found) or [""]
+    assumed = {
+        "torchvision's net, whose names and shapes it has": named,
+        "a residual net": named or source.arch,
+        f"what it has under {taken!r}, not {' or '.join(map(repr, others))}": not others,
+        "stride in the 3x3": not source.has_bottlenecks,
+        f"mean {list(state_dicts.MEAN)}": mean,
+        f"std {list(IMAGENET_STD)}": std,
+    }
+    return dataclasses.replace(source, assumed=tuple(what for what, known in assumed.items() if not known))
+
+
+def load(path: Path) -> dict[str, Any]:
+    """What evaluation needs of a checkpoint, or of the .safetensors file that export has made of one.
+
+    Raises UserError for other files.
+    """
+    if path.suffix != ".safetensors":
+        return checkpoint.load(path)
+    told = _description(path)
+    if told is None or "config" not in told:
+        raise UserError(
+            f"{path}: holds weights, and not what resnet-weights export writes with them; resnet-weights import {path}"
+            " out=net.pt makes a checkpoint of them"
+        )
+    source = read_source(path)
+    with checkpoint.fitting(path):
+        config = restored(told["config"])
+        state = {name: told[name] for name in ("config", "classes", "digest", "measure", "iteration")}
+        state["label"] = told["data"]
+        double = state["measure"]["precision"] == "fp64"
+        state["mean"] = source.mean if double else source.mean.float()
+        return state | {"model": state_dicts.rescaled(source.model, source.std, divisor(config))}
 
 
 def divisor(config: Config) -> tuple[float, ...]:
@@ -120,6 +160,7 @@ def divisor(config: Config) -> tuple[float, ...]:
 
 def _of_checkpoint(state: dict[str, Any]) -> Source:
     config = restored(state["config"])
+    check_net(config, state)
     return Source(
         family=config.data.family,
         depth=config.depth,
@@ -172,7 +213,7 @@ def import_weights(asked: WeightsConfig, bases: dict[str, dict[str, Any]]) -> No
         "digest": "",  # of the images that it was trained on, which nobody knows
         # How batch norm's statistics were taken, nobody knows either; for precise_bn, the paper's groups.
         "measure": {"precision": asked.precision, "compile": False, "bn_images": BN_IMAGES[source.family]},
-        "mean": source.mean,
+        "mean": source.mean if double else source.mean.float(),
         "iteration": 0,
         "model": state_dicts.rescaled(source.model, source.std, divisor(config)),
     }
@@ -186,6 +227,9 @@ def import_weights(asked: WeightsConfig, bases: dict[str, dict[str, Any]]) -> No
         f"{FAMILIES[source.family]} {config.net}{stride}, {len(classes)} classes ({', '.join(classes[:3])}…); images in"
         f" 0 to 1 minus {shown}, divided by {list(source.std)}{folded}; {asked.precision}; {out}"
     )
+    given = {"stride in the 3x3": asked.bottleneck_stride, "a residual net": asked.arch}
+    if assumed := [what for what in source.assumed if not given.get(what)]:
+        print(f"assumed, for the file does not say: {'; '.join(assumed)}")
 
 
 def _config(asked: WeightsConfig, source: Source, base: dict[str, Any]) -> Config:
@@ -239,23 +283,31 @@ def _classes(asked: WeightsConfig, source: Source) -> list[str]:
     return names
 
 
-def _read_beside(path: Path) -> dict[str, Any]:
-    """What an export of ours says of the state dict `path` in the file beside it; nothing if there is none."""
+def _description(path: Path) -> dict[str, Any] | None:
+    """What an export of ours says of the weights in `path`, in their header or in the file beside it; None if none.
+
+    Raises UserError.
+    """
+    header = state_dicts.metadata(path).get(HEADER)
     beside = path.with_name(path.name + ".json")
-    if not beside.is_file():
-        return {}
+    if header is None and not beside.is_file():
+        return None
     try:
-        found = json.loads(beside.read_text())
-        if not str(found["written_by"]).startswith("resnet-train"):
-            return {}
-        mean, std, classes = torch.tensor(found["mean"]), torch.tensor(found["std"]), found["classes"]
-        fine = mean.shape[-1:] == std.shape == (3,) and mean.ndim in (1, 3) and bool((std > 0).all())
+        found = json.loads(beside.read_text() if header is None else header)
+        if header is None and not str(found["written_by"]).startswith("resnet-train"):
+            return None
+        mean, std = (torch.tensor(found[key], dtype=torch.float64) for key in ("mean", "std"))
+        classes = found["classes"]
+        fine = mean.shape[-1:] == std.shape == (3,) and mean.shape[:-1] in ((), (found["size"],) * 2)
+        fine &= bool(mean.isfinite().all() and std.isfinite().all() and (std > 0).all())
         fine &= isinstance(classes, list) and all(isinstance(name, str) for name in classes)
         fine &= found["arch"] in ("resnet", "plain") and found["bottleneck_stride"] in ("1x1", "3x3")
-    except (OSError, ValueError, TypeError, LookupError, RuntimeError):
+    except (OSError, ValueError, TypeError, LookupError, RuntimeError, RecursionError):
         fine = False
-    if not fine:
+    if not fine and header is None:
         raise UserError(f"{beside}: is not what resnet-weights export wrote beside {path.name}; move it away")
+    if not fine:
+        raise UserError(f"{path}: its header is not what resnet-weights export wrote")
     return found
 
 
@@ -265,9 +317,10 @@ def _read_beside(path: Path) -> dict[str, Any]:
 def export(asked: WeightsConfig) -> None:
     """The command `resnet-weights export`: the file, and beside it in JSON what is to be done to images."""
     path, out = expand(asked.file), expand(asked.out)
-    state = checkpoint.load(path)
+    state = load(path)
     with checkpoint.fitting(path):
         config = restored(state["config"])
+        check_net(config, state)
         net = network(config, len(state["classes"]))
         net = net.double() if state["measure"]["precision"] == "fp64" else net
         net.load_state_dict(state["model"])
@@ -275,38 +328,48 @@ def export(asked: WeightsConfig) -> None:
         image = mean.view(state["mean"].shape)
     mean = mean[0] if bool((mean == mean[0]).all()) else image
     std = list(asked.std or (IMAGENET_STD if mean.ndim == 1 else divisor(config)))
-    note = ""
+    note, images = "", "RGB in 0 to 1, minus mean, divided by std"
     if asked.format == "onnx":
         if asked.std is not None:
             raise UserError("std: means nothing to an ONNX file, which takes images in 0 to 1 as they are; drop it")
         difference, content = _onnx(net, mean, divisor(config), config.data.size)
         images = f"float32 RGB in 0 to 1, (N, 3, {config.data.size}, {config.data.size}); mean and std are inside"
         note = f"; logits as PyTorch's to {difference:.1g} by onnxruntime"
-    else:
-        tensors = {k: v.contiguous() for k, v in state_dicts.rescaled(net.state_dict(), divisor(config), std).items()}
-        content = _safetensors(tensors) if asked.format == "safetensors" else _saved(tensors)
-        images = "RGB in 0 to 1, minus mean, divided by std"
-        if mean.ndim == 3 and config.data.family == "imagenet":
-            note = "; note: torchvision subtracts one mean of each channel, as nets trained with normalise=channels do"
-        stride = config.bottleneck_stride if config.data.family == "imagenet" and config.depth >= 50 else "3x3"
-        if stride == "1x1":
-            note += "; note: its stride is in the first 1x1, torchvision's is in the 3x3: there it gives other logits"
     described = {
         "written_by": f"resnet-train {__version__}",
-        "checkpoint": str(path.absolute()),
+        "checkpoint": asked.file,
         "net": config.net,
         "family": config.data.family,
         "arch": config.arch,
+        "depth": config.depth,
+        "shortcut": config.shortcut,
         "bottleneck_stride": config.bottleneck_stride,
         "data": state.get("label", config.data_label),
         "size": config.data.size,
         "seed": config.seed,
         "iteration": state["iteration"],
+        "iterations": config.iterations,
+        "precision": state["measure"]["precision"],
         "images": images,
         "mean": mean.tolist(),
         "std": std if asked.format != "onnx" else list(state_dicts.UNDIVIDED),
         "classes": state["classes"],
     }
+    if asked.format != "onnx":
+        tensors = {k: v.contiguous() for k, v in state_dicts.rescaled(net.state_dict(), divisor(config), std).items()}
+        if asked.format == "safetensors":
+            # What `load` makes a checkpoint of again. Where the data lie elsewhere, data.root= says.
+            values = config.plain() | {"init_from": config.init_from and Path(config.init_from).name}
+            values["data"] |= {"root": None}
+            kept = {"config": values, "digest": state["digest"], "measure": state["measure"]}
+            content = _safetensors(tensors, described | kept)
+        else:
+            content = _saved(tensors)
+        if mean.ndim == 3 and config.data.family == "imagenet":
+            note = "; note: torchvision subtracts one mean of each channel, as nets trained with normalise=channels do"
+        stride = config.bottleneck_stride if config.data.family == "imagenet" and config.depth >= 50 else "3x3"
+        if stride == "1x1":
+            note += "; note: its stride is in the first 1x1, torchvision's is in the 3x3: there it gives other logits"
     write_whole(out, content)
     write_result(out.with_name(out.name + ".json"), described)
     of = "the mean image in the JSON file" if mean.ndim == 3 else str([round(value, 4) for value in mean.tolist()])
@@ -320,12 +383,12 @@ def _saved(tensors: dict[str, Tensor]) -> bytes:
     return content.getvalue()
 
 
-def _safetensors(tensors: dict[str, Tensor]) -> bytes:
+def _safetensors(tensors: dict[str, Tensor], told: dict[str, Any]) -> bytes:
     try:
         from safetensors.torch import save
     except ImportError as error:
         raise UserError("format=safetensors: needs safetensors: pip install 'resnet-train[safetensors]'") from error
-    return save(tensors, metadata={"format": "pt"})
+    return save(tensors, metadata={"format": "pt", HEADER: json.dumps(told)})
 
 
 class _FromPixels(nn.Module):

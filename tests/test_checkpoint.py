@@ -9,6 +9,7 @@ import torch
 
 from resnet_train import checkpoint
 from resnet_train.errors import RunError, UserError
+from resnet_train.models import cifar_resnet
 
 
 def state(iteration=1):
@@ -100,11 +101,87 @@ def test_a_hostile_checkpoint_is_refused_and_does_not_run(tmp_path):
     mark = tmp_path / "ran"
     torch.save({**state(), "format": 1, "extra": Hostile(mark)}, tmp_path / "hostile.pt")
     (tmp_path / "old.pt").write_bytes(pickle.dumps(Hostile(mark)))
-    with pytest.raises(UserError, match="refused"):
+    with pytest.raises(UserError, match=r"refused: .*plain values \(io\.open\)"):
         checkpoint.load(tmp_path / "hostile.pt")
     with pytest.raises(UserError):
         checkpoint.load(tmp_path / "old.pt")
     assert not mark.exists()
+
+
+class Made:
+    """Pickled, a call."""
+
+    def __init__(self, *call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call[0], self.call[1:]
+
+
+@pytest.mark.parametrize(
+    ("declared", "told"),
+    [
+        ({"mean": torch.zeros(1).expand(1_000_000, 64)}, "mean declares 1000000x64 values, and 4 bytes are there"),
+        ({"model": {"fc.weight": torch.zeros(64).expand(1_000_000, 64)}}, "model.fc.weight declares 1000000x64 values"),
+        ({"extra": [1, {"deep": (torch.zeros(1).expand(9, 9),)}]}, "extra.1.deep.0 declares 9x9 values"),
+        ({"extra": Made(torch.Tensor, 1_000_000)}, "declares tensors of 40"),
+        ({"extra": Made(bytearray, 10_000_000)}, "it holds a bytearray, which may ask for any amount of memory"),
+        ({"extra": torch.zeros(9, 9, device="meta")}, "extra is no plain tensor"),
+    ],
+)
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.filterwarnings("ignore:.*is deprecated")
+def test_what_a_file_declares_and_does_not_hold_is_refused(declared, told, zipped, tmp_path):
+    torch.save({**state(), "format": 1, **declared}, tmp_path / "x.pt", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError) as refused:
+        checkpoint.load(tmp_path / "x.pt")
+    assert told in str(refused.value)
+
+
+def test_a_file_that_unpacks_to_more_than_itself_is_refused(tmp_path):
+    torch.save({**state(), "format": 1, "extra": torch.zeros(1_000_000)}, tmp_path / "whole.pt")
+    with zipfile.ZipFile(tmp_path / "whole.pt") as whole, zipfile.ZipFile(tmp_path / "small.pt", "w", 8) as small:
+        for name in whole.namelist():
+            small.writestr(name, whole.read(name))
+    with pytest.raises(UserError, match="it declares more than it holds"):
+        checkpoint.load(tmp_path / "small.pt")
+
+
+def test_values_in_a_circle_are_looked_at_once(tmp_path):
+    circle = [torch.zeros(2)]
+    circle.append(circle)
+    torch.save({**state(), "format": 1, "extra": circle}, tmp_path / "x.pt")
+    assert checkpoint.load(tmp_path / "x.pt")["iteration"] == 1
+
+
+@pytest.mark.parametrize(
+    ("depth", "classes", "told"),
+    [
+        (99_998, 10, "a net of 99998 layers, and 44 tensors"),
+        (8, 1_000_000, "fc.weight is 10x64, not 1000000x64"),
+        (14, 10, "layer1.1.conv1.weight is missing"),
+    ],
+)
+def test_a_net_that_is_not_in_the_file_is_refused_before_it_is_made(depth, classes, told):
+    model = cifar_resnet(8).state_dict()
+    with pytest.raises(ValueError, match=told):
+        checkpoint.check_net(model, lambda: cifar_resnet(depth, num_classes=classes), depth)
+
+
+def test_weights_that_share_their_values_are_no_net():
+    one, model = torch.zeros(9 * 64 * 64), cifar_resnet(8).state_dict()
+    shared = {name: one[: value.numel()].view(value.shape) for name, value in model.items()}
+    checkpoint.check_net(model, lambda: cifar_resnet(8), 8)
+    with pytest.raises(ValueError, match=r"weights of \d+ bytes, and 147456 are there"):
+        checkpoint.check_net(shared, lambda: cifar_resnet(8), 8)
+
+
+@pytest.mark.parametrize(
+    "mean", [torch.zeros(3), torch.zeros(1, 1, 4), torch.zeros(1, 1, 3).int(), torch.full((1, 1, 3), float("nan"))]
+)
+def test_a_mean_that_is_none_is_refused(mean):
+    with pytest.raises(ValueError, match="a mean of"):
+        checkpoint.check_mean(mean)
 
 
 def test_other_files_are_named(tmp_path):

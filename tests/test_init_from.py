@@ -90,6 +90,14 @@ def test_the_weights_and_the_mean_are_those_of_the_source(trained):
     assert torch.equal(run.mean, state["mean"])
 
 
+def test_an_export_begins_a_run_as_its_checkpoint_does(trained, tmp_path, command_here):
+    command_here("weights", "export", trained, f"out={tmp_path}/net.safetensors")
+    run, other = begun(tmp_path / "net.safetensors"), begun(trained)
+    assert all(torch.equal(value, other.model.state_dict()[name]) for name, value in run.model.state_dict().items())
+    assert torch.equal(run.mean, other.mean)
+    assert run.mean.dtype == torch.float32
+
+
 def test_the_mean_image_at_another_size_is_its_channel_averages(trained):
     run = begun(trained, "data.size=24")
     averages = checkpoint.load(trained)["mean"].mean((0, 1))
@@ -185,6 +193,14 @@ def test_a_run_goes_on_exactly_without_the_file_it_began_with(trained, tmp_path,
     with pytest.raises(UserError, match=r"init_from=.*source\.pt: there is no such file"):
         check_run_dir(tmp_path / "new", asked)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.usefixtures("_signals")
+def test_a_run_tells_what_it_assumes_of_its_source(tmp_path, capsys):
+    torch.save(cifar_resnet(8).state_dict(), tmp_path / "net.pth")
+    assert train(configured(f"init_from={tmp_path}/net.pth", "iterations=1"), tmp_path / "run") == 0
+    assumed = "torchvision's net, whose names and shapes it has; a residual net; mean [0.485, 0.456, 0.406]; std [0.229"
+    assert f"assumed, for the file does not say: {assumed}" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("_signals")

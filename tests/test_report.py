@@ -181,7 +181,17 @@ def test_deviations_are_named_with_the_papers_value(tmp_path):
         ("weight_decay", "0.0005", "0.0001"),
         ("iterations", "6400", "64000"),
     ]
-    (run,) = found(make(tmp_path / "c", bn_images="device"))
+    for number, (dealt, images) in enumerate(
+        [
+            ({"devices": 1}, 128),
+            ({"devices": 2}, 64),
+            ({"devices": 4}, 32),
+            ({"devices": 2, "device_batch_size": 16}, 16),
+        ]
+    ):
+        (run,) = found(make(tmp_path / f"c{number}", bn_images="device", **dealt))
+        assert runs.deviations(run) == ([] if images == 64 else [("bn_images", str(images), "64")])
+    (run,) = found(make(tmp_path / "d", bn_images="all", devices=2))
     assert runs.deviations(run) == [("bn_images", "128", "64")]
 
 
@@ -234,8 +244,11 @@ def test_not_shown_with_one_seed_each(tmp_path):
 
 
 def test_one_net_with_two_seeds_lends_its_spread(tmp_path):
-    seen = pair(tmp_path, [(5.0, 9.0), (5.2, 9.2)], [(8.0, 13.0)])
+    seen = pair(tmp_path / "a", [(5.0, 9.0), (5.2, 9.2)], [(8.0, 13.0)])
     assert seen.worse is True
+    assert seen.words.count("spread 0.20") == 2  # the std of one, 0.14, in both: times the root of two
+    seen = pair(tmp_path / "b", [(5.0, 9.0), (5.2, 9.2)], [(5.45, 9.45)])
+    assert (seen.worse, seen.words.count("is not above 2 times its spread")) == (None, 2)  # 0.35, above 2 times 0.14
 
 
 def test_not_shown_where_training_and_test_disagree(tmp_path):
@@ -302,6 +315,31 @@ def test_ten_crop_errors_come_from_resnet_eval_and_stay_apart_from_the_center_cr
     assert row(table, "resnet-34-B")["ours, last (multi-scale)"] is None
     assert [note for note in table.notes if "protocol=multiscale" in note]
     assert "protocol=multiscale checkpoint=" in tables.ensemble_table(found(tmp_path), "").notes[0]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"iteration": 300_000},
+        {"batch_norm": "averages over 200 training batches"},
+        {"data": "imagenet-v2"},
+        {"split": "val"},
+        {"protocol": "multi-scale"},
+        {"members": []},
+    ],
+)
+def test_an_evaluation_of_something_else_is_not_the_runs_error(tmp_path, other):
+    photos(tmp_path / "a", "resnet-34-B", 27.0, "10-crop")
+    right = tmp_path / "a/checkpoints/last-tencrop-test.json"
+    told = json.loads(right.read_text())
+    wrong = {"batch_norm": "moving averages"} | told | {"error": 1.0, "error5": 1.0} | other
+    (right.parent / "a-test.json").write_text(json.dumps(wrong))  # which is read first
+    cells = row(tables.errors_table(found(tmp_path), "table 3", ""), "resnet-34-B")
+    assert (cells["ours, last (10-crop)"], cells["ours, top-5 (10-crop)"]) == ((25.0, None, 1), (7.5, None, 1))
+    right.unlink()
+    table = tables.errors_table(found(tmp_path), "table 3", "")
+    assert row(table, "resnet-34-B")["ours, last (10-crop)"] is None
+    assert any("protocol=tencrop checkpoint=" in note for note in table.notes)
 
 
 # --- The command -----------------------------------------------------------------------------------------------------

@@ -13,15 +13,20 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from resnet_train import checkpoint, state_dicts
+from resnet_train.classify import view
 from resnet_train.compose import compose
 from resnet_train.config.training import check_train
+from resnet_train.data.images import read_image
 from resnet_train.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from resnet_train.errors import UserError
 from resnet_train.models import cifar_resnet, imagenet_resnet
-from resnet_train.weights import read_source
+from resnet_train.weights import load, read_source
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MEAN, STD = (torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (state_dicts.MEAN, IMAGENET_STD))
@@ -381,5 +386,265 @@ def test_a_description_that_is_not_one_is_named(tmp_path):
     (tmp_path / "net.pth.json").write_text('{"written_by": "resnet-train 0", "mean": "grey"}')
     with pytest.raises(UserError, match=r"net\.pth\.json: is not what resnet-weights export wrote"):
         read_source(tmp_path / "net.pth")
+    told = {"written_by": "resnet-train 0", "arch": "resnet", "bottleneck_stride": "3x3", "size": 32, "classes": ["a"]}
+    for key, value in {
+        "mean": [float("nan"), 0, 0],
+        "std": [1, float("inf"), 1],
+        "size": 31,
+        "classes": [1],
+        "arch": "vgg",
+    }.items():
+        wrong = told | {"mean": [[[0.5, 0.5, 0.5]] * 32] * 32, "std": [1, 1, 1]} | {key: value}
+        (tmp_path / "net.pth.json").write_text(json.dumps(wrong))
+        with pytest.raises(UserError, match=r"net\.pth\.json: is not what"):
+            read_source(tmp_path / "net.pth")
+    (tmp_path / "net.pth.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"net\.pth\.json: is not what"):
+        read_source(tmp_path / "net.pth")
     (tmp_path / "net.pth.json").write_text('{"written_by": "somebody"}')
     assert read_source(tmp_path / "net.pth").std == IMAGENET_STD
+
+
+# --- What a file declares, and what it says ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("layer1.0.conv1.weight", torch.ones(16, 16, 3, 3, dtype=torch.int8), "is int8; taken are float64, float32"),
+        ("layer2.0.bn1.weight", torch.full((32,), float("nan")), "has values that are not finite"),
+        ("fc.bias", torch.full((10,), float("-inf")), "has values that are not finite"),
+        ("bn1.running_var", torch.full((16,), -1.0), "has values below 0, as no variance is"),
+    ],
+)
+def test_weights_that_no_logits_come_from_are_named(name, value, told):
+    state = cifar_resnet(8).state_dict() | {name: value}
+    with pytest.raises(UserError, match=f"^file: {name} {told}"):
+        state_dicts.ours(state, "auto", "file")
+
+
+def test_a_classifier_of_a_million_rows_in_a_small_file_is_refused(tmp_path):
+    state, shared = cifar_resnet(8).state_dict(), torch.zeros(64 * 1000)
+    rows = shared.view(1000, 64)
+    torch.save(state | {"fc.weight": torch.zeros(64).expand(1_000_000, 64)}, tmp_path / "expanded.pth")
+    torch.save(state | {"fc.weight": rows, "layer1.9.conv1.weight": rows, "x": rows}, tmp_path / "shared.pth")
+    for name, told in (("expanded", "fc.weight declares 1000000x64 values"), ("shared", "declares weights of ")):
+        with pytest.raises(UserError, match=rf"{name}\.pth: {told}"):
+            read_source(tmp_path / f"{name}.pth")
+
+
+@pytest.mark.parametrize("key", ["config", "classes", "mean", "nan"])
+def test_a_checkpoint_that_declares_another_net_than_it_holds_is_one_line(
+    key, weights, command_here, trained, tmp_path
+):
+    state = checkpoint.load(trained)
+    changed = {
+        "config": state["config"] | {"depth": 99_998},
+        "classes": [str(number) for number in range(100_000)],
+        "mean": torch.zeros(1_000_000),
+        "nan": state["mean"] * float("nan"),
+    }
+    torch.save(state | {key.replace("nan", "mean"): changed[key]}, tmp_path / "x.pt")
+    Image.new("RGB", (32, 32)).save(tmp_path / "x.png")
+    told = {"config": "a net of 99998 layers, and ", "classes": "fc.weight is 10x64, not 100000x64", "nan": "a mean of"}
+    for words in (["classify", "x.png", "checkpoint=x.pt", "device=cpu"], ["weights", "export", "x.pt", "out=y.pth"]):
+        assert told.get(key, "a mean of 1000000 float32") in command_here(*words, code=2), words
+    with pytest.raises(UserError, match="holds other things than a checkpoint of this net must"):
+        read_source(tmp_path / "x.pt")
+
+
+def test_the_other_nets_of_timm_that_look_like_torchvisions_are_the_anti_aliased_ones():
+    """What `check_said` is for: nothing in names and shapes tells them apart."""
+    with torch.device("meta"):
+        for name, depth in (("resnetblur18", 18), ("resnetblur50", 50), ("resnetaa50", 50)):
+            state = timm.create_model(name).state_dict()
+            assert state_dicts.shape_of(state, name) == state_dicts.Shape("imagenet", depth, "B", 1000)
+
+
+@pytest.mark.parametrize(
+    ("named", "inside", "beside", "told"),
+    [
+        ("resnetblur50-84f4748f.pth", {}, None, "its name"),
+        ("resnet50_caffe.pth", {}, None, "its name"),
+        ("x.pth", {"arch": "resnetblur50"}, None, "arch=resnetblur50"),
+        ("x.pth", {"arch": "ResNetAA50"}, None, "arch=ResNetAA50"),
+        ("resnet50.pth", {"architecture": "dilated_resnet50"}, None, "architecture=dilated_resnet50"),
+        ("model.pth", {}, {"architecture": "resnetblur50", "num_classes": 1000}, "architecture=resnetblur50"),
+        ("model.safetensors", {"architecture": "resnetaa50"}, None, "architecture=resnetaa50"),
+        ("resnet50-11ad3fa6.pth", {}, None, True),
+        ("tv_resnet50.bin", {}, None, True),
+        ("x.pth", {"arch": "resnet50"}, None, True),
+        ("model.pth", {}, {"architecture": "timm/resnet50.a1_in1k"}, True),
+        ("model.pth", {"arch": "gluon_resnet50_v1b"}, [1], True),
+        ("net.pth", {}, None, False),
+        ("net.pth", {"arch": {"of": "other"}}, {"architectures": ["ResNetForImageClassification"]}, False),
+    ],
+)
+def test_what_a_file_says_of_its_net_counts(named, inside, beside, told, tmp_path):
+    path, state = tmp_path / named, {"conv1.weight": torch.zeros(1)}
+    if beside is not None:
+        (tmp_path / "config.json").write_text(json.dumps(beside))
+    if path.suffix == ".safetensors":
+        save_file(state, path, metadata=inside)
+        inside = {}
+    found = {**inside, "state_dict": state}
+    if isinstance(told, bool):
+        assert state_dicts.check_said(found, path) == told
+        return
+    with pytest.raises(UserError, match=rf"is another net by {told}, though .* format=torchvision$"):
+        state_dicts.check_said(found, path)
+
+
+def test_an_import_tells_what_it_assumes(weights, tmp_path):
+    state, blur = imagenet_resnet(18, num_classes=2).bfloat16().state_dict(), "resnetblur18.pth"
+    torch.save(state, tmp_path / blur)
+    assert "is another net by its name" in weights("import", blur, "out=x.pt", code=2)
+    text = weights("import", blur, "out=x.pt", "format=torchvision", "std=[1,1,1]")
+    assert "assumed, for the file does not say: mean [0.485, 0.456, 0.406]\n" in text
+    torch.save(cifar_resnet(8).state_dict(), tmp_path / "net.pth")
+    text = weights("import", "net.pth", "out=x.pt", "mean=[0.5,0.5,0.5]")
+    told = "torchvision's net, whose names and shapes it has; a residual net; std [0.229, 0.224, 0.225]\n"
+    assert f"assumed, for the file does not say: {told}" in text
+    assert "a residual net" not in weights("import", "net.pth", "out=x.pt", "arch=plain")
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda s: {"net": s, "acc": 91.2, "epoch": 3},  # kuangliu's
+        lambda s: {"model_state_dict": s, "optimizer_state_dict": {"state": {}}},
+        lambda s: {"state_dict_ema": s},
+        lambda s: {"model": {f"module._orig_mod.{name}": value for name, value in s.items()}},
+        lambda s: {"state_dict": {f"model.{name}": value for name, value in s.items()}, "loops": {"fit": 1}},
+        lambda s: {"state_dict": s, "state_dict_ema": {name: value * 2 for name, value in s.items()}},
+    ],
+)
+def test_state_dicts_are_found_where_other_programs_put_them(wrap, tmp_path):
+    state = cifar_resnet(8).state_dict()
+    torch.save(wrap(state), tmp_path / "resnet8.pth")
+    found = read_source(tmp_path / "resnet8.pth")
+    assert found.model.keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in found.model.items())
+    ema = "state_dict_ema" in wrap(state) and "state_dict" in wrap(state)
+    assert ("what it has under 'state_dict', not 'state_dict_ema'" in found.assumed) == ema
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ({"encoder": {"conv1.weight": torch.zeros(1)}, "acc": 91.2}, "it has 'encoder' (1 entries), 'acc' (float)"),
+        ({"net": {"conv1.weight": 1.0}, 5: []}, "it has 'net' (1 entries), '5' (0 entries)"),
+        ({str(n): n for n in range(9)}, "'5' (int) and 3 more"),
+        ([1, 2], "it is a list"),
+        ({}, "it is empty"),
+    ],
+)
+def test_what_holds_no_state_dict_is_told(content, told, tmp_path):
+    torch.save(content, tmp_path / "x.pth")
+    with pytest.raises(
+        UserError, match=r"^.*x\.pth: is no state dict, which holds a tensor for each name; "
+    ) as refused:
+        read_source(tmp_path / "x.pth")
+    assert str(refused.value).endswith(told)
+
+
+def test_from_another_programs_file_to_our_command_the_logits_hold_ten_digits(weights, command_here, tmp_path):
+    mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+    for given in ([mean, std], [list(state_dicts.MEAN), list(IMAGENET_STD)]):
+        theirs = lived(torchvision.models.resnet18(weights=None, num_classes=5))
+        torch.save(theirs.state_dict(), tmp_path / "resnet18.pth")
+        words = [
+            f"{key}={json.dumps(value)}".replace(" ", "") for key, value in zip(("mean", "std"), given, strict=True)
+        ]
+        weights("import", "resnet18.pth", "out=net.pt", "data.size=64", "precision=fp64", *words)
+        pixels = torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
+        Image.fromarray(pixels.numpy()).resize((73, 73), 0).save(tmp_path / "x.png")  # whose center crop is 64x64
+        command_here("classify", "x.png", "checkpoint=net.pt", "device=cpu", "out=x.json")
+        (found,) = json.loads((tmp_path / "x.json").read_text())["images"]
+        config = check_train(compose("train", ["data=imagenet", "depth=18", "data.size=64"]), needs_data=False)
+        seen = view(read_image(tmp_path / "x.png"), config).permute(2, 0, 1)[None].double() / 255
+        of_mean, of_std = (torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in given)
+        wanted = logits(theirs, (seen - of_mean) / of_std).softmax(1)[0]
+        for row in found["top"]:
+            assert row["probability"] == pytest.approx(wanted[int(row["class"])].item(), rel=1e-10)
+
+
+# --- A .safetensors file in a checkpoint's place ----------------------------------------------------------------------
+
+
+def test_an_export_is_evaluated_as_its_checkpoint_is(weights, command_here, trained, tmp_path):
+    weights("export", trained, "out=w/net.safetensors")
+    (tmp_path / "w/net.safetensors.json").unlink()  # the file alone is enough
+    kept, found = checkpoint.load(trained), load(tmp_path / "w/net.safetensors")
+    for part in ("model", "mean"):
+        one, other = ({"": state[part]} if part == "mean" else state[part] for state in (kept, found))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(value, other[name]) and value.dtype == other[name].dtype for name, value in one.items())
+    assert all(found[name] == kept[name] for name in ("classes", "digest", "label", "measure", "iteration"))
+    Image.new("RGB", (40, 32), (200, 10, 90)).save(tmp_path / "x.png")
+    results = []
+    for name in (trained, "w/net.safetensors"):
+        text = command_here("evaluate", f"checkpoint={name}", "out=found.json", "device=cpu")
+        command_here("classify", "x.png", f"checkpoint={name}", "out=top.json", "device=cpu")
+        results.append([json.loads((tmp_path / file).read_text()) for file in ("found.json", "top.json")])
+        assert "note:" not in text
+    for one, other in zip(*results, strict=True):
+        assert one.keys() == other.keys()
+        assert all(one[key] == other[key] for key in one if key != "checkpoint")
+    assert results[0][0]["seen"] == 360
+    weights("export", "w/net.safetensors", "out=again.safetensors")
+    assert load(tmp_path / "again.safetensors")["config"] == found["config"]
+
+
+def test_an_export_says_what_it_is_and_names_no_place_of_the_machine(weights, trained, tmp_path):
+    state = checkpoint.load(trained)
+    values = state["config"] | {"init_from": "/home/me/first.pt"}
+    values["data"] = values["data"] | {"name": "imagefolder", "root": "/home/me/photos"}
+    checkpoint.save(
+        tmp_path / "net.pt",
+        {key: v for key, v in state.items() if key != "format"} | {"config": values, "label": "photos"},
+    )
+    weights("export", "net.pt", "out=net.safetensors")
+    with safe_open(tmp_path / "net.safetensors", "pt") as file:
+        header = file.metadata()
+    told = json.loads(header["resnet_train"])
+    assert [told[key] for key in ("arch", "depth", "shortcut", "data", "seed", "iteration", "precision")] == [
+        *("resnet", 8, "A", "photos", 0, 20, "fp32")
+    ]
+    assert (torch.tensor(told["mean"], dtype=torch.float64) * 255 - state["mean"]).abs().max() < 1e-10 * 255
+    assert told["config"]["data"]["root"] is None
+    assert "/home" not in str(header)
+
+
+def test_other_safetensors_in_a_checkpoints_place_are_one_line(weights, command_here, trained, tmp_path):
+    save_file(cifar_resnet(8).state_dict(), tmp_path / "bare.safetensors")
+    weights("export", trained, "out=net.safetensors")
+    tensors = state_dicts.read(tmp_path / "net.safetensors")
+    told = json.loads(state_dicts.metadata(tmp_path / "net.safetensors")["resnet_train"])
+    for name, header in {
+        "nan": json.dumps(told | {"mean": [float("nan")] * 3}),
+        "std": json.dumps(told | {"std": [1.0, 1.0, float("inf")]}),
+        "deep": "[" * 100_000,
+        "depth": json.dumps(told | {"config": told["config"] | {"depth": 99_998}}),
+        "none": json.dumps(told | {"measure": {}}),
+    }.items():
+        save_file(tensors, tmp_path / f"{name}.safetensors", metadata={"resnet_train": header})
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "net.safetensors").read_bytes()[:-9])
+    for name, line in {
+        "bare": "bare.safetensors: holds weights, and not what resnet-weights export writes with them",
+        "nan": "nan.safetensors: its header is not what resnet-weights export wrote",
+        "std": "std.safetensors: its header is not what",
+        "deep": "deep.safetensors: its header is not what",
+        "depth": "depth.safetensors: holds other things than a checkpoint of this net must (a net of 99998 layers",
+        "none": "none.safetensors: holds other things than a checkpoint of this net must",
+        "cut": "cut.safetensors: is cut short or no safetensors file",
+        "nosuch": "nosuch.safetensors: there is no such file",
+    }.items():
+        assert line in command_here("evaluate", f"checkpoint={name}.safetensors", "device=cpu", code=2), name
+
+
+@pytest.mark.parametrize(("net", "images"), [(lambda: cifar_resnet(8), 64), (lambda: imagenet_resnet(18), 32)])
+def test_precise_batch_norm_of_imported_weights_is_over_the_papers_groups(net, images, weights, tmp_path):
+    torch.save(net().bfloat16().state_dict(), tmp_path / "net.pth")
+    weights("import", "net.pth", "out=net.pt")
+    assert checkpoint.load(tmp_path / "net.pt")["measure"]["bn_images"] == images

@@ -34,7 +34,7 @@ def check_checkpoints(names: list[str]) -> None:
             raise UserError(f"checkpoint={name}: is a folder; name a file in it, such as checkpoints/last.pt")
         if not expand(name).is_file():
             raise UserError(f"checkpoint={name}: there is no such file; a run keeps its in RUN/checkpoints/")
-        if not zipfile.is_zipfile(expand(name)):
+        if not zipfile.is_zipfile(expand(name)) and expand(name).suffix != ".safetensors":
             raise UserError(f"checkpoint={name}: is cut short or not a checkpoint")
         if name in names[:number]:
             raise UserError(f"checkpoint={name}: is named twice")

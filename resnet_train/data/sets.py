@@ -249,8 +249,9 @@ class StreamedSets:
         return found
 
     def _divisor(self, device: torch.device) -> Tensor | None:
-        """The std that what is left is divided by: (1, 3, 1, 1)."""
-        return torch.tensor(IMAGENET_STD, device=device).view(1, 3, 1, 1) if self.subtract == "standard" else None
+        """The std that what is left is divided by: (1, 3, 1, 1) float64."""
+        std = torch.tensor(IMAGENET_STD, dtype=torch.float64, device=device).view(1, 3, 1, 1)
+        return std if self.subtract == "standard" else None
 
     def train_batches(
         self,
@@ -283,7 +284,7 @@ class StreamedSets:
                 batch = colour_jitter(batch, *(part_of[part].to(device, non_blocking=True) for part_of in jitter))
             # Noise is in units of the full range: before it is divided by the std, where it is.
             batch = colour_noise(normalise(batch, mean), noise)
-            yield batch if std is None else batch / std, labels.to(device, non_blocking=True)
+            yield batch if std is None else batch / std.to(batch), labels.to(device, non_blocking=True)
             iteration += 1
 
     def eval_batches(

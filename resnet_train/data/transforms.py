@@ -19,7 +19,7 @@ def mean_image(images: Tensor) -> Tensor:
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor | None = None) -> Tensor:
-    """(N, H, W, 3) minus `mean`, in units of the full range: (N, 3, H, W) float32, channels last.
+    """(N, H, W, 3) minus `mean`, in units of the full range: (N, 3, H, W) float32, channels last; float64 as the mean.
 
     A mean image of another size than theirs gives its channel averages. Divided by `std` (1, 3, 1, 1), if given.
 
@@ -27,8 +27,8 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor | None = None) -> Tensor
     """
     if mean.shape[-3:-1] not in (images.shape[1:3], (1, 1)):
         mean = mean.mean((0, 1))
-    found = images.float().sub_(mean).mul_(1 / 255).permute(0, 3, 1, 2)
-    return found if std is None else found / std
+    found = images.to(torch.promote_types(mean.dtype, torch.float32)).sub_(mean).mul_(1 / 255).permute(0, 3, 1, 2)
+    return found if std is None else found / std.to(found)
 
 
 def draw_crops(generator: torch.Generator, count: int, pad: int, flip: bool) -> tuple[Tensor, Tensor, Tensor]:

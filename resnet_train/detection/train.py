@@ -405,7 +405,9 @@ def precision_of(state: dict[str, Any]) -> str:
 def restored_detector(config: DetectConfig, state: dict[str, Any]) -> tuple[Detector, Backbone]:
     """The detector that a checkpoint's `state` holds, its weights not yet in it. Raises UserError."""
     with checkpoint.fitting("the checkpoint"):
-        return _assembled(config, Backbone(**state["detector"]), len(state["classes"]))
+        backbone, classes = Backbone(**state["detector"]), len(state["classes"])
+        checkpoint.check_net(state["model"], lambda: _assembled(config, backbone, classes)[0], config.depth)
+        return _assembled(config, backbone, classes)
 
 
 def _assembled(config: DetectConfig, backbone: Backbone, classes: int) -> tuple[Detector, Backbone]:
