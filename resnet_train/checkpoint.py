@@ -65,6 +65,8 @@ def _canonical(value: Any) -> Any:
 def read(path: Path) -> Any:
     """What torch.save wrote to `path`, on the CPU. Raises UserError for a file that is damaged or could run code."""
     try:
+        if path.exists() and not path.is_file():  # a FIFO would wait for a writer, a device has no end
+            raise UserError(f"{path}: is not a file")
         with path.open("rb") as file:
             legacy = file.read(len(LEGACY)) == LEGACY  # a format without checksums
         damaged = None if legacy else _damaged(path)
