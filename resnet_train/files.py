@@ -63,6 +63,22 @@ def put(path: Path, content: bytes) -> None:
         raise
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises UserError for what is none."""
+    try:
+        if not path.is_file():  # a FIFO would wait for a writer
+            raise UserError(f"{path}: is not a file")
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error).splitlines()[0]
+        raise UserError(f"{path}: is not JSON ({reason})") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: is not a JSON object")
+    return found
+
+
 def write_json(path: Path, values: Any, indent: int | None = 2) -> None:
     """Write `values` whole or not at all."""
     put(path, (json.dumps(values, indent=indent) + "\n").encode())
