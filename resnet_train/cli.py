@@ -467,7 +467,10 @@ def _follow_sweep() -> None:
 
 def _work(here: Callable[[Any, Path], int], config: Any, directory: Path) -> NoReturn:
     """Train, and exit."""
-    finish(functools.partial(here, config, directory), config, config.max_restarts)
+    try:
+        finish(functools.partial(here, config, directory), config, config.max_restarts)
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to stop, and one more Ctrl-C would leave a trace
 
 
 def _train_here(config: Config, directory: Path) -> int:
