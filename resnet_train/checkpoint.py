@@ -76,6 +76,8 @@ def read(path: Path) -> Any:
     Raises UserError for a file that is damaged, could run code, or declares more than it holds.
     """
     try:
+        if path.exists() and not path.is_file():  # a FIFO would wait for a writer, a device has no end
+            raise UserError(f"{path}: is not a file")
         with path.open("rb") as file:
             legacy = file.read(len(LEGACY)) == LEGACY  # a format without checksums
         damaged = None if legacy else _damaged(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import json
 import multiprocessing
 import os
 import re
@@ -40,11 +41,13 @@ from resnet_train.config.commands import (
     check_responses,
     check_weights,
 )
-from resnet_train.config.runs import check_run_dir, run_directory, run_state
+from resnet_train.config.runs import check_run_dir, check_same_data, run_directory, run_state
 from resnet_train.config.training import Config, check_train
 from resnet_train.errors import SIGNALS, RunError, UserError, of_the_system
 from resnet_train.exits import exit_code, fail, finish, launched, leave, start_tracker, tell
-from resnet_train.files import expand
+from resnet_train.files import expand, read_object
+
+DIGESTS: dict[str, str] = {}  # of the data of this command's jobs, as far as they were needed
 
 
 def train() -> None:
@@ -200,6 +203,8 @@ def _command(name: str, prepare: Callable[..., Any], job: Callable[[DictConfig],
         places: list[Path] = []
         jobs = [] if arguments.shell_completion else jobs_of(name, arguments.overrides, sweep)
         if not (arguments.help or arguments.hydra_help or arguments.info):
+            if not jobs and not arguments.shell_completion:
+                raise UserError(_no_job(name, arguments.overrides))
             for overrides in jobs:
                 values = compose(name, overrides, arguments.package)
                 places.append(prepare(values, overrides, sweep, look=not arguments.cfg)[1])
@@ -225,6 +230,65 @@ def _command(name: str, prepare: Callable[..., Any], job: Callable[[DictConfig],
         if not hydras:
             raise
         fail(UserError(f"{' '.join(hydras)}: Hydra cannot take that ({type(error).__name__}: {error})"))
+
+
+def _no_job(name: str, overrides: list[str]) -> str:
+    """Why a sweep has no job: an override without values."""
+    empty = [item for item in overrides if not jobs_of(name, [item], sweep=True)]
+    return f"{' '.join(empty)}: is no value at all, and the sweep without a job; write the values out, as in seed=0,1,2"
+
+
+def _check_finished(config: Any, directory: Path, digest: Callable[[Any], str]) -> None:
+    """Refuse a finished run that was trained on other data than this job's, which is to be skipped for it."""
+    if run_state(directory) != "finished":
+        return
+    was = read_object(directory / "summary.json").get("digest")
+    if not isinstance(was, str):  # of an earlier version
+        return
+    data = config.plain()["data"]
+    key = json.dumps(data)
+    if key not in DIGESTS:
+        print(f"{directory}: finished; comparing its data with this sweep's", flush=True)
+        DIGESTS[key] = _elsewhere(digest, config)
+    check_same_data(read_object(directory / "config.json")["data"], was, data, DIGESTS[key], str(directory))
+
+
+def _elsewhere(digest: Callable[[Any], str], config: Any) -> str:
+    """The digest of the data of `config`, which takes torch, from a process of its own. Raises UserError."""
+    start_tracker()
+    receive, send = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("spawn").Process(target=_send_digest, args=(send, digest, config))
+    process.start()
+    send.close()
+    try:
+        found = receive.recv()
+    except EOFError:
+        process.join()
+        raise RunError(f"the data cannot be read (exit code {process.exitcode})") from None
+    process.join()
+    if isinstance(found, UserError):
+        raise found
+    return str(found)
+
+
+def _send_digest(send: Any, digest: Callable[[Any], str], config: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        send.send(digest(config))
+    except UserError as error:
+        send.send(error)
+
+
+def _digest_of_images(config: Config) -> str:
+    from resnet_train.build import open_sets
+
+    return open_sets(config).digest
+
+
+def _digest_of_examples(config: Any) -> str:
+    from resnet_train.detection.train import read_examples
+
+    return read_examples(config).digest
 
 
 def _check_restarts() -> None:
@@ -265,6 +329,7 @@ def _prepare_train(values: dict[str, Any], overrides: list[str], sweep: bool, lo
     directory = run_directory(config, asked, values["scale"])
     if look and os.environ.get("RANK", "0") == "0":
         check_run_dir(directory, config, may_be_finished=sweep)
+        _check_finished(config, directory, _digest_of_images)
     return config, directory
 
 
@@ -278,6 +343,7 @@ def _prepare_detect(values: dict[str, Any], overrides: list[str], sweep: bool, l
     directory = detection.run_directory(config, asked)
     if look and os.environ.get("RANK", "0") == "0":
         check_run_dir(directory, config, may_be_finished=sweep)
+        _check_finished(config, directory, _digest_of_examples)
     return config, directory
 
 
@@ -401,7 +467,10 @@ def _follow_sweep() -> None:
 
 def _work(here: Callable[[Any, Path], int], config: Any, directory: Path) -> NoReturn:
     """Train, and exit."""
-    finish(functools.partial(here, config, directory), config, config.max_restarts)
+    try:
+        finish(functools.partial(here, config, directory), config, config.max_restarts)
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to stop, and one more Ctrl-C would leave a trace
 
 
 def _train_here(config: Config, directory: Path) -> int:

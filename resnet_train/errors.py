@@ -10,8 +10,10 @@ import resource
 import signal
 from collections.abc import Iterable
 
-# What ends a run in good order, with a checkpoint. Slurm sends the last two, or SIGTERM, before it takes the machine.
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+# What ends a run in good order, with a checkpoint. Slurm sends SIGUSR1, SIGUSR2 or SIGTERM before it takes the machine;
+# a terminal that is closed sends SIGHUP, which nohup has ignored.
+SIGNALS: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS += () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)
 
 # Who started this process, noted before torch is imported: that takes seconds, in which a launcher can be killed.
 PARENT = os.getppid()

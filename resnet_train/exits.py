@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
+import termios
 import time
 import traceback
 from collections.abc import Callable
@@ -37,6 +39,16 @@ def leave() -> NoReturn:
     sys.exit(1)
 
 
+def leave_terminal() -> None:
+    """Have what is still printed go nowhere, if it would go to a terminal that has been closed."""
+    for stream in (1, 2):
+        try:
+            termios.tcgetattr(stream)
+        except termios.error as error:
+            if error.args[0] == errno.EIO:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+
+
 def _line(text: str) -> str:
     """`text` as one line that a terminal can show; of what is very long, its beginning and its end."""
     words = [word if len(word) <= 240 else f"{word[:120]}…{word[-40:]}" for word in text.split()]
@@ -60,13 +72,13 @@ def launched() -> int:
 
 
 def start_tracker() -> None:
-    """Start Python's helper of spawned processes, deaf to what Slurm sends to all processes of a job.
+    """Start Python's helper of spawned processes, deaf to what Slurm or a terminal sends to all processes of a job.
 
-    It ignores SIGINT and SIGTERM by itself; of the others it would die, and fill stderr.
+    It ignores SIGINT and SIGTERM by itself; of the others it would die, fill stderr and leave semaphores behind.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1, signal.SIGUSR2))
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP))
     resource_tracker.ensure_running()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGUSR1, signal.SIGUSR2))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP))
 
 
 def finish(job: Callable[[], int], config: Any, max_restarts: int = 0) -> NoReturn:

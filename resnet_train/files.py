@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,7 +68,10 @@ def put(path: Path, content: bytes) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises OSError, and ValueError for whatever else the file is."""
-    if path.stat().st_size > LARGEST_JSON:
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):  # a FIFO would wait for a writer
+        raise ValueError("not a file")
+    if status.st_size > LARGEST_JSON:
         raise ValueError("too large")
     try:
         found = json.loads(path.read_bytes())
@@ -76,6 +80,16 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError("not an object")
     return found
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises UserError for what is none."""
+    try:
+        return read_json(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path}: is not JSON that can be used ({str(error).splitlines()[0]})") from error
 
 
 def write_json(path: Path, values: Any, indent: int | None = 2) -> None:

@@ -16,8 +16,9 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
-from resnet_train.curves import read_metrics
 from resnet_train.errors import RunError, remedy
+
+SPLITS = ("train", "val", "test")
 
 tqdm.set_lock(threading.RLock())  # the default is a semaphore of the system, which a killed process leaves behind
 
@@ -29,6 +30,35 @@ def _hook(told: threading.ExceptHookArgs, before: Any = threading.excepthook) ->
 
 
 threading.excepthook = _hook
+
+
+def read_points(path: Path, iteration: int) -> list[dict[str, Any]]:
+    """The points of a metrics file up to `iteration`, where a run goes on from there.
+
+    The curve is a record and no part of what is computed: a line that is no point is left out, with a warning.
+    """
+    if not path.is_file():  # not there, or a FIFO
+        if iteration:
+            print(f"warning: {path}: is not there; the curves begin after iteration {iteration}", flush=True)
+        return []
+    *lines, _ = path.read_bytes().split(b"\n")  # the last: nothing, or half a line of a run that was killed
+    points = [point for point in map(_point, lines) if point is not None]
+    if len(points) < len(lines):
+        print(f"warning: {path}: {len(lines) - len(points)} damaged lines are left out", flush=True)
+    return [point for point in points if point["iteration"] <= iteration]
+
+
+def _point(line: bytes) -> dict[str, Any] | None:
+    """The point that a line of a metrics file holds, if it is one."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(found, dict) or type(found.get("iteration")) is not int:
+        return None
+    numbers = (found.get("seconds", 0.0), found.get("error", 0.0), found.get("loss", 0.0))
+    whole = found.get("split") in SPLITS and all(type(number) in (int, float) for number in numbers)
+    return found if whole and all(isinstance(value, (str, int, float)) for value in found.values()) else None
 
 
 class Record:
@@ -55,7 +85,9 @@ class Record:
             return
         self.path = directory / "metrics.jsonl"
         self.names = names
-        kept = [line for line in read_metrics(self.path) if line["iteration"] <= iteration]
+        with self._writing():
+            kept = read_points(self.path, iteration)
+        self.last = {point["split"]: point["iteration"] for point in kept}
         self.seconds = max((line.get("seconds", 0.0) for line in kept), default=0.0)
         part = directory / "metrics.jsonl.part"
         with self._writing():
@@ -64,7 +96,7 @@ class Record:
             self.file = self.path.open("a")
             self.board = directory / "tensorboard"
             self.purge = iteration + 1
-            for split in ("train", "val", "test"):
+            for split in SPLITS:
                 if (self.board / split).exists():
                     self._writer(split)  # now, so that points after the checkpoint go from each of them
 
@@ -97,6 +129,7 @@ class Record:
         with self._writing():
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
+            self.last[split] = iteration
             for name, value in values.items():
                 if isinstance(value, (int, float)) and name not in ("epoch", "seconds", "wrong", "seen"):
                     self._writer(split).add_scalar(name, value, iteration)
@@ -115,6 +148,10 @@ class Record:
         else:
             maps = (f"{name} {value:.2f} %" for name, value in values.items() if name.startswith("map"))
             self.say(f"iteration {iteration}: {split} {', '.join(maps)}")
+
+    def lacks(self, iteration: int, *splits: str) -> bool:
+        """Whether the last points of these splits are not all of `iteration`."""
+        return any(self.last.get(split) != iteration for split in splits)
 
     def hyper_parameters(
         self, iteration: int, values: dict[str, str | bool | int | float], results: Iterable[str] = ("error",)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import platform
 import resource
@@ -32,18 +31,18 @@ from resnet_train.build import (
     pick_precision,
     placed,
 )
-from resnet_train.config.runs import check_same_run, run_state
+from resnet_train.config.runs import check_same_data, check_same_run, run_state
 from resnet_train.config.training import Config, share
 from resnet_train.data.places import describe_left_out
 from resnet_train.data.sampler import generator
 from resnet_train.data.sets import MemorySets, StreamedSets
 from resnet_train.distributed import from_main, joined, main, one_after_all, together, total, world
 from resnet_train.errors import UserError, of_a_peer
-from resnet_train.files import claimed, expand, nearest_existing, write_json
+from resnet_train.files import claimed, expand, nearest_existing, read_object, write_json
 from resnet_train.models.resnet import multiply_adds, parameters
 from resnet_train.record import Record
 from resnet_train.schedule import Progress
-from resnet_train.train import Meters, Run, Stop, loop
+from resnet_train.train import Clock, Meters, Run, Stop, log_test, loop
 from resnet_train.weights import Source, check_same_net, divisor, read_source
 
 
@@ -86,6 +85,9 @@ def train(config: Config, directory: Path) -> int:
         try:
             with contextlib.closing(record):
                 loop(run, record, stop)
+                splits = ("val", "test") if run.sets.sizes["val"] else ("test",)
+                if run.iteration == config.iterations and from_main(lambda: record.lacks(run.iteration, *splits)):
+                    log_test(run, record, Clock(run.iteration))  # it was trained and tested, and the record was lost
             if run.iteration == config.iterations:
                 from_main(lambda: _summarise(run, environment, reference))
                 return 0
@@ -93,11 +95,27 @@ def train(config: Config, directory: Path) -> int:
             # Another has died, and the launcher, which names it, ends this one.
             if world() > 1 and stop.signal and of_a_peer(error):
                 sys.exit(1)
-            raise
+            if not (stop.signal and _of_the_compiler(error)):
+                raise
+            # The signal was for the compiler's own processes as well. Nothing has come of this iteration.
+            if main():
+                begun = (directory / "checkpoints" / "last.pt").exists()
+                how = "goes on from the last checkpoint" if begun else "begins again"
+                print(f"stopped after iteration {run.iteration}, while compiling; the same command {how}", flush=True)
+            return 128 + stop.signal
         if main():
             how = "the same command" if config.resume == "auto" else "the same command with resume=auto"
             print(f"stopped at iteration {run.iteration}, checkpoint written; {how} goes on from there", flush=True)
         return 128 + stop.signal
+
+
+def _of_the_compiler(error: BaseException | None) -> bool:
+    """Whether torch's compiler has raised `error`, or what it came of."""
+    while error is not None:
+        if type(error).__module__.startswith(("torch._inductor", "torch._dynamo", "concurrent.futures")):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def before_restart(directory: Path, restarts: int) -> Literal["new", "unfinished", "finished"]:
@@ -105,7 +123,7 @@ def before_restart(directory: Path, restarts: int) -> Literal["new", "unfinished
     path = directory / "environment.json"
     if not restarts or not path.exists():
         return "new"
-    ours = json.loads(path.read_text()).get("launch") == os.environ.get("TORCHELASTIC_RUN_ID")
+    ours = read_object(path).get("launch") == os.environ.get("TORCHELASTIC_RUN_ID")
     return run_state(directory) if ours else "new"
 
 
@@ -205,8 +223,7 @@ def _resume_state(run: Run) -> dict[str, Any] | None:
         if state["iteration"] == config.iterations and not (path.absolute().parent.parent / "metrics.jsonl").exists():
             raise UserError(f"resume={path}: no iteration is left; resnet-eval checkpoint={path} measures it")
     check_same_run(state["config"], config.plain(), str(path))
-    if state["digest"] != run.sets.digest:
-        raise UserError(f"data: {run.sets.label} does not hold the images that the run in {path} was trained on")
+    check_same_data(state["config"]["data"], state["digest"], config.plain()["data"], run.sets.digest, str(path))
     return state
 
 
@@ -250,48 +267,86 @@ def _open_directory(run: Run, state: dict[str, Any] | None) -> dict[str, Any]:
     A new start removes what a run before left.
     """
     directory, config = run.directory, run.config
-    environment = environment_of("resnet-train", run.device)
+    environment = environment_of("resnet-train", run.device, run.sets.digest)
     try:
-        if state is None:
-            for folder in ("checkpoints", "tensorboard"):
-                shutil.rmtree(directory / folder, ignore_errors=True)
-            (directory / "metrics.jsonl").unlink(missing_ok=True)
-        write_json(directory / "config.json", config.plain())  # first: with it, the folder is a run's
+        begin_directory(directory, config.plain(), new=state is None)
         if run.sets.sizes["val"]:
             write_json(directory / "split.json", {"val": run.sets.val_indices.tolist()}, indent=None)
         if state is not None and config.resume != "auto":
-            _adopt(expand(config.resume), directory, state["iteration"])
+            _adopt(expand(config.resume), directory, state)
         write_json(directory / "environment.json", environment)  # last: with it, this launch has begun
     except OSError as error:
         raise UserError(f"run_dir={directory}: cannot be written: {error.strerror}") from error
     return environment
 
 
-def _adopt(path: Path, directory: Path, iteration: int) -> None:
-    """Make the checkpoint `path`, of `iteration`, the last of the run in `directory`.
+def begin_directory(directory: Path, config: dict[str, Any], *, new: bool) -> None:
+    """Write config.json; a `new` start removes what a run before left.
 
-    In another run's directory it brings that run's metrics along; in its own, what came after it goes.
+    The checkpoints leave their place all at once: half of them would be taken for a run to go on with. Raises OSError.
+    """
+    folder, old = directory / "checkpoints", directory / "checkpoints.part"
+    if new:
+        _remove_folder(old)
+        if folder.exists():
+            os.replace(folder, old)
+    write_json(directory / "config.json", config)  # with it, the folder is a run's
+    if new:
+        for place in (old, directory / "tensorboard"):
+            _remove_folder(place)
+        for name in ("metrics.jsonl", "split.json", "test.json", "curves.png"):
+            (directory / name).unlink(missing_ok=True)
+
+
+def _remove_folder(folder: Path) -> None:
+    if folder.is_symlink():
+        folder.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _adopt(path: Path, directory: Path, state: dict[str, Any]) -> None:
+    """Make the checkpoint `path`, which holds `state`, the last of the run in `directory`.
+
+    To another run's directory it brings that run's metrics; in its own, what came after it goes. best.pt becomes the
+    best that there was then.
     """
     folder = directory / "checkpoints"
-    source = path.absolute().parent.parent
+    source = path.absolute().parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        best = _best_of(state, path, source)
+        if best is not None:
+            shutil.copy(best, folder / "best.pt.part")
+            os.replace(folder / "best.pt.part", folder / "best.pt")
+        else:
+            (folder / "best.pt").unlink(missing_ok=True)
         shutil.copy(path, folder / "last.pt.part")
         os.replace(folder / "last.pt.part", folder / "last.pt")
         (folder / "previous.pt").unlink(missing_ok=True)
         for kept in folder.glob("iteration-*.pt"):
-            if int(kept.stem.removeprefix("iteration-")) > iteration:
+            if int(kept.stem.removeprefix("iteration-")) > state["iteration"]:
                 kept.unlink()
-        if source != directory.absolute():
-            for name in ("metrics.jsonl", "checkpoints/best.pt"):
-                if (source / name).exists():
-                    shutil.copy(source / name, directory / name)
+        if source.parent != directory.absolute() and (source.parent / "metrics.jsonl").exists():
+            shutil.copy(source.parent / "metrics.jsonl", directory / "metrics.jsonl")
     except OSError as error:
         raise UserError(f"resume={path}: cannot be taken into {directory}: {error.strerror}") from error
 
 
-def environment_of(command: str, device: torch.device) -> dict[str, Any]:
-    """Where and by what `command` a run is made, for environment.json."""
+def _best_of(state: dict[str, Any], path: Path, source: Path) -> Path | None:
+    """The checkpoint in `source` of the best iteration so far when `path`, which holds `state`, was written, if any."""
+    at = state["best"][1]
+    if not at:  # nothing was held out, or not yet tested
+        return None
+    for place in (source / "best.pt", source / f"iteration-{at:07d}.pt", path, source / "previous.pt"):
+        with contextlib.suppress(UserError):
+            if checkpoint.load(place)["iteration"] == at:
+                return place
+    print(f"note: the best checkpoint so far, of iteration {at}, is left in no file; the next better one is kept")
+    return None
+
+
+def environment_of(command: str, device: torch.device, digest: str) -> dict[str, Any]:
+    """Where, by what `command` and on data of which `digest` a run is made, for environment.json."""
     return {
         "command": " ".join([command, *sys.argv[1:]]),
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
@@ -300,6 +355,7 @@ def environment_of(command: str, device: torch.device) -> dict[str, Any]:
         "processes": world(),
         "threads": torch.get_num_threads(),
         "launch": os.environ.get("TORCHELASTIC_RUN_ID"),
+        "digest": digest,
         "versions": versions(device),
     }
 
@@ -410,7 +466,7 @@ def _reference(config: Config, label: str) -> tuple[str, float] | None:
 
 
 def _summarise(run: Run, environment: dict[str, Any], reference: tuple[str, float] | None) -> None:
-    """The picture and, last of all, summary.json, which marks the run as finished; one line to read."""
+    """summary.json, which marks the run as finished, one line to read, and the picture."""
     config, directory = run.config, run.directory
     metrics = curves.read_metrics(directory / "metrics.jsonl")
     points = {(point["split"], point["iteration"]): point for point in metrics}
@@ -420,7 +476,7 @@ def _summarise(run: Run, environment: dict[str, Any], reference: tuple[str, floa
         found = {split: points.get((split, iteration)) for split in ("train", "val", "test")}
         return {s: {k: point[k] for k in wanted if k in point} for s, point in found.items() if point}
 
-    last = errors(config.iterations)
+    last, best = errors(config.iterations), errors(run.best_at)
     summary = {
         "net": config.net,
         "data": run.sets.label,
@@ -431,7 +487,7 @@ def _summarise(run: Run, environment: dict[str, Any], reference: tuple[str, floa
         "init_from": config.init_from,
         "freeze": config.freeze,
         "last": last,
-        "best": {"chosen_by": "lowest validation error", **errors(run.best_at)} if run.sets.sizes["val"] else None,
+        "best": {"chosen_by": "lowest validation error", **best} if run.sets.sizes["val"] and best else None,
         "paper": {"source": reference[0], "test_error": reference[1]} if reference else None,
         "parameters": parameters(run.model),
         "multiply_adds": multiply_adds(network(config, len(run.sets.classes)), config.data.size),
@@ -444,11 +500,12 @@ def _summarise(run: Run, environment: dict[str, Any], reference: tuple[str, floa
     }
     title = f"{config.net} on {run.sets.label}, seed {config.seed}"
     short = paper.shortened(config.data.family, config.iterations)
-    curves.draw({config.net: metrics}, f"{short}\n{title}" if short else title, directory / "curves.png", reference)
     write_json(directory / "summary.json", summary)
-    test = last["test"]
+    test, picture = last["test"], directory / "curves.png"
+    heading = f"{short}\n{title}" if short else title
+    drawn = curves.attempt(lambda: curves.draw({config.net: metrics}, heading, picture, reference), picture)
     print(
         f"{title}: test error {test['error']:.2f} % ({test['wrong']} of {test['seen']} wrong, {test['protocol']}) at"
-        f" iteration {config.iterations}, the last{'; ' if short else ''}{short}\ncurves: {directory}/curves.png;"
-        f" tensorboard --logdir {directory}"
+        f" iteration {config.iterations}, the last{'; ' if short else ''}{short}\n"
+        f"{f'curves: {picture}; ' if drawn else ''}tensorboard --logdir {directory}"
     )

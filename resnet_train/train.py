@@ -25,6 +25,7 @@ from resnet_train.data.sets import MemorySets, StreamedSets
 from resnet_train.distributed import from_main, rank, shared, total, world
 from resnet_train.errors import PARENT, SIGNALS, RunError
 from resnet_train.evaluate import count_errors, wrong_answers
+from resnet_train.exits import leave_terminal
 from resnet_train.models.resnet import ResNet
 from resnet_train.record import Record
 from resnet_train.schedule import Progress, end_warmup, learning_rate, watch_plateau
@@ -140,7 +141,7 @@ class Run:
 
 
 class Stop:
-    """Set by Ctrl-C, SIGTERM, SIGUSR1 or SIGUSR2: the loop ends at an iteration boundary, in all processes the same.
+    """Set by Ctrl-C and the other `SIGNALS`: the loop ends at an iteration boundary, in all processes the same.
 
     The end of the launcher counts as SIGTERM. A second Ctrl-C ends a single process at once.
     """
@@ -154,6 +155,8 @@ class Stop:
 
     def _set(self, number: int, _: Any) -> None:
         self.signal = number
+        if number == signal.SIGHUP:
+            leave_terminal()
         if self.parent is None:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -202,3 +202,16 @@ def test_a_full_disk_leaves_the_one_before(tmp_path):
         checkpoint.save(path, state(2))
     assert checkpoint.load(path)["iteration"] == 1
     assert os.listdir(tmp_path) == ["last.pt"]
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), lambda path: path.mkdir()])
+def test_what_is_no_file_is_never_waited_for(make, tmp_path, capsys):
+    for iteration in (1, 2):
+        checkpoint.save(tmp_path / "last.pt", state(iteration), keep_as=tmp_path / "previous.pt")
+    (tmp_path / "last.pt").unlink()
+    make(tmp_path / "last.pt")
+    path, loaded = checkpoint.load_newest(tmp_path)
+    assert (path.name, loaded["iteration"]) == ("previous.pt", 1)
+    assert "warning" in capsys.readouterr().out
+    checkpoint.save(tmp_path / "last.pt", state(2), keep_as=tmp_path / "previous.pt")
+    assert checkpoint.load_newest(tmp_path)[1]["iteration"] == 2

@@ -42,6 +42,8 @@ WRONG = [
     ("-m depth=20,21", ["depth=21", "nearest: 20"]),
     ("-m depth=20,20", ["share runs/cifar10/resnet-20-A/seed-0"]),
     ("-m seed=0,1 run_dir=x", ["share x"]),
+    ("-m seed=range(3,0)", ["seed=range(3,0)", "without a job"]),
+    ("-m depth=20,32 seed=range(3,0)", ["error: seed=range(3,0)", "without a job"]),
     ("-m data=glob(*)", ["data=glob(*)"]),
     ("-m hydra.sweeper.params.depth=20", []),
     ("hydra.mode=MULTIRUN depth=21", ["depth=21"]),

@@ -39,6 +39,7 @@ def undisturbed_pair(tmp_path_factory):
 def test_two_processes_lose_nothing_whatever_kills_or_stops_them(undisturbed_pair, tmp_path):
     kill_a_worker_that_is_replaced_and_then_another(tmp_path)
     tell_one_worker_to_stop(tmp_path)
+    hang_up_on_all(tmp_path)
     kill_all_while_a_checkpoint_is_written(tmp_path)
     kill_the_launcher(tmp_path)
     done = subprocess.run(start(*PAIR), cwd=tmp_path, capture_output=True, text=True)
@@ -48,6 +49,8 @@ def test_two_processes_lose_nothing_whatever_kills_or_stops_them(undisturbed_pai
 
 def test_one_process_that_is_told_to_stop_and_a_sweep_that_is_cut_lose_nothing(undisturbed, tmp_path):
     a_second_process_is_refused_and_the_first_stops(tmp_path)
+    close_the_terminal(tmp_path)
+    press_ctrl_c_without_end(tmp_path)
     tell_a_sweep_to_stop(tmp_path)
     done = subprocess.run(start("-m", *ONE, "seed=0,1"), cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
@@ -79,6 +82,50 @@ def tell_one_worker_to_stop(folder):
         os.kill(workers(job)[1], signal.SIGUSR1)
         assert job.wait(240) == 128 + signal.SIGUSR1
         stopped_in_good_order(folder, out)
+        assert errors(out) == ""
+
+
+def hang_up_on_all(folder):
+    """What a terminal that is closed sends to launcher, workers and Python's helpers, which leave no semaphore."""
+    with begun(folder, *PAIR) as (job, out):
+        mapped = [Path(f"/proc/{pid}/maps").read_text() for pid in (job.pid, *workers(job))]
+        held = {path for maps in mapped for path in re.findall(r"/dev/shm/sem\S+", maps)}
+        os.killpg(job.pid, signal.SIGHUP)
+        assert job.wait(240) == 128 + signal.SIGHUP
+        stopped_in_good_order(folder, out)
+        assert errors(out) == ""
+    assert not [path for path in held if Path(path).exists()]
+
+
+def close_the_terminal(folder):
+    """The run cannot print any more, and writes its checkpoint."""
+    before, written = newest(folder), stamp(folder / "run-0")
+    ours, theirs = os.openpty()
+    take = "import fcntl, sys, termios; fcntl.ioctl(1, termios.TIOCSCTTY, 0); "
+    words = start(*ONE)
+    words[2] = take + words[2]
+    job = subprocess.Popen(words, cwd=folder, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+    os.close(theirs)
+    os.set_blocking(ours, False)
+
+    def trained():
+        with contextlib.suppress(BlockingIOError):
+            os.read(ours, 1 << 16)
+        return stamp(folder / "run-0") != written
+
+    wait(job, trained)
+    os.close(ours)
+    assert job.wait(240) == 128 + signal.SIGHUP
+    assert newest(folder) > before
+
+
+def press_ctrl_c_without_end(folder):
+    """The first ends the run in good order, or the next at once; none leaves a trace, at whatever moment it comes."""
+    with begun(folder, *ONE) as (job, out):
+        while job.poll() is None:
+            os.killpg(job.pid, signal.SIGINT)
+            time.sleep(0.01)
+        assert job.returncode == 128 + signal.SIGINT
         assert errors(out) == ""
 
 
@@ -197,3 +244,30 @@ def state(pid):
 def alive(pid):
     """Whether a process still runs."""
     return state(pid) not in (None, "Z", "X")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_compiler_as_well_is_no_fault_of_the_compilers(number, tmp_path):
+    """A terminal and Slurm signal all processes of a job, and so the C++ compiler that works for torch's."""
+    words = ["data=digits", "depth=8", "iterations=3", "device=cpu", "compile=true", "run_dir=run"]
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    job = subprocess.Popen(start(*words), cwd=tmp_path, env=environment, **options)
+
+    def compiling():
+        return (tmp_path / "run/environment.json").exists() and any(b"cc1plus" in word for word in running(job.pid))
+
+    wait(job, compiling, every=0)
+    os.killpg(job.pid, number)
+    stdout, stderr = job.communicate(timeout=240)
+    assert (job.returncode, stderr) == (128 + number, "")
+    assert re.search(r"stopped (after iteration 0, while compiling; |at iteration 1)", stdout)
+    assert "cannot" not in stdout
+
+
+def running(session):
+    """The command lines of the processes of a session."""
+    for folder in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            if int(folder.name) and int((folder / "stat").read_text().rpartition(")")[2].split()[3]) == session:
+                yield (folder / "cmdline").read_bytes()

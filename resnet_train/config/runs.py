@@ -13,7 +13,7 @@ from resnet_train.config.keys import flat, shown
 from resnet_train.config.paths import check_file, writable
 from resnet_train.config.training import EARLIER, Config, completed
 from resnet_train.errors import UserError, nearest
-from resnet_train.files import expand, nearest_existing
+from resnet_train.files import expand, nearest_existing, read_object
 
 # These may differ between a run and its continuation: none of them enters the mathematics, but for batch norm's
 # statistics where bn_images=device leaves them to the devices; then a note is printed.
@@ -66,6 +66,23 @@ def check_same_run(old: Mapping[str, Any], new: Mapping[str, Any], where: str) -
             )
 
 
+def check_same_data(old: Mapping[str, Any], was: str, data: Mapping[str, Any], now: str, where: str) -> None:
+    """Refuse other data, by their digest `now`, than those of the run in `where`, by theirs: `was`.
+
+    `old` and `data` are what the two configurations say of the data.
+    """
+    if was != now:
+        raise UserError(
+            f"{data_words(data)}: holds other data (digest {now[:12]}) than the run in {where} was trained on"
+            f" ({data_words(old)}, digest {was[:12]}); take those, or another run_dir="
+        )
+
+
+def data_words(data: Mapping[str, Any]) -> str:
+    """The data that a configuration names, as they are typed."""
+    return f"data.root={data['root']}" if data.get("root") is not None else f"data={data.get('name')}"
+
+
 def run_state(directory: Path) -> Literal["new", "unfinished", "finished"]:
     """What a run directory holds."""
     if (directory / "summary.json").is_file():
@@ -94,14 +111,15 @@ def check_run_dir(directory: Path, config: RunConfig, *, may_be_finished: bool =
     try:
         if state == "finished" and not may_be_finished:
             raise UserError(
-                f"run_dir={directory}: holds a finished run; read its summary.json, or take another seed= or run_dir="
+                f"run_dir={directory}: holds a finished run{_on_other_data(directory, config)}; read its summary.json,"
+                " or take another seed= or run_dir="
             )
         if state == "finished" or (state == "unfinished" and config.resume != "never"):
-            check_same_run(json.loads((directory / "config.json").read_text()), config.plain(), str(directory))
+            check_same_run(read_object(directory / "config.json"), config.plain(), str(directory))
         if state == "new" and directory.exists() and any(path.suffix != ".part" for path in directory.iterdir()):
             raise UserError(f"run_dir={directory}: exists and holds no run; take another run_dir=")
         parent = nearest_existing(directory)
-    except (OSError, ValueError, AttributeError) as error:  # AttributeError: JSON that is no dictionary
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"run_dir={directory}: cannot be used: {error}") from error
     if not writable(directory / "config.json"):
         raise UserError(f"run_dir={directory}: {parent} is not a folder that you may write to; take another run_dir=")
@@ -110,3 +128,12 @@ def check_run_dir(directory: Path, config: RunConfig, *, may_be_finished: bool =
     if config.resume not in ("auto", "never") and not expand(config.resume).is_file():
         hint = nearest(config.resume, ["auto", "never"])
         raise UserError(f"resume={config.resume}: must be auto, never or a checkpoint's file{hint}")
+
+
+def _on_other_data(directory: Path, config: RunConfig) -> str:
+    """Where the data of a finished run lay, if not where `config` has them: they may be others."""
+    try:
+        old, new = read_object(directory / "config.json")["data"], config.plain()["data"]
+        return "" if data_words(old) == data_words(new) else f" on {data_words(old)}, not on {data_words(new)}"
+    except (UserError, LookupError, TypeError, AttributeError):
+        return ""

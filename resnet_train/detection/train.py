@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
-import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -19,7 +17,7 @@ from torch import Tensor, nn
 
 from resnet_train import checkpoint, curves, schedule, state_dicts
 from resnet_train.build import DTYPES, autocast, parallel, pick_device, pick_precision, placed
-from resnet_train.config.runs import check_same_run, run_state
+from resnet_train.config.runs import check_same_data, check_same_run, run_state
 from resnet_train.data.sampler import generator
 from resnet_train.data.transforms import IMAGENET_STD
 from resnet_train.detection.batches import training_batches
@@ -30,11 +28,11 @@ from resnet_train.detection.models import Detector, Frame, resnet_detector, vgg_
 from resnet_train.detection.pictures import drawn
 from resnet_train.distributed import from_main, joined, main, rank, together, total, world
 from resnet_train.errors import UserError, of_a_peer
-from resnet_train.files import claimed, write_json
+from resnet_train.files import claimed, read_object, write_json
 from resnet_train.models import imagenet_resnet
 from resnet_train.models.resnet import parameters
 from resnet_train.record import Record
-from resnet_train.run import before_restart, check_space, environment_of, peak_memory
+from resnet_train.run import before_restart, begin_directory, check_space, environment_of, peak_memory
 from resnet_train.train import INDIFFERENT, Clock, Stop, check_finite, take_rows
 from resnet_train.weights import read_source
 
@@ -270,6 +268,8 @@ def detect(config: DetectConfig, directory: Path) -> int:
         try:
             with contextlib.closing(record):
                 loop(run, record, stop)
+                if run.iteration == config.iterations and from_main(lambda: _lacks_test(run, record)):
+                    _log_test(run, record, Clock(run.iteration))  # it was trained and tested, and the record was lost
             if run.iteration == config.iterations:
                 from_main(lambda: _summarise(run, environment))
                 return 0
@@ -463,9 +463,17 @@ def _begin(
         return None
     path, state = found
     check_same_run(state["config"], config.plain(), str(path))
-    if state["digest"] != examples.digest:
-        raise UserError(f"data: {config.data_label} does not hold what the run in {path} was trained on")
+    check_same_data(state["config"]["data"], state["digest"], config.plain()["data"], examples.digest, str(path))
     return state
+
+
+def _lacks_test(run: Run, record: Record) -> bool:
+    """Whether what the last test gave is not all in the run's directory."""
+    try:
+        measured = read_object(run.directory / "test.json")
+    except UserError:
+        return True
+    return measured.get("iteration") != run.iteration or record.lacks(run.iteration, "test")
 
 
 def _open(run: Run, *, new: bool) -> dict[str, Any]:
@@ -475,14 +483,9 @@ def _open(run: Run, *, new: bool) -> dict[str, Any]:
     """
     directory = run.directory
     check_space(directory, run.model)
-    environment = environment_of("resnet-detect", run.device)
+    environment = environment_of("resnet-detect", run.device, run.examples.digest)
     try:
-        if new:
-            for name in ("checkpoints", "tensorboard"):
-                shutil.rmtree(directory / name, ignore_errors=True)
-            for name in ("metrics.jsonl", "test.json"):
-                (directory / name).unlink(missing_ok=True)
-        write_json(directory / "config.json", run.config.plain())
+        begin_directory(directory, run.config.plain(), new=new)
         write_json(directory / "environment.json", environment)
     except OSError as error:
         raise UserError(f"run_dir={directory}: cannot be written: {error.strerror}") from error
@@ -515,11 +518,11 @@ def _announce(run: Run, state: dict[str, Any] | None) -> None:
 
 
 def _summarise(run: Run, environment: dict[str, Any]) -> None:
-    """The picture and, last of all, summary.json, which marks the run as finished; one line to read."""
+    """summary.json, which marks the run as finished, one line to read, and the picture."""
     config, directory, examples = run.config, run.directory, run.examples
-    measured = json.loads((directory / "test.json").read_text())
+    measured = read_object(directory / "test.json")
     title = f"{config.net} on {config.data_label}, seed {config.seed}"
-    curves.draw_detection(curves.read_metrics(directory / "metrics.jsonl"), title, directory / "curves.png")
+    metrics, picture = curves.read_metrics(directory / "metrics.jsonl"), directory / "curves.png"
     summary = {
         "task": "detection",
         "net": config.net,
@@ -544,8 +547,9 @@ def _summarise(run: Run, environment: dict[str, Any]) -> None:
         "finished": time.strftime("%Y-%m-%d %H:%M:%S %z"),
     }
     write_json(directory / "summary.json", summary)
+    drawn = curves.attempt(lambda: curves.draw_detection(metrics, title, picture), picture)
     print(
         f"{title}: {measured['map07']:.2f} % mAP by VOC 2007's rule, {measured['map10']:.2f} by VOC 2010's,"
         f" {measured['map']:.2f} by COCO's @[.5,.95], on {len(examples.test)} images at iteration {config.iterations},"
-        f" the last\ncurves: {directory}/curves.png; tensorboard --logdir {directory}"
+        f" the last\n{f'curves: {picture}; ' if drawn else ''}tensorboard --logdir {directory}"
     )

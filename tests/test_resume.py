@@ -1,0 +1,372 @@
+"""How a run goes on from what it finds: checkpoints, metrics and configurations that are damaged, old or another's.
+
+In this process, on digits of 8 px, where a run takes less than a second.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import metrics
+from PIL import Image
+
+from resnet_train import checkpoint, cli
+from resnet_train.compose import compose
+from resnet_train.config.runs import check_run_dir
+from resnet_train.config.training import check_train
+from resnet_train.data.images import ImageSet
+from resnet_train.errors import SIGNALS, UserError
+from resnet_train.record import Record
+from resnet_train.run import _open, build, train
+from resnet_train.train import Clock, log_test, save
+
+pytest.importorskip("sklearn")
+pytestmark = pytest.mark.usefixtures("one_thread", "signals")
+SMALL = ["data.size=8", "augment.pad=1", "depth=8", "batch_size=32", "warmup.depth=0", "device=cpu", "precision=fp32"]
+SMALL += ["log_every=1", "eval_every=4", "checkpoint_every=4", "keep_every=4", "eval_batch_size=200", "compile=false"]
+DIGITS = ["data=digits", "data.validation=37", "iterations=12"]
+
+
+@pytest.fixture
+def signals():
+    """Put back what a run does about signals: here it is no process of its own."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def config_of(*words):
+    return check_train(compose("train", [*SMALL, *(words if "data=imagefolder" in words else (*DIGITS, *words))]))
+
+
+def run(folder, *words):
+    """A whole run in this process; its exit code."""
+    return train(config_of(*words), folder)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, one_thread):
+    """A finished run, not to be changed."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    assert run(folder) == 0
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    return folder
+
+
+def cut(whole, folder, iteration):
+    """A copy of a run as it was when it was killed after the checkpoint of `iteration` and before the next."""
+    shutil.copytree(whole, folder)
+    for name in ("summary.json", "curves.png", "checkpoints/previous.pt"):
+        (folder / name).unlink()
+    shutil.copy(folder / f"checkpoints/iteration-{iteration:07d}.pt", folder / "checkpoints/last.pt")
+    for later in range(iteration + 4, 13, 4):
+        (folder / f"checkpoints/iteration-{later:07d}.pt").unlink()
+    return folder
+
+
+def weights(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("checkpoints/*.pt"))}
+
+
+def alike(folder, whole):
+    """That a run has the checkpoints, byte for byte, the metrics and the results of another."""
+    assert {**weights(folder), "previous.pt": 0} == {**weights(whole), "previous.pt": 0}
+    assert metrics(folder) == metrics(whole)
+    one, other = (json.loads((place / "summary.json").read_text()) for place in (folder, whole))
+    assert {key: one[key] for key in ("last", "best")} == {key: other[key] for key in ("last", "best")}
+
+
+# --- metrics.jsonl and config.json -----------------------------------------------------------------------------------
+
+BAD = {
+    "half a line": b'{"iteration": 3, "split": "tra\n',
+    "NULs": bytes(64) + b"\n",
+    "null": b"null\n",
+    "a number": b"7\n",
+    "deep nesting": b"[" * 100_000 + b"\n",
+    "no text": b'{"iteration": 3, "split": "\xff"}\n',
+    "no iteration": b'{"split": "train", "error": 1.0}\n',
+    "a true iteration": b'{"iteration": true, "split": "train", "error": 1.0}\n',
+    "another split": b'{"iteration": 3, "split": "trial", "error": 1.0}\n',
+    "an error in words": b'{"iteration": 3, "split": "train", "error": "low"}\n',
+    "seconds in words": b'{"iteration": 3, "split": "train", "error": 1.0, "seconds": "many"}\n',
+    "empty": b"\n",
+}
+
+
+@pytest.mark.parametrize("line", BAD.values(), ids=BAD)
+def test_a_bad_line_of_the_metrics_is_left_out_and_the_run_goes_on(line, whole, tmp_path, capsys):
+    folder = cut(whole, tmp_path / "run", 8)
+    lines = (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_bytes(b"".join([*lines[:4], line, *lines[4:], line]))
+    assert run(folder) == 0
+    assert f"warning: {folder}/metrics.jsonl: 2 damaged lines are left out\n" in capsys.readouterr().out
+    alike(folder, whole)
+
+
+@pytest.mark.parametrize("iteration", [8, 12])
+def test_a_run_whose_metrics_are_gone_ends_with_results(iteration, whole, tmp_path, capsys):
+    folder = cut(whole, tmp_path / "run", iteration)
+    (folder / "metrics.jsonl").unlink()
+    assert run(folder) == 0
+    assert "metrics.jsonl: is not there; the curves begin after iteration" in capsys.readouterr().out
+    one, other = (json.loads((place / "summary.json").read_text())["last"] for place in (folder, whole))
+    assert [one[split] for split in ("val", "test")] == [other[split] for split in ("val", "test")]
+    assert weights(folder)["last.pt"] == weights(whole)["last.pt"]
+
+
+def test_metrics_that_are_a_pipe_are_none(whole, tmp_path):
+    folder = cut(whole, tmp_path / "run", 8)
+    (folder / "metrics.jsonl").unlink()
+    os.mkfifo(folder / "metrics.jsonl")
+    assert run(folder) == 0
+    assert metrics(folder) == [line for line in metrics(whole) if line["iteration"] > 8]
+
+
+def test_no_metrics_line_too_many_after_a_resume(whole, tmp_path):
+    for iteration in (4, 8):
+        folder = cut(whole, tmp_path / f"run-{iteration}", iteration)
+        run_, kept = build(config_of(), folder), [m for m in metrics(whole) if m["iteration"] <= iteration]
+        with contextlib.ExitStack() as held, contextlib.closing(Record(folder, {}, iteration, 12)) as record:
+            _open(run_, held)
+            assert metrics(folder) == kept
+            record.point("train", iteration + 1, error=1.0)
+        assert len(metrics(folder)) == len(kept) + 1
+
+
+CONFIGS = [b"", b"[]", b"null", b'{"a":' * 100_000, b"\xff", b'{"data": []}', b'{"depth": {"a": {}}}', bytes(9)]
+
+
+@pytest.mark.parametrize("content", CONFIGS, ids=range(len(CONFIGS)))
+def test_a_configuration_that_is_none_is_refused_in_one_line(content, tmp_path):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(UserError) as error:
+        check_run_dir(tmp_path, config_of())
+    assert str(error.value).count("\n") == 0
+    assert str(tmp_path) in str(error.value)
+    assert os.listdir(tmp_path) == ["config.json"]
+
+
+# --- Checkpoints -----------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """The end of a process, where nothing is caught."""
+
+
+@pytest.mark.parametrize("after", [0, 1, 3, 7])
+def test_a_new_start_that_is_killed_while_it_clears_the_folder_loses_nothing(after, whole, tmp_path, monkeypatch):
+    """The same command without resume=never then does all again, and no old checkpoint is gone on from."""
+    folder, count, unlink = cut(whole, tmp_path / "run", 8), 0, os.unlink
+
+    def killed_at_last(*arguments, **options):
+        nonlocal count
+        count += 1
+        if count > after:
+            raise Killed
+        unlink(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", killed_at_last)
+        with pytest.raises(Killed):
+            run(folder, "resume=never")
+    assert run(folder) == 0
+    alike(folder, whole)
+    assert not [path.name for path in folder.iterdir() if path.suffix == ".part"]
+
+
+def test_a_new_start_leaves_no_file_of_the_run_before(whole, tmp_path):
+    folder = cut(whole, tmp_path / "run", 8)
+    (folder / "curves.png").touch()
+    run_ = build(config_of("resume=never", "data.validation=0"), folder)
+    with contextlib.ExitStack() as held:
+        _open(run_, held)
+    assert sorted(os.listdir(folder)) == ["config.json", "environment.json"]
+
+
+@pytest.mark.parametrize("at_best", [4, 12])
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_an_older_checkpoint_has_its_own_best_and_nothing_of_what_came_after_it(at_best, elsewhere, whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    (folder / "summary.json").unlink()
+    checkpoints = folder / "checkpoints"
+    for name in ("last.pt", "iteration-0000008.pt", "best.pt"):  # the best of the whole run is at its end or its begin
+        path = checkpoints / name
+        checkpoint.save(path, checkpoint.load(path) | {"best": [50.0, 4 if "8" in name else at_best]})
+    shutil.copy(checkpoints / f"iteration-{at_best:07d}.pt", checkpoints / "best.pt")
+    place = tmp_path / "new" if elsewhere else folder
+    run_ = build(config_of(f"resume={checkpoints}/iteration-0000008.pt"), place)
+    with contextlib.ExitStack() as held:
+        _open(run_, held)
+    found = {path.name: checkpoint.load(path)["iteration"] for path in (place / "checkpoints").glob("*.pt")}
+    kept = {} if elsewhere else {"iteration-0000004.pt": 4, "iteration-0000008.pt": 8}
+    assert found == {"last.pt": 8, "best.pt": 4, **kept}
+    assert (run_.best, run_.best_at) == (50.0, 4)
+
+
+def test_where_the_best_of_then_is_left_in_no_file_there_is_none(whole, tmp_path, capsys):
+    source = tmp_path / "source"
+    shutil.copytree(whole, source)
+    path = source / "checkpoints/iteration-0000008.pt"
+    checkpoint.save(path, checkpoint.load(path) | {"best": [50.0, 4]})
+    (source / "checkpoints/iteration-0000004.pt").unlink()
+    with contextlib.ExitStack() as held:
+        _open(build(config_of(f"resume={path}"), tmp_path / "new"), held)
+    assert [path.name for path in (tmp_path / "new/checkpoints").glob("*.pt")] == ["last.pt"]
+    assert "note: the best checkpoint so far, of iteration 4, is left in no file" in capsys.readouterr().out
+
+
+def test_the_best_is_not_forgotten_at_a_resume(whole, tmp_path):
+    """A worse validation after it leaves best.pt as it is."""
+    folder = cut(whole, tmp_path / "run", 8)
+    last = folder / "checkpoints/last.pt"
+    checkpoint.save(last, checkpoint.load(last) | {"best": [0.0, 4]})
+    shutil.copy(folder / "checkpoints/iteration-0000004.pt", folder / "checkpoints/best.pt")
+    assert run(folder) == 0
+    assert checkpoint.load(folder / "checkpoints/best.pt")["iteration"] == 4
+    assert checkpoint.load(last)["best"] == [0.0, 4]
+    assert json.loads((folder / "summary.json").read_text())["best"]["test"]["iteration"] == 4
+
+
+# --- What is chosen and logged ---------------------------------------------------------------------------------------
+
+
+def test_the_best_is_chosen_by_the_validation_error_and_of_equal_ones_it_is_the_first(tmp_path):
+    """Labels are made up so that validation and test errors are known and do not fall together."""
+    run_ = build(config_of(), tmp_path)
+    run_.model.eval()
+    parts, truth = run_.sets.parts, {}
+    for split in ("val", "test"):
+        images, _ = next(run_.sets.eval_batches(split, run_.mean, run_.device, len(parts[split])))
+        truth[split] = run_.model(images).argmax(1)
+    run_.model.train()
+    with contextlib.closing(Record(tmp_path, {}, 0, 12)) as record:
+        wrong = {"val": [30, 20, 20, 25, 19, 19], "test": [9, 8, 7, 1, 200, 3]}
+        for number in range(6):
+            for split, labels in truth.items():
+                changed = torch.arange(len(labels)) < wrong[split][number]
+                parts[split] = ImageSet(parts[split].images, torch.where(changed, (labels + 1) % 10, labels))
+            run_.iteration = number + 1
+            log_test(run_, record, Clock(0))
+            kept = checkpoint.load(tmp_path / "checkpoints/best.pt")["iteration"]
+            assert (kept, run_.best_at) == ([1, 2, 2, 2, 5, 5][number],) * 2
+            assert run_.best == pytest.approx(100 * wrong["val"][kept - 1] / 37)
+
+
+def test_the_logged_rate_is_that_of_the_step_before_and_not_of_the_next(whole):
+    """Drops are at half and three quarters of 12: the first step at a tenth is the seventh."""
+    rates = [line["lr"] for line in metrics(whole) if line["split"] == "train"]
+    assert rates == pytest.approx([0.1] * 6 + [0.01] * 3 + [0.001] * 3)
+
+
+def test_what_is_written_is_on_disk_before_it_is_given_its_name(whole, tmp_path, monkeypatch):
+    """Metrics first, then the checkpoint's content, then its name, then the folder that has the name."""
+    folder = cut(whole, tmp_path / "run", 8)
+    run_ = build(config_of(), folder)
+    done = []
+
+    def noted(name, of):
+        def call(*arguments):
+            inode = (os.fstat(arguments[0]) if name == "fsync" else os.stat(arguments[0])).st_ino
+            done.append((name, inode, *(Path(path).name for path in arguments[1:])))
+            return of(*arguments)
+
+        return call
+
+    with contextlib.ExitStack() as held:
+        _open(run_, held)
+        record = held.enter_context(contextlib.closing(Record(folder, {}, 8, 12)))
+        before = (folder / "checkpoints/last.pt").stat().st_ino
+        monkeypatch.setattr(os, "fsync", noted("fsync", os.fsync))
+        monkeypatch.setattr(os, "replace", noted("replace", os.replace))
+        save(run_, record, Clock(8))
+    of = {name: (folder / name).stat().st_ino for name in ("metrics.jsonl", "checkpoints")}
+    new, kept = ((folder / f"checkpoints/{name}.pt").stat().st_ino for name in ("last", "iteration-0000008"))
+    assert done == [
+        ("fsync", of["metrics.jsonl"]),
+        ("fsync", kept),
+        ("replace", kept, "iteration-0000008.pt"),
+        ("fsync", of["checkpoints"]),
+        ("fsync", new),
+        ("replace", before, "previous.pt"),
+        ("replace", new, "last.pt"),
+        ("fsync", of["checkpoints"]),
+    ]
+
+
+# --- Pictures --------------------------------------------------------------------------------------------------------
+
+
+def test_a_picture_that_cannot_be_drawn_costs_a_warning_and_no_result(whole, tmp_path, capsys):
+    folder = cut(whole, tmp_path / "run", 12)
+    (folder / "curves.png").mkdir()
+    assert run(folder) == 0
+    alike(folder, whole)
+    told = capsys.readouterr().out
+    assert f"warning: {folder}/curves.png: cannot be drawn (" in told
+    assert "curves: " not in told
+
+
+# --- The same images? ------------------------------------------------------------------------------------------------
+
+
+def photos(folder, shift=0):
+    """A tree of images of two classes; another `shift` gives other ones by the same names."""
+    for part, count in (("train", 20), ("test", 6)):
+        for number in range(2 * count):
+            path = folder / part / ("ab"[number % 2]) / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (number * 5, number % 2 * 99 + shift, 0)).save(path)
+    return folder
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("RESNET_TRAIN_DATA", str(tmp_path / "cache"))
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_run_goes_on_with_its_own_images_only(tmp_path):
+    first, other = photos(tmp_path / "photos"), photos(tmp_path / "other/photos", shift=50)
+    words = ["data=imagefolder", "iterations=4", f"data.root={first}"]
+    assert run(tmp_path / "run", *words) == 0
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    state = checkpoint.load(tmp_path / "run/checkpoints/last.pt")
+    told = json.loads((tmp_path / "run/environment.json").read_text())
+    assert summary["digest"] == state["digest"] == told["digest"]
+    (tmp_path / "run/summary.json").unlink()
+    with pytest.raises(UserError) as error:
+        run(tmp_path / "run", *words[:2], f"data.root={other}")
+    for part in (f"data.root={other}: ", f"data.root={first}, digest {state['digest'][:12]})"):
+        assert part in str(error.value)
+    moved = (tmp_path / "photos").rename(tmp_path / "moved")  # the same images at another place
+    assert run(tmp_path / "run", *words[:2], f"data.root={moved}") == 0
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cache")
+def test_a_sweep_does_not_take_a_run_on_other_images_for_its_own(tmp_path, command_here, monkeypatch, capsys):
+    first, other = photos(tmp_path / "photos"), photos(tmp_path / "other/photos", shift=50)
+    words, place = [*SMALL, "data=imagefolder", "iterations=4"], tmp_path / "runs/photos/one"
+    assert run(place, *words, f"data.root={first}") == 0
+    before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+    sweep = ["-m", *words, f"run_dir={place}"]
+    monkeypatch.setattr(sys, "argv", ["resnet-train", *sweep, f"data.root={first}"])
+    cli.train()
+    assert f"{place}: finished, skipped\n" in capsys.readouterr().out
+    message = command_here("train", *sweep, f"data.root={other}", code=2)
+    assert f"error: data.root={other}: " in message
+    assert f"data.root={first}" in message
+    refused = command_here("train", *sweep[1:], f"data.root={other}", code=2)
+    assert f"holds a finished run on data.root={first}, not on data.root={other}; " in refused
+    assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == before
