@@ -144,9 +144,10 @@ def read_voc(root: Path, *, train: list[str], test: str, classes: list[str] | No
     found: dict[str, Found] = {}
     for name, paths in lists.items():
         files, found[name] = _files(paths[0].parents[1] / "JPEGImages"), []
+        images = _by_stem(files)
         for path in tqdm(paths, desc=f"reading {name}", leave=False, disable=None):
             with faults:
-                example = _voc_example(root, path, files, classes, faults)
+                example = _voc_example(root, path, files, images, classes, faults)
                 found[name].append((files[example.path.name], example))
     examples = _examples(dict(enumerate(classes, 1)), found, train, test, faults)
     numbers = iter(range(1, 1 + len(examples.train) + len(examples.test)))
@@ -177,10 +178,25 @@ def _kinds(path: Path) -> set[str]:
         return set()
 
 
-def _voc_example(root: Path, path: Path, files: dict[str, str], classes: list[str], faults: _Faults) -> Example:
+def _by_stem(files: Iterable[str]) -> dict[str, list[str]]:
+    """The images among `files` by their names without suffix, in order."""
+    found: dict[str, list[str]] = {}
+    for name in sorted(filter(is_image, files)):
+        found.setdefault(os.path.splitext(name)[0], []).append(name)
+    return found
+
+
+def _voc_example(
+    root: Path,
+    path: Path,
+    files: dict[str, str],
+    images: dict[str, list[str]],
+    classes: list[str],
+    faults: _Faults,
+) -> Example:
+    """`files`: where each in the images' folder really lies; `images`: the images of them, `_by_stem`."""
     node, tree, stem = _xml(path), path.parents[1], path.name.removesuffix(".xml")
-    named = _text(node, "filename")
-    names = (f"{stem}.jpg", *([named] if named in files else files.of_stem.get(stem, ())))
+    names = (f"{stem}.jpg", _text(node, "filename"), *images.get(stem, ()))
     image = tree / "JPEGImages" / next((name for name in names if name in files), names[0])
     if image.name not in files:
         raise _Fault(NO_IMAGE, f"{path}: there is no image {image}")
@@ -298,25 +314,31 @@ def _categories(rows: list[Any], file: Path) -> dict[int, str]:
 
 
 def _coco_list(file: Path, content: dict[str, Any], folder: Path, faults: _Faults, labels: dict[int, int]) -> Found:
-    files = _files(folder)  # once: no question to the file system for each of 118,000
+    files = {"": _files(folder)}  # of each inner folder; once: no question to the file system for each of 118,000
     known: set[int] = set()
-    images: dict[int, tuple[str, tuple[int, int], list[Object]]] = {}
+    images: dict[int, tuple[str, str, tuple[int, int], list[Object]]] = {}
     for place, row in enumerate(content["images"]):
         with faults:
             where = f"{file}: images[{place}]"
-            name = _field(row, "file_name", str, where, BAD_ANNOTATION)
-            _check_plain(name, file)
+            given = _field(row, "file_name", str, where, BAD_ANNOTATION)
+            name = os.path.normpath(given)
             identity, width, height = (
                 _field(row, key, int, where, BAD_ANNOTATION) for key in ("id", "width", "height")
             )
             if identity in known:
                 raise _Fault(IMAGE_TWICE, f"{where}: {name!r:.80}: has the id {identity} of another")
             known.add(identity)
-            if name not in files:
+            if os.path.isabs(name) or name.split(os.sep)[0] == os.pardir:
+                raise _Fault(NO_IMAGE, f"{where}: {given!r:.80}: lies outside of {folder}")
+            inner, base = os.path.split(name)
+            if inner not in files:
+                files[inner] = _files(folder / inner) if os.path.isdir(folder / inner) else {}
+            if base not in files[inner]:
                 raise _Fault(NO_IMAGE, f"{where}: there is no image {name!r:.80} in {folder}")
-            if not (0 < width <= LARGEST_SIDE and 0 < height <= LARGEST_SIDE):
+            sides = 0 < width <= LARGEST_SIDE and 0 < height <= LARGEST_SIDE
+            if not sides or width * height > LARGEST_IMAGE:
                 raise _Fault(OTHER_SIZE, f"{where}: {name!r:.80}: cannot be {width}x{height}")
-            images[identity] = name, (width, height), []
+            images[identity] = name, files[inner][base], (width, height), []
     seen: set[int] = set()
     for place, row in enumerate(tqdm(content["annotations"], desc=f"reading {file.name}", leave=False, disable=None)):
         with faults:
@@ -331,11 +353,11 @@ def _coco_list(file: Path, content: dict[str, Any], folder: Path, faults: _Fault
             if category not in labels:
                 raise _Fault(UNKNOWN, f"{where}: its category_id {category} does not exist")
             if image in images:  # else it is left out, and with it this
-                _, size, objects = images[image]
+                *_, size, objects = images[image]
                 objects.append((labels[category], *_coco_object(row, where, size, faults)))
     return [
-        (files[name], _example(folder / name, name, identity, size, objects))
-        for identity, (name, size, objects) in images.items()
+        (real, _example(folder / name, name, identity, size, objects))
+        for identity, (name, real, size, objects) in images.items()
     ]
 
 
