@@ -108,13 +108,12 @@ def _responses_section(measured: list[figures.Responses], number: int, out: Path
         nets.setdefault(one.net, []).append(sum(one.stds) / len(one.stds))
     means = {net: sum(values) / len(values) for net, values in nets.items()}
     words = ["Mean over the layers: " + ", ".join(f"{mean:.3f} in {net}" for net, mean in means.items()) + "."]
-    for net, mean in means.items():
-        plain = means.get(f"plain-{net.split('-')[1]}")
-        if plain and not net.startswith("plain"):
-            words.append(f"{net} responds {'less' if mean < plain else 'no less'} than the plain net of its depth.")
     published = first.data in paper.DATA
-    if published:
-        words[1:] = [f"{said[:-1]}; in the paper, less." for said in words[1:]]
+    plain = {net: means.get(f"plain-{net.split('-')[1]}") for net in means if not net.startswith("plain")}
+    for how, less in (("less", True), ("no less", False)):
+        if who := [net for net, other in plain.items() if other is not None and (means[net] < other) == less]:
+            words.append(f"The response is {how} than in the plain net of the same depth in {', '.join(who)}.")
+            words[-1] += " In the paper it is less." if published else ""
     caption = f"{'Figure 7' if published else 'Layer responses'}: standard deviation of the responses of the 3x3 layers"
     caption += f" after batch norm, by layer (above) and by magnitude (below), on {first.data}; dashed: plain nets."
     warnings = list(dict.fromkeys(one.note for one in measured if one.note and published))

@@ -12,7 +12,7 @@ from resnet_train.curves import Point, colour, edges, interval_means, plain_matp
 from resnet_train.report.runs import Run, by_net, mean_and_std
 
 AXES = {"cifar": (0.0, 20.0), "imagenet": (20.0, 60.0)}  # the paper's, in %
-LINES: dict[str, dict[str, Any]] = {"train": {"linewidth": 1.1, "linestyle": (0, (4, 1.5))}, "test": {"linewidth": 2.4}}
+LINES: dict[str, dict[str, Any]] = {"train": {"linewidth": 1.1, "linestyle": (0, (4, 1.5))}, "test": {"linewidth": 2.0}}
 Panel = tuple[str, dict[str, list[Run]], tuple[str, ...]]  # its title, the runs of each net, which errors
 
 
@@ -63,7 +63,7 @@ def _draw(words: str, panels: list[Panel], first: Run) -> tuple[str, Any]:
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(5.2 * len(panels), 4.4))
-        low, high, note = _axis([run for _, nets, _ in panels for runs in nets.values() for run in runs])
+        low, high, note = axis_limits([run for _, nets, _ in panels for runs in nets.values() for run in runs])
         unit, xlabel = (1e4, "iterations (10⁴)") if first.iterations >= 20_000 else (1, "iterations")
         several = False
         for number, axes in enumerate(figure.subplots(1, len(panels), squeeze=False)[0]):
@@ -79,6 +79,7 @@ def _draw(words: str, panels: list[Panel], first: Run) -> tuple[str, Any]:
                     _line(axes, xs, curves, **style, label=None if split == "train" and len(splits) > 1 else label)
             axes.set(title=title, xlabel=xlabel, ylim=(low, high), xlim=(0, None))
             axes.xaxis.set_major_locator(_ticks())
+            axes.yaxis.set_major_locator(_ticks())
             if unit == 1:
                 axes.xaxis.set_major_formatter("{x:,.0f}")
             axes.legend(loc="upper right")
@@ -160,7 +161,7 @@ def thinned(points: Sequence[Point], most: int = 250) -> list[Point]:
     return [*points[:-1:step], *points[-1:]]
 
 
-def _axis(runs: list[Run]) -> tuple[float, float, str]:
+def axis_limits(runs: list[Run]) -> tuple[float, float, str]:
     """The paper's limits of the error axis where the curves end within them; else wider ones, and a word on it."""
     low, high = AXES[runs[0].family] if runs[0].published else (0.0, 10.0)
     ends = [points[-1][1] for run in runs for points in run.curves.values() if points]

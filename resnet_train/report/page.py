@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from resnet_train.curves import colour, edges, interval_means
-from resnet_train.report.figures import thinned
+from resnet_train.report.figures import axis_limits, thinned
 from resnet_train.report.runs import Run
 from resnet_train.report.tables import NOTHING, Table
 
@@ -52,10 +52,11 @@ h1 { font-size: 1.6rem; line-height: 1.2; } h2 { margin-top: 2.5rem; border-bott
 table { border-collapse: collapse; font-size: .88rem; }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 th { vertical-align: bottom; } th button { font: inherit; color: inherit; background: none; border: 0; padding: 0;
-  text-align: inherit; cursor: pointer; } th button::after { content: " ↕"; color: var(--soft); }
-th[aria-sort=ascending] button::after { content: " ↑"; } th[aria-sort=descending] button::after { content: " ↓"; }
+  text-align: inherit; cursor: pointer; } th button::after { content: "\\a0↕"; color: var(--soft); }
+th[aria-sort=ascending] button::after { content: "\\a0↑"; }
+th[aria-sort=descending] button::after { content: "\\a0↓"; }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
-td.number, td:first-child { white-space: nowrap; } details li { margin-bottom: .5rem; font-size: .9rem; }
+td.number, td.short, td:first-child { white-space: nowrap; } details li { margin-bottom: .5rem; font-size: .9rem; }
 ul { padding-left: 1.2rem; } .notes { font-size: .85rem; color: var(--soft); margin-top: .4rem; }
 figure { margin: 1.5rem 0; } figure img { display: block; max-width: 100%; height: auto; }
 figcaption { font-size: .9rem; color: var(--soft); }
@@ -133,7 +134,6 @@ def plot(runs: list[Run]) -> Any:
     from bokeh.plotting import figure
 
     nets = list(dict.fromkeys(run.net for run in runs))
-    highest = max(point[1] for run in runs for curve in run.curves.values() for point in curve)
     # Nothing is dragged unless a tool is chosen, so that a finger on the plot still scrolls the page.
     canvas = figure(
         height=420 + 24 * math.ceil(len(nets) / 2),  # the legend is a part of it
@@ -143,7 +143,7 @@ def plot(runs: list[Run]) -> Any:
         toolbar_location="above",
         x_axis_label="iterations",
         y_axis_label="error (%)",
-        y_range=Range1d(start=0, end=min(100, 1.05 * highest) or 1),
+        y_range=Range1d(start=0, end=axis_limits(runs)[1]),
     )
     canvas.toolbar.logo = None
     canvas.min_border_right = 24  # for half of the last tick's label
@@ -226,12 +226,14 @@ def _figure(out: Path, name: str, caption: str) -> str:
 
 def _table(table: Table) -> str:
     rows = table.shown()
-    number = re.compile(rf"{NOTHING}|[-+]?[\d,.]+( ±.*| \(n=\d+\).*)?")
-    columns = zip(*rows, strict=True)
-    kinds = ['class="number"' if all(map(number.fullmatch, column)) else "" for column in columns]
+    number = re.compile(rf"{NOTHING}|[-+]?[\d,.]+( [±(].*)?")
+    kinds = []
+    for column in zip(*rows, strict=True):
+        short = ' class="short"' if max(map(len, column)) < 16 else ""
+        kinds.append(' class="number"' if all(map(number.fullmatch, column)) else short)
 
     def line(cells: list[str], tag: str) -> str:
-        return f"<tr>{''.join(f'<{tag} {kind}>{cell}</{tag}>' for kind, cell in zip(kinds, cells, strict=True))}</tr>"
+        return f"<tr>{''.join(f'<{tag}{kind}>{cell}</{tag}>' for kind, cell in zip(kinds, cells, strict=True))}</tr>"
 
     head = line([f"<button>{html.escape(name)}</button>" for name in table.header], "th")
     body = "".join(line([html.escape(cell) for cell in row], "td") for row in rows)

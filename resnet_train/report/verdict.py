@@ -16,16 +16,11 @@ WIDE = 2  # so many times its spread over seeds
 
 @dataclass(frozen=True)
 class Difference:
-    """By how much a deep net's error is above a shallow one's, with the standard deviation of that, and the doubt."""
+    """By how much a deep net's error is above a shallow one's, and the standard deviation of that."""
 
     points: float
     spread: float | None  # None without two seeds of each net
-    doubt: str  # why it is not shown; empty where it is
-
-    @property
-    def word(self) -> str:
-        """Worse or better, where that is shown."""
-        return "" if self.doubt else "worse" if self.points > 0 else "better"
+    word: str  # worse or better where that is shown, else empty
 
 
 @dataclass(frozen=True)
@@ -36,29 +31,27 @@ class Comparison:
     deep: Run
     train: Difference
     test: Difference
+    falling: str  # why the training errors say nothing, where they do not
 
 
 def compare(shallow: list[Run], deep: list[Run]) -> Comparison:
     """Finished runs of one shallow and of one deep net, seeds of the same setting."""
     train = _difference([run.train_error for run in shallow], [run.train_error for run in deep])
-    gain = max(run.late_gain for run in (*shallow, *deep))
-    if not train.doubt and gain >= abs(train.points):
-        falling = f"it still fell by {gain:.2f} points in the last {100 // END} % of the iterations"
-        train = Difference(train.points, train.spread, falling)
     test = _difference([run.test_error for run in shallow], [run.test_error for run in deep])
-    return Comparison(shallow[0], deep[0], train, test)
+    gain, falling = max(run.late_gain for run in (*shallow, *deep)), ""
+    if train.word and gain >= abs(train.points):
+        train = Difference(train.points, train.spread, "")
+        falling = f"it still fell by {gain:.2f} points in the last {100 // END} % of the iterations"
+    return Comparison(shallow[0], deep[0], train, test, falling)
 
 
 def _difference(shallow: list[float], deep: list[float]) -> Difference:
     (low, low_std), (high, high_std) = mean_and_std(shallow), mean_and_std(deep)
-    points, seeds = high - low, min(len(shallow), len(deep))
+    points = high - low
     std = None if low_std is None or high_std is None else math.hypot(low_std, high_std)
-    doubt = ""
-    if std is not None and abs(points) <= WIDE * std:
-        doubt = f"not above {WIDE} times its spread"
-    elif seeds < SEEDS and abs(points) <= POINTS:
-        doubt = f"at most {POINTS} points, and {'one seed' if seeds == 1 else f'{seeds} seeds'} of a net"
-    return Difference(points, std, doubt)
+    shown = abs(points) > POINTS or min(len(shallow), len(deep)) >= SEEDS
+    shown = shown and (std is None or abs(points) > WIDE * std)
+    return Difference(points, std, ("worse" if points > 0 else "better") if shown else "")
 
 
 def comparisons(group: list[Run]) -> list[Comparison]:
@@ -87,15 +80,16 @@ def table(group: list[Run], where: str = "") -> Table | None:
         f"Shown: with {SEEDS} seeds of each net or above {POINTS} points, and above {WIDE} times the spread, which is"
         " the standard deviation of the difference of two runs.",
         f"A training error is that of the last {100 // END} % of the iterations, of augmented images.",
+        *(f"{one.deep.net}: training is not shown, {one.falling}." for one in found if one.falling),
     ]
     return made if found else None
 
 
 def _shown(one: Comparison) -> str:
-    parts = {"training": one.train, "test": one.test}
-    if one.train.word and one.train.word == one.test.word:
-        return f"yes, {one.train.word} in both"
-    return "; ".join(f"{name}: {part.word or f'no, {part.doubt}'}" for name, part in parts.items())
+    train, test = one.train.word, one.test.word
+    if train == test:
+        return f"yes, {train} in both" if train else "no"
+    return ", ".join(f"{word} in {name}" for name, word in (("training", train), ("the test", test)) if word)
 
 
 def sentence(group: list[Run]) -> str:
