@@ -15,7 +15,7 @@ Point = tuple[int, float, float | None]  # iteration, top-1 and top-5 error in %
 PLAIN = {18: "#e8890c", 20: "#e8890c", 32: "#ec6b2d", 34: "#b3202c", 44: "#c92f2f", 56: "#7d1128"}
 RESIDUAL = {18: "#35a853", 20: "#35a853", 32: "#12a5a5", 34: "#2b7bd0", 44: "#2b7bd0", 50: "#5b3fc4", 56: "#2f3fa8"}
 RESIDUAL |= {101: "#a03ccf", 110: "#a03ccf", 152: "#3a3a3a", 1202: "#3a3a3a"}
-OTHERS = ("#8c6d31", "#d6509a", "#5a8a3a", "#6b6ecf", "#b5651d", "#4c8c9b", "#9c5a7c")  # by depth
+OTHERS = ("#8c6d31", "#4c8c9b", "#5a8a3a", "#6b6ecf", "#b5651d", "#d6509a", "#00707a")  # by depth
 # Text is text: `$` in a name begins no formula. The same figure is the same file.
 STYLE: Any = {"text.parse_math": False, "svg.hashsalt": "resnet-train", "font.size": 12}
 STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}

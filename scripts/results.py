@@ -21,7 +21,8 @@ def run(*words: str) -> None:
 def main(runs: Path, results: Path) -> None:
     """Copy, measure, report."""
     checkpoints: dict[str, str] = {}
-    for summary in sorted(runs.rglob("summary.json")):
+    found = sorted(runs.rglob("summary.json"))
+    for summary in sorted(found, key=lambda path: -json.loads(path.read_text())["iterations"]):  # of a net the longest
         folder = summary.parent
         for file in (file for pattern in SMALL for file in folder.glob(pattern)):
             place = results / "runs" / file.relative_to(runs)

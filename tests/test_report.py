@@ -769,7 +769,8 @@ addEventListener('load', async () => {
       look();
     }
   }
-  document.documentElement.dataset.found = JSON.stringify({ ...found, title: document.title });
+  const rows = [...document.querySelectorAll('tbody tr')].map((row) => row.cells[0].textContent);
+  document.documentElement.dataset.found = JSON.stringify({ ...found, rows, title: document.title });
 });
 """
 
@@ -799,12 +800,15 @@ def test_hostile_strings_are_text_in_a_real_browser(evil, tmp_path):
     assert seen["title"] != "evil"
 
 
-def test_so_they_are_in_the_hover_box_even_of_a_net_that_no_reading_let_through(tmp_path):
+def test_the_hover_box_is_text_even_of_a_net_that_no_reading_let_through_and_tables_sort(tmp_path):
     (run,) = found(make(tmp_path / "a"))
-    section = page.Section("one", runs=[dataclasses.replace(run, net=EVIL)])
+    cells = [["a", 9.5], ["b", None], ["c", 10.25], ["d", -3.0]]
+    table = tables.Table("table", "Table", ["name", "error"], cells)
+    section = page.Section("one", runs=[dataclasses.replace(run, net=EVIL)], tables=[table])
     seen = browse(page.html_page("title", [], [section], tmp_path), tmp_path)
     assert (seen["plots"], seen["evil"], seen["title"]) == (1, 0, "title")
     assert seen["tips"] > 0
+    assert seen["rows"] == ["c", "a", "d", "b"]  # by the last column, the greatest first, what is empty last
 
 
 def test_a_page_runs_its_own_scripts_and_asks_no_network(reported):

@@ -126,9 +126,7 @@ def _section(group: list[Detector], where: str, out: Path) -> Section:
     if any(run.test for run in group):
         file = f"detection{where}"
         save(_figure(group), out / file)
-        section.figures = [
-            (file, f"mAP on the test images of {first.data} over iterations, {COLUMNS[first.kind][0][1]}.")
-        ]
+        section.figures = [(file, f"{COLUMNS[first.kind][0][1]}, on the test images of {first.data}, over iterations.")]
     section.commands = [
         (f"{run.name}, seed {run.seed}, on {run.device}; {run.place}", without_places(run.command)) for run in group
     ]

@@ -184,8 +184,8 @@ def _ensembles(group: list[Run], where: str) -> list[Table]:
     members = [run for run in group if run.finished and run.net in paper.TABLES["table 4"] and run.published]
     if not (found or members):
         return []
-    number = "Table 5: ensembles" if first.published else "Ensembles"
-    table = Table(f"table-5{where}", f"{number}, {first.data}", ["nets", "view", "top-1", "top-5"])
+    name, title = ("table-5", "Table 5: ensembles") if first.published else ("ensembles", "Ensembles")
+    table = Table(f"{name}{where}", f"{title}, {first.data}", ["nets", "view", "top-1", "top-5"])
     if first.published:
         table.rows.append(["the paper's six (test server)", "multi-scale", None, 3.57])
         others = "; ".join(f"{who} {top5}" for who, (_, top5) in paper.OTHERS["table 5"].items())
