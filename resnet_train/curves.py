@@ -110,7 +110,7 @@ def draw(
                     highest = max(highest, *ys)
         if reference:
             axes.axhline(reference[1], color="grey", linewidth=1, label=f"{reference[0]} {reference[1]} %")
-        axes.set(xlabel="iteration", ylabel="error (%)", title=title, ylim=(0, min(100, highest * 1.05) or 1))
+        axes.set(xlabel="iteration", ylabel="error (%)", title=_text(title), ylim=(0, min(100, highest * 1.05) or 1))
         axes.legend()
         _save(figure, path)
 
@@ -126,7 +126,7 @@ def draw_detection(metrics: list[dict[str, Any]], title: str, path: Path) -> Non
         for name, label in (("map07", "VOC 2007"), ("map10", "VOC 2010"), ("map", "COCO @[.5,.95]")):
             points = [(line["iteration"], line[name]) for line in test]
             axes.plot(*zip(*points, strict=True), "o-", label=f"{label}, last {points[-1][1]:.2f} %")
-        axes.set(xlabel="iteration", ylabel="mAP (%), test", title=title, ylim=(0, 100))
+        axes.set(xlabel="iteration", ylabel="mAP (%), test", title=_text(title), ylim=(0, 100))
         axes.legend(loc="upper left")
         train = [(line["iteration"], line["loss"]) for line in metrics if line["split"] == "train"]
         losses = axes.twinx()
@@ -135,6 +135,11 @@ def draw_detection(metrics: list[dict[str, Any]], title: str, path: Path) -> Non
             losses.plot(*zip(*train, strict=True), "--", color="grey", linewidth=1)
         losses.set(ylabel="training loss (dashed)", ylim=(0, None))
         _save(figure, path)
+
+
+def _text(words: str) -> str:
+    """`words` with what no font shows escaped, but for the ends of lines."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in words)
 
 
 def _save(figure: Any, path: Path) -> None:
