@@ -22,6 +22,7 @@ from resnet_train.compose import CONFIG_DIR, compose
 from resnet_train.config.keys import flat
 from resnet_train.config.training import check_train
 from resnet_train.errors import UserError
+from resnet_train.report import command as report_command
 from resnet_train.report import detection, figures, page, runs, tables, verdict
 from resnet_train.report.complexity import complexity_table
 
@@ -184,7 +185,17 @@ def test_deviations_are_named_with_the_papers_value(tmp_path):
     assert runs.deviations(run) == []
     (run,) = found(make(tmp_path / "b", data="cifar10_jpeg", iterations=6400, weight_decay=5e-4, until=6400))
     assert runs.deviations(run) == [("weight_decay", "0.0005", "0.0001")]  # other data have no length of the paper's
-    (run,) = found(make(tmp_path / "c", bn_images="device"))
+    for number, (dealt, images) in enumerate(
+        [
+            ({"devices": 1}, 128),
+            ({"devices": 2}, 64),
+            ({"devices": 4}, 32),
+            ({"devices": 2, "device_batch_size": 16}, 16),
+        ]
+    ):
+        (run,) = found(make(tmp_path / f"c{number}", bn_images="device", **dealt))
+        assert runs.deviations(run) == ([] if images == 64 else [("bn_images", str(images), "64")])
+    (run,) = found(make(tmp_path / "d", bn_images="all", devices=2))
     assert runs.deviations(run) == [("bn_images", "128", "64")]
 
 
@@ -431,12 +442,29 @@ def test_ten_crop_errors_come_from_resnet_eval_and_stay_apart_from_the_center_cr
     assert "protocol=multiscale checkpoint=" in ensembles.notes[-1]
 
 
-@pytest.mark.parametrize("change", [{"iteration": 300_000}, {"batch_norm": "true averages"}, {"split": "val"}])
-def test_only_the_test_of_the_last_iteration_with_the_nets_own_averages_counts(tmp_path, change):
-    photos(tmp_path / "a", "resnet-34-A", 28.0, "10-crop")
-    path = tmp_path / "a" / "checkpoints" / "last-tencrop-test.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    assert row(tables.errors_table(found(tmp_path), "table 3", ""), "resnet-34-A")["ours, last (10-crop)"] is None
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"iteration": 300_000},
+        {"batch_norm": "averages over 200 training batches"},
+        {"data": "imagenet-v2"},
+        {"split": "val"},
+        {"protocol": "multi-scale"},
+        {"members": []},
+    ],
+)
+def test_an_evaluation_of_something_else_is_not_the_runs_error(tmp_path, other):
+    photos(tmp_path / "a", "resnet-34-B", 27.0, "10-crop")
+    right = tmp_path / "a/checkpoints/last-tencrop-test.json"
+    told = json.loads(right.read_text())
+    wrong = {"batch_norm": "moving averages"} | told | {"error": 1.0, "error5": 1.0} | other
+    (right.parent / "a-test.json").write_text(json.dumps(wrong))  # which is read first
+    cells = row(tables.errors_table(found(tmp_path), "table 3", ""), "resnet-34-B")
+    assert (cells["ours, last (10-crop)"], cells["ours, top-5 (10-crop)"]) == ((25.0, None, 1), (7.5, None, 1))
+    right.unlink()
+    table = tables.errors_table(found(tmp_path), "table 3", "")
+    assert row(table, "resnet-34-B")["ours, last (10-crop)"] is None
+    assert any("protocol=tencrop checkpoint=" in note for note in table.notes)
 
 
 @pytest.mark.parametrize(
@@ -467,12 +495,18 @@ def test_an_evaluation_of_something_else_is_not_the_runs_error(tmp_path, other):
 # --- The command -----------------------------------------------------------------------------------------------------
 
 
-def csv_of(folder, rows):
-    """A table as resnet-responses leaves it."""
-    lines = [[*row[:3], 1, True, row[3], "bn", row[4], "test", 9, row[5]] for row in rows]
-    header = ["net", "data", "seed", "iteration", "finished", "index", "layer", "std", "split", "images", "note"]
-    with (folder / "responses.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([header, *lines])
+def csv_of(folder, rows, iteration=64_000):
+    """Rows of the tables that resnet-responses leaves, below what is there: net, data, seed, layer, value, note."""
+    header = ["net", "data", "seed", "iteration", "finished", "index", "layer"]
+    for name, columns in (("responses", ["std"]), ("gradients", ["by_response", "by_weights"])):
+        path = folder / f"{name}.csv"
+        first = [] if path.exists() else [[*header, *columns, "split", "images", "note"]]
+        lines = [
+            [*row[:3], iteration, iteration == 64_000, row[3], "bn", *[row[4]] * len(columns), "test", 9, row[5]]
+            for row in rows
+        ]
+        with path.open("a", newline="") as file:
+            csv.writer(file).writerows([*first, *lines])
 
 
 def report_of(folder, monkeypatch):
@@ -518,6 +552,7 @@ def test_what_a_report_is_made_of(reported):
         "depth.csv",
     } <= names
     assert {f"figure-{number}.{kind}" for number in (1, 6, 7) for kind in ("png", "svg")} <= names
+    assert "gradients.png" in names
     assert not [name for name in names if name.startswith(".")]
     text = (reported / "report.md").read_text()
     assert "runs and" not in text
@@ -703,6 +738,20 @@ def test_odd_layer_responses_are_refused_in_one_line(tmp_path, row, count, monke
     assert f"{tmp_path}/responses.csv: is no table of resnet-responses" in told
     assert told.count("\n") == 1
     assert told[:-1].isprintable()
+
+
+def test_layer_responses_are_of_the_last_checkpoint_of_each_net_and_seed(tmp_path):
+    for iteration, value in ((400, 1.0), (64_000, 3.0), (16_000, 2.0)):
+        rows = [(net, "digits", 0, index, value, "") for net in ("resnet-20-A", "plain-20") for index in range(19)]
+        csv_of(tmp_path, rows, iteration)
+    measured = report_command._measured([tmp_path], "gradients.csv", "by_weights")
+    assert [(one.net, one.stds, one.finished) for one in measured] == [
+        ("plain-20", [3.0] * 19, True),
+        ("resnet-20-A", [3.0] * 19, True),
+    ]
+    section = report_command._responses_section(tmp_path, "", measured, measured, measured)
+    assert [name for name, _ in section.figures] == ["figure-7", "gradients"]
+    assert section.words[-1] == "The response is no less than in the plain net of the same depth in resnet-20-A."
 
 
 @pytest.fixture

@@ -91,17 +91,19 @@ def _sections(groups: list[list[Run]], folders: list[Path], out: Path) -> list[S
     """A section for each group of runs that may stand together, and what concerns all; draws the figures into `out`."""
     apart = {key for other in groups[1:] for key, _, _ in runs.differences(groups[0], other)}
     sections = [_section(group, number, apart, out) for number, group in enumerate(groups, 1)]
-    measured = [one for folder in folders for one in _responses(folder)]
+    measured = _measured(folders, "responses.csv", "std")
+    gradients = [_measured(folders, "gradients.csv", f"by_{name}") for name in ("response", "weights")]
     for number, data in enumerate(dict.fromkeys(one.data for one in measured), 1):
-        sections.append(_responses_section([one for one in measured if one.data == data], number, out))
+        of_data = [[one for one in part if one.data == data] for part in (measured, *gradients)]
+        sections.append(_responses_section(out, "" if number == 1 else f"-{number}", *of_data))
     table = tables.deviations_table(groups)
     return [*sections, Section("Recipes", tables=[table])] if table.rows else sections
 
 
-def _responses_section(measured: list[figures.Responses], number: int, out: Path) -> Section:
-    """Figure 7 of the nets of one data set."""
-    measured = sorted(measured, key=lambda one: (not one.net.startswith("plain"), int(one.net.split("-")[1]), one.seed))
-    first, file = measured[0], "figure-7" + ("" if number == 1 else f"-{number}")
+def _responses_section(out: Path, where: str, *columns: list[figures.Responses]) -> Section:
+    """Figure 7 of the nets of one data set and, where they were measured, the norms of the gradients."""
+    measured, by_response, by_weights = columns
+    first, file = measured[0], f"figure-7{where}"
     figures.save(figures.draw_responses(measured), out / file)
     nets: dict[str, list[float]] = {}
     for one in measured:
@@ -117,7 +119,14 @@ def _responses_section(measured: list[figures.Responses], number: int, out: Path
     caption = f"{'Figure 7' if published else 'Layer responses'}: standard deviation of the responses of the 3x3 layers"
     caption += f" after batch norm, by layer (above) and by magnitude (below), on {first.data}; dashed: plain nets."
     warnings = list(dict.fromkeys(one.note for one in measured if one.note and published))
-    return Section(f"Layer responses on {first.data}", warnings, words, figures=[(file, caption)])
+    section = Section(f"Layer responses on {first.data}", warnings, words, figures=[(file, caption)])
+    if by_response:
+        figures.save(figures.draw_gradients(by_response, by_weights), out / f"gradients{where}")
+        caption = (
+            "L2 norms of the loss's gradients by the response of each 3x3 layer (above) and by its weights (below),"
+        )
+        section.figures.append((f"gradients{where}", f"{caption} on {first.data}; dashed: plain nets."))
+    return section
 
 
 def _section(group: list[Run], number: int, apart: set[str], out: Path) -> Section:
@@ -149,22 +158,29 @@ def _told(run: Run) -> str:
     return f"{run.net}, seed {run.seed}: {state}{where}; {run.place}"
 
 
-def _responses(folder: Path) -> list[figures.Responses]:
-    """What resnet-responses has left in a folder. Raises UserError for a file that it has not written."""
-    found = []
-    for path in sorted(folder.rglob("responses.csv")):
-        stds: dict[tuple[str, str, str, str, str], list[float]] = {}
+def _measured(folders: list[Path], name: str, column: str) -> list[figures.Responses]:
+    """A column of the tables that resnet-responses has left in folders, of the last checkpoint of each net and seed.
+
+    Raises UserError for a file that it has not written.
+    """
+    found: dict[tuple[str, str, int], tuple[int, figures.Responses]] = {}
+    for path in (path for folder in folders for path in sorted(folder.rglob(name))):
+        values: dict[tuple[str, ...], list[float]] = {}
         try:
             with path.open(newline="", encoding="utf-8") as file:
                 for row in csv.DictReader(file):
-                    key = (row["net"], row["data"], row["seed"], row["note"], row["finished"])
-                    stds.setdefault(key, []).append(runs.number(float(row["std"])))
-            for (net, data, seed, note, finished), values in stds.items():
-                if not runs.NET.fullmatch(net) or len(values) != int(net.split("-")[1]) - 1:
-                    raise ValueError(f"{len(values)} layers of {net!r}")
+                    key = tuple(row[part] for part in ("net", "data", "seed", "iteration", "note", "finished"))
+                    values.setdefault(key, []).append(runs.number(float(row[column])))
+            for (net, data, seed, iteration, note, finished), layers in values.items():
+                if not runs.NET.fullmatch(net) or len(layers) != int(net.split("-")[1]) - 1:
+                    raise ValueError(f"{len(layers)} layers of {net!r}")
                 label, warning, done = printable(data), printable(note), finished == "True"
-                found.append(figures.Responses(net, label, int(seed), values, warning, done))
+                one = figures.Responses(net, label, int(seed), layers, warning, done)
+                found[net, label, one.seed] = max(
+                    found.get((net, label, one.seed), (-1, one)), (int(iteration), one), key=lambda pair: pair[0]
+                )
         except (OSError, csv.Error, *runs.MALFORMED) as error:
             reason = printable(f"{type(error).__name__}: {error}")[:200]
             raise UserError(f"{path}: is no table of resnet-responses ({reason})") from error
-    return found
+    of_nets = [one for _, one in found.values()]
+    return sorted(of_nets, key=lambda one: (not one.net.startswith("plain"), int(one.net.split("-")[1]), one.seed))

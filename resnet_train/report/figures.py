@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -124,25 +125,37 @@ def _ticks() -> Any:
 
 def draw_responses(measured: Sequence[Responses]) -> Any:
     """Figure 7: the standard deviations in layer order (above) and from the largest on (below), means over seeds."""
+    ordered = [dataclasses.replace(one, stds=sorted(one.stds, reverse=True)) for one in measured]
+    return _draw_layers(("std", "layer index (original)", measured), ("std", "layer index (by magnitude)", ordered))
+
+
+def draw_gradients(by_response: Sequence[Responses], by_weights: Sequence[Responses]) -> Any:
+    """The norms of the gradients layer by layer, by the responses (above) and by the weights (below)."""
+    panels = [
+        (f"gradient by {name}", "layer index", found)
+        for name, found in (("response", by_response), ("weights", by_weights))
+    ]
+    return _draw_layers(*panels, yscale="log")
+
+
+def _draw_layers(*panels: tuple[str, str, Sequence[Responses]], yscale: str = "linear") -> Any:
+    """Values of each layer, one panel over the other; plain nets dashed."""
     with plain_matplotlib():
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(8, 6.4))
-        above, below = figure.subplots(2, 1)
-        for net in dict.fromkeys(one.net for one in measured):
-            runs = [one for one in measured if one.net == net]
-            stds = [one.stds for one in runs]
-            style = {"color": colour(net), "linewidth": 1.6, "linestyle": "--" if net.startswith("plain") else "-"}
-            name = net + ("" if all(one.finished for one in runs) else ", unfinished")
-            layers = range(1, len(stds[0]) + 1)
-            _line(above, layers, stds, **style, label=name)
-            _line(below, layers, [sorted(one, reverse=True) for one in stds], **style)
-        above.set(xlabel="layer index (original)", ylabel="std")
-        below.set(xlabel="layer index (sorted by magnitude)", ylabel="std")
-        for axes in (above, below):
-            axes.set_ylim(bottom=0)
+        rows = figure.subplots(len(panels), 1)
+        for axes, (ylabel, xlabel, measured) in zip(rows, panels, strict=True):
+            for net in dict.fromkeys(one.net for one in measured):
+                runs = [one for one in measured if one.net == net]
+                style = {"color": colour(net), "linewidth": 1.6, "linestyle": "--" if net.startswith("plain") else "-"}
+                name = net + ("" if all(one.finished for one in runs) else ", unfinished")
+                _line(axes, range(1, len(runs[0].stds) + 1), [one.stds for one in runs], **style, label=name)
+            axes.set(xlabel=xlabel, ylabel=ylabel, yscale=yscale)
             axes.xaxis.set_major_locator(_ticks())
-        above.legend(loc="upper right", ncols=2)
+            if yscale == "linear":
+                axes.set_ylim(bottom=0)
+        rows[0].legend(loc="upper right", ncols=2)
     return figure
 
 
