@@ -751,6 +751,11 @@ def test_layer_responses_are_of_the_last_checkpoint_of_each_net_and_seed(tmp_pat
     ]
     section = report_command._responses_section(tmp_path, "", measured, measured, measured)
     assert [name for name, _ in section.figures] == ["figure-7", "gradients"]
+    figure = figures.draw_gradients(measured, measured)
+    figure.canvas.draw()
+    ticks = [tick.get_text() for axes in figure.axes for tick in axes.get_yticklabels(which="both")]
+    assert "2" in ticks
+    assert not [tick for tick in ticks if "$" in tick]
     assert section.words[-1] == "The response is no less than in the plain net of the same depth in resnet-20-A."
 
 

@@ -155,13 +155,19 @@ def _draw_layers(*panels: tuple[str, str, Sequence[Responses]], yscale: str = "l
             axes.xaxis.set_major_locator(_ticks())
             if yscale == "linear":
                 axes.set_ylim(bottom=0)
-        rows[0].legend(loc="upper right", ncols=2)
+            else:
+                axes.yaxis.set_major_formatter("{x:g}")
+                axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
+        rows[0].legend(loc="best", ncols=2)
     return figure
 
 
 def save(figure: Any, path: Path) -> None:
     """Write `path` with .png and .svg, whole or not at all; the same figure is the same file. Raises OSError."""
+    import matplotlib
+
     with plain_matplotlib():
+        matplotlib.rcParams["text.parse_math"] = True  # ticks are made now, and of a logarithmic axis they are powers
         for kind, more in (("png", {}), ("svg", {"metadata": {"Date": None}, "transparent": True})):
             part = path.with_name(f".{path.name}.{kind}")
             figure.savefig(part, format=kind, dpi=130, **more)
