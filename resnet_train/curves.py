@@ -1,4 +1,4 @@
-"""Error curves of runs as a picture. Needs no torch."""
+"""Error curves of runs as a picture, and how every picture of this program looks. Needs no torch."""
 
 from __future__ import annotations
 
@@ -6,15 +6,55 @@ import contextlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+Point = tuple[int, float, float | None]  # iteration, top-1 and top-5 error in %
+# One colour for a net in every figure: warm for plain nets and cold for residual ones, the deeper the darker.
+PLAIN = {18: "#e8890c", 20: "#e8890c", 32: "#ec6b2d", 34: "#b3202c", 44: "#c92f2f", 56: "#7d1128"}
+RESIDUAL = {18: "#35a853", 20: "#35a853", 32: "#12a5a5", 34: "#2b7bd0", 44: "#2b7bd0", 50: "#5b3fc4", 56: "#2f3fa8"}
+RESIDUAL |= {101: "#a03ccf", 110: "#a03ccf", 152: "#3a3a3a", 1202: "#3a3a3a"}
+OTHERS = ("#8c6d31", "#4c8c9b", "#5a8a3a", "#6b6ecf", "#b5651d", "#d6509a", "#00707a")  # by depth
+# Text is text: `$` in a name begins no formula. The same figure is the same file.
+STYLE: Any = {"text.parse_math": False, "svg.hashsalt": "resnet-train", "font.size": 12}
+STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
+STYLE |= {"legend.frameon": False, "legend.fontsize": 10, "figure.constrained_layout.use": True}
+
+
+def colour(net: str) -> str:
+    """The colour of a net by its name, as plain-56 or resnet-110-A; of another name the first of the others."""
+    kind, _, rest = net.partition("-")
+    depth, _, shortcut = rest.partition("-")
+    if not depth.isdecimal():
+        return OTHERS[0]
+    known = PLAIN if kind == "plain" else RESIDUAL
+    other = OTHERS[(int(depth) // 2 + ord(shortcut[:1] or "A")) % len(OTHERS)]
+    return known.get(int(depth), other) if kind == "plain" or shortcut == "A" or int(depth) >= 50 else other
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics file; half a line at the end, of a run that is being written, is left out."""
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     return [json.loads(line) for line in lines]
+
+
+def edges(points: Sequence[Point], most: int = 250) -> list[float]:
+    """Ends of equal intervals of a training curve, as many as it has points, from 0 to its last iteration."""
+    count = min(most, len(points))
+    return [points[-1][0] * number / count for number in range(count + 1)]
+
+
+def interval_means(points: Sequence[Point], ends: Sequence[float]) -> list[float]:
+    """A training curve's mean error between each two of `ends`; each of its points is of the iterations before it.
+
+    So a last point of a few iterations counts for those few.
+    """
+    import numpy as np
+
+    at = np.array([0, *(iteration for iteration, *_ in points)], float)
+    sums = np.cumsum([0, *np.diff(at) * [error for _, error, *_ in points]])
+    return list(np.diff(np.interp(ends, at, sums)) / np.diff(ends))
 
 
 @contextlib.contextmanager
@@ -28,7 +68,7 @@ def plain_matplotlib() -> Iterator[None]:
             os.environ["MPLBACKEND"] = asked
     with matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rcdefaults()
-        matplotlib.rcParams["text.parse_math"] = False
+        matplotlib.rcParams.update(STYLE)
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # a box stands for it
         yield
 
@@ -57,17 +97,20 @@ def draw(
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         axes = figure.subplots()
         highest = 0.0
-        for number, (name, metrics) in enumerate(runs.items()):
+        for name, metrics in runs.items():
             for split, line, width in (("train", "--", 1.0), ("val", ":", 1.5), ("test", "-", 2.4)):
-                points = [(point["iteration"], point["error"]) for point in metrics if point["split"] == split]
+                points = [(point["iteration"], point["error"], None) for point in metrics if point["split"] == split]
                 if points:
                     label = f"{name} {split} error, last {points[-1][1]:.2f} %"
-                    axes.plot(*zip(*points, strict=True), line, color=f"C{number}", linewidth=width, label=label)
-                    highest = max(highest, *(error for _, error in points))
+                    xs, ys = [at for at, *_ in points], [error for _, error, _ in points]
+                    if split == "train":
+                        xs, ys = edges(points)[1:], interval_means(points, edges(points))
+                    mark = "o" if len(xs) == 1 else None  # no line goes through one point
+                    axes.plot(xs, ys, line, color=colour(name), linewidth=width, marker=mark, label=label)
+                    highest = max(highest, *ys)
         if reference:
             axes.axhline(reference[1], color="grey", linewidth=1, label=f"{reference[0]} {reference[1]} %")
         axes.set(xlabel="iteration", ylabel="error (%)", title=_text(title), ylim=(0, min(100, highest * 1.05) or 1))
-        axes.grid(alpha=0.3)
         axes.legend()
         _save(figure, path)
 
@@ -84,10 +127,10 @@ def draw_detection(metrics: list[dict[str, Any]], title: str, path: Path) -> Non
             points = [(line["iteration"], line[name]) for line in test]
             axes.plot(*zip(*points, strict=True), "o-", label=f"{label}, last {points[-1][1]:.2f} %")
         axes.set(xlabel="iteration", ylabel="mAP (%), test", title=_text(title), ylim=(0, 100))
-        axes.grid(alpha=0.3)
         axes.legend(loc="upper left")
         train = [(line["iteration"], line["loss"]) for line in metrics if line["split"] == "train"]
         losses = axes.twinx()
+        losses.grid(False)
         if train:  # else the record of them was lost
             losses.plot(*zip(*train, strict=True), "--", color="grey", linewidth=1)
         losses.set(ylabel="training loss (dashed)", ylim=(0, None))

@@ -101,17 +101,17 @@ def responses(asked: ResponsesConfig) -> None:
     rows, found = [], []
     for member in opened:
         state, config = member.state, member.config
-        stds = _measure(member, asked, device)
-        note = paper.shortened(config.data.family, config.iterations)
+        label, stds = _measure(member, asked, device)
+        note = paper.shortened(label, config.iterations)
         done = state["iteration"], state["iteration"] == config.iterations
-        found.append(figures.Responses(config.net, config.data_label, config.seed, list(stds.values()), note, done[1]))
+        found.append(figures.Responses(config.net, label, config.seed, list(stds.values()), note, done[1]))
         rows += [
-            (config.net, config.data_label, config.seed, *done, number, name, std, asked.split, asked.images, note)
+            (config.net, label, config.seed, *done, number, name, std, asked.split, asked.images, note)
             for number, (name, std) in enumerate(stds.items(), 1)
         ]
         mean = sum(stds.values()) / len(stds)
         print(
-            f"{config.net} on {config.data_label} {asked.split}, seed {config.seed}, iteration {state['iteration']}:"
+            f"{config.net} on {label} {asked.split}, seed {config.seed}, iteration {state['iteration']}:"
             f" {len(stds)} layers, {asked.images} images, mean std {mean:.4f}, largest {max(stds.values()):.4f}",
             flush=True,
         )
@@ -141,13 +141,14 @@ def _opened(name: str, asked: ResponsesConfig) -> Member:
     return Member(path, with_data(config, asked.data), state)
 
 
-def _measure(member: Member, asked: ResponsesConfig, device: torch.device) -> dict[str, float]:
+def _measure(member: Member, asked: ResponsesConfig, device: torch.device) -> tuple[str, dict[str, float]]:
+    """The data's label and the responses of each layer."""
     config = member.config
     sets = open_sets(config)
     assert isinstance(sets, MemorySets)
     model, mean, precision, _ = restored_net(member.path, config, member.state, sets.classes, device)
     size = sets.sizes[asked.split]
     if asked.images > size:
-        raise UserError(f"images={asked.images}: {config.data_label} {asked.split} has {size}; take fewer")
+        raise UserError(f"images={asked.images}: {sets.label} {asked.split} has {size}; take fewer")
     batches = sets.eval_batches(asked.split, mean, device, min(pick_eval_batch(config, device), asked.images))
-    return response_stds(model, batches, asked.images, precision)
+    return sets.label, response_stds(model, batches, asked.images, precision)

@@ -499,7 +499,7 @@ def _summarise(run: Run, environment: dict[str, Any], reference: tuple[str, floa
         "finished": time.strftime("%Y-%m-%d %H:%M:%S %z"),
     }
     title = f"{config.net} on {run.sets.label}, seed {config.seed}"
-    short = paper.shortened(config.data.family, config.iterations)
+    short = paper.shortened(run.sets.label, config.iterations)
     write_json(directory / "summary.json", summary)
     test, picture = last["test"], directory / "curves.png"
     heading = f"{short}\n{title}" if short else title

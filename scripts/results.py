@@ -21,7 +21,8 @@ def run(*words: str) -> None:
 def main(runs: Path, results: Path) -> None:
     """Copy, measure, report."""
     checkpoints: dict[str, str] = {}
-    for summary in sorted(runs.rglob("summary.json")):
+    found = sorted(runs.rglob("summary.json"))
+    for summary in sorted(found, key=lambda path: -json.loads(path.read_text())["iterations"]):  # of a net the longest
         folder = summary.parent
         for file in (file for pattern in SMALL for file in folder.glob(pattern)):
             place = results / "runs" / file.relative_to(runs)
@@ -31,14 +32,15 @@ def main(runs: Path, results: Path) -> None:
         if (folder / "checkpoints" / "last.pt").exists() and "task" not in told:  # a net, and no detector
             checkpoints.setdefault(told["net"], f'"{folder}/checkpoints/last.pt"')
     if checkpoints:
-        table = results / "responses" / "responses.csv"
-        before = table.read_text().splitlines() if table.exists() else []
-        run("resnet-responses", f"checkpoint=[{','.join(checkpoints.values())}]", f"out={results}/responses")
-        # Nets whose checkpoints are gone keep their rows; the report draws all of them.
-        others = [line for line in before[1:] if line.partition(",")[0] not in checkpoints]
-        table.write_text("\n".join([*table.read_text().splitlines(), *others, ""]))
-        for picture in table.parent.glob("figure-7.*"):  # without those nets
+        out = results / "responses"
+        tables = [path for path in (out / "responses.csv", out / "gradients.csv") if path.exists()]
+        before = {path: path.read_text().splitlines() for path in tables}
+        run("resnet-responses", f"checkpoint=[{','.join(checkpoints.values())}]", f"out={out}")
+        for picture in [*out.glob("*.png"), *out.glob("*.svg")]:  # the report draws all nets
             picture.unlink()
+        for path, lines in before.items():  # nets whose checkpoints are gone keep their rows
+            others = [line for line in lines[1:] if line.partition(",")[0] not in checkpoints]
+            path.write_text("\n".join([*path.read_text().splitlines(), *others, ""]))
     run("resnet-report", str(results), f"out={results}/report")
 
 

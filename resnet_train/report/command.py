@@ -14,13 +14,7 @@ from resnet_train.errors import UserError
 from resnet_train.files import expand, put
 from resnet_train.report import detection, figures, page, runs, tables, verdict
 from resnet_train.report.page import Section
-from resnet_train.report.runs import Run
-
-FIGURES = {
-    "figure 1": "Figure 1: plain nets of 20 and 56 layers.",
-    "figure 4": "Figure 4: plain nets (left) and residual nets (right) of 18 and 34 layers.",
-    "figure 6": "Figure 6: plain nets, residual nets, and residual nets of 110 and 1202 layers.",
-}
+from resnet_train.report.runs import Run, printable
 
 
 def report(asked: ReportConfig) -> None:
@@ -37,7 +31,7 @@ def report(asked: ReportConfig) -> None:
 
         sections = [Section("Parameters and multiply-adds of every net of tables 1 and 6", tables=[complexity_table()])]
         title = "Complexity"
-        print(sections[0].tables[0].markdown())
+        print(page.markdown_table(sections[0].tables[0]))
     else:
         folders = [expand(name) for name in asked.runs]
         found, places, notes = runs.find(folders)
@@ -45,7 +39,11 @@ def report(asked: ReportConfig) -> None:
         _check_out(out, [*(run.folder for run in found), *places])
         groups = runs.groups(found)
         notes += _kept_apart(groups)
+        everyone: list[Run | detection.Detector] = [*found, *detectors]
+        data = dict.fromkeys(run.data for run in everyone)
+        published = any(run.published for run in everyone)
         title = "Deep Residual Learning for Image Recognition: these runs beside the paper"
+        title = title if published else f"Residual networks on {' and '.join(data)}"
     for note in notes:
         print(f"note: {note}")
     try:
@@ -61,10 +59,10 @@ def report(asked: ReportConfig) -> None:
 
 
 def _write(asked: ReportConfig, title: str, notes: list[str], sections: list[Section], out: Path) -> None:
-    command = shlex.join(["resnet-report", *asked.runs, f"out={asked.out}"])
-    command = command if asked.report == "runs" else f"resnet-report complexity {shlex.quote(f'out={asked.out}')}"
-    intro = [f"Made by `{command}`.", *(f"Note: {note}." for note in notes)]
-    tabular = [table for section in sections for table in section.tables]
+    which = asked.runs if asked.report == "runs" else ["complexity"]
+    command = shlex.join(["resnet-report", *which, f"out={asked.out}"])
+    intro = [f"Made by `{tables.without_places(printable(command))}`.", *(f"Note: {note}." for note in notes)]
+    tabular = [table for section in sections for table in (section.verdict, *section.tables) if table]
     everyone = [run for section in sections for run in section.runs]
     for table in [*tabular, tables.runs_table(everyone)] if everyone else tabular:
         put(out / f"{table.name}.csv", table.csv().encode())
@@ -84,7 +82,7 @@ def _kept_apart(groups: list[list[Run]]) -> list[str]:
     notes = []
     for number, other in enumerate(groups[1:], 2):
         why = ", ".join(f"{key} ({here} and {there})" for key, here, there in runs.differences(groups[0], other))
-        who = f"{groups[0][0].folder}, … and {other[0].folder}, …"
+        who = f"{groups[0][0].place}, … and {other[0].place}, …"
         notes.append(f"the runs of sections 1 and {number} ({who}) are not in one row or figure: they differ in {why}")
     return notes
 
@@ -93,55 +91,61 @@ def _sections(groups: list[list[Run]], folders: list[Path], out: Path) -> list[S
     """A section for each group of runs that may stand together, and what concerns all; draws the figures into `out`."""
     apart = {key for other in groups[1:] for key, _, _ in runs.differences(groups[0], other)}
     sections = [_section(group, number, apart, out) for number, group in enumerate(groups, 1)]
-    if measured := [one for folder in folders for one in _responses(folder)]:
-        figures.save(figures.draw_responses(measured), out / "figure-7")
-        caption = "Figure 7: standard deviation of the layer responses, by layer (above) and by magnitude (below)."
-        words = [f"mean over the layers of {one.net}: {sum(one.stds) / len(one.stds):.3f}" for one in measured]
-        words += _less_or_more(measured)
-        warnings = list(dict.fromkeys(one.note for one in measured if one.note))
-        sections.append(Section("Layer responses", warnings, words, figures=[("figure-7", caption)]))
-    sections.append(Section("Recipes", tables=[tables.deviations_table(groups)]))
-    return sections
+    measured = _measured(folders, "responses.csv", "std")
+    gradients = [_measured(folders, "gradients.csv", f"by_{name}") for name in ("response", "weights")]
+    for number, data in enumerate(dict.fromkeys(one.data for one in measured), 1):
+        of_data = [[one for one in part if one.data == data] for part in (measured, *gradients)]
+        sections.append(_responses_section(out, "" if number == 1 else f"-{number}", *of_data))
+    table = tables.deviations_table(groups)
+    return [*sections, Section("Recipes", tables=[table])] if table.rows else sections
 
 
-def _less_or_more(measured: list[figures.Responses]) -> list[str]:
-    """Figure 7 in words: whether a residual net responds less than the plain one of its depth, by the mean."""
-    means = {one.net: sum(one.stds) / len(one.stds) for one in measured}
-    pairs = [(net, f"plain-{net.split('-')[1]}") for net in means if not net.startswith("plain")]
-    return [
-        f"{net} responds {'less' if means[net] < means[plain] else 'no less'} than {plain}; in the paper, less"
-        for net, plain in pairs
-        if plain in means
-    ]
+def _responses_section(out: Path, where: str, *columns: list[figures.Responses]) -> Section:
+    """Figure 7 of the nets of one data set and, where they were measured, the norms of the gradients."""
+    measured, by_response, by_weights = columns
+    first, file = measured[0], f"figure-7{where}"
+    figures.save(figures.draw_responses(measured), out / file)
+    nets: dict[str, list[float]] = {}
+    for one in measured:
+        nets.setdefault(one.net, []).append(sum(one.stds) / len(one.stds))
+    means = {net: sum(values) / len(values) for net, values in nets.items()}
+    words = ["Mean over the layers: " + ", ".join(f"{mean:.3f} in {net}" for net, mean in means.items()) + "."]
+    published = first.data in paper.DATA
+    plain = {net: means.get(f"plain-{net.split('-')[1]}") for net in means if not net.startswith("plain")}
+    for how, less in (("less", True), ("no less", False)):
+        if who := [net for net, other in plain.items() if other is not None and (means[net] < other) == less]:
+            words.append(f"The response is {how} than in the plain net of the same depth in {', '.join(who)}.")
+            words[-1] += " In the paper it is less." if published else ""
+    caption = f"{'Figure 7' if published else 'Layer responses'}: standard deviation of the responses of the 3x3 layers"
+    caption += f" after batch norm, by layer (above) and by magnitude (below), on {first.data}; dashed: plain nets."
+    warnings = list(dict.fromkeys(one.note for one in measured if one.note and published))
+    section = Section(f"Layer responses on {first.data}", warnings, words, figures=[(file, caption)])
+    if by_response:
+        figures.save(figures.draw_gradients(by_response, by_weights), out / f"gradients{where}")
+        caption = (
+            "L2 norms of the loss's gradients by the response of each 3x3 layer (above) and by its weights (below),"
+        )
+        section.figures.append((f"gradients{where}", f"{caption} on {first.data}; dashed: plain nets."))
+    return section
 
 
 def _section(group: list[Run], number: int, apart: set[str], out: Path) -> Section:
     """Of runs that may stand together; `apart` are the keys in which they are not like those of other sections."""
     first = group[0]
     where = "" if number == 1 else f"-{number}"
-    runs_said = f"{len(group)} run{'s' if len(group) > 1 else ''}"
-    seen = f"{first.data}: {runs_said} of {first.iterations:,} iterations, {first.protocol}"
+    count = f"{len(group)} run{'s' if len(group) > 1 else ''}"
+    seen = f"{first.data}: {count} of {first.iterations:,} iterations, {first.protocol}"
     told = sorted(apart - {"data", "iterations", "protocol"})
     seen += "".join(f", {key}={runs.shown(first.setting[key])}" for key in told)
-    section = Section(f"{number}. {seen}", runs=group)
-    if short := paper.shortened(first.family, first.iterations):
+    section = Section(f"{number}. {seen}", runs=group, verdict=verdict.table(group, where))
+    if first.published and (short := paper.shortened(first.data, first.iterations)):
         section.warnings.append(short)
-    section.warnings += [f"{why}" for why in tables.incomparable(first) if " is not " in why]
-    section.words = [verdict.summary(group)]
-    section.words += [f"{v.shallow} and {v.deep}: {v.words}." for v in verdict.verdicts(group)]
-    section.words.insert(1, verdict.gaps(group))
-    section.words = [words for words in [*section.words, verdict.ordering(group)] if words]
-    section.words.append(f"Training errors at the end are those of the last {100 // runs.END} % of the iterations.")
-    for name, caption in FIGURES.items():
-        figure = figures.draw(name, group)
-        if figure is not None:
-            file = name.replace(" ", "-") + where
-            figures.save(figure, out / file)
-            section.figures.append((file, caption))
+    section.words = [words for words in [verdict.sentence(group)] if words]
+    for name, caption, figure in figures.draw(group):
+        figures.save(figure, out / f"{name}{where}")
+        section.figures.append((f"{name}{where}", caption))
     section.commands = [(_told(run), tables.made_by(run)) for run in group]
-    names = ("table 6",) if first.family == "cifar" else ("table 2", "table 3", "table 4")
-    made = [tables.errors_table(group, name, where) for name in names]
-    section.tables = [table for table in (*made, tables.ensemble_table(group, where)) if table is not None]
+    section.tables = tables.tables(group, where)
     return section
 
 
@@ -151,21 +155,32 @@ def _told(run: Run) -> str:
         "" if run.finished else f", unfinished ({run.reached:,} iterations)"
     )
     where = f", on {run.device}" if run.device else ""
-    return f"{run.net}, seed {run.seed}: {state}{where}; {run.folder}"
+    return f"{run.net}, seed {run.seed}: {state}{where}; {run.place}"
 
 
-def _responses(folder: Path) -> list[figures.Responses]:
-    """What resnet-responses has left in a folder. Raises UserError for a file that it has not written."""
-    found = []
-    for path in sorted(folder.rglob("responses.csv")):
-        stds: dict[tuple[str, str, str, str, str], list[float]] = {}
+def _measured(folders: list[Path], name: str, column: str) -> list[figures.Responses]:
+    """A column of the tables that resnet-responses has left in folders, of the last checkpoint of each net and seed.
+
+    Raises UserError for a file that it has not written.
+    """
+    found: dict[tuple[str, str, int], tuple[int, figures.Responses]] = {}
+    for path in (path for folder in folders for path in sorted(folder.rglob(name))):
+        values: dict[tuple[str, ...], list[float]] = {}
         try:
             with path.open(newline="", encoding="utf-8") as file:
                 for row in csv.DictReader(file):
-                    key = (row["net"], row["data"], row["seed"], row["note"], row["finished"])
-                    stds.setdefault(key, []).append(float(row["std"]))
-        except (OSError, KeyError, ValueError, TypeError) as error:
-            raise UserError(f"{path}: is no table of resnet-responses ({type(error).__name__}: {error})") from error
-        for (net, data, seed, note, finished), std in stds.items():
-            found.append(figures.Responses(net, data, int(seed), std, note, finished == "True"))
-    return found
+                    key = tuple(row[part] for part in ("net", "data", "seed", "iteration", "note", "finished"))
+                    values.setdefault(key, []).append(runs.number(float(row[column])))
+            for (net, data, seed, iteration, note, finished), layers in values.items():
+                if not runs.NET.fullmatch(net) or len(layers) != int(net.split("-")[1]) - 1:
+                    raise ValueError(f"{len(layers)} layers of {net!r}")
+                label, warning, done = printable(data), printable(note), finished == "True"
+                one = figures.Responses(net, label, int(seed), layers, warning, done)
+                found[net, label, one.seed] = max(
+                    found.get((net, label, one.seed), (-1, one)), (int(iteration), one), key=lambda pair: pair[0]
+                )
+        except (OSError, csv.Error, *runs.MALFORMED) as error:
+            reason = printable(f"{type(error).__name__}: {error}")[:200]
+            raise UserError(f"{path}: is no table of resnet-responses ({reason})") from error
+    of_nets = [one for _, one in found.values()]
+    return sorted(of_nets, key=lambda one: (not one.net.startswith("plain"), int(one.net.split("-")[1]), one.seed))

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from resnet_train import paper
-from resnet_train.curves import read_metrics
-from resnet_train.errors import UserError
+from resnet_train.curves import OTHERS, plain_matplotlib
 from resnet_train.report.figures import save
 from resnet_train.report.page import Section
-from resnet_train.report.tables import Cell, Table, spread
+from resnet_train.report.runs import json_in, metrics_in, number, object_in, plain, reading, whole, word
+from resnet_train.report.tables import Cell, Table, spread, without_places
 
 # Of a configuration, what must be the same in one table.
 SETTING = (
@@ -25,6 +24,7 @@ COLUMNS: dict[str, list[tuple[str, str, int | None]]] = {
     "voc": [("map07", "mAP, VOC 2007's rule", 0), ("map10", "mAP, VOC 2010's rule", 1)],
     "coco": [("map50", "mAP@.5", 0), ("map", "mAP@[.5,.95]", 1)],
 }
+PAPERS_DATA = {"voc": ("VOCdevkit",), "coco": ("coco", "COCO")}
 PAPERS = {"voc": ("paper, VOC 2007 test", "paper, VOC 2012 test"), "coco": ("paper, COCO val, @.5", "@[.5,.95]")}
 
 
@@ -33,6 +33,7 @@ class Detector:
     """One run of resnet-detect, as its folder tells it."""
 
     folder: Path
+    place: str  # as a report names the folder
     kind: str  # voc or coco
     data: str
     net: str
@@ -43,6 +44,11 @@ class Detector:
     test: list[dict[str, Any]]  # the lines of the metrics
     command: str
     device: str
+
+    @property
+    def published(self) -> bool:
+        """Whether the paper has this data set."""
+        return self.data in PAPERS_DATA[self.kind]
 
     @property
     def finished(self) -> bool:
@@ -59,42 +65,43 @@ class Detector:
         return f"{self.net}, from {place}{path.name}"
 
 
-def find(folders: Iterable[Path]) -> list[Detector]:
-    """The detectors in `folders`, each of which is a run. Raises UserError for files that are no such run's."""
+def find(folders: dict[Path, str]) -> list[Detector]:
+    """The detectors in `folders`, each of which is a run, with the name that a report gives it.
+
+    Raises UserError for files that are no such run's.
+    """
     found = []
-    for folder in folders:
-        try:
-            found.append(_read(folder))
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise UserError(f"{folder}: holds other things than a run of resnet-detect leaves ({reason})") from error
-        except OSError as error:
-            raise UserError(f"{error.filename or folder}: {error.strerror}") from error
+    for folder, place in folders.items():
+        with reading(folder, "resnet-detect"):
+            found.append(_read(folder, place))
     return sorted(found, key=lambda run: (run.data, run.net, run.name, run.seed))
 
 
-def _read(folder: Path) -> Detector:
-    config = json.loads((folder / "config.json").read_text())
-    environment = _object(folder / "environment.json")
-    metrics, data = read_metrics(folder / "metrics.jsonl"), config["data"]
-    net = "vgg-16" if config["backbone"] == "vgg16" else f"resnet-{config['depth']}"
+def _read(folder: Path, place: str) -> Detector:
+    config, metrics = json_in(folder / "config.json"), metrics_in(folder)
+    environment, data = object_in(folder / "environment.json"), config["data"]
+    kind, parts = data["name"], [word(name) for name in data["train"]]
+    net = "vgg-16" if config["backbone"] == "vgg16" else f"resnet-{whole(config['depth'])}"
+    lines = [line for line in metrics if line["split"] == "test"]
+    keys = [key for key, _, _ in COLUMNS[kind]]
+    test = [
+        {"iteration": whole(line["iteration"])} | {key: number(line[key], 0, 100) for key in keys} for line in lines
+    ]
     return Detector(
         folder=folder,
-        kind=data["name"],
-        data=metrics[0]["data"],
+        place=place,
+        kind=kind,
+        data=word(metrics[0]["data"]),
         net=net + ("-pyramid" if config["pyramid"] else ""),
-        source=config["init_from"],
-        seed=config["seed"],
-        iterations=config["iterations"],
-        setting={key: data[key] for key in ("train", "test", "classes")} | {key: config[key] for key in SETTING},
-        test=[line for line in metrics if line["split"] == "test"],
-        command=environment.get("command", ""),
-        device=environment.get("device", ""),
+        source=None if config["init_from"] is None else word(config["init_from"]),
+        seed=whole(config["seed"]),
+        iterations=whole(config["iterations"], 1),
+        setting={"train": parts, "test": word(data["test"]), "classes": plain(data["classes"])}
+        | {key: plain(config[key]) for key in SETTING},
+        test=test,
+        command=word(environment.get("command", "")),
+        device=word(environment.get("device", "")),
     )
-
-
-def _object(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def sections(runs: list[Detector], out: Path) -> list[Section]:
@@ -112,76 +119,78 @@ def _section(group: list[Detector], where: str, out: Path) -> Section:
     runs = f"{len(group)} run{'s' if len(group) > 1 else ''}"
     lists = f"trained on {', '.join(first.setting['train'])}, tested on {first.setting['test']}"
     section = Section(f"Detection on {first.data}: {runs} of {first.iterations:,} iterations, {lists}")
-    whole = paper.DETECTION_ITERATIONS[first.kind]
-    if first.iterations < whole:
-        section.warnings.append(f"SHORTENED: {first.iterations:,} of the paper's {whole:,} iterations")
+    papers = paper.DETECTION_ITERATIONS[first.kind]
+    if first.published and first.iterations < papers:
+        section.warnings.append(f"SHORTENED: {first.iterations:,} of the paper's {papers:,} iterations")
     section.tables = [table(group, where)]
     if any(run.test for run in group):
         file = f"detection{where}"
         save(_figure(group), out / file)
-        section.figures = [
-            (file, f"mAP on the test images of {first.data} over iterations, {COLUMNS[first.kind][0][1]}.")
-        ]
-    section.commands = [(f"{run.name}, seed {run.seed}, on {run.device}; {run.folder}", run.command) for run in group]
+        section.figures = [(file, f"{COLUMNS[first.kind][0][1]}, on the test images of {first.data}, over iterations.")]
+    section.commands = [
+        (f"{run.name}, seed {run.seed}, on {run.device}; {run.place}", without_places(run.command)) for run in group
+    ]
     return section
 
 
 def table(group: list[Detector], where: str = "") -> Table:
-    """Table 7 (VOC) or 8 (COCO): mAP in %, means over the seeds of finished runs, beside the paper's."""
+    """Mean average precision in %, means over the seeds of finished runs; table 7 or 8 where the paper has the data."""
     kind, first = group[0].kind, group[0]
-    number = {"voc": 7, "coco": 8}[kind]
-    columns = COLUMNS[kind]
-    header = ["detector", *(f"ours, {name}" for _, name, _ in columns), *PAPERS[kind]]
-    made = Table(f"table-{number}{where}", f"Table {number}: mAP in %, {first.data}", header)
+    columns, published = COLUMNS[kind], first.published
+    printed = {"voc": 7, "coco": 8}[kind]
+    header = ["detector", *(f"{'ours, ' * published}{name}" for _, name, _ in columns), *PAPERS[kind] * published]
+    name, title = (f"table-{printed}", f"Table {printed}: mAP") if published else ("detectors", "Detectors: mAP")
+    made = Table(f"{name}{where}", f"{title} in %, {first.data}", header)
     named: dict[tuple[str, str | None], dict[int, Detector]] = {}
     for run in sorted(group, key=lambda run: len(run.test)):  # of one seed that which came furthest
         seeds = named.setdefault((run.name, run.source), {})
         if run.seed in seeds:
-            made.notes.append(f"{seeds[run.seed].folder}: is the same run as {run.folder}; left out")
+            made.notes.append(f"{seeds[run.seed].place}: is the same run as {run.place}; left out")
         seeds[run.seed] = run
     for (name, _), seeds in sorted(named.items(), key=str):
         runs = list(seeds.values())
         done = [run for run in runs if run.finished]
         row: list[Cell] = [name, *(spread([run.test[-1][key] for run in done]) for key, _, _ in columns)]
-        published = paper.DETECTION[kind].get(runs[0].net)
-        row += published or (None, None)
+        row += (paper.DETECTION[kind].get(runs[0].net) or (None, None)) if published else ()
         made.rows.append(row)
         made.notes += [f"{name}, seed {run.seed}: unfinished; in no mean" for run in runs if not run.finished]
-    made.notes.append(f"Not comparable with the paper's: {'; '.join(_reasons(group))}.")
-    better, worse = (paper.DETECTION[kind][net] for net in ("resnet-101", "vgg-16"))
-    gains = " and ".join(f"{high - low:.1f}" for high, low in zip(better, worse, strict=True))
-    made.notes.append(f"In the paper ResNet-101 is {gains} points above VGG-16.")
+    if published:
+        made.notes.append(f"Not comparable with the paper's: {'; '.join(_reasons(group))}.")
+        better, worse = (paper.DETECTION[kind][net] for net in ("resnet-101", "vgg-16"))
+        gains = " and ".join(f"{high - low:.1f}" for high, low in zip(better, worse, strict=True))
+        made.notes.append(f"In the paper ResNet-101 is {gains} points above VGG-16.")
     return made
 
 
 def _reasons(group: list[Detector]) -> list[str]:
     """Why these figures cannot be held against the paper's."""
-    first, whole = group[0], paper.DETECTION_ITERATIONS[group[0].kind]
+    first, papers = group[0], paper.DETECTION_ITERATIONS[group[0].kind]
     usual = {"voc": (["2007_trainval", "2012_trainval"], "2007_test"), "coco": (["train2014"], "val2014")}[first.kind]
     found = []
-    if (first.setting["train"], first.setting["test"]) != usual or first.data not in ("VOCdevkit", "coco", "COCO"):
-        found.append(f"{first.data} ({first.setting['test']}) is not the paper's data")
-    if first.iterations != whole:
-        found.append(f"{first.iterations:,} iterations, not {whole:,}")
+    if (first.setting["train"], first.setting["test"]) != usual:
+        found.append(f"other lists of images than {', '.join(usual[0])} and {usual[1]}")
+    if first.iterations != papers:
+        found.append(f"{first.iterations:,} iterations, not {papers:,}")
     if any(run.source is None for run in group):
         found.append("random weights in place of ImageNet's")
     return [*found, "all parts trained together, not in four steps"]
 
 
 def _figure(group: list[Detector]) -> Any:
-    from matplotlib.figure import Figure
-
     key, rule, _ = COLUMNS[group[0].kind][0]
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    names = list(dict.fromkeys(run.name for run in group))
-    for run in group:
-        points = [(line["iteration"], line[key]) for line in run.test]
-        if points:
-            colour = f"C{names.index(run.name)}"
-            first = next(other for other in group if other.name == run.name) is run
-            axes.plot(*zip(*points, strict=True), "o-", color=colour, label=run.name if first else None)
-    axes.set(xlabel="iteration", ylabel=f"{rule} (%)", ylim=(0, 100))
-    axes.grid(alpha=0.3)
-    axes.legend()
+    with plain_matplotlib():
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 4.5))
+        axes = figure.subplots()
+        names = list(dict.fromkeys(run.name for run in group))
+        for run in group:
+            points = [(line["iteration"], line[key]) for line in run.test]
+            if points:
+                first = next(other for other in group if other.name == run.name) is run
+                colour = OTHERS[names.index(run.name) % len(OTHERS)]
+                label = run.name if len(run.name) < 60 else f"{run.name[:59]}…"
+                axes.plot(*zip(*points, strict=True), "o-", color=colour, label=label if first else None)
+        axes.set(xlabel="iterations", ylabel=f"{rule} (%)", ylim=(0, 100))
+        axes.legend()
     return figure

@@ -1,29 +1,20 @@
-"""Figures 1, 4, 6 and 7 in the paper's layout, as PNG and SVG, with matplotlib."""
+"""Figures 1, 4, 6 and 7, or the same of data that the paper does not have, as PNG and SVG, with matplotlib."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from resnet_train import paper
-from resnet_train.report.runs import Point, Run
+from resnet_train.curves import Point, colour, edges, interval_means, plain_matplotlib
+from resnet_train.report.runs import Run, by_net, mean_and_std
 
-# Figure: its panels, each a title and the nets in it, in the paper's order.
-PANELS: dict[str, list[tuple[str, tuple[str, ...]]]] = {
-    "figure 1": [("training error", ("plain-20", "plain-56")), ("test error", ("plain-20", "plain-56"))],
-    "figure 4": [("plain", ("plain-18", "plain-34")), ("ResNet", ("resnet-18-A", "resnet-34-A"))],
-    "figure 6": [
-        ("plain", ("plain-20", "plain-32", "plain-44", "plain-56")),
-        ("ResNet", tuple(f"resnet-{depth}-A" for depth in (20, 32, 44, 56, 110))),
-        ("ResNet, 110 and 1202", ("resnet-110-A", "resnet-1202-A")),
-    ],
-}
 AXES = {"cifar": (0.0, 20.0), "imagenet": (20.0, 60.0)}  # the paper's, in %
-POINTS = 500  # drawn of a curve: more than a panel has pixels for
-COLOURS = {18: "C1", 34: "C0", 20: "C1", 32: "C8", 44: "C2", 56: "C0", 110: "C3", 1202: "C4"}
+LINES: dict[str, dict[str, Any]] = {"train": {"linewidth": 1.1, "linestyle": (0, (4, 1.5))}, "test": {"linewidth": 2.0}}
+Panel = tuple[str, dict[str, list[Run]], tuple[str, ...]]  # its title, the runs of each net, which errors
 
 
 @dataclass(frozen=True)
@@ -38,100 +29,164 @@ class Responses:
     finished: bool = True
 
 
-def draw(name: str, group: list[Run]) -> Any:
-    """Figure 1, 4 or 6 of the runs of one setting, or None if there are none for it.
+def draw(group: list[Run]) -> list[tuple[str, str, Any]]:
+    """The figures of the runs of one setting: file name, caption and the picture.
 
-    Training error dashed (figure 4: thin), test error bold, a colour for each depth, every seed a line.
+    Of plain nets the shallowest and the deepest as in figure 1; all nets as in figures 4 and 6. A line is the mean
+    over the seeds of finished runs, with a band of one standard deviation.
     """
-    from matplotlib.figure import Figure
+    nets = by_net(group)
+    plain = {net: runs for net, runs in nets.items() if runs[0].arch == "plain"}
+    residual = {net: runs for net, runs in nets.items() if net not in plain and net != "resnet-1202-A"}
+    ends = {net: plain[net] for net in (*list(plain)[:1], *list(plain)[-1:])}
+    both = ("train", "test")
+    deepest = (
+        {net: runs for net, runs in nets.items() if runs[0].depth in (110, 1202)} if "resnet-1202-A" in nets else {}
+    )
+    degradation: list[Panel] = [("training error", ends, ("train",)), ("test error", ends, ("test",))]
+    depths: list[Panel] = [("plain nets", plain, both), ("residual nets", residual, both)]
+    depths.append(("residual nets, 110 and 1202 layers", deepest, both))
+    photos, found = group[0].family == "imagenet", []
+    if len(ends) == 2 and not (photos and group[0].published):
+        name, label = ("figure-1", "Figure 1") if group[0].published else ("plain-nets", "Plain nets")
+        words = f"{label}: training error (left) and test error (right) of {' and '.join(ends)}"
+        found.append((name, words, degradation))
+    name = ("figure-4" if photos else "figure-6") if group[0].published else "curves"
+    label = name.capitalize().replace("-", " ") if group[0].published else "Every net"
+    words = f"{label}: training error (dashed) and test error (bold, {group[0].protocol})"
+    found.append((name, words, [panel for panel in depths if panel[1]]))
+    return [(name, *_draw(words, panels, group[0])) for name, words, panels in found]
 
-    panels = [(title, [run for run in group if run.net in nets]) for title, nets in PANELS[name]]
-    panels = [(title, runs) for title, runs in panels if runs]
-    if not panels or (name == "figure 4") != (group[0].family == "imagenet"):
-        return None
-    figure = Figure(figsize=(4.6 * len(panels) + 0.4, 4.6), layout="constrained")
-    low, high, note = _axis([run for _, runs in panels for run in runs])
-    for axes, (title, runs) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for run in runs:
-            colour, first = COLOURS.get(run.depth, "C5"), run is next(r for r in runs if r.net == run.net)
-            label = f"{run.net}{'' if run.finished else ', unfinished'}" if first else None
-            train, test = title != "test error", title != "training error"
-            if train:
-                style = {"linewidth": 0.8} if name == "figure 4" else {"linewidth": 0.9, "linestyle": "--"}
-                axes.plot(*_xy(run.curves["train"]), color=colour, **style, label=None if test else label)
-            if test:
-                axes.plot(*_xy(run.curves["test"]), color=colour, linewidth=2, label=label)
-        axes.set(title=title, xlabel="iterations (10$^4$)", ylabel="error (%)", ylim=(low, high), xlim=(0, None))
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    dashes = "thin: training" if name == "figure 4" else "dashed: training"
-    what = f"{name.capitalize()} on {group[0].data}; {dashes}, bold: test ({group[0].protocol}){note}"
-    _head(figure, what, paper.shortened(group[0].family, group[0].iterations))
-    return figure
+
+def _draw(words: str, panels: list[Panel], first: Run) -> tuple[str, Any]:
+    """The caption and the picture of some panels."""
+    with plain_matplotlib():
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(5.2 * len(panels), 4.4))
+        low, high, note = axis_limits([run for _, nets, _ in panels for runs in nets.values() for run in runs])
+        unit, xlabel = (1e4, "iterations (10⁴)") if first.iterations >= 20_000 else (1, "iterations")
+        several = False
+        for number, axes in enumerate(figure.subplots(1, len(panels), squeeze=False)[0]):
+            title, nets, splits = panels[number]
+            for net, runs in nets.items():
+                done = [run for run in runs if run.finished]
+                several |= len(done) > 1
+                label = net if done else f"{net}, unfinished"
+                for split in splits:
+                    style = LINES[split if len(splits) > 1 else "test"] | {"color": colour(net)}
+                    at, curves = _curves(split, [run.curves[split] for run in done or runs])
+                    xs = [iteration / unit for iteration in at]
+                    _line(axes, xs, curves, **style, label=None if split == "train" and len(splits) > 1 else label)
+            axes.set(title=title, xlabel=xlabel, ylim=(low, high), xlim=(0, None))
+            axes.xaxis.set_major_locator(_ticks())
+            axes.yaxis.set_major_locator(_ticks())
+            if unit == 1:
+                axes.xaxis.set_major_formatter("{x:,.0f}")
+            axes.legend(loc="upper right")
+            if number == 0:
+                axes.set_ylabel("error (%)")
+    lines = "means over seeds, with a band of ± one standard deviation" if several else "one seed each"
+    return f"{words}, on {first.data}; {lines}{note}.", figure
+
+
+def _curves(split: str, curves: list[list[Point]]) -> tuple[list[float], list[list[float]]]:
+    """Where several seeds of a net can be held together, and the error of each there."""
+    curves = [points for points in curves if points]
+    if not curves:
+        return [], []
+    if split == "train":
+        ends = edges(min(curves, key=lambda points: (points[-1][0], len(points))))
+        return ends[1:], [interval_means(points, ends) for points in curves]
+    tests = [{at: error for at, error, _ in points} for points in curves]
+    common = sorted(set.intersection(*(set(test) for test in tests)))
+    at = [iteration for iteration, _, _ in thinned([(iteration, 0.0, None) for iteration in common])]
+    return list(at), [[test[iteration] for iteration in at] for test in tests]
+
+
+def _line(axes: Any, xs: Sequence[float], curves: Sequence[Sequence[float]], **style: Any) -> None:
+    """The mean of curves with a band of one standard deviation; of a single point a marker."""
+    found = [mean_and_std(list(values)) for values in zip(*curves, strict=True)]
+    if not found:
+        return
+    means = [mean for mean, _ in found]
+    axes.plot(xs, means, **style, marker="o" if len(means) == 1 else None)
+    if len(curves) > 1:
+        low, high = ([mean + sign * (std or 0.0) for mean, std in found] for sign in (-1, 1))
+        axes.fill_between(xs, low, high, color=style["color"], alpha=0.2, linewidth=0)
+
+
+def _ticks() -> Any:
+    """Whole numbers, and few enough of them to be read."""
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=True)
 
 
 def draw_responses(measured: Sequence[Responses]) -> Any:
-    """Figure 7: the standard deviations in layer order (above) and from the largest on (below)."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+    """Figure 7: the standard deviations in layer order (above) and from the largest on (below), means over seeds."""
+    ordered = [dataclasses.replace(one, stds=sorted(one.stds, reverse=True)) for one in measured]
+    return _draw_layers(("std", "layer index (original)", measured), ("std", "layer index (by magnitude)", ordered))
 
-    figure = Figure(figsize=(8, 6.4), layout="constrained")
-    above, below = figure.subplots(2, 1)
-    for number, one in enumerate(measured):
-        style = {"linestyle": "--" if one.net.startswith("plain") else "-", "color": f"C{number}", "linewidth": 1.2}
-        layers = range(1, len(one.stds) + 1)
-        seeds = sum(other.net == one.net for other in measured) > 1
-        name = one.net + (f", seed {one.seed}" if seeds else "") + ("" if one.finished else ", unfinished")
-        above.plot(layers, one.stds, **style, label=name)
-        below.plot(layers, sorted(one.stds, reverse=True), **style)
-    above.set(xlabel="layer index (original)", ylabel="std")
-    below.set(xlabel="layer index (sorted by magnitude)", ylabel="std")
-    for axes in (above, below):
-        axes.set_ylim(bottom=0)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-    above.legend(fontsize=8)
-    data = " and ".join(dict.fromkeys(one.data for one in measured))
-    notes = "; ".join(dict.fromkeys(one.note for one in measured if one.note))
-    _head(figure, f"Figure 7: responses of the 3x3 layers after batch norm, {data}; dashed: plain", notes)
+
+def draw_gradients(by_response: Sequence[Responses], by_weights: Sequence[Responses]) -> Any:
+    """The norms of the gradients layer by layer, by the responses (above) and by the weights (below)."""
+    panels = [
+        (f"gradient by {name}", "layer index", found)
+        for name, found in (("response", by_response), ("weights", by_weights))
+    ]
+    return _draw_layers(*panels, yscale="log")
+
+
+def _draw_layers(*panels: tuple[str, str, Sequence[Responses]], yscale: str = "linear") -> Any:
+    """Values of each layer, one panel over the other; plain nets dashed."""
+    with plain_matplotlib():
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 6.4))
+        rows = figure.subplots(len(panels), 1)
+        for axes, (ylabel, xlabel, measured) in zip(rows, panels, strict=True):
+            for net in dict.fromkeys(one.net for one in measured):
+                runs = [one for one in measured if one.net == net]
+                style = {"color": colour(net), "linewidth": 1.6, "linestyle": "--" if net.startswith("plain") else "-"}
+                name = net + ("" if all(one.finished for one in runs) else ", unfinished")
+                _line(axes, range(1, len(runs[0].stds) + 1), [one.stds for one in runs], **style, label=name)
+            axes.set(xlabel=xlabel, ylabel=ylabel, yscale=yscale)
+            axes.xaxis.set_major_locator(_ticks())
+            if yscale == "linear":
+                axes.set_ylim(bottom=0)
+            else:
+                axes.yaxis.set_major_formatter("{x:g}")
+                axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
+        rows[0].legend(loc="best", ncols=2)
     return figure
 
 
 def save(figure: Any, path: Path) -> None:
     """Write `path` with .png and .svg, whole or not at all; the same figure is the same file. Raises OSError."""
-    import matplotlib as mpl
+    import matplotlib
 
-    for kind in ("png", "svg"):
-        part = path.with_name(f".{path.name}.{kind}")
-        with mpl.rc_context({"svg.hashsalt": "resnet-train"}):
-            figure.savefig(part, format=kind, dpi=110, metadata={"Date": None} if kind == "svg" else {})
-        part.replace(path.with_name(f"{path.name}.{kind}"))
+    with plain_matplotlib():
+        matplotlib.rcParams["text.parse_math"] = True  # ticks are made now, and of a logarithmic axis they are powers
+        for kind, more in (("png", {}), ("svg", {"metadata": {"Date": None}, "transparent": True})):
+            part = path.with_name(f".{path.name}.{kind}")
+            figure.savefig(part, format=kind, dpi=130, **more)
+            part.replace(path.with_name(f"{path.name}.{kind}"))
 
 
-def thinned(points: Sequence[Point], most: int = POINTS) -> list[Point]:
+def thinned(points: Sequence[Point], most: int = 250) -> list[Point]:
     """Every k-th point of a curve and the last, about `most` of them."""
     step = math.ceil(len(points) / most) or 1
     return [*points[:-1:step], *points[-1:]]
 
 
-def _xy(points: Iterable[Point]) -> tuple[list[float], list[float]]:
-    kept = thinned(list(points))
-    return [iteration / 1e4 for iteration, _, _ in kept], [error for _, error, _ in kept]
-
-
-def _axis(runs: list[Run]) -> tuple[float, float, str]:
+def axis_limits(runs: list[Run]) -> tuple[float, float, str]:
     """The paper's limits of the error axis where the curves end within them; else wider ones, and a word on it."""
-    low, high = AXES[runs[0].family]
+    low, high = AXES[runs[0].family] if runs[0].published else (0.0, 10.0)
     ends = [points[-1][1] for run in runs for points in run.curves.values() if points]
     worst, least = max(ends), min(ends)
-    if worst < high and least >= low:
+    if worst < high and least >= low and runs[0].published:
         return low, high, ""
     top = min(100.0, 10 * math.ceil(max(1.6 * worst, high) / 10))
     bottom = low if least >= low else 0.0
-    return bottom, top, f"; axis to {top:g} %, the paper's is {low:g} to {high:g} %"
-
-
-def _head(figure: Any, title: str, warning: str) -> None:
-    figure.suptitle((f"{warning}\n" if warning else "") + title, fontsize=9 if not warning else 10)
-    if warning:
-        figure._suptitle.set_fontweight("bold")
+    return bottom, top, f"; axis to {top:g} %, the paper's is {low:g} to {high:g} %" if runs[0].published else ""

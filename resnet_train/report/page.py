@@ -1,8 +1,12 @@
-"""The report as one HTML page that needs no other file and no network, and as Markdown."""
+"""The report as one HTML page that needs no other file and no network, and as Markdown.
+
+Every string comes from a run's files or from a command line and is escaped where it is put into a page.
+"""
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import html
 import math
 import re
@@ -10,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from resnet_train.report.figures import thinned
+from resnet_train.curves import colour, edges, interval_means
+from resnet_train.report.figures import axis_limits, thinned
 from resnet_train.report.runs import Run
 from resnet_train.report.tables import NOTHING, Table
 
@@ -22,33 +27,65 @@ class Section:
     title: str
     warnings: list[str] = field(default_factory=list)  # in large letters
     words: list[str] = field(default_factory=list)
+    verdict: Table | None = None
     runs: list[Run] = field(default_factory=list)  # for the interactive plot
     figures: list[tuple[str, str]] = field(default_factory=list)  # file name without suffix, caption
     tables: list[Table] = field(default_factory=list)
     commands: list[tuple[str, str]] = field(default_factory=list)  # run, and the command that made its curves
 
 
+# In dark mode pictures are turned: white becomes the page's colour, and a hue stays what it is. What is wider than the
+# screen scrolls in a box of its own, whose shadows show that there is more.
 STYLE = """
-:root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 68rem; margin: 0 auto;
-  padding: 1rem; overflow-wrap: break-word; }
-h1 { font-size: 1.6rem; line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ccc; }
-.warning { font-size: 1.35rem; line-height: 1.3; font-weight: 800; color: #8a1c00; background: #fff1e6;
+:root { color-scheme: light dark; --page: #fff; --text: #1a1a1a; --soft: #555; --line: #ddd; --shadow: #0005; }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var(--page); max-width: 68rem;
+  margin: 0 auto; padding: 1rem; overflow-wrap: break-word; }
+h1 { font-size: 1.6rem; line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
+.warning { font-size: 1.2rem; line-height: 1.3; font-weight: 700; color: #8a1c00; background: #fff1e6;
   border-left: .4rem solid #d9480f; padding: .5rem .8rem; margin: .8rem 0; }
-.scroll { overflow-x: auto; margin: 0 0 .4rem; } table { border-collapse: collapse; font-size: .88rem; }
-th, td { padding: .3rem .6rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top; }
-td.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
-td:first-child { white-space: nowrap; } .commands li { margin-bottom: .5rem; font-size: .9rem; }
-ul { padding-left: 1.2rem; } .notes { font-size: .85rem; color: #444; margin-top: 0; }
-figure { margin: 1rem 0; overflow-x: auto; } figure img { max-width: 100%; min-width: min(100%, 60rem); height: auto; }
-figcaption { font-size: .85rem; color: #444; }
-code { font: .85em ui-monospace, monospace; overflow-wrap: anywhere; }
-@media (max-width: 30rem) { body { padding: .6rem; } .warning { font-size: 1.15rem; } h1 { font-size: 1.35rem; }
-  figure img { max-width: none; width: 40rem; } }
-@media print { body { max-width: none; font-size: 10pt; } h2, h3 { break-after: avoid; } .screen { display: none; }
+.scroll { overflow-x: auto; background: linear-gradient(to right, var(--page) 30%, transparent) left,
+  linear-gradient(to left, var(--page) 30%, transparent) right,
+  radial-gradient(farthest-side at 0 50%, var(--shadow), transparent) left,
+  radial-gradient(farthest-side at 100% 50%, var(--shadow), transparent) right;
+  background-size: 3rem 100%, 3rem 100%, 1rem 100%, 1rem 100%; background-repeat: no-repeat;
+  background-attachment: local, local, scroll, scroll; }
+table { border-collapse: collapse; font-size: .88rem; }
+th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
+th { vertical-align: bottom; } th button { font: inherit; color: inherit; background: none; border: 0; padding: 0;
+  text-align: inherit; cursor: pointer; } th button::after { content: "\\a0↕"; color: var(--soft); }
+th[aria-sort=ascending] button::after { content: "\\a0↑"; }
+th[aria-sort=descending] button::after { content: "\\a0↓"; }
+.number { text-align: right; font-variant-numeric: tabular-nums; }
+td.number, td.short, td:first-child { white-space: nowrap; } details li { margin-bottom: .5rem; font-size: .9rem; }
+ul { padding-left: 1.2rem; } .notes { font-size: .85rem; color: var(--soft); margin-top: .4rem; }
+figure { margin: 1.5rem 0; } figure img { display: block; max-width: 100%; height: auto; }
+figcaption { font-size: .9rem; color: var(--soft); }
+code { font: .85em ui-monospace, monospace; overflow-wrap: anywhere; } summary { cursor: pointer; font-weight: 600; }
+@media (max-width: 48rem) { body { padding: .6rem; } h1 { font-size: 1.35rem; } figure img { max-width: none; }
+  figure img { width: calc(.68 * var(--width)); } }
+@media (prefers-color-scheme: dark) { :root { --page: #121212; --text: #ededed; --soft: #b0b0b0; --line: #3a3a3a;
+  --shadow: #fff6; } .warning { color: #ffb38a; background: #2b1608; }
+  figure img, .invert { filter: invert(.93) hue-rotate(180deg); } }
+@media print { body { max-width: none; font-size: 10pt; } h2, h3 { break-after: avoid; } .plot { display: none; }
   figure, tr, .warning { break-inside: avoid; } .scroll { overflow: visible; } table { font-size: 7.5pt; }
-  figure img { min-width: 0; max-width: 100%; } }
+  figure img { max-width: 100%; } }
 """
+
+# A click on the head of a column sorts by it, a second one the other way round; what is empty stays below.
+SORT = """
+for (const button of document.querySelectorAll('th button')) button.addEventListener('click', () => {
+  const head = button.parentElement, body = head.closest('table').tBodies[0], column = head.cellIndex;
+  const way = head.ariaSort === 'ascending' ? -1 : 1, text = (row) => row.cells[column].textContent;
+  const value = (row) => parseFloat(text(row).replaceAll(',', ''));
+  const compare = (a, b) => isNaN(value(a)) || isNaN(value(b)) || !a.cells[column].classList.contains('number')
+    ? text(a).localeCompare(text(b), undefined, { numeric: true }) : value(a) - value(b);
+  const last = (row) => text(row) === 'NOTHING';
+  const rows = [...body.rows].sort((a, b) => last(a) - last(b) || way * compare(a, b));
+  for (const other of head.parentElement.cells) other.removeAttribute('aria-sort');
+  head.ariaSort = way > 0 ? 'ascending' : 'descending';
+  body.append(...rows);
+});
+""".replace("NOTHING", NOTHING)
 
 
 def html_page(title: str, intro: list[str], sections: list[Section], out: Path) -> str:
@@ -56,89 +93,121 @@ def html_page(title: str, intro: list[str], sections: list[Section], out: Path) 
     from bokeh.embed import components
     from bokeh.resources import Resources
 
-    plots = {section.title: plot(section.runs) for section in sections if section.runs}
+    plots = {str(number): plot(section.runs) for number, section in enumerate(sections) if section.runs}
     script, places = components(plots) if plots else ("", {})
     library = Resources(mode="inline", components=["bokeh"]).render() if plots else ""
     body = [f"<h1>{html.escape(title)}</h1>", *(f"<p>{_text(words)}</p>" for words in intro)]
-    for section in sections:
+    for number, section in enumerate(sections):
         body.append(f"<section><h2>{html.escape(section.title)}</h2>")
         body += [f'<p class="warning">{html.escape(words)}</p>' for words in section.warnings]
-        body.append("<ul>" + "".join(f"<li>{_text(words)}</li>" for words in section.words) + "</ul>")
-        if section.title in places:
-            hint = "A click on a name hides a run or shows it again; the pointer, or a finger, reads off values."
-            hint += "" if all(run.finished for run in section.runs) else " … marks a run that is not finished."
-            body.append(f'<div class="screen"><p>{hint}</p>{places[section.title]}</div>')
+        body += [f"<p>{_text(words)}</p>" for words in section.words]
+        body += [_table(section.verdict)] if section.verdict else []
         body += [_figure(out, name, caption) for name, caption in section.figures]
+        if str(number) in places:
+            hint = "Every run: training error dashed, validation dotted, test bold. A click on a name hides a net or"
+            hint += " shows it again; the pointer, or a finger, reads off values."
+            body.append(
+                f'<div class="plot"><p class="notes">{hint}</p><div class="invert">{places[str(number)]}</div></div>'
+            )
         body += [_table(table) for table in section.tables]
         if section.commands:
-            lines = (
-                f"<li>{html.escape(run)}<br><code>{html.escape(made)}</code></li>" for run, made in section.commands
-            )
-            body.append(f'<h3>The command of each curve</h3><ul class="commands">{"".join(lines)}</ul>')
+            lines = (f"<li>{html.escape(run)}<br><code>{html.escape(made)}</code>" for run, made in section.commands)
+            body.append(f"<details><summary>The command of each curve</summary><ul>{''.join(lines)}</ul></details>")
         body.append("</section>")
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-    text = [f'<!DOCTYPE html>\n<html lang="en"><head>{head}<title>{html.escape(title)}</title>', library]
-    return "\n".join([*text, f"<style>{STYLE}</style></head><body>", *body, script, "</body></html>\n"])
+    scripts = f"{library}{script}<script>{SORT}</script>"
+    # Whatever else a page may come to hold, a browser runs these scripts and no other, and asks no network.
+    hashes = [
+        hashlib.sha256(text.encode()).digest() for text in re.findall(r"(?s)<script[^>]*>(.*?)</script>", scripts)
+    ]
+    allowed = " ".join(f"'sha256-{base64.b64encode(one).decode()}'" for one in hashes)
+    policy = f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:"
+    head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
+    head += f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{html.escape(title)}</title>'
+    text = [f'<!DOCTYPE html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head><body>', *body, scripts]
+    return "\n".join([*text, "</body></html>\n"])
 
 
 def plot(runs: list[Run]) -> Any:
-    """Training (dashed), validation (dotted) and test error over iterations, a colour for each run."""
-    from bokeh.models import ColumnDataSource, HoverTool, NumeralTickFormatter, Range1d
+    """Training (dashed), validation (dotted) and test error over iterations of every run, a colour for each net."""
+    from bokeh.models import BasicTicker, ColumnDataSource, HoverTool, NumeralTickFormatter, Range1d
     from bokeh.models.annotations import Legend, LegendItem
-    from bokeh.palettes import Category20_20
     from bokeh.plotting import figure
 
-    highest = max(point[1] for run in runs for curve in run.curves.values() for point in curve)
+    nets = list(dict.fromkeys(run.net for run in runs))
     # Nothing is dragged unless a tool is chosen, so that a finger on the plot still scrolls the page.
     canvas = figure(
-        height=430 + 21 * math.ceil(len(runs) / 2),  # the legend is a part of it
+        height=420 + 24 * math.ceil(len(nets) / 2),  # the legend is a part of it
         sizing_mode="stretch_width",
         tools="box_zoom,pan,reset,save",
         active_drag=None,
         toolbar_location="above",
-        x_axis_label="iteration",
+        x_axis_label="iterations",
         y_axis_label="error (%)",
-        y_range=Range1d(start=0, end=min(100, 1.05 * highest)),
+        y_range=Range1d(start=0, end=axis_limits(runs)[1]),
     )
+    canvas.toolbar.logo = None
+    canvas.min_border_right = 24  # for half of the last tick's label
+    canvas.axis.minor_tick_line_color = None
+    canvas.axis.major_label_text_font_size = canvas.axis.axis_label_text_font_size = "13px"
+    canvas.xaxis.ticker = BasicTicker(desired_num_ticks=4, min_interval=1)
     canvas.xaxis.formatter = NumeralTickFormatter(format="0,0")
-    items = []
-    order = [2 * number % 20 + (number >= 10) for number in range(20)]  # the palette's strong colours first
-    for number, run in enumerate(runs):
-        colour = Category20_20[order[number % 20]]
-        lines: list[Any] = []
-        name = f"{run.net}, seed {run.seed}" + ("" if run.finished else " …")
-        for split, dash, width in (("train", "dashed", 1.0), ("val", "dotted", 1.5), ("test", "solid", 2.5)):
+    lines: dict[str, list[Any]] = {net: [] for net in nets}
+    for run in runs:
+        for split, dash, width in (("train", "dashed", 1.2), ("val", "dotted", 1.5), ("test", "solid", 2.5)):
             points = thinned(run.curves[split])
-            columns = {
-                "iteration": [iteration for iteration, _, _ in points],
-                "error": [round(error, 4) for _, error, _ in points],
-            }
-            line = canvas.line(
-                "iteration", "error", source=ColumnDataSource(columns), color=colour, line_dash=dash, line_width=width
+            at, errors = [iteration for iteration, _, _ in points], [error for _, error, _ in points]
+            if split == "train" and points:
+                ends = edges(run.curves[split])
+                at, errors = [round(end) for end in ends[1:]], interval_means(run.curves[split], ends)
+            source = ColumnDataSource({"iteration": at, "error": [round(error, 4) for error in errors]})
+            style: dict[str, Any] = {"source": source, "color": colour(run.net)}
+            line = canvas.line("iteration", "error", **style, line_dash=dash, line_width=width)
+            lines[run.net].append(line)
+            if len(at) == 1:
+                lines[run.net].append(canvas.scatter("iteration", "error", **style, size=7))
+            name = f"{run.net}, seed {run.seed}" + ("" if run.finished else ", unfinished")
+            # The box is HTML: what stands in it has a form that was checked, and is escaped all the same.
+            tips = [("run", html.escape(name)), ("split", split), ("iteration", "@iteration{0,0}")]
+            tips.append(("error", "@error{0.00} %"))
+            canvas.add_tools(
+                HoverTool(renderers=lines[run.net][-1:], tooltips=tips, visible=False, line_policy="nearest")
             )
-            tips = [("run", name), ("split", split), ("iteration", "@iteration{0,0}"), ("error", "@error{0.00} %")]
-            canvas.add_tools(HoverTool(renderers=[line], tooltips=tips, visible=False, line_policy="nearest"))
-            lines.append(line)
-        items.append(LegendItem(label=name, renderers=lines))
-    legend = Legend(
-        items=items, click_policy="hide", ncols=2, label_text_font_size="12px", spacing=0, border_line_color=None
-    )
+    items = [LegendItem(label=net, renderers=lines[net]) for net in nets]
+    legend = Legend(items=items, click_policy="hide", ncols=2, location="left", spacing=2, border_line_color=None)
     canvas.add_layout(legend, "below")
     return canvas
 
 
 def markdown(title: str, intro: list[str], sections: list[Section]) -> str:
     """The same without the plot, with links to the figures' files."""
-    lines = [f"# {title}", "", *(f"{words}\n" for words in intro)]
+    lines = [f"# {_plain(title)}", "", *(f"{_plain(words)}\n" for words in intro)]
     for section in sections:
-        lines += [f"## {section.title}", "", *(f"# **{words}**\n" for words in section.warnings)]
-        lines += [*(f"- {words}" for words in section.words), ""]
-        lines += [f"![{caption}]({name}.png)\n" for name, caption in section.figures]
-        lines += [table.markdown() for table in section.tables]
+        lines += [f"## {_plain(section.title)}", "", *(f"# **{_plain(words)}**\n" for words in section.warnings)]
+        lines += [f"{_plain(words)}\n" for words in section.words]
+        lines += [markdown_table(section.verdict)] if section.verdict else []
+        for name, caption in section.figures:
+            lines += [f"![{_plain(caption)}]({name}.png)\n", f"{_plain(caption)}\n"]
+        lines += [markdown_table(table) for table in section.tables]
         if section.commands:
-            lines += ["### The command of each curve", ""]
-            lines += [*(f"- {run}: `{made}`" for run, made in section.commands), ""]
+            lines += ["<details><summary>The command of each curve</summary>", ""]
+            lines += [f"- {_plain(run)}: `{made}`" for run, made in section.commands]
+            lines += ["", "</details>", ""]
     return "\n".join(lines)
+
+
+def markdown_table(table: Table) -> str:
+    """With title and notes."""
+    head, *rows = ([_plain(cell) for cell in row] for row in (table.header, *table.shown()))
+    rows = [head, ["---"] * len(head), *rows]
+    lines = [f"### {_plain(table.title)}", "", *(f"| {' | '.join(row)} |" for row in rows)]
+    return "\n".join([*lines, "", *(f"- {_plain(note)}" for note in table.notes), ""])
+
+
+def _plain(words: str) -> str:
+    """Text that Markdown takes for text, with `code` as code."""
+    parts = words.split("`")
+    parts[::2] = [re.sub(r"([\\\[\]|$*<>~])", r"\\\1", part.replace("&", "&amp;")) for part in parts[::2]]
+    return "`".join(parts)
 
 
 def _text(words: str) -> str:
@@ -147,21 +216,29 @@ def _text(words: str) -> str:
 
 
 def _figure(out: Path, name: str, caption: str) -> str:
-    data = base64.b64encode((out / f"{name}.svg").read_bytes()).decode()
-    said = html.escape(caption)
-    return f'<figure><img alt="{said}" src="data:image/svg+xml;base64,{data}"><figcaption>{said}</figcaption></figure>'
+    svg = (out / f"{name}.svg").read_bytes()
+    width = re.search(rb'width="([\d.]+)pt"', svg)
+    style = f' style="--width: {float(width[1]):.0f}pt"' if width else ""
+    said, data = html.escape(caption), base64.b64encode(svg).decode()
+    picture = f'<img{style} alt="{said}" src="data:image/svg+xml;base64,{data}">'
+    return f'<figure><div class="scroll">{picture}</div><figcaption>{said}</figcaption></figure>'
 
 
 def _table(table: Table) -> str:
-    def cell(text: str) -> str:
-        kind = "number" if text == NOTHING or re.match(r"[-+]?[\d,.]+( ±.*| \(n=\d+\).*)?$", text) else ""
-        return f'<td class="{kind}">{html.escape(text)}</td>' if kind else f"<td>{html.escape(text)}</td>"
+    rows = table.shown()
+    number = re.compile(rf"{NOTHING}|[-+]?[\d,.]+( [±(].*)?")
+    kinds = []
+    for column in zip(*rows, strict=True):
+        short = ' class="short"' if max(map(len, column)) < 16 else ""
+        kinds.append(' class="number"' if all(map(number.fullmatch, column)) else short)
 
-    head = "".join(f"<th>{html.escape(word)}</th>" for word in table.header)
-    rows = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in table.shown())
+    def line(cells: list[str], tag: str) -> str:
+        return f"<tr>{''.join(f'<{tag}{kind}>{cell}</{tag}>' for kind, cell in zip(kinds, cells, strict=True))}</tr>"
+
+    head = line([f"<button>{html.escape(name)}</button>" for name in table.header], "th")
+    body = "".join(line([html.escape(cell) for cell in row], "td") for row in rows)
     notes = "".join(f"<li>{_text(note)}</li>" for note in table.notes)
     return (
-        f'<h3 id="{table.name}">{html.escape(table.title)}</h3>'
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
-        f'<tbody>{rows}</tbody></table></div><ul class="notes">{notes}</ul>'
+        f'<h3 id="{table.name}">{html.escape(table.title)}</h3><div class="scroll"><table><thead>{head}</thead>'
+        f'<tbody>{body}</tbody></table></div><ul class="notes">{notes}</ul>'
     )

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from resnet_train import paper
-from resnet_train.curves import read_metrics
+from resnet_train.curves import Point, read_metrics
 from resnet_train.errors import UserError
 
-Point = tuple[int, float, float | None]  # iteration, top-1 and top-5 error in %
 EARLIER = {"normalise": "channels"}  # what was done before there was this key
 END = 20  # the training error at the end is that of the last twentieth of a run
+NET = re.compile(r"plain-\d{1,6}|resnet-\d{1,6}-[ABC]")  # what a net is called
+LONGEST = 4000  # characters of a string in a run's files
+
+# What values of another type, form or depth than a run's files have make of the code that reads them.
+MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -23,6 +29,7 @@ class Run:
     """One run, as its folder tells it."""
 
     folder: Path
+    place: str  # the folder as a report names it: from the folder on that was asked for
     net: str  # resnet-110-A
     arch: str
     depth: int
@@ -34,11 +41,15 @@ class Run:
     curves: dict[str, list[Point]]  # by split
     setting: dict[str, Any]  # all that must be the same in one row or figure
     command: str
-    started: str
     device: str
     precision: str | None  # that auto was, once the run is finished
     parameters: int | None
     results: list[dict[str, Any]] = field(default_factory=list)  # what resnet-eval has left in the folder
+
+    @property
+    def published(self) -> bool:
+        """Whether the paper has this data set; a run on any other is of its own length and has tables of its own."""
+        return paper.DATA.get(self.data) == self.family
 
     @property
     def reached(self) -> int:
@@ -87,12 +98,13 @@ def mean_error(points: list[Point], after: float, until: float) -> float:
     return total / weight if weight else math.nan
 
 
-def find(folders: Iterable[Path]) -> tuple[list[Run], list[Path], list[str]]:
-    """All runs in `folders`, which are runs or contain them, the folders of detectors, and notes on what was left out.
+def find(folders: Iterable[Path]) -> tuple[list[Run], dict[Path, str], list[str]]:
+    """All runs in `folders`, which are runs or contain them, the folders of detectors with the names that a report
+    gives them, and notes on what was left out.
 
     Raises UserError for a folder without runs, or with none that can be read.
     """
-    found: dict[Path, Path] = {}
+    found: dict[Path, tuple[Path, str]] = {}
     notes = []
     for folder in folders:
         try:
@@ -101,20 +113,37 @@ def find(folders: Iterable[Path]) -> tuple[list[Run], list[Path], list[str]]:
             raise UserError(f"{error.filename or folder}: {error.strerror}") from error
         if not configs and not any(folder.rglob("responses.csv")):
             raise UserError(f"{folder}: holds no run (a folder with config.json and metrics.jsonl)")
-        found |= {path.parent.resolve(): path.parent for path in configs if path.parent.resolve() not in found}
-    runs, detectors = [], []
-    for folder in found.values():
+        for path in configs:
+            found.setdefault(path.parent.resolve(), (path.parent, place_of(path.parent, folder)))
+    runs: list[Run] = []
+    detectors: dict[Path, str] = {}
+    for folder, place in found.values():
         metrics = folder / "metrics.jsonl"
         if metrics.is_file() and "\n" in _text(metrics):
-            if "backbone" in _object(folder / "config.json"):
-                detectors.append(folder)
+            if "backbone" in object_in(folder / "config.json"):
+                detectors[folder] = place
             else:
-                runs.append(read(folder))
+                runs.append(read(folder, place))
         else:
-            notes.append(f"{folder}: has no metrics yet, left out")
+            notes.append(f"{place}: has no metrics yet, left out")
     if not runs and not detectors:
         raise UserError("; ".join(notes) or "there are layer responses and no runs; name the runs too")
     return _once(runs, notes), detectors, notes
+
+
+def place_of(path: Path, asked: Path) -> str:
+    """A path inside the folder that was asked for, without what lies above it on this machine."""
+    return printable(str(path.relative_to(asked.parent) if asked.is_absolute() else path))
+
+
+def printable(text: str) -> str:
+    """Text of a file as it may be shown: control characters and lone surrogates escaped, and not endless.
+
+    So are backticks, which in a report's own words are around code.
+    """
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:LONGEST])
+    shown = shown.replace("`", "\\x60")
+    return shown + ("…" if len(text) > LONGEST else "")
 
 
 def _once(runs: list[Run], notes: list[str]) -> list[Run]:
@@ -124,31 +153,46 @@ def _once(runs: list[Run], notes: list[str]) -> list[Run]:
         key = json.dumps([run.net, run.seed, run.setting])
         if key in kept:
             first, second = sorted((kept[key], run), key=lambda r: -r.reached)
-            notes.append(f"{second.folder}: is the same run as {first.folder} ({run.net}, seed {run.seed}), left out")
+            notes.append(f"{second.place}: is the same run as {first.place} ({run.net}, seed {run.seed}), left out")
             run = first
         kept[key] = run
     return sorted(kept.values(), key=lambda run: (run.data, run.arch != "plain", run.depth, run.net, run.seed))
 
 
-def read(folder: Path) -> Run:
+def read(folder: Path, place: str) -> Run:
     """The run in `folder`. Raises UserError for files that are not what a run leaves, naming the line."""
+    with reading(folder, "resnet-train"):
+        return _run(folder, place, json_in(folder / "config.json"), metrics_in(folder))
+
+
+@contextlib.contextmanager
+def reading(folder: Path, command: str) -> Iterator[None]:
+    """Around the reading of a run's files. Raises UserError for what is not theirs."""
     try:
-        config = json.loads(_text(folder / "config.json"))
-    except ValueError as error:
-        raise UserError(f"{folder / 'config.json'}: is no JSON ({error})") from error
+        yield
+    except MALFORMED as error:
+        reason = printable(f"{type(error).__name__}: {error}")[:200]
+        raise UserError(f"{folder}: holds other things than a run of {command} leaves ({reason})") from error
+
+
+def json_in(path: Path) -> Any:
+    """The value in a JSON file. Raises UserError."""
     try:
-        metrics = read_metrics(folder / "metrics.jsonl")
+        return json.loads(_text(path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is no JSON ({str(error)[:200]})") from error
+
+
+def metrics_in(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics. Raises UserError for one that is no JSON."""
+    path = folder / "metrics.jsonl"
+    try:
+        return read_metrics(path)
     except UnicodeDecodeError as error:
-        raise UserError(f"{folder / 'metrics.jsonl'}: is no text") from error
-    except ValueError as error:
-        lines = _text(folder / "metrics.jsonl").split("\n")
-        number = next(n for n, line in enumerate(lines, 1) if not _is_json(line))
-        raise UserError(f"{folder / 'metrics.jsonl'}: line {number} is no JSON") from error
-    try:
-        return _run(folder, config, metrics)
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"{folder}: holds other things than a run of resnet-train leaves ({reason})") from error
+        raise UserError(f"{path}: is no text") from error
+    except (ValueError, RecursionError) as error:
+        number = next(n for n, line in enumerate(_text(path).split("\n"), 1) if not _is_json(line))
+        raise UserError(f"{path}: line {number} is no JSON") from error
 
 
 def _text(path: Path) -> str:
@@ -161,39 +205,65 @@ def _text(path: Path) -> str:
 def _is_json(text: str) -> bool:
     try:
         json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 
 
-def _run(folder: Path, config: dict[str, Any], metrics: list[dict[str, Any]]) -> Run:
-    curves: dict[str, list[Point]] = {"train": [], "val": [], "test": []}
-    protocol = ""
+def word(value: Any) -> str:
+    """A string of a run's files, as it may be shown. Raises TypeError."""
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r:.100} is no text")
+    return printable(value)
+
+
+def number(value: Any, least: float = 0.0, most: float = math.inf) -> float:
+    """A finite number of a run's files. Raises TypeError and ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{value!r:.100} is no number")
+    if not (least <= value <= most and math.isfinite(value)):
+        raise ValueError(f"{value!r:.100} is not from {least:g} to {most:g}")
+    return value
+
+
+def whole(value: Any, least: int = 0, most: int = 2**63) -> int:
+    """A whole number of a run's files. Raises TypeError and ValueError."""
+    if not isinstance(value, int):
+        raise TypeError(f"{value!r:.100} is no whole number")
+    return int(number(value, least, most))
+
+
+def _run(folder: Path, place: str, config: dict[str, Any], metrics: list[dict[str, Any]]) -> Run:
+    points: dict[str, dict[int, Point]] = {"train": {}, "val": {}, "test": {}}
     for line in metrics:
-        curves[line["split"]].append((int(line["iteration"]), float(line["error"]), line.get("error5")))
-        if line["split"] == "test":
-            protocol = line["protocol"]
-    told = _object(folder / "environment.json") | _object(folder / "summary.json")
-    arch, depth, family = config["arch"], int(config["depth"]), config["data"]["family"]
-    data = metrics[0]["data"]
-    protocol = protocol or ("center crop" if family == "imagenet" else "single view")
+        at, error5 = whole(line["iteration"], 1), line.get("error5")
+        top5 = None if error5 is None else number(error5, 0, 100)
+        points[line["split"]][at] = (at, number(line["error"], 0, 100), top5)
+    arch, depth, family = config["arch"], whole(config["depth"]), config["data"]["family"]
+    protocol = {"cifar": "single view", "imagenet": "center crop"}[family]
+    protocol = next((word(line["protocol"]) for line in reversed(metrics) if line["split"] == "test"), protocol)
+    net = f"plain-{depth}" if arch == "plain" else f"{arch}-{depth}-{config['shortcut']}"
+    if not NET.fullmatch(net):
+        raise ValueError(f"{net!r:.100} is no net")
+    told = object_in(folder / "environment.json") | object_in(folder / "summary.json")
+    data, precision, parameters = word(metrics[0]["data"]), told.get("precision"), told.get("parameters")
     return Run(
         folder=folder,
-        net=f"plain-{depth}" if arch == "plain" else f"{arch}-{depth}-{config['shortcut']}",
+        place=place,
+        net=net,
         arch=arch,
         depth=depth,
         family=family,
-        seed=int(config["seed"]),
+        seed=whole(config["seed"]),
         data=data,
         protocol=protocol,
-        iterations=int(config["iterations"]),
-        curves=curves,
+        iterations=whole(config["iterations"], 1),
+        curves={split: [found[at] for at in sorted(found)] for split, found in points.items()},
         setting={"data": data, "protocol": protocol, **_recipe(config, family)},
-        command=told.get("command", ""),
-        started=told.get("started", ""),
-        device=told.get("device", ""),
-        precision=told.get("precision"),
-        parameters=told.get("parameters"),
+        command=word(told.get("command", "")),
+        device=word(told.get("device", "")),
+        precision=None if precision is None else word(precision),
+        parameters=None if parameters is None else whole(parameters),
         results=_results(folder),
     )
 
@@ -203,29 +273,45 @@ def _recipe(config: dict[str, Any], family: str) -> dict[str, Any]:
     found = {}
     for key, default in paper.RECIPES[family].items():
         value: Any = config
-        for word in key.split("."):
-            value = value.get(word, EARLIER.get(key, default)) if isinstance(value, dict) else default
-        found[key] = value
-    each = config["batch_size"] // (config.get("devices") or 1)
+        for part in key.split("."):
+            value = value.get(part, EARLIER.get(key, default)) if isinstance(value, dict) else default
+        found[key] = plain(value)
+    batch = whole(config["batch_size"], 1)
+    each = batch // (config.get("devices") or 1)
     at_once = min(config.get("device_batch_size") or each, each)
-    groups = config.get("bn_images", "device")
-    found["bn_images"] = {"device": at_once, "all": config["batch_size"]}.get(groups, groups)
+    groups = plain(config.get("bn_images", "device"))
+    found["bn_images"] = {"device": at_once, "all": batch}.get(groups, groups)
     return found
 
 
-def _object(path: Path) -> dict[str, Any]:
+def plain(value: Any) -> Any:
+    """A value of a configuration: a number, a word, nothing, or a list of those. Raises TypeError and ValueError."""
+    if isinstance(value, list):
+        return [plain(one) for one in value]
+    if value is None or isinstance(value, bool):
+        return value
+    return word(value) if isinstance(value, str) else number(value, -math.inf)
+
+
+def object_in(path: Path) -> dict[str, Any]:
     """The JSON object in a file; empty where there is none, or one that is being written."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
 
 def _results(folder: Path) -> list[dict[str, Any]]:
     """What resnet-eval has written beside the checkpoints: tests, of one net or of an ensemble."""
-    found = [_object(path) for path in sorted(folder.rglob("*-test.json"))]
-    return [result for result in found if {"net", "data", "split", "protocol", "error"} <= result.keys()]
+    found = [object_in(path) for path in sorted(folder.rglob("*-test.json"))]
+    found = [result for result in found if {"net", "data", "split", "protocol", "error"} <= result.keys()]
+    for result in found:
+        result |= {key: word(result[key]) for key in ("net", "data", "split", "protocol")}
+        result |= {key: number(result[key], 0, 100) for key in ("error", "error5") if key in result}
+        if "members" in result:
+            result["members"] = [{"net": word(member["net"])} for member in result["members"]]
+    return found
 
 
 def groups(runs: list[Run]) -> list[list[Run]]:
@@ -244,12 +330,11 @@ def differences(one: list[Run], other: list[Run]) -> list[tuple[str, str, str]]:
 
 
 def deviations(run: Run) -> list[tuple[str, str, str]]:
-    """In what a run is not the paper's recipe: key, its value, the paper's."""
-    recipe = paper.RECIPES[run.family]
+    """In what a run is not the paper's recipe: key, its value, the paper's. Off its data sets, a length is no part."""
     actual = run.setting | ({"precision": run.precision} if run.precision else {})
-    found = [(key, shown(actual[key]), shown(value)) for key, value in recipe.items() if actual[key] != value]
-    whole = {"cifar": "cifar10", "imagenet": "imagenet"}[run.family]
-    return ([("data", run.data, whole)] if run.data != whole else []) + found
+    keys = [key for key in paper.RECIPES[run.family] if run.published or key not in ("iterations", "data.size")]
+    recipe = {key: paper.RECIPES[run.family][key] for key in keys}
+    return [(key, shown(actual[key]), shown(value)) for key, value in recipe.items() if actual[key] != value]
 
 
 def shown(value: Any) -> str:

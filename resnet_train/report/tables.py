@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+import re
+import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +16,7 @@ from resnet_train.report.runs import Run, by_net, deviations, mean_and_std
 Spread = tuple[float, float | None, int]  # mean, standard deviation over seeds, number of seeds
 Cell = str | int | float | Spread | None
 NOTHING = "\N{EN DASH}"  # what stands in an empty cell
+MEANING = "± is the standard deviation over seeds, n their number"
 VIEWS = {"table 2": "10-crop", "table 3": "10-crop", "table 4": "multi-scale", "table 5": "multi-scale"}
 
 
@@ -28,13 +32,8 @@ class Table:
 
     def shown(self) -> list[list[str]]:
         """The rows as they are read."""
-        return [[show(cell) for cell in row] for row in self.rows]
-
-    def markdown(self) -> str:
-        """With title and notes."""
-        lines = [f"### {self.title}", "", _line(self.header), _line(["---"] * len(self.header))]
-        lines += [_line([cell.replace("|", "\\|") for cell in row]) for row in self.shown()]
-        return "\n".join([*lines, "", *(f"- {note}" for note in self.notes), ""])
+        signed = ["difference" in name for name in self.header]
+        return [[show(cell, sign) for cell, sign in zip(row, signed, strict=True)] for row in self.rows]
 
     def csv(self) -> str:
         """Numbers in full; a mean is three columns: mean, std, n."""
@@ -51,11 +50,11 @@ class Table:
             cells: list[Any] = []
             for cell, spread in zip(row, wide, strict=True):
                 cells += (cell if isinstance(cell, tuple) else [cell, None, None]) if spread else [cell]
-            writer.writerow(["" if cell is None else cell for cell in cells])
+            writer.writerow([_csv(cell) for cell in cells])
         return text.getvalue()
 
 
-def show(cell: Cell) -> str:
+def show(cell: Cell, signed: bool = False) -> str:
     """A cell as it is read: errors with two decimals, a mean with its spread and n."""
     if cell is None:
         return NOTHING
@@ -63,12 +62,15 @@ def show(cell: Cell) -> str:
         mean, std, n = cell
         return f"{mean:.2f}" + ("" if std is None else f" ± {std:.2f}") + f" (n={n})"
     if isinstance(cell, float):
-        return f"{cell:.2f}"
+        return f"{cell:+.2f}" if signed else f"{cell:.2f}"
     return f"{cell:,}" if isinstance(cell, int) else cell
 
 
-def _line(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+def _csv(cell: Any) -> Any:
+    """A cell as a spreadsheet may open it: text that begins like a formula is text."""
+    if isinstance(cell, str) and cell[:1] in ("=", "+", "-", "@"):
+        return f"'{cell}"
+    return "" if cell is None else cell
 
 
 def spread(values: list[float]) -> Spread | None:
@@ -76,14 +78,50 @@ def spread(values: list[float]) -> Spread | None:
     return (*mean_and_std(values), len(values)) if values else None
 
 
-def incomparable(run: Run) -> list[str]:
-    """Why a figure of this run cannot be held against the paper's, if it cannot."""
-    keys = [key for key, _, _ in deviations(run)]
-    found = [f"{run.data} is not CIFAR-10" if run.family == "cifar" else f"{run.data} is not ImageNet"]
-    found = found if "data" in keys else []
-    if short := paper.shortened(run.family, run.iterations):
-        found.append(short[len("SHORTENED: ") :])
-    return found + (["another training set"] if "data.validation" in keys else [])
+def tables(group: list[Run], where: str) -> list[Table]:
+    """The paper's tables with our figures in them; of data that it does not have one of their own."""
+    if not group[0].published:
+        return [_own_table(group, where), *_ensembles(group, where)]
+    if group[0].family == "cifar":
+        return [table for table in [errors_table(group, "table 6", where)] if table]
+    made = [errors_table(group, name, where) for name in ("table 2", "table 3", "table 4")]
+    return [*(table for table in made if table), *_ensembles(group, where)]
+
+
+def _own_table(group: list[Run], where: str) -> Table:
+    """Every net's errors: under training's own protocol, and under others where resnet-eval has measured them."""
+    ended = [run for run in group if run.finished]
+    views = [group[0].protocol]
+    views += [view for view in ("10-crop", "multi-scale") if any(final_error(run, view) is not None for run in ended)]
+    fives = [view for view in views if any(final_error(run, view, "error5") is not None for run in ended)]
+    validated = any(run.curves["val"] for run in group)
+    header = ["net", "parameters", *(f"test error ({view})" for view in views), *(f"top-5 ({view})" for view in fives)]
+    header += ["test error at the lowest validation error"] if validated else []
+    table = Table(f"errors{where}", f"Error in %, {group[0].data}", [*header, "training error at the end"])
+    for net, runs in by_net(group).items():
+        done = [run for run in runs if run.finished]
+        row: list[Cell] = [net, next((run.parameters for run in done if run.parameters), None)]
+        row += [_mean([final_error(run, view) for run in done]) for view in views]
+        row += [_mean([final_error(run, view, "error5") for run in done]) for view in fives]
+        row += [_mean([run.chosen_error for run in done])] if validated else []
+        table.rows.append([*row, _mean([run.train_error for run in done])])
+        table.notes += _unfinished(runs)
+    table.notes.append(MEANING)
+    return table
+
+
+def _mean(values: Iterable[float | None]) -> Spread | None:
+    """Mean, standard deviation and number of what is there; None of nothing."""
+    return spread([value for value in values if value is not None])
+
+
+def _unfinished(runs: list[Run]) -> list[str]:
+    return [
+        f"{run.net}, seed {run.seed}: unfinished, at iteration {run.reached:,} of {run.iterations:,}; test error so far"
+        f" {run.test_error:.2f} %; in no mean"
+        for run in runs
+        if not run.finished
+    ]
 
 
 def errors_table(group: list[Run], name: str, where: str) -> Table | None:
@@ -98,7 +136,6 @@ def errors_table(group: list[Run], name: str, where: str) -> Table | None:
     rows = [net for net in published if net in nets] + extra
     if not rows:
         return None
-    reasons = incomparable(group[0])
     photos = group[0].family == "imagenet"
     view = VIEWS.get(name, group[0].protocol)
     header = ["net", "parameters", "paper", f"ours, last ({view})", "difference", "best seed"]
@@ -118,47 +155,48 @@ def errors_table(group: list[Run], name: str, where: str) -> Table | None:
         row += [shown, ours, ours[0] - against if ours and against is not None else None]
         row += [f"{finals[seed]:.2f} (seed {seed})" if seed is not None and len(finals) > 1 else None]
         if "best, by validation error" in header:
-            row += [spread([run.chosen_error for run in done if run.chosen_error is not None])]
+            row += [_mean([run.chosen_error for run in done])]
         if photos:
-            row += [spread([run.test_error for run in done]), top5]
-            row += [spread([error for run in done if (error := final_error(run, view, "error5")) is not None])]
-        table.rows.append([*row, spread([run.train_error for run in done])])
+            row += [_mean([run.test_error for run in done]), top5]
+            row += [_mean([final_error(run, view, "error5") for run in done])]
+        table.rows.append([*row, _mean([run.train_error for run in done])])
         if missing := [run for run in done if run.seed not in finals]:
-            table.notes += [f"{net}: for the {view} error: {command(view, [run])}" for run in missing]
-        table.notes += [
-            f"{net}, seed {run.seed}: unfinished, at iteration {run.reached:,} of {run.iterations:,}; test error so far"
-            f" {run.test_error:.2f} %; in no mean"
-            for run in nets[net]
-            if not run.finished
-        ]
-    table.notes += [f"Not comparable with the paper's: {'; '.join(reasons)}."] if reasons else []
+            table.notes += [f"{net}: for the {view} error: `{command(view, [run])}`" for run in missing]
+        table.notes += _unfinished(nets[net])
+    reasons = [paper.shortened(group[0].data, group[0].iterations).removeprefix("SHORTENED: ")]
+    reasons += ["another training set"] if group[0].setting["data.validation"] else []
+    if any(reasons):
+        table.notes.append(f"Not comparable with the paper's: {'; '.join(filter(None, reasons))}.")
     if absent := [net for net in published if net not in nets]:
         table.notes.append(f"Not run here: {', '.join(absent)}.")
     if others := paper.OTHERS.get(name):
         table.notes.append(
             "In the paper also: " + "; ".join(f"{who} {_both(*errors)}" for who, errors in others.items())
         )
-    table.notes.append("± is the standard deviation over seeds, n their number; a best seed is no result.")
+    table.notes.append(f"{MEANING}; a best seed is no result.")
     return table
 
 
-def ensemble_table(group: list[Run], where: str) -> Table | None:
+def _ensembles(group: list[Run], where: str) -> list[Table]:
     """Table 5: what resnet-eval found for several nets together, or the command that finds it."""
+    first = group[0]
     found = {str(result): result for run in group for result in run.results if "members" in result}
-    members = [run for run in group if run.finished and run.net in paper.TABLES["table 4"]]
-    if group[0].family != "imagenet" or not (found or members):
-        return None
-    table = Table(f"table-5{where}", f"Table 5: ensembles, {group[0].data}", ["nets", "view", "top-1", "top-5"])
-    table.rows.append(["the paper's six (test server)", "multi-scale", None, 3.57])
+    members = [run for run in group if run.finished and run.net in paper.TABLES["table 4"] and run.published]
+    if not (found or members):
+        return []
+    name, title = ("table-5", "Table 5: ensembles") if first.published else ("ensembles", "Ensembles")
+    table = Table(f"{name}{where}", f"{title}, {first.data}", ["nets", "view", "top-1", "top-5"])
+    if first.published:
+        table.rows.append(["the paper's six (test server)", "multi-scale", None, 3.57])
+        others = "; ".join(f"{who} {top5}" for who, (_, top5) in paper.OTHERS["table 5"].items())
+        table.notes.append(f"In the paper also, top-5: {others}. Its figures are of the test server's images.")
     for result in found.values():
-        if result["data"] == group[0].data:
-            nets = ", ".join(str(member["net"]) for member in result["members"])
+        if result["data"] == first.data:
+            nets = ", ".join(member["net"] for member in result["members"])
             table.rows.append([nets, result["protocol"], result["error"], result.get("error5")])
     if not found:
-        table.notes.append(f"For the ensemble's error: {command('multi-scale', members)}")
-    others = "; ".join(f"{who} {top5}" for who, (_, top5) in paper.OTHERS["table 5"].items())
-    table.notes.append(f"In the paper also, top-5: {others}. Its figures are of the test server's images.")
-    return table
+        table.notes.append(f"For the ensemble's error: `{command('multi-scale', members)}`")
+    return [table]
 
 
 def final_error(run: Run, view: str, key: str = "error") -> float | None:
@@ -175,10 +213,10 @@ def final_error(run: Run, view: str, key: str = "error") -> float | None:
 
 def command(view: str, runs: list[Run]) -> str:
     """The resnet-eval command that measures what is missing."""
-    files = [str(run.folder / "checkpoints" / "last.pt") for run in runs]
+    files = [f"{run.place}/checkpoints/last.pt" for run in runs]
     protocol = {"10-crop": "tencrop", "multi-scale": "multiscale"}.get(view, "center")
-    given = f"'checkpoint=[{','.join(files)}]'" if len(files) > 1 else f"checkpoint={files[0]}"
-    return f"resnet-eval protocol={protocol} {given}"
+    given = f"checkpoint=[{','.join(files)}]" if len(files) > 1 else f"checkpoint={files[0]}"
+    return shlex.join(["resnet-eval", f"protocol={protocol}", given])
 
 
 def _both(top1: float | None, top5: float | None) -> str:
@@ -207,7 +245,7 @@ def runs_table(runs: list[Run]) -> Table:
     for run in runs:
         shown = run.test_error if run.curves["test"] else None
         table.rows.append([run.net, str(run.seed), run.data, run.reached, run.iterations, shown])
-        table.rows[-1] += [run.protocol, run.device, made_by(run), str(run.folder)]
+        table.rows[-1] += [run.protocol, run.device, made_by(run), run.place]
     return table
 
 
@@ -215,4 +253,14 @@ def made_by(run: Run) -> str:
     """The command that made a run; of a sweep, with the words that name this one."""
     words = run.command.split()
     sweep = "-m" in words or "--multirun" in words
-    return (run.command or "not recorded") + (f" # arch={run.arch} depth={run.depth} seed={run.seed}" if sweep else "")
+    told = without_places(run.command) or "not recorded"
+    return told + (f" # arch={run.arch} depth={run.depth} seed={run.seed}" if sweep else "")
+
+
+def without_places(command: str) -> str:
+    """A command that can be pasted, without where things lie on the machine that ran it: of a path its last name."""
+    try:
+        words = shlex.split(command)
+    except ValueError:  # quotes that do not close
+        words = command.split()
+    return shlex.join(re.sub(r"(^|[=\[,])~?/(?:[^,\]]*/)?(?=[^,\]])", r"\1", word) for word in words)
