@@ -120,7 +120,8 @@ def gradient_norms(
     """
     model = copy.deepcopy(model).train().requires_grad_(True)
     norms = layers(model)
-    weights = [model.get_submodule(name.replace("bn", "conv")).weight for name in norms]
+    parameters = dict(model.named_parameters())
+    weights = [parameters[f"{name.replace('bn', 'conv')}.weight"] for name in norms]
     seen: list[Tensor] = []
     for norm in norms.values():
         norm.register_forward_hook(lambda module, inputs, output: seen.append(output))
@@ -128,7 +129,7 @@ def gradient_norms(
     for images, labels in batches:
         seen.clear()
         loss = F.cross_entropy(logits_of(model, images, precision), labels)
-        gradients = torch.autograd.grad(loss, [*seen, *weights])  # type: ignore[list-item]
+        gradients = torch.autograd.grad(loss, [*seen, *weights])
         found = torch.stack([gradient.double().square().sum() for gradient in gradients]).view(2, -1).cpu()
         found[0] *= len(images)  # N^2 for a sum in place of the mean, over N images
         squares += found
