@@ -99,14 +99,19 @@ def response_stds(
 
 
 @dataclass(frozen=True)
-class Gradients:
-    """The norms of the loss's gradients in one net, in layer order: by each 3x3 layer's response and by its weights."""
+class Signals:
+    """What is measured of one checkpoint: values of each 3x3 layer, in layer order."""
 
     net: str
+    data: str  # the label of the data
     seed: int
     iteration: int
-    by_response: Sequence[float]
-    by_weights: Sequence[float]
+    finished: bool
+    note: str  # that the training was shortened
+    stds: dict[str, float]  # of the responses, by the layers' names
+    by_response: list[float]  # norms of the gradients
+    by_weights: list[float]
+    batch: int  # the images in each batch that gave gradients
 
 
 def gradient_norms(
@@ -138,7 +143,7 @@ def gradient_norms(
     return by_response, by_weights
 
 
-def draw_gradients(measured: Sequence[Gradients]) -> Any:
+def draw_gradients(measured: Sequence[Signals]) -> Any:
     """The norms of the gradients over the layers, by the responses (above) and the weights (below); dashed: plain."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -170,44 +175,49 @@ def responses(asked: ResponsesConfig) -> None:
     """
     device = pick_device(asked.device)
     opened = [_opened(name, asked) for name in asked.checkpoint]  # all, before the first is measured
-    rows, gradient_rows, found, gradients = [], [], [], []
+    measured = []
     for member in opened:
-        state, config = member.state, member.config
-        stds, norms, batch = _measure(member, asked, device)
-        note = paper.shortened(config.data.family, config.iterations)
-        done = state["iteration"], state["iteration"] == config.iterations
-        found.append(figures.Responses(config.net, config.data_label, config.seed, list(stds.values()), note, done[1]))
-        gradients.append(Gradients(config.net, config.seed, done[0], *norms))
-        about = config.net, config.data_label, config.seed, *done
-        rows += [
-            (*about, number, name, std, asked.split, asked.images, note)
-            for number, (name, std) in enumerate(stds.items(), 1)
-        ]
-        images = asked.images // batch * batch
-        gradient_rows += [
-            (*about, number, name, *values, asked.split, images, batch, note)
-            for number, (name, *values) in enumerate(zip(stds, *norms, strict=True), 1)
-        ]
-        mean = sum(stds.values()) / len(stds)
+        one = _measure(member, asked, device)
+        measured.append(one)
+        mean = sum(one.stds.values()) / len(one.stds)
         print(
-            f"{config.net} on {config.data_label} {asked.split}, seed {config.seed}, iteration {state['iteration']}:"
-            f" {len(stds)} layers, {asked.images} images, mean std {mean:.4f}, largest {max(stds.values()):.4f};"
-            f" gradients by response {min(norms[0]):.2g} to {max(norms[0]):.2g}, by weights {min(norms[1]):.2g} to"
-            f" {max(norms[1]):.2g}",
+            f"{one.net} on {one.data} {asked.split}, seed {one.seed}, iteration {one.iteration}:"
+            f" {len(one.stds)} layers, {asked.images} images, mean std {mean:.4f}, largest"
+            f" {max(one.stds.values()):.4f}; gradients by response {min(one.by_response):.2g} to"
+            f" {max(one.by_response):.2g}, by weights {min(one.by_weights):.2g} to {max(one.by_weights):.2g}",
             flush=True,
         )
     out = expand(asked.out)
-    header = ("net", "data", "seed", "iteration", "finished", "index", "layer")
+    stds = [
+        figures.Responses(one.net, one.data, one.seed, list(one.stds.values()), one.note, one.finished)
+        for one in measured
+    ]
     try:
         out.mkdir(parents=True, exist_ok=True)
-        figures.save(figures.draw_responses(found), out / "figure-7")
-        _put_csv(out / "responses.csv", (*header, "std", "split", "images", "note"), rows)
-        figures.save(draw_gradients(gradients), out / "gradients")
-        columns = (*header, "by_response", "by_weights", "split", "images", "batch", "note")
-        _put_csv(out / "gradients.csv", columns, gradient_rows)
+        figures.save(figures.draw_responses(stds), out / "figure-7")
+        figures.save(draw_gradients(measured), out / "gradients")
+        header = ["net", "data", "seed", "iteration", "finished", "index", "layer"]
+        rows = [
+            [*_about(one), number, name, std, asked.split, asked.images, one.note]
+            for one in measured
+            for number, (name, std) in enumerate(one.stds.items(), 1)
+        ]
+        _put_csv(out / "responses.csv", [*header, "std", "split", "images", "note"], rows)
+        rows = [
+            [*_about(one), number, *values, asked.split, asked.images // one.batch * one.batch, one.batch, one.note]
+            for one in measured
+            for number, values in enumerate(zip(one.stds, one.by_response, one.by_weights, strict=True), 1)
+        ]
+        columns = ["by_response", "by_weights", "split", "images", "batch", "note"]
+        _put_csv(out / "gradients.csv", [*header, *columns], rows)
     except OSError as error:
         raise UserError(f"out={out}: cannot be written: {error.strerror}") from error
     print(f"{out}/figure-7.png, figure-7.svg, responses.csv, gradients.png, gradients.svg, gradients.csv")
+
+
+def _about(one: Signals) -> list[Any]:
+    """What stands in every row of a checkpoint."""
+    return [one.net, one.data, one.seed, one.iteration, one.finished]
 
 
 def _put_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -229,23 +239,32 @@ def _opened(name: str, asked: ResponsesConfig) -> Member:
     return Member(path, with_data(config, asked.data), state)
 
 
-def _measure(
-    member: Member, asked: ResponsesConfig, device: torch.device
-) -> tuple[dict[str, float], tuple[list[float], list[float]], int]:
-    """The responses, the norms of the gradients, and the images in each batch of the latter."""
-    config = member.config
+def _measure(member: Member, asked: ResponsesConfig, device: torch.device) -> Signals:
+    config, state = member.config, member.state
     sets = open_sets(config)
     assert isinstance(sets, MemorySets)
-    model, mean, precision, _ = restored_net(member.path, config, member.state, sets.classes, device)
+    model, mean, precision, _ = restored_net(member.path, config, state, sets.classes, device)
     size = sets.sizes[asked.split]
     if asked.images > size:
-        raise UserError(f"images={asked.images}: {config.data_label} {asked.split} has {size}; take fewer")
+        raise UserError(f"images={asked.images}: {sets.label} {asked.split} has {size}; take fewer")
     batches = sets.eval_batches(asked.split, mean, device, min(pick_eval_batch(config, device), asked.images))
     stds = response_stds(model, batches, asked.images, precision)
     with checkpoint.fitting(member.path):
-        batch = min(int(member.state["measure"]["bn_images"]), asked.images)  # the statistics are as in training
+        batch = min(int(state["measure"]["bn_images"]), asked.images)  # the statistics are as in training
         if batch < 1:
             raise ValueError(f"bn_images {batch}")
     full = itertools.islice(sets.eval_batches(asked.split, mean, device, batch), asked.images // batch)
     exact = "fp64" if precision == "fp64" else "fp32"  # small gradients vanish in 16 bits
-    return stds, gradient_norms(model, full, exact), batch
+    by_response, by_weights = gradient_norms(model, full, exact)
+    return Signals(
+        net=config.net,
+        data=sets.label,
+        seed=config.seed,
+        iteration=state["iteration"],
+        finished=state["iteration"] == config.iterations,
+        note=paper.shortened(config.data.family, config.iterations),
+        stds=stds,
+        by_response=by_response,
+        by_weights=by_weights,
+        batch=batch,
+    )
