@@ -1,18 +1,23 @@
-"""Figure 7: how strongly the 3x3 layers of a trained CIFAR net respond."""
+"""The signals in a trained CIFAR net: how strongly its 3x3 layers respond (figure 7), and the gradients there."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import csv
 import io
+import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnet_train import paper
+from resnet_train import checkpoint, paper
 from resnet_train.build import logits_of, open_sets, pick_device, pick_eval_batch, restored_net
 from resnet_train.config.commands import ResponsesConfig
 from resnet_train.config.training import restored
@@ -94,41 +99,135 @@ def response_stds(
     return {name: moment.std() for name, moment in moments.items()}
 
 
+@dataclass(frozen=True)
+class Signals:
+    """What is measured of one checkpoint: values of each 3x3 layer, in layer order."""
+
+    net: str
+    data: str  # the label of the data
+    seed: int
+    iteration: int
+    finished: bool
+    note: str  # that the training was shortened
+    stds: dict[str, float]  # of the responses, by the layers' names
+    by_response: list[float]  # norms of the gradients
+    by_weights: list[float]
+    batch: int  # the images in each batch that gave gradients
+
+
+def gradient_norms(
+    model: ResNet, batches: Iterable[tuple[Tensor, Tensor]], precision: str
+) -> tuple[list[float], list[float]]:
+    """The L2 norms of the loss's gradients by the response and by the weights of each 3x3 layer (section 4.1).
+
+    `batches` are images (N, 3, H, W) and labels (N,), at least one batch. Batch norm takes their statistics, as in a
+    training step; `model` stays as it is. By the response: the gradient of a batch's summed loss by the response to one
+    image, as the root mean square over all images. By the weights: that of a batch's mean loss, over all batches.
+    """
+    model = copy.deepcopy(model).train().requires_grad_(True)
+    norms = layers(model)
+    parameters = dict(model.named_parameters())
+    weights = [parameters[f"{name.replace('bn', 'conv')}.weight"] for name in norms]
+    seen: list[Tensor] = []
+    for norm in norms.values():
+        norm.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    squares, count = torch.zeros(2, len(norms), dtype=torch.float64), 0
+    for images, labels in batches:
+        seen.clear()
+        loss = F.cross_entropy(logits_of(model, images, precision), labels)
+        gradients = torch.autograd.grad(loss, [*seen, *weights])
+        found = torch.stack([gradient.double().square().sum() for gradient in gradients]).view(2, -1).cpu()
+        found[0] *= len(images)  # N^2 for a sum in place of the mean, over N images
+        squares += found
+        count += 1
+    by_response, by_weights = (squares / count).sqrt().tolist()
+    return by_response, by_weights
+
+
+def draw_gradients(measured: Sequence[Signals]) -> Any:
+    """The norms of the gradients over the layers, by the responses (above) and the weights (below); dashed: plain."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(8, 6.4), layout="constrained")
+    above, below = figure.subplots(2, 1)
+    for number, one in enumerate(measured):
+        style = {"linestyle": "--" if one.net.startswith("plain") else "-", "color": f"C{number}", "linewidth": 1.2}
+        others = [other for other in measured if other.net == one.net]
+        name = one.net
+        name += f", seed {one.seed}" if len({other.seed for other in others}) > 1 else ""
+        name += f", iteration {one.iteration:,}" if len({other.iteration for other in others}) > 1 else ""
+        index = range(1, len(one.by_response) + 1)
+        above.plot(index, one.by_response, **style, label=name)
+        below.plot(index, one.by_weights, **style)
+    above.set(ylabel="gradient by response", yscale="log")
+    below.set(xlabel="layer index", ylabel="gradient by weights", yscale="log")
+    for axes in (above, below):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+    above.legend(fontsize=8)
+    return figure
+
+
 def responses(asked: ResponsesConfig) -> None:
-    """The command `resnet-responses`: both panels of figure 7, and their values as CSV. Raises UserError."""
+    """The command `resnet-responses`: figure 7 and the norms of the gradients, and their values as CSV.
+
+    Raises UserError.
+    """
     device = pick_device(asked.device)
     opened = [_opened(name, asked) for name in asked.checkpoint]  # all, before the first is measured
-    rows, found = [], []
+    measured = []
     for member in opened:
-        state, config = member.state, member.config
-        label, stds = _measure(member, asked, device)
-        note = paper.shortened(label, config.iterations)
-        done = state["iteration"], state["iteration"] == config.iterations
-        found.append(figures.Responses(config.net, label, config.seed, list(stds.values()), note, done[1]))
-        rows += [
-            (config.net, label, config.seed, *done, number, name, std, asked.split, asked.images, note)
-            for number, (name, std) in enumerate(stds.items(), 1)
-        ]
-        mean = sum(stds.values()) / len(stds)
+        one = _measure(member, asked, device)
+        measured.append(one)
+        mean = sum(one.stds.values()) / len(one.stds)
         print(
-            f"{config.net} on {label} {asked.split}, seed {config.seed}, iteration {state['iteration']}:"
-            f" {len(stds)} layers, {asked.images} images, mean std {mean:.4f}, largest {max(stds.values()):.4f}",
+            f"{one.net} on {one.data} {asked.split}, seed {one.seed}, iteration {one.iteration}:"
+            f" {len(one.stds)} layers, {asked.images} images, mean std {mean:.4f}, largest"
+            f" {max(one.stds.values()):.4f}; gradients by response {min(one.by_response):.2g} to"
+            f" {max(one.by_response):.2g}, by weights {min(one.by_weights):.2g} to {max(one.by_weights):.2g}",
             flush=True,
         )
     out = expand(asked.out)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        ["net", "data", "seed", "iteration", "finished", "index", "layer", "std", "split", "images", "note"]
-    )
-    writer.writerows(rows)
+    stds = [
+        figures.Responses(one.net, one.data, one.seed, list(one.stds.values()), one.note, one.finished)
+        for one in measured
+    ]
     try:
         out.mkdir(parents=True, exist_ok=True)
-        figures.save(figures.draw_responses(found), out / "figure-7")
-        put(out / "responses.csv", text.getvalue().encode())
+        figures.save(figures.draw_responses(stds), out / "figure-7")
+        figures.save(draw_gradients(measured), out / "gradients")
+        header = ["net", "data", "seed", "iteration", "finished", "index", "layer"]
+        rows = [
+            [*_about(one), number, name, std, asked.split, asked.images, one.note]
+            for one in measured
+            for number, (name, std) in enumerate(one.stds.items(), 1)
+        ]
+        _put_csv(out / "responses.csv", [*header, "std", "split", "images", "note"], rows)
+        rows = [
+            [*_about(one), number, *values, asked.split, asked.images // one.batch * one.batch, one.batch, one.note]
+            for one in measured
+            for number, values in enumerate(zip(one.stds, one.by_response, one.by_weights, strict=True), 1)
+        ]
+        columns = ["by_response", "by_weights", "split", "images", "batch", "note"]
+        _put_csv(out / "gradients.csv", [*header, *columns], rows)
     except OSError as error:
         raise UserError(f"out={out}: cannot be written: {error.strerror}") from error
-    print(f"{out}/figure-7.png, figure-7.svg, responses.csv")
+    print(f"{out}/figure-7.png, figure-7.svg, responses.csv, gradients.png, gradients.svg, gradients.csv")
+
+
+def _about(one: Signals) -> list[Any]:
+    """What stands in every row of a checkpoint."""
+    return [one.net, one.data, one.seed, one.iteration, one.finished]
+
+
+def _put_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a table, whole or not at all. Raises OSError."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    put(path, text.getvalue().encode())
 
 
 def _opened(name: str, asked: ResponsesConfig) -> Member:
@@ -141,14 +240,32 @@ def _opened(name: str, asked: ResponsesConfig) -> Member:
     return Member(path, with_data(config, asked.data), state)
 
 
-def _measure(member: Member, asked: ResponsesConfig, device: torch.device) -> tuple[str, dict[str, float]]:
-    """The data's label and the responses of each layer."""
-    config = member.config
+def _measure(member: Member, asked: ResponsesConfig, device: torch.device) -> Signals:
+    config, state = member.config, member.state
     sets = open_sets(config)
     assert isinstance(sets, MemorySets)
-    model, mean, precision, _ = restored_net(member.path, config, member.state, sets.classes, device)
+    model, mean, precision, _ = restored_net(member.path, config, state, sets.classes, device)
     size = sets.sizes[asked.split]
     if asked.images > size:
         raise UserError(f"images={asked.images}: {sets.label} {asked.split} has {size}; take fewer")
     batches = sets.eval_batches(asked.split, mean, device, min(pick_eval_batch(config, device), asked.images))
-    return sets.label, response_stds(model, batches, asked.images, precision)
+    stds = response_stds(model, batches, asked.images, precision)
+    with checkpoint.fitting(member.path):
+        batch = min(int(state["measure"]["bn_images"]), asked.images)  # the statistics are as in training
+        if batch < 1:
+            raise ValueError(f"bn_images {batch}")
+    full = itertools.islice(sets.eval_batches(asked.split, mean, device, batch), asked.images // batch)
+    exact = "fp64" if precision == "fp64" else "fp32"  # small gradients vanish in 16 bits
+    by_response, by_weights = gradient_norms(model, full, exact)
+    return Signals(
+        net=config.net,
+        data=sets.label,
+        seed=config.seed,
+        iteration=state["iteration"],
+        finished=state["iteration"] == config.iterations,
+        note=paper.shortened(sets.label, config.iterations),
+        stds=stds,
+        by_response=by_response,
+        by_weights=by_weights,
+        batch=batch,
+    )

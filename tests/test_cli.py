@@ -149,7 +149,7 @@ def test_help_shows_examples_groups_and_values(outcomes):
     assert "resnet-train -m " in text
     for group, options in {
         "data": "cifar10, digits, imagefolder, imagenet",
-        "experiment": "fig1, fig4, fig6, fig7, table3, table4, table5",
+        "experiment": "demo, fig1, fig4, fig6, fig7, longer, table3, table4, table5",
         "recipe": "cifar10, digits, imagefolder, imagenet, torch2016, torchvision",
         "schedule": "cosine, plateau, step, thirds",
     }.items():

@@ -14,14 +14,18 @@ from resnet_train.errors import UserError
 SHALLOW = ("plain-20", "plain-32", "plain-44", "plain-56", "resnet-20-A", "resnet-32-A", "resnet-44-A", "resnet-56-A")
 SINGLE = ("resnet-34-B", "resnet-34-C", "resnet-50-B", "resnet-101-B", "resnet-152-B")
 EXPECTED = {
+    "demo": {(net, 0) for net in ("plain-20", "plain-56", "resnet-20-A", "resnet-56-A")},
     "fig1": {("plain-20", 0), ("plain-56", 0)},
     "fig4": {("plain-18", 0), ("plain-34", 0), ("resnet-18-A", 0), ("resnet-34-A", 0)},
     "fig6": {(net, 0) for net in (*SHALLOW, "resnet-1202-A")} | {("resnet-110-A", seed) for seed in range(5)},
     "fig7": {(net, 0) for net in ("plain-20", "plain-56", "resnet-20-A", "resnet-56-A", "resnet-110-A")},
+    "longer": {("plain-18", 0), ("plain-34", 0)},
     "table3": {(net, 0) for net in ("resnet-34-A", *SINGLE)},
     "table4": {(net, 0) for net in SINGLE},
     "table5": {(net, 0) for net in SINGLE} | {("resnet-152-B", 1)},
 }
+# The length of those that are not the paper's recipe: the demo, and three times the iterations of section 4.1.
+LENGTH = {"demo": (500, 64), "longer": (1_800_000, 256)}
 FILES = {path.stem: path for path in Path(CONFIG_DIR, "experiment").glob("*.yaml")}
 
 
@@ -56,9 +60,27 @@ def test_jobs_are_the_papers_nets_and_seeds(name, monkeypatch):
     assert sorted((run.net, run.seed) for run, _ in found) == sorted(EXPECTED[name])
     assert len({folder for _, folder in found}) == len(found)
     for run, folder in found:
-        whole = run.data.family == "cifar"
-        assert (run.iterations, run.batch_size) == ((64_000, 128) if whole else (600_000, 256))
+        paper = (64_000, 128) if run.data.family == "cifar" else (600_000, 256)
+        assert (run.iterations, run.batch_size) == LENGTH.get(name, paper)
         assert folder.parent.name == run.net, "TensorBoard groups by folder"
+
+
+@pytest.mark.parametrize("name", sorted(LENGTH))
+def test_other_lengths_lie_apart(name, monkeypatch):
+    """So that they are not taken for the runs of the same nets in the paper's length, nor refused beside them."""
+    root = ["data.root=."] if name == "longer" else []
+    for run, folder in jobs(f"experiment={name}", *root, monkeypatch=monkeypatch):
+        assert folder == Path("runs", name, run.net, "seed-0")
+    seeds = jobs(f"experiment={name}", "seed=1,2", *root, monkeypatch=monkeypatch)
+    assert len({folder for _, folder in seeds}) == len(seeds) == 2 * len(EXPECTED[name])
+
+
+def test_the_demo_is_all_of_its_digits(monkeypatch):
+    """Its settings were chosen on a held-out part, which is trained on now; nothing of the net is not the paper's."""
+    for run, _ in jobs("experiment=demo", monkeypatch=monkeypatch):
+        assert (run.data.name, run.data.validation, run.data.size) == ("digits", 0, 16)
+        kept = (run.momentum, run.weight_decay, run.decay, run.zero_gamma, run.schedule.name, run.init)
+        assert kept == (0.9, 1e-4, "all", False, "step", "fan_in")
 
 
 @pytest.mark.parametrize("name", sorted(FILES))

@@ -1,9 +1,10 @@
-"""Figure 7: standard deviations gathered in one pass are those of activations that are kept."""
+"""Figure 7, and the gradients: what is gathered in one pass is what activations that are kept give."""
 
 import csv
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from resnet_train import cli, responses
 from resnet_train.models import cifar_resnet
@@ -19,20 +20,19 @@ def batches(images, size):
 
 
 def kept(model, images):
-    """The std of every response, computed from the whole of it: the forward pass written out."""
+    """Every response, and the logits: the forward pass written out."""
     found = []
 
     def respond(conv, bn, x):
-        out = bn(conv(x))
-        found.append(out.double().std(correction=0).item())
-        return out
+        found.append(bn(conv(x)))
+        return found[-1]
 
     x = respond(model.conv1, model.bn1, images).relu()
     for block in model.blocks():
         out = respond(block.conv1, block.bn1, x).relu()
         out = respond(block.conv2, block.bn2, out)
         x = (out + (x if block.downsample is None else block.downsample(x)) if block.residual else out).relu()
-    return found
+    return found, model.fc(x.mean((2, 3)))
 
 
 def trained(depth, shortcut):
@@ -53,7 +53,7 @@ def test_stds_are_those_of_kept_activations(shortcut, images):
     model, data = trained(14, shortcut), torch.randn(25, 3, 16, 16)
     found = responses.response_stds(model, batches(data, 10), images, "fp32")
     with torch.no_grad():
-        wanted = kept(model.eval(), data[:images])
+        wanted = [response.double().std(correction=0).item() for response in kept(model.eval(), data[:images])[0]]
     assert list(found.values()) == pytest.approx(wanted, rel=1e-5)
     assert len(found) == 13  # 6n+1
 
@@ -73,9 +73,40 @@ def test_moments_far_from_zero():
     assert moments.std() == pytest.approx(values.std(correction=0).item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("shortcut", ["none", "A", "B"])
+def test_gradients_are_those_of_a_training_pass(shortcut):
+    model = trained(8, shortcut).double()
+    data = [(torch.randn(n, 3, 16, 16).double(), torch.arange(n) % 10) for n in (7, 7)]
+    by_response, by_weights = responses.gradient_norms(model, data, "fp64")
+    of_images, of_batches = [], []
+    weights = [weight for name, weight in model.named_parameters() if weight.ndim == 4 and "downsample" not in name]
+    for images, labels in data:
+        found, logits = kept(model.train(), images)
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        parts = torch.autograd.grad(loss, [*found, *weights])
+        of_images.append(torch.stack([part.flatten(1).norm(dim=1) for part in parts[: len(found)]]))
+        of_batches.append(torch.stack([part.norm() / len(images) for part in parts[len(found) :]]))
+    assert by_response == pytest.approx(torch.cat(of_images, 1).square().mean(1).sqrt().tolist(), rel=1e-9)
+    assert by_weights == pytest.approx(torch.stack(of_batches, 1).square().mean(1).sqrt().tolist(), rel=1e-9)
+    assert len(by_response) == len(by_weights) == 7  # 6n+1
+
+
+def test_gradients_leave_the_net_alone_and_pass_what_is_frozen():
+    model = trained(8, "A").eval()
+    model.freeze("layer2")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    norms = responses.gradient_norms(model, [(torch.randn(4, 3, 8, 8), torch.arange(4))], "fp32")
+    assert all(norm > 0 for each in norms for norm in each)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not model.training
+    assert not model.conv1.weight.requires_grad
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 def test_hooks_are_taken_off():
     model = cifar_resnet(8, "A")
     responses.response_stds(model, batches(torch.randn(2, 3, 8, 8), 2), 2, "fp32")
+    responses.gradient_norms(model, [(torch.randn(2, 3, 8, 8), torch.tensor([0, 1]))], "fp32")
     assert not any(module._forward_hooks for module in model.modules())
 
 
@@ -105,12 +136,17 @@ def test_the_command_draws_and_writes(undisturbed, measure, tmp_path):
     assert (code, errors) == (0, "")
     assert "resnet-8-A on digits test, seed 0, iteration 61: 7 layers, 100 images" in told
     names = sorted(path.name for path in (tmp_path / "found").iterdir())
-    assert names == ["figure-7.png", "figure-7.svg", "responses.csv"]
+    pictures = ["figure-7.png", "figure-7.svg", "gradients.csv", "gradients.png", "gradients.svg"]
+    assert names == [*pictures, "responses.csv"]
     rows = list(csv.DictReader((tmp_path / "found" / "responses.csv").read_text().splitlines()))
     assert [row["layer"] for row in rows][:3] == ["bn1", "layer1.0.bn1", "layer1.0.bn2"]
     assert len(rows) == 7
     assert rows[0]["note"] == ""  # digits are not the paper's: there is no length to fall short of
     assert all(float(row["std"]) > 0 for row in rows)
+    gradients = list(csv.DictReader((tmp_path / "found" / "gradients.csv").read_text().splitlines()))
+    assert [row["layer"] for row in gradients] == [row["layer"] for row in rows]
+    assert all(float(row[by]) > 0 for row in gradients for by in ("by_response", "by_weights"))
+    assert {(row["images"], row["batch"]) for row in gradients} == {("74", "37")}  # batch norm's, as in training
 
 
 def test_wrong_words_are_one_line(undisturbed, measure, tmp_path):
