@@ -467,31 +467,6 @@ def test_an_evaluation_of_something_else_is_not_the_runs_error(tmp_path, other):
     assert any("protocol=tencrop checkpoint=" in note for note in table.notes)
 
 
-@pytest.mark.parametrize(
-    "other",
-    [
-        {"iteration": 300_000},
-        {"batch_norm": "averages over 200 training batches"},
-        {"data": "imagenet-v2"},
-        {"split": "val"},
-        {"protocol": "multi-scale"},
-        {"members": []},
-    ],
-)
-def test_an_evaluation_of_something_else_is_not_the_runs_error(tmp_path, other):
-    photos(tmp_path / "a", "resnet-34-B", 27.0, "10-crop")
-    right = tmp_path / "a/checkpoints/last-tencrop-test.json"
-    told = json.loads(right.read_text())
-    wrong = {"batch_norm": "moving averages"} | told | {"error": 1.0, "error5": 1.0} | other
-    (right.parent / "a-test.json").write_text(json.dumps(wrong))  # which is read first
-    cells = row(tables.errors_table(found(tmp_path), "table 3", ""), "resnet-34-B")
-    assert (cells["ours, last (10-crop)"], cells["ours, top-5 (10-crop)"]) == ((25.0, None, 1), (7.5, None, 1))
-    right.unlink()
-    table = tables.errors_table(found(tmp_path), "table 3", "")
-    assert row(table, "resnet-34-B")["ours, last (10-crop)"] is None
-    assert any("protocol=tencrop checkpoint=" in note for note in table.notes)
-
-
 # --- The command -----------------------------------------------------------------------------------------------------
 
 
