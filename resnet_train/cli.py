@@ -401,7 +401,7 @@ def _follow_sweep() -> None:
 
 def _work(here: Callable[[Any, Path], int], config: Any, directory: Path) -> NoReturn:
     """Train, and exit."""
-    finish(functools.partial(here, config, directory), config, config.max_restarts)
+    finish(functools.partial(here, config, directory), config, config.max_restarts, name=str(directory))
 
 
 def _train_here(config: Config, directory: Path) -> int:

@@ -248,7 +248,7 @@ def share(config: Config, devices: int) -> Share:
             raise UserError("bn_images=all: PyTorch does not compile its synchronised batch norm; add compile=false")
         return Share(images, passes, config.batch_size)
     if config.bn_images > images or images % config.bn_images:
-        near = _nearest_divisor(images, config.bn_images, 2) if images > 1 else "device"
+        near = _nearest_divisor(images, config.bn_images)
         raise UserError(
             f"bn_images={config.bn_images}: does not divide the {images} images that a device takes at once;"
             f" nearest: {near}"
@@ -256,8 +256,8 @@ def share(config: Config, devices: int) -> Share:
     return Share(images, passes, config.bn_images)
 
 
-def _nearest_divisor(number: int, near: int, least: int = 1) -> int:
-    return min((d for d in range(least, number + 1) if number % d == 0), key=lambda d: abs(d - near))
+def _nearest_divisor(number: int, near: int) -> int:
+    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - near))
 
 
 def completed(values: Mapping[str, Any]) -> dict[str, Any]:
