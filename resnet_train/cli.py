@@ -468,7 +468,7 @@ def _follow_sweep() -> None:
 def _work(here: Callable[[Any, Path], int], config: Any, directory: Path) -> NoReturn:
     """Train, and exit."""
     try:
-        finish(functools.partial(here, config, directory), config, config.max_restarts)
+        finish(functools.partial(here, config, directory), config, config.max_restarts, name=str(directory))
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to stop, and one more Ctrl-C would leave a trace
 

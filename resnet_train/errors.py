@@ -8,7 +8,9 @@ import os
 import re
 import resource
 import signal
+import sys
 from collections.abc import Iterable
+from typing import Any, NoReturn
 
 # What ends a run in good order, with a checkpoint. Slurm sends SIGUSR1, SIGUSR2 or SIGTERM before it takes the machine;
 # a terminal that is closed sends SIGHUP, which nohup has ignored.
@@ -60,6 +62,12 @@ class Elsewhere(UserError):
     def __init__(self, error: UserError) -> None:
         super().__init__(str(error))
         self.code = error.code
+
+
+def stop_early(number: int, _: Any = None) -> NoReturn:
+    """End on a signal before there is anything to keep, and say so."""
+    print("stopped before there was anything to keep; the same command begins again", flush=True)
+    sys.exit(128 + number)
 
 
 def of_a_launcher() -> bool:

@@ -13,7 +13,16 @@ from collections.abc import Callable
 from multiprocessing import resource_tracker
 from typing import Any, NoReturn
 
-from resnet_train.errors import RunError, UserError, of_a_launcher, of_a_peer, of_nccl, of_the_machine
+from resnet_train.errors import (
+    SIGNALS,
+    RunError,
+    UserError,
+    of_a_launcher,
+    of_a_peer,
+    of_nccl,
+    of_the_machine,
+    stop_early,
+)
 
 
 def fail(error: UserError) -> NoReturn:
@@ -81,8 +90,17 @@ def start_tracker() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP))
 
 
-def finish(job: Callable[[], int], config: Any, max_restarts: int = 0) -> NoReturn:
-    """Exit with what `job` gives: here, as one of a launcher's processes, or in new processes for several devices."""
+def finish(job: Callable[[], int], config: Any, max_restarts: int = 0, name: str = "") -> NoReturn:
+    """Exit with what `job` gives: here, as one of a launcher's processes, or in new processes for several devices.
+
+    A job with a `name` says at once that it starts.
+    """
+    if not launched():
+        for number in SIGNALS:
+            signal.signal(number, stop_early)  # training, once it has something to keep, has a handler of its own
+    if name and _rank() == "0":
+        several = "" if launched() or config.devices == 1 else f" on devices={config.devices}"
+        print(_line(f"{name}: starting{several}"), flush=True)
     if launched():
         code = job()
         # torchrun takes another exit code for a failure: it would start all again, or end the whole job with 1.

@@ -17,7 +17,7 @@ import torch
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 
 from resnet_train.distributed import STORE, share_cores
-from resnet_train.errors import SIGNALS, RunError, UserError
+from resnet_train.errors import SIGNALS, RunError, UserError, stop_early
 
 
 def launch(job: Callable[[], int], processes: int, max_restarts: int) -> int:
@@ -69,10 +69,12 @@ def launch(job: Callable[[], int], processes: int, max_restarts: int) -> int:
             if not result.is_failed():
                 return result.return_values[0]
             ((rank, failure),) = result.failures.items()
+            if told:
+                break
     if failure.exitcode >= 0:  # it has told why
         return failure.exitcode
     if -failure.exitcode in told:  # before it had begun
-        return 128 - failure.exitcode
+        stop_early(-failure.exitcode)
     raise RunError(
         f"rank {rank} (process {failure.pid}) was killed by {signal.Signals(-failure.exitcode).name}"
         + (f" after all restarts (max_restarts={max_restarts})" if max_restarts else "")
@@ -86,8 +88,9 @@ def _work(job: Callable[[], int], processes: int, told: list[int]) -> int:
 
     `told` is the list of signals so far, as it was when this process was started.
     """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to keep, as the others
     if told:
-        return 128 + told[0]
+        os.kill(os.getpid(), told[0])
     share_cores(processes)
     code = job()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's, where another has died: nothing is left to save

@@ -450,8 +450,6 @@ WRONG = [
     ("bn_images=256", "the 128 images that a device takes at once; nearest: 128"),
     ("devices=2 bn_images=128", "nearest: 64"),
     ("device_batch_size=16 bn_images=32", "nearest: 16"),
-    ("batch_size=1 bn_images=2", "nearest: device"),
-    ("batch_size=3 bn_images=2", "nearest: 3"),
     ("bn_images=1", "at least 2"),
     ("bn_images=some", "whole number or device or all"),
     ("device_batch_size=64 bn_images=all", "drop device_batch_size="),

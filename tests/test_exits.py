@@ -7,9 +7,13 @@ import os
 import re
 import resource
 import signal
+import subprocess
+import time
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import start
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -151,6 +155,35 @@ def test_a_checkpoint_that_cannot_be_written_is_told_with_the_way_out_and_with_w
 def test_a_checkpoint_that_there_is_no_memory_for_is_not_called_damaged():
     with pytest.raises(RuntimeError, match="DefaultCPUAllocator"), checkpoint.fitting("last.pt"):
         torch.empty(1 << 50)
+
+
+def workers(job):
+    """The processes that a launcher has started to train."""
+    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    return [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("devices", "number", "begun"),
+    [(1, signal.SIGINT, 0), (2, signal.SIGUSR1, 0), (2, signal.SIGTERM, 2)],
+)
+def test_a_run_says_at_once_that_it_starts_and_that_nothing_was_kept_where_it_is_stopped_at_once(
+    devices, number, begun, tmp_path
+):
+    """As soon as it has said so, or as its processes are there."""
+    words = ["data=digits", "depth=8", "device=cpu", f"devices={devices}", "run_dir=run"]
+    options = {"cwd": tmp_path, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(start(*words), start_new_session=True, **options) as job:
+        first = job.stdout.readline()
+        while begun and len(workers(job)) < begun:
+            time.sleep(0.05)
+        job.send_signal(number)
+        out, err = job.communicate()
+    assert first == f"run: starting{' on devices=2' if devices == 2 else ''}\n"
+    assert out == "stopped before there was anything to keep; the same command begins again\n"
+    assert (job.returncode, err) == (128 + number, "")
+    assert os.listdir(tmp_path) == []
 
 
 # Other processes, and NCCL. Its texts are put together as torch and NCCL do it (ProcessGroupNCCL, NCCLUtils.cpp).

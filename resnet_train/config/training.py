@@ -256,8 +256,8 @@ def share(config: Config, devices: int) -> Share:
     return Share(images, passes, config.bn_images)
 
 
-def _nearest_divisor(number: int, near: int, least: int = 1) -> int:
-    return min((d for d in range(least, number + 1) if number % d == 0), key=lambda d: abs(d - near))
+def _nearest_divisor(number: int, near: int) -> int:
+    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - near))
 
 
 def completed(values: Mapping[str, Any]) -> dict[str, Any]:
