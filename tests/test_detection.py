@@ -1,5 +1,6 @@
 """Whole runs of `resnet-detect` on pictures made here: what they leave, how they go on, alone and in two processes."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -25,7 +26,7 @@ from resnet_train.detection.config import check_detect, restored
 from resnet_train.detection.data import read_voc
 from resnet_train.detection.evaluate import evaluate
 from resnet_train.detection.metrics import coco_map, voc_map
-from resnet_train.detection.train import build, learning_rate, new_detector, read_examples, step
+from resnet_train.detection.train import build, learning_rate, new_detector, read_examples, restored_detector, step
 from resnet_train.detection.train import detect as run_detector
 from resnet_train.distributed import joined
 from resnet_train.errors import UserError
@@ -73,7 +74,8 @@ def pretrained(tmp_path_factory):
     """A ResNet-18 as torchvision saves one."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("pretrained") / "resnet18.pth"
-    torch.save(imagenet_resnet(18).state_dict(), path)
+    # Over fan_out: with batch norm that stays the identity, as new weights have it, fan_in would let the loss run away.
+    torch.save(imagenet_resnet(18, init="fan_out").state_dict(), path)
     return path
 
 
@@ -349,6 +351,15 @@ def test_the_papers_schedules():
 
 
 @pytest.mark.slow
+def test_a_checkpoint_that_declares_more_classes_than_it_has_weights_for_is_refused_before_a_detector_is_made(tree):
+    config = configured(tree)
+    model, backbone = new_detector(config, 3)
+    state = {"detector": dataclasses.asdict(backbone), "model": model.state_dict(), "classes": ["a", "b", "c"]}
+    restored_detector(config, state)
+    with pytest.raises(UserError, match=r"box_predictor\.cls_score\.weight is 4x512, not 1000001x512"):
+        restored_detector(config, state | {"classes": ["a"] * 1_000_000})
+
+
 def test_vgg16_begins_with_torchvisions_weights_and_another_net_is_refused(tree, pretrained, tmp_path):
     torch.manual_seed(0)
     state = vgg16(weights=None).state_dict()
