@@ -248,10 +248,10 @@ def share(config: Config, devices: int) -> Share:
             raise UserError("bn_images=all: PyTorch does not compile its synchronised batch norm; add compile=false")
         return Share(images, passes, config.batch_size)
     if config.bn_images > images or images % config.bn_images:
-        fits = _nearest_divisor(images, config.bn_images, 2) if images > 1 else "device"
+        near = _nearest_divisor(images, config.bn_images)
         raise UserError(
             f"bn_images={config.bn_images}: does not divide the {images} images that a device takes at once;"
-            f" nearest: {fits}"
+            f" nearest: {near}"
         )
     return Share(images, passes, config.bn_images)
 
