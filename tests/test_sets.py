@@ -507,3 +507,14 @@ def test_a_batch_by_area_is_cut_from_its_photographs(tree):
     colours = images.mean((2, 3)) * 255 + torch.tensor(IMAGENET_MEAN)
     assert (colours[:, None] - means).abs().amax(2).amin(1).max() < 60
     assert not torch.equal(training(sets, 1, start=1, augment=augment)[0][0], images)
+
+
+@pytest.mark.parametrize(("protocol", "widest"), [("center", 24), ("tencrop", 24), ("multiscale", 17 * 69)])
+def test_of_a_line_the_middle_is_seen(wide, protocol, widest, tmp_path):
+    """60,001x1 with its shorter side at 69 (640 for 224) would be 4 million pixels wide."""
+    shutil.copytree(wide, tmp_path / "tree")
+    Image.new("RGB", (60_001, 1), (200, 200, 200)).save(tmp_path / "tree" / "test" / "a" / "0.png")
+    sets = streamed(tmp_path / "tree")
+    views = [view for found, _ in sets.eval_views(protocol, "test", sets.mean_image(), CPU, 2) for view, _ in found]
+    assert max(view.shape[3] for view in views) <= widest
+    assert any(view.shape[3] > 1000 for view in views) == (protocol == "multiscale")
