@@ -9,6 +9,7 @@ import re
 import resource
 import signal
 import sys
+import termios
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
@@ -68,6 +69,16 @@ def stop_early(number: int, _: Any = None) -> NoReturn:
     """End on a signal before there is anything to keep, and say so."""
     print("stopped before there was anything to keep; the same command begins again", flush=True)
     sys.exit(128 + number)
+
+
+def leave_terminal() -> None:
+    """Have what is still printed go nowhere, if it would go to a terminal that has been closed."""
+    for stream in (1, 2):
+        try:
+            termios.tcgetattr(stream)
+        except termios.error as error:
+            if error.args[0] == errno.EIO:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
 
 def of_a_launcher() -> bool:

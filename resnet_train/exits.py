@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import sys
-import termios
 import time
 import traceback
 from collections.abc import Callable
@@ -46,16 +44,6 @@ def leave() -> NoReturn:
     """End without a word: who read the output has gone, as in `resnet-train --help | head`."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(1)
-
-
-def leave_terminal() -> None:
-    """Have what is still printed go nowhere, if it would go to a terminal that has been closed."""
-    for stream in (1, 2):
-        try:
-            termios.tcgetattr(stream)
-        except termios.error as error:
-            if error.args[0] == errno.EIO:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
 
 def _line(text: str) -> str:

@@ -23,9 +23,8 @@ from resnet_train.build import logits_of, pick_eval_batch
 from resnet_train.config.training import Config, Share
 from resnet_train.data.sets import MemorySets, StreamedSets
 from resnet_train.distributed import from_main, rank, shared, total, world
-from resnet_train.errors import PARENT, SIGNALS, RunError
+from resnet_train.errors import PARENT, SIGNALS, RunError, leave_terminal
 from resnet_train.evaluate import count_errors, wrong_answers
-from resnet_train.exits import leave_terminal
 from resnet_train.models.resnet import ResNet
 from resnet_train.record import Record
 from resnet_train.schedule import Progress, end_warmup, learning_rate, watch_plateau

@@ -116,7 +116,7 @@ def close_the_terminal(folder):
     wait(job, trained)
     os.close(ours)
     assert job.wait(240) == 128 + signal.SIGHUP
-    assert newest(folder) > before
+    assert newest(folder) > (before or 0)
 
 
 def press_ctrl_c_without_end(folder):
@@ -254,15 +254,14 @@ def test_a_signal_to_the_compiler_as_well_is_no_fault_of_the_compilers(number, t
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
     job = subprocess.Popen(start(*words), cwd=tmp_path, env=environment, **options)
 
-    def compiling():
-        return (tmp_path / "run/environment.json").exists() and any(b"cc1plus" in word for word in running(job.pid))
-
-    wait(job, compiling, every=0)
+    assert "; compiling; " in job.stdout.readline()
+    wait(job, lambda: any(b"cc1plus" in line for line in running(job.pid)), every=0.01)
     os.killpg(job.pid, number)
     stdout, stderr = job.communicate(timeout=240)
-    assert (job.returncode, stderr) == (128 + number, "")
-    assert re.search(r"stopped (after iteration 0, while compiling; |at iteration 1)", stdout)
-    assert "cannot" not in stdout
+    assert job.returncode == 128 + number
+    assert "Traceback" not in stderr
+    assert "error" not in stderr
+    assert stdout == "stopped after iteration 0, while compiling; the same command begins again\n"
 
 
 def running(session):

@@ -8,12 +8,13 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import metrics
+from conftest import metrics, start
 from PIL import Image
 
 from resnet_train import checkpoint, cli
@@ -370,3 +371,19 @@ def test_a_sweep_does_not_take_a_run_on_other_images_for_its_own(tmp_path, comma
     refused = command_here("train", *sweep[1:], f"data.root={other}", code=2)
     assert f"holds a finished run on data.root={first}, not on data.root={other}; " in refused
     assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == before
+
+
+# --- The end of a process --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_reader_that_goes_away_ends_the_run_without_a_word_and_it_goes_on(whole, tmp_path):
+    words = start(*SMALL, *DIGITS, "run_dir=run")
+    with subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as job:
+        assert "resnet-8-A on digits" in job.stdout.readline()
+        job.stdout.close()
+        assert job.stderr.read() == ""
+    assert job.returncode == 1
+    assert not (tmp_path / "run/summary.json").exists()
+    assert run(tmp_path / "run") == 0
+    alike(tmp_path / "run", whole)
