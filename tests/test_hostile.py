@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import start
+from test_sets import photograph
 
 from resnet_train import checkpoint
 from resnet_train.data.images import TEST_FILES, TRAIN_FILES
@@ -165,6 +166,21 @@ def test_a_disk_that_is_full_for_tensorboard_is_told_without_its_trace(finished,
     message = error(train(tmp_path, *RUN, "devices=1", "run_dir=run"), 1)
     assert message.startswith("error: run: the record cannot be written (No space left on device); with room made, ")
     assert checkpoint.load_newest(run / "checkpoints")[1]["iteration"] == 56
+
+
+def test_workers_without_room_to_hand_over_images_are_one_line(tmp_path):
+    """Of 64 kB of shared memory a batch of 30 images of 64 px takes more than there is."""
+    small = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "$@"', "sh"]
+    if os.geteuid() != 0 or subprocess.run([*small, "true"], capture_output=True).returncode:
+        pytest.skip("only root can make /dev/shm small, for one process")
+    for part, images in (("train", 20), ("val", 1)):
+        for name in ("cat", "dog"):
+            for number in range(images):
+                photograph(tmp_path / "photos" / part / name / f"{number}.jpg", (80, 90), number)
+    words = ["data=imagenet", "data.root=photos", "data.size=64", "data.workers=1", "depth=18", "batch_size=30"]
+    words += ["iterations=2", "device=cpu", "compile=false", "run_dir=run"]
+    done = subprocess.run([*small, *start(*words)], cwd=tmp_path, capture_output=True, text=True)
+    assert error(done, 1).startswith("error: /dev/shm, the memory that processes share, is full; make it larger ")
 
 
 # --- Checkpoints that are damaged ------------------------------------------------------------------------------------

@@ -379,6 +379,7 @@ def leave_signals(_: int) -> None:
 @atexit.register
 def _end_workers() -> None:
     """End workers whose loader an error has left: they ignore what Python would send them, and it would wait."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for a worker that is killed
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()
