@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torchvision.models import vgg16
 
+from resnet_train.batchnorm import update_statistics
 from resnet_train.detection.models import Frame, Pool, resnet_detector, vgg_detector
 from resnet_train.models import cifar_resnet, imagenet_resnet
 from resnet_train.models.resnet import parameters
@@ -223,6 +224,7 @@ def moved(found, steps=20):
         sum(found(*batch()).values()).backward()
         optimizer.step()
         optimizer.zero_grad()
+        update_statistics(found, 1)
     after = found.state_dict()
     return {name for name, value in before.items() if not torch.equal(value, after[name])}, set(after)
 

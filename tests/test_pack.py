@@ -782,7 +782,7 @@ def test_a_listing_is_kept_and_never_stale(tree, tmp_path, monkeypatch):
     root, listed = tmp_path / "photos", []
     shutil.copytree(tree, root)
     real = photographs._listed
-    monkeypatch.setattr(photographs, "_listed", lambda folders: listed.append(1) or real(folders))
+    monkeypatch.setattr(photographs, "_listed", lambda *found: listed.append(1) or real(*found))
 
     def opened(times):
         listed.clear()
@@ -839,8 +839,8 @@ def test_a_tree_that_changes_while_it_is_listed_is_refused(tree, tmp_path, monke
     shutil.copytree(tree, root)
     real = photographs._listed
 
-    def slowly(folders):
-        found = real(folders)
+    def slowly(*arguments):
+        found = real(*arguments)
         shutil.copy(root / "val" / "eel" / "01.JPEG", root / "val" / "eel" / "02.JPEG")
         return found
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from resnet_train import checkpoint, curves, schedule, state_dicts
+from resnet_train.batchnorm import update_statistics
 from resnet_train.build import DTYPES, autocast, parallel, pick_device, pick_precision, placed
 from resnet_train.config.runs import check_same_data, check_same_run, run_state
 from resnet_train.data.sampler import generator
@@ -110,6 +111,7 @@ def step(run: Run, images: list[Tensor], targets: list[dict[str, Tensor]], lr: f
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
+    update_statistics(run.model, 1)
     run.sums[rank()] += parts.detach()
     run.iteration += 1
 
