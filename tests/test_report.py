@@ -737,6 +737,12 @@ def test_layer_responses_are_of_the_last_checkpoint_of_each_net_and_seed(tmp_pat
     ]
     section = report_command._responses_section(tmp_path, "", measured, measured, measured)
     assert [name for name, _ in section.figures] == ["figure-7", "gradients"]
+    both = [measured[0], dataclasses.replace(measured[0], iteration=400, stds=[1.0] * 19)]
+    lines = figures.draw_responses(both).axes[0].lines  # no mean of them
+    assert [(line.get_label(), line.get_ydata()[0]) for line in lines] == [
+        ("plain-20, iteration 64,000", 3.0),
+        ("plain-20, iteration 400", 1.0),
+    ]
     figure = figures.draw_gradients(measured, measured)
     figure.canvas.draw()
     ticks = [tick.get_text() for axes in figure.axes for tick in axes.get_yticklabels(which="both")]

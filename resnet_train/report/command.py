@@ -164,7 +164,7 @@ def _measured(folders: list[Path], name: str, column: str) -> list[figures.Respo
 
     Raises UserError for a file that it has not written.
     """
-    found: dict[tuple[str, str, int], tuple[int, figures.Responses]] = {}
+    found: dict[tuple[str, str, int], figures.Responses] = {}
     for path in (path for folder in folders for path in sorted(folder.rglob(name))):
         values: dict[tuple[str, ...], list[float]] = {}
         try:
@@ -176,12 +176,11 @@ def _measured(folders: list[Path], name: str, column: str) -> list[figures.Respo
                 if not runs.NET.fullmatch(net) or len(layers) != int(net.split("-")[1]) - 1:
                     raise ValueError(f"{len(layers)} layers of {net!r}")
                 label, warning, done = printable(data), printable(note), finished == "True"
-                one = figures.Responses(net, label, int(seed), layers, warning, done)
-                found[net, label, one.seed] = max(
-                    found.get((net, label, one.seed), (-1, one)), (int(iteration), one), key=lambda pair: pair[0]
-                )
+                one = figures.Responses(net, label, int(seed), layers, warning, done, int(iteration))
+                if found.setdefault((net, label, one.seed), one).iteration <= one.iteration:
+                    found[net, label, one.seed] = one
         except (OSError, csv.Error, *MALFORMED) as error:
             reason = printable(f"{type(error).__name__}: {error}")[:200]
             raise UserError(f"{path}: is no table of resnet-responses ({reason})") from error
-    of_nets = [one for _, one in found.values()]
-    return sorted(of_nets, key=lambda one: (not one.net.startswith("plain"), int(one.net.split("-")[1]), one.seed))
+    nets = found.values()
+    return sorted(nets, key=lambda one: (not one.net.startswith("plain"), int(one.net.split("-")[1]), one.seed))
