@@ -190,7 +190,7 @@ def responses(asked: ResponsesConfig) -> None:
         )
     out = expand(asked.out)
     stds = [
-        figures.Responses(one.net, one.data, one.seed, list(one.stds.values()), one.note, one.finished)
+        figures.Responses(one.net, one.data, one.seed, list(one.stds.values()), one.note, one.finished, one.iteration)
         for one in measured
     ]
     try:

@@ -23,7 +23,7 @@ from resnet_train.config.keys import flat
 from resnet_train.config.training import check_train
 from resnet_train.errors import UserError
 from resnet_train.report import command as report_command
-from resnet_train.report import detection, figures, page, runs, tables, verdict
+from resnet_train.report import detection, figures, page, runs, tables, values, verdict
 from resnet_train.report.complexity import complexity_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -162,6 +162,17 @@ def test_other_data_or_recipe_is_another_row_and_the_report_says_why(tmp_path, c
     groups = runs.groups(found(tmp_path))
     assert [len(group) for group in groups] == [2, 1]
     assert runs.differences(*groups) == [why]
+
+
+def test_other_images_in_a_folder_of_the_same_name_are_another_row(tmp_path):
+    for seed, digest in enumerate(("a" * 64, "a" * 64, "b" * 64)):
+        for data in ("photos", "cifar10"):  # which is told by its images
+            folder = make(tmp_path / data / str(seed), seed=seed, data=data)
+            (folder / "environment.json").write_text(json.dumps({"digest": digest}))
+    assert [len(group) for group in runs.groups(found(tmp_path / "cifar10"))] == [3]
+    groups = runs.groups(found(tmp_path / "photos"))
+    assert [len(group) for group in groups] == [2, 1]
+    assert runs.differences(*groups) == [("images", "a" * 12, "b" * 12)]
 
 
 def test_another_split_or_protocol_is_another_row(tmp_path):
@@ -633,7 +644,7 @@ DEEP = '{"a":' * 100_000
 
 
 @pytest.mark.parametrize(
-    ("file", "values"),
+    ("file", "told"),
     [
         ("config.json", {"arch": EVIL}),
         ("config.json", {"shortcut": EVIL}),
@@ -661,21 +672,21 @@ DEEP = '{"a":' * 100_000
     ],
     ids=lambda value: value if isinstance(value, str) and len(value) < 30 else str(value)[:25],
 )
-def test_what_has_a_known_form_is_refused_in_one_line_where_it_has_another(tmp_path, file, values):
+def test_what_has_a_known_form_is_refused_in_one_line_where_it_has_another(tmp_path, file, told):
     path = make(tmp_path / "a") / file
     path.parent.mkdir(exist_ok=True)
-    if isinstance(values, str):
-        path.write_text(values)
+    if isinstance(told, str):
+        path.write_text(told)
     elif file == "metrics.jsonl":
-        path.write_text(json.dumps({"data": "cifar10", "seed": 0} | values) + "\n")
+        path.write_text(json.dumps({"data": "cifar10", "seed": 0} | told) + "\n")
     else:
-        change(path, **values)
+        change(path, **told)
     with pytest.raises(UserError) as refused:
         runs.find([tmp_path])
-    told = str(refused.value)
-    assert told.startswith(str(tmp_path / "a"))
-    assert told.isprintable(), told
-    assert len(told) < 500
+    line = str(refused.value)
+    assert line.startswith(str(tmp_path / "a"))
+    assert line.isprintable(), line
+    assert len(line) < 500
 
 
 @pytest.mark.parametrize(
@@ -726,6 +737,12 @@ def test_layer_responses_are_of_the_last_checkpoint_of_each_net_and_seed(tmp_pat
     ]
     section = report_command._responses_section(tmp_path, "", measured, measured, measured)
     assert [name for name, _ in section.figures] == ["figure-7", "gradients"]
+    both = [measured[0], dataclasses.replace(measured[0], iteration=400, stds=[1.0] * 19)]
+    lines = figures.draw_responses(both).axes[0].lines  # no mean of them
+    assert [(line.get_label(), line.get_ydata()[0]) for line in lines] == [
+        ("plain-20, iteration 64,000", 3.0),
+        ("plain-20, iteration 400", 1.0),
+    ]
     figure = figures.draw_gradients(measured, measured)
     figure.canvas.draw()
     ticks = [tick.get_text() for axes in figure.axes for tick in axes.get_yticklabels(which="both")]
@@ -737,7 +754,7 @@ def test_layer_responses_are_of_the_last_checkpoint_of_each_net_and_seed(tmp_pat
 @pytest.fixture
 def evil(tmp_path, monkeypatch):
     """The report of runs in whose files every free string is hostile."""
-    monkeypatch.setattr(paper, "DATA", {runs.printable(EVIL): "cifar"})
+    monkeypatch.setattr(paper, "DATA", {values.printable(EVIL): "cifar"})
     top = tmp_path / "<img src=x onerror=1> a$_$b"
     for name, precision in (("a", EVIL), ("b", "fp32")):
         folder = make(top / name / EVIL.replace("/", "").replace("\ud800", ""), data=EVIL, precision=precision)

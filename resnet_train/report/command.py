@@ -14,7 +14,8 @@ from resnet_train.errors import UserError
 from resnet_train.files import expand, put
 from resnet_train.report import detection, figures, page, runs, tables, verdict
 from resnet_train.report.page import Section
-from resnet_train.report.runs import Run, printable
+from resnet_train.report.runs import Run
+from resnet_train.report.values import MALFORMED, number, printable
 
 
 def report(asked: ReportConfig) -> None:
@@ -80,10 +81,10 @@ def _check_out(out: Path, folders: list[Path]) -> None:
 def _kept_apart(groups: list[list[Run]]) -> list[str]:
     """Why runs stand in different rows and figures."""
     notes = []
-    for number, other in enumerate(groups[1:], 2):
+    for count, other in enumerate(groups[1:], 2):
         why = ", ".join(f"{key} ({here} and {there})" for key, here, there in runs.differences(groups[0], other))
         who = f"{groups[0][0].place}, … and {other[0].place}, …"
-        notes.append(f"the runs of sections 1 and {number} ({who}) are not in one row or figure: they differ in {why}")
+        notes.append(f"the runs of sections 1 and {count} ({who}) are not in one row or figure: they differ in {why}")
     return notes
 
 
@@ -93,9 +94,9 @@ def _sections(groups: list[list[Run]], folders: list[Path], out: Path) -> list[S
     sections = [_section(group, number, apart, out) for number, group in enumerate(groups, 1)]
     measured = _measured(folders, "responses.csv", "std")
     gradients = [_measured(folders, "gradients.csv", f"by_{name}") for name in ("response", "weights")]
-    for number, data in enumerate(dict.fromkeys(one.data for one in measured), 1):
+    for count, data in enumerate(dict.fromkeys(one.data for one in measured), 1):
         of_data = [[one for one in part if one.data == data] for part in (measured, *gradients)]
-        sections.append(_responses_section(out, "" if number == 1 else f"-{number}", *of_data))
+        sections.append(_responses_section(out, "" if count == 1 else f"-{count}", *of_data))
     table = tables.deviations_table(groups)
     return [*sections, Section("Recipes", tables=[table])] if table.rows else sections
 
@@ -163,24 +164,23 @@ def _measured(folders: list[Path], name: str, column: str) -> list[figures.Respo
 
     Raises UserError for a file that it has not written.
     """
-    found: dict[tuple[str, str, int], tuple[int, figures.Responses]] = {}
+    found: dict[tuple[str, str, int], figures.Responses] = {}
     for path in (path for folder in folders for path in sorted(folder.rglob(name))):
         values: dict[tuple[str, ...], list[float]] = {}
         try:
             with path.open(newline="", encoding="utf-8") as file:
                 for row in csv.DictReader(file):
                     key = tuple(row[part] for part in ("net", "data", "seed", "iteration", "note", "finished"))
-                    values.setdefault(key, []).append(runs.number(float(row[column])))
+                    values.setdefault(key, []).append(number(float(row[column])))
             for (net, data, seed, iteration, note, finished), layers in values.items():
                 if not runs.NET.fullmatch(net) or len(layers) != int(net.split("-")[1]) - 1:
                     raise ValueError(f"{len(layers)} layers of {net!r}")
                 label, warning, done = printable(data), printable(note), finished == "True"
-                one = figures.Responses(net, label, int(seed), layers, warning, done)
-                found[net, label, one.seed] = max(
-                    found.get((net, label, one.seed), (-1, one)), (int(iteration), one), key=lambda pair: pair[0]
-                )
-        except (OSError, csv.Error, *runs.MALFORMED) as error:
+                one = figures.Responses(net, label, int(seed), layers, warning, done, int(iteration))
+                if found.setdefault((net, label, one.seed), one).iteration <= one.iteration:
+                    found[net, label, one.seed] = one
+        except (OSError, csv.Error, *MALFORMED) as error:
             reason = printable(f"{type(error).__name__}: {error}")[:200]
             raise UserError(f"{path}: is no table of resnet-responses ({reason})") from error
-    of_nets = [one for _, one in found.values()]
-    return sorted(of_nets, key=lambda one: (not one.net.startswith("plain"), int(one.net.split("-")[1]), one.seed))
+    nets = found.values()
+    return sorted(nets, key=lambda one: (not one.net.startswith("plain"), int(one.net.split("-")[1]), one.seed))

@@ -11,8 +11,8 @@ from resnet_train import paper
 from resnet_train.curves import OTHERS, plain_matplotlib
 from resnet_train.report.figures import save
 from resnet_train.report.page import Section
-from resnet_train.report.runs import json_in, metrics_in, number, object_in, plain, reading, whole, word
 from resnet_train.report.tables import Cell, Table, spread, without_places
+from resnet_train.report.values import json_in, metrics_in, number, object_in, plain, reading, whole, word
 
 # Of a configuration, what must be the same in one table.
 SETTING = (

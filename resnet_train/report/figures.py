@@ -27,6 +27,7 @@ class Responses:
     stds: Sequence[float]
     note: str = ""  # that the training was shortened
     finished: bool = True
+    iteration: int = 0  # of the checkpoint
 
 
 def draw(group: list[Run]) -> list[tuple[str, str, Any]]:
@@ -146,10 +147,11 @@ def _draw_layers(*panels: tuple[str, str, Sequence[Responses]], yscale: str = "l
         figure = Figure(figsize=(8, 6.4))
         rows = figure.subplots(len(panels), 1)
         for axes, (ylabel, xlabel, measured) in zip(rows, panels, strict=True):
-            for net in dict.fromkeys(one.net for one in measured):
-                runs = [one for one in measured if one.net == net]
+            for net, at in dict.fromkeys((one.net, one.iteration) for one in measured):
+                runs = [one for one in measured if (one.net, one.iteration) == (net, at)]
                 style = {"color": colour(net), "linewidth": 1.6, "linestyle": "--" if net.startswith("plain") else "-"}
-                name = net + ("" if all(one.finished for one in runs) else ", unfinished")
+                one_length = all(one.finished and one.iteration == at for one in measured if one.net == net)
+                name = net if one_length else f"{net}, iteration {at:,}"
                 _line(axes, range(1, len(runs[0].stds) + 1), [one.stds for one in runs], **style, label=name)
             axes.set(xlabel=xlabel, ylabel=ylabel, yscale=yscale)
             axes.xaxis.set_major_locator(_ticks())

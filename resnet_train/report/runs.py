@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from resnet_train import paper
-from resnet_train.curves import Point, read_metrics
+from resnet_train.curves import Point
 from resnet_train.errors import UserError
+from resnet_train.report.values import (
+    json_in,
+    metrics_in,
+    number,
+    object_in,
+    plain,
+    printable,
+    reading,
+    text_in,
+    whole,
+    word,
+)
 
 EARLIER = {"normalise": "channels"}  # what was done before there was this key
 END = 20  # the training error at the end is that of the last twentieth of a run
 NET = re.compile(r"plain-\d{1,6}|resnet-\d{1,6}-[ABC]")  # what a net is called
-LONGEST = 4000  # characters of a string in a run's files
-
-# What values of another type, form or depth than a run's files have make of the code that reads them.
-MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -119,7 +126,7 @@ def find(folders: Iterable[Path]) -> tuple[list[Run], dict[Path, str], list[str]
     detectors: dict[Path, str] = {}
     for folder, place in found.values():
         metrics = folder / "metrics.jsonl"
-        if metrics.is_file() and "\n" in _text(metrics):
+        if metrics.is_file() and "\n" in text_in(metrics):
             if "backbone" in object_in(folder / "config.json"):
                 detectors[folder] = place
             else:
@@ -134,16 +141,6 @@ def find(folders: Iterable[Path]) -> tuple[list[Run], dict[Path, str], list[str]
 def place_of(path: Path, asked: Path) -> str:
     """A path inside the folder that was asked for, without what lies above it on this machine."""
     return printable(str(path.relative_to(asked.parent) if asked.is_absolute() else path))
-
-
-def printable(text: str) -> str:
-    """Text of a file as it may be shown: control characters and lone surrogates escaped, and not endless.
-
-    So are backticks, which in a report's own words are around code.
-    """
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:LONGEST])
-    shown = shown.replace("`", "\\x60")
-    return shown + ("…" if len(text) > LONGEST else "")
 
 
 def _once(runs: list[Run], notes: list[str]) -> list[Run]:
@@ -165,74 +162,6 @@ def read(folder: Path, place: str) -> Run:
         return _run(folder, place, json_in(folder / "config.json"), metrics_in(folder))
 
 
-@contextlib.contextmanager
-def reading(folder: Path, command: str) -> Iterator[None]:
-    """Around the reading of a run's files. Raises UserError for what is not theirs."""
-    try:
-        yield
-    except MALFORMED as error:
-        reason = printable(f"{type(error).__name__}: {error}")[:200]
-        raise UserError(f"{folder}: holds other things than a run of {command} leaves ({reason})") from error
-
-
-def json_in(path: Path) -> Any:
-    """The value in a JSON file. Raises UserError."""
-    try:
-        return json.loads(_text(path))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is no JSON ({str(error)[:200]})") from error
-
-
-def metrics_in(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics. Raises UserError for one that is no JSON."""
-    path = folder / "metrics.jsonl"
-    try:
-        return read_metrics(path)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is no text") from error
-    except (ValueError, RecursionError) as error:
-        number = next(n for n, line in enumerate(_text(path).split("\n"), 1) if not _is_json(line))
-        raise UserError(f"{path}: line {number} is no JSON") from error
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-def word(value: Any) -> str:
-    """A string of a run's files, as it may be shown. Raises TypeError."""
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r:.100} is no text")
-    return printable(value)
-
-
-def number(value: Any, least: float = 0.0, most: float = math.inf) -> float:
-    """A finite number of a run's files. Raises TypeError and ValueError."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{value!r:.100} is no number")
-    if not (least <= value <= most and math.isfinite(value)):
-        raise ValueError(f"{value!r:.100} is not from {least:g} to {most:g}")
-    return value
-
-
-def whole(value: Any, least: int = 0, most: int = 2**63) -> int:
-    """A whole number of a run's files. Raises TypeError and ValueError."""
-    if not isinstance(value, int):
-        raise TypeError(f"{value!r:.100} is no whole number")
-    return int(number(value, least, most))
-
-
 def _run(folder: Path, place: str, config: dict[str, Any], metrics: list[dict[str, Any]]) -> Run:
     points: dict[str, dict[int, Point]] = {"train": {}, "val": {}, "test": {}}
     for line in metrics:
@@ -247,6 +176,9 @@ def _run(folder: Path, place: str, config: dict[str, Any], metrics: list[dict[st
         raise ValueError(f"{net!r:.100} is no net")
     told = object_in(folder / "environment.json") | object_in(folder / "summary.json")
     data, precision, parameters = word(metrics[0]["data"]), told.get("precision"), told.get("parameters")
+    setting = {"data": data, "protocol": protocol, **_recipe(config, family)}
+    if "digest" in told and data not in paper.DATA:  # other images in a folder of the same name; the paper's have one
+        setting["images"] = word(told["digest"])[:12]
     return Run(
         folder=folder,
         place=place,
@@ -259,7 +191,7 @@ def _run(folder: Path, place: str, config: dict[str, Any], metrics: list[dict[st
         protocol=protocol,
         iterations=whole(config["iterations"], 1),
         curves={split: [found[at] for at in sorted(found)] for split, found in points.items()},
-        setting={"data": data, "protocol": protocol, **_recipe(config, family)},
+        setting=setting,
         command=word(told.get("command", "")),
         device=word(told.get("device", "")),
         precision=None if precision is None else word(precision),
@@ -282,24 +214,6 @@ def _recipe(config: dict[str, Any], family: str) -> dict[str, Any]:
     groups = plain(config.get("bn_images", "device"))
     found["bn_images"] = {"device": at_once, "all": batch}.get(groups, groups)
     return found
-
-
-def plain(value: Any) -> Any:
-    """A value of a configuration: a number, a word, nothing, or a list of those. Raises TypeError and ValueError."""
-    if isinstance(value, list):
-        return [plain(one) for one in value]
-    if value is None or isinstance(value, bool):
-        return value
-    return word(value) if isinstance(value, str) else number(value, -math.inf)
-
-
-def object_in(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty where there is none, or one that is being written."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _results(folder: Path) -> list[dict[str, Any]]:
