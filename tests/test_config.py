@@ -396,7 +396,10 @@ def test_a_configuration_of_another_version_is_named():
 
 @pytest.mark.parametrize(
     ("depth", "near"),
-    [(21, 20), (24, 26), (3, 8), (0, 8), (-5, 8), (9, 8), (12, 14), (100, 98), (109, 110), (1201, 1202)],
+    [
+        *[(21, 20), (24, 26), (3, 8), (0, 8), (-5, 8), (9, 8), (12, 14), (100, 98), (109, 110), (1201, 1202)],
+        *[(1203, 1202), (1208, 1202), (99_998, 1202)],
+    ],
 )
 def test_nearest_depth_for_cifar(depth, near):
     message = refusal(f"depth={depth}")
@@ -413,6 +416,17 @@ def test_nearest_depth_for_imagenet(depth, near, tmp_path):
 @pytest.mark.parametrize("depth", [d for d in range(8, 1203, 6) if d % 36 == 8] + [1202])
 def test_every_depth_of_6n_plus_2_is_taken(depth):
     check_depth(depth, "cifar")
+
+
+@pytest.mark.parametrize(
+    ("family", "depth", "near"), [("cifar", 99_998, 1202), ("cifar", 21, 20), ("imagenet", 20, 18)]
+)
+def test_nor_is_such_a_depth_taken_from_a_checkpoint(family, depth, near):
+    """A line of text in a small file must not ask for memory without bounds."""
+    plain = checked().plain() | {"depth": depth}
+    plain["data"]["family"] = family
+    with pytest.raises(UserError, match=rf"stored configuration.*depth={depth}: .*nearest: {near}"):
+        restored(plain)
 
 
 # Command line, and what the message must hold beside the key and value of the last word.

@@ -14,6 +14,7 @@ from resnet_train.errors import UserError
 from resnet_train.files import expand
 
 IMAGENET_DEPTHS = (18, 34, 50, 101, 152)
+DEEPEST_CIFAR = 1202  # the paper's; each layer more is memory that a line of text would take
 
 
 @dataclass(frozen=True)
@@ -274,7 +275,9 @@ def completed(values: Mapping[str, Any]) -> dict[str, Any]:
 def restored(values: Mapping[str, Any]) -> Config:
     """The configuration that a checkpoint or a run directory holds. Raises UserError if it is of another version."""
     try:
-        return typed(Config, completed(values))
+        config = typed(Config, completed(values))
+        check_depth(config.depth, config.data.family)
+        return config
     except UserError as error:
         raise UserError(f"the stored configuration cannot be read: {error}") from error
 
@@ -296,10 +299,12 @@ def _check_crops(augment: Augment, size: int) -> None:
 def check_depth(depth: int, family: str) -> None:
     """Refuse a depth that the family does not have, naming the nearest (CIFAR: section 4.2; ImageNet: table 1)."""
     if family == "cifar":
-        if depth < 8 or (depth - 2) % 6:
-            below = max(8, (depth - 2) // 6 * 6 + 2)
-            near = min(below, below + 6, key=lambda d: abs(d - depth))
-            raise UserError(f"depth={depth}: CIFAR nets have 6n+2 layers (20, 32, 44, 56, 110, 1202); nearest: {near}")
+        if not 8 <= depth <= DEEPEST_CIFAR or (depth - 2) % 6:
+            near = min(max(8, (depth + 1) // 6 * 6 + 2), DEEPEST_CIFAR)
+            raise UserError(
+                f"depth={depth}: CIFAR nets have 6n+2 layers, {DEEPEST_CIFAR} at most (20, 32, 44, 56, 110, 1202);"
+                f" nearest: {near}"
+            )
     elif depth not in IMAGENET_DEPTHS:
         near = min(IMAGENET_DEPTHS, key=lambda d: abs(d - depth))
         allowed = ", ".join(map(str, IMAGENET_DEPTHS))

@@ -184,7 +184,9 @@ def check_predict(values: Mapping[str, Any], images: Collection[str]) -> Predict
 def restored(values: Any) -> DetectConfig:
     """The configuration that a checkpoint holds. Raises UserError if it is of another version."""
     try:
-        return typed(DetectConfig, values)
+        config = typed(DetectConfig, values)
+        check_depth(config.depth, "imagenet")
+        return config
     except UserError as error:
         raise UserError(f"the stored configuration cannot be read: {error}") from error
 
