@@ -46,6 +46,7 @@ from resnet_train.config.training import Config, check_train
 from resnet_train.errors import SIGNALS, RunError, UserError, of_the_system
 from resnet_train.exits import exit_code, fail, finish, launched, leave, start_tracker, tell
 from resnet_train.files import expand, read_object
+from resnet_train.terminal import say
 
 DIGESTS: dict[str, str] = {}  # of the data of this command's jobs, as far as they were needed
 
@@ -248,7 +249,7 @@ def _check_finished(config: Any, directory: Path, digest: Callable[[Any], str]) 
     data = config.plain()["data"]
     key = json.dumps(data)
     if key not in DIGESTS:
-        print(f"{directory}: finished; comparing its data with this sweep's", flush=True)
+        say(f"{directory}: finished; comparing its data with this sweep's")
         DIGESTS[key] = _elsewhere(digest, config)
     check_same_data(read_object(directory / "config.json")["data"], was, data, DIGESTS[key], str(directory))
 
@@ -427,7 +428,7 @@ def _run_job(composed: DictConfig, prepare: Callable[..., Any], here: Callable[[
     if not sweep:
         _work(here, config, directory)
     if run_state(directory) == "finished":
-        print(f"{directory}: finished, skipped", flush=True)
+        say(f"{directory}: finished, skipped")
         return
     start_tracker()
     process = multiprocessing.get_context("spawn").Process(target=_work_of_sweep, args=(here, config, directory))

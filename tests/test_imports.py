@@ -124,6 +124,25 @@ def test_leaves_take_plain_arguments():
     assert own(TREES["resnet_train.config.keys"]) == {"resnet_train.errors"}
 
 
+SHOWN = {"printable", "say"}
+
+
+def printed():
+    """(module, what) of every call that prints what may hold a name, and not by way of `say` or `printable`."""
+    for name, tree in TREES.items():
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+            how = ast.unparse(call.func)
+            what = call.args[0] if call.args else ast.Constant("")
+            escaped = isinstance(what, ast.Call) and ast.unparse(what.func) in SHOWN
+            if how in ("print", "tqdm.write") and not escaped and not isinstance(what, ast.Constant):
+                yield name, ast.unparse(what)
+
+
+def test_all_that_is_printed_is_escaped():
+    """Names of files and classes are anybody's, and none of them may command the terminal."""
+    assert list(printed()) == []
+
+
 def public(node, prefix=""):
     """Public functions and classes of a module, and public methods of its public classes."""
     for child in node.body:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from resnet_train import paper
+from resnet_train import paper, terminal
 from resnet_train.curves import Point, read_metrics
 from resnet_train.errors import UserError
 
@@ -141,7 +141,7 @@ def printable(text: str) -> str:
 
     So are backticks, which in a report's own words are around code.
     """
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:LONGEST])
+    shown = terminal.printable(text[:LONGEST])
     shown = shown.replace("`", "\\x60")
     return shown + ("…" if len(text) > LONGEST else "")
 
