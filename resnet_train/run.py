@@ -224,7 +224,8 @@ def _resume_state(run: Run) -> dict[str, Any] | None:
         state = checkpoint.load(path)
         if state["iteration"] == config.iterations and not (path.absolute().parent.parent / "metrics.jsonl").exists():
             raise UserError(f"resume={path}: no iteration is left; resnet-eval checkpoint={path} measures it")
-    check_same_run(state["config"], config.plain(), str(path))
+    otherwise = "another run_dir=" if config.resume == "auto" else "init_from= in place of resume="
+    check_same_run(state["config"], config.plain(), str(path), otherwise)
     check_same_data(state["config"]["data"], state["digest"], config.plain()["data"], run.sets.digest, str(path))
     return state
 

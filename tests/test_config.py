@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import zipfile
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from resnet_train.config.keys import ABOVE, BELOW, RANGES, flat
 from resnet_train.config.runs import FREE_KEYS, check_run_dir, check_same_run, run_directory, run_state
 from resnet_train.config.training import UNREAD, check_depth, check_train, restored
 from resnet_train.data.places import class_folders
-from resnet_train.errors import UserError
+from resnet_train.errors import UserError, nearest
 from resnet_train.schedule import Progress, learning_rate
 
 PACKAGE = Path(cli.__file__).parent
@@ -523,6 +524,14 @@ WRONG = [
     ("schedule=plateau schedule.patience=0", "above 0"),
     ("schedule=plateau schedule.threshold=-1", "at least 0"),
     ("schedule=plateau schedule.watch=val", "data.validation=5000"),
+    ("data=digits schedule=plateau schedule.watch=val", "data.validation=143"),
+    ("batch_size=7 bn_images=2", "nearest: 7"),
+    ("data=digits batch_size=1 bn_images=2", "the 1 images that a device takes at once; nearest: device"),
+    ("batch_size=64 device_batch_size=1 bn_images=2", "the 1 images that a device takes at once; nearest: device"),
+    ("bn_images=32 device_batch_size=17", "nearest: 32"),
+    ("devices=66667 batch_size=1000000", "nearest: 933338"),
+    ("resume=true", "auto, never or a checkpoint's file"),
+    ("resume=null", "auto, never or a checkpoint's file"),
     ("schedule=plateau schedule.watch=test", "train, val"),
     ("schedule.name=stpe", "did you mean step?"),
     ("warmup.depth=x", "whole number"),
@@ -549,7 +558,7 @@ WRONG = [
     ("data.root=nosuch", "no such file or folder"),
     ("data=digits data.root=.", "drop it"),
     ("run_dir=", "word"),
-    ("resume=", "word"),
+    ("resume=", "auto, never or a checkpoint's file"),
     ("data.root=" + 300 * "x", "too long"),
     ("run_dir=" + 300 * "x", "too long"),
     ("resume=" + 300 * "x", "too long"),
@@ -565,6 +574,22 @@ def test_a_wrong_value_is_named_with_what_is_allowed(line, advice):
     assert advice in message
     assert "\n" not in message
     assert len(message) < 200
+
+
+ADVICE = re.compile(r"(?:nearest: |\b(?:take|add) ([\w.]+)=)([\w.]+)\b(?!,| or)")
+
+
+@pytest.mark.parametrize("line", [line for line, _ in WRONG])
+def test_advice_is_taken_when_it_is_followed(line):
+    """No message names a value that would be refused in its turn."""
+    words = line.split()
+    found = ADVICE.search(refusal(*words))
+    if found is None:
+        return
+    key = found[1] or words[-1].partition("=")[0]
+    if key == "data":  # which needs a place, too
+        return
+    checked(*(word for word in words if not word.startswith(f"{key}=")), f"{key}={found[2]}")
 
 
 @pytest.mark.parametrize(
@@ -594,6 +619,26 @@ def test_a_key_or_option_that_does_not_exist_is_named(line, advice):
     message = refusal(*line.split())
     assert message.startswith(f"{line.split()[-1]}: ")
     assert advice in message
+
+
+@pytest.mark.parametrize(
+    "key", ["optimizer", "augment.mixup", "augment.cutmix", "ema", "amp", "dropout", "label_smoothing", "num_classes"]
+)
+def test_nothing_is_suggested_where_nothing_is_near(key):
+    assert refusal(f"{key}=1") == f"{key}=1: there is no key {key}"
+
+
+@pytest.mark.parametrize(
+    ("word", "near"),
+    [
+        *[("augmnt.flip", "augment.flip"), ("flp", "augment.flip"), ("eval_batch", "eval_batch_size")],
+        *[("val", "validation"), ("noen", "none"), ("schedule.lrr", "schedule.lr"), ("timer", None), ("", None)],
+        *[("x" * 100_000, None), ("train.lr", None), ("schedule.l", None)],
+    ],
+)
+def test_what_is_near(word, near):
+    allowed = ["augment.flip", "eval_batch_size", "validation", "none", "timeout", "schedule.lr", "schedule.name"]
+    assert nearest(word, allowed) == (f"; did you mean {near}?" if near else "")
 
 
 @pytest.mark.parametrize(("line", "key"), [("+nosuch=1", "nosuch"), ("++dept=1", "dept"), ("~depth", "depth")])
@@ -915,6 +960,19 @@ def test_a_finished_run_is_not_run_again(tmp_path):
         message = blocked(folder, checked(f"resume={resume}"))
         assert f"run_dir={folder}: " in message
         assert "finished" in message
+
+
+def test_another_seed_is_no_advice_where_the_folder_is_named(tmp_path):
+    message = blocked(run_in(tmp_path / "run", checked(), finished=True), checked(f"run_dir={tmp_path}/run"))
+    assert message.endswith("or take another run_dir=")
+    assert blocked(run_in(tmp_path / "b", checked(), finished=True), checked()).endswith("another seed= or run_dir=")
+
+
+def test_another_directory_is_no_advice_for_a_checkpoint_of_another_run():
+    old, new = checked().plain(), checked("momentum=0.5").plain()
+    for otherwise in ("another run_dir=", "init_from= in place of resume="):
+        with pytest.raises(UserError, match=re.escape(f"has momentum=0.9; take that, or {otherwise}") + "$"):
+            check_same_run(old, new, "here", otherwise)
 
 
 def test_a_sweep_skips_a_finished_run_of_the_same_configuration_only(tmp_path):

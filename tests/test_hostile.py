@@ -28,7 +28,8 @@ from PIL import Image
 from resnet_train import checkpoint
 from resnet_train.data.images import TEST_FILES, TRAIN_FILES
 from resnet_train.data.places import CIFAR_FOLDER
-from resnet_train.errors import UserError
+from resnet_train.errors import RunError, UserError
+from resnet_train.train import check_finite
 
 pytest.importorskip("sklearn")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -412,6 +413,20 @@ if __name__ == "__main__":
     config, directory = cli._prepare_train(compose("train", sys.argv[1:]), sys.argv[1:], sweep=False)
     finish(functools.partial(job, config, directory), config)
 """
+
+
+@pytest.mark.parametrize(("precision", "kept"), [("bf16", True), ("fp32", False)])
+def test_of_a_loss_that_is_not_finite_the_advice_is_not_what_is_done_already(precision, kept, tmp_path):
+    if kept:
+        (tmp_path / "checkpoints").mkdir()
+        (tmp_path / "checkpoints/last.pt").touch()
+    net = torch.nn.Linear(2, 2)
+    check_finite(torch.zeros(3), net, 5, tmp_path, "lr=", precision)
+    with pytest.raises(RunError) as caught:
+        check_finite(torch.tensor([1, torch.inf]), net, 5, tmp_path, "lr=", precision)
+    message = str(caught.value)
+    assert ("holds the last good state" in message) == kept
+    assert message.endswith("take a lower lr= in a new run" + (", or precision=fp32" if kept else ""))
 
 
 def test_a_loss_that_is_not_finite_in_one_process_ends_all(tmp_path):

@@ -73,6 +73,7 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
 }
 ABOVE = {"scale", "lr", "schedule.lr", "warmup.lr", "schedule.factor", "schedule.patience", "seconds", "std"}
 BELOW = {"momentum"}
+RESUME = "auto, never or a checkpoint's file"  # what resume= may be
 
 T = TypeVar("T")
 
@@ -129,6 +130,7 @@ def convert(key: str, value: Any, hint: Any, bounds: Any = None) -> Any:
         if text.strip() and not re.search("[\0\ud800-\udfff]", text):  # neither NUL nor what was no UTF-8
             return text
     kind = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}[hint]
+    kind = RESUME if key == "resume" else kind
     raise UserError(f"{key}={shown(value)}: must be {kind}")
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from resnet_train.config.keys import flat, shown
+from resnet_train.config.keys import RESUME, flat, shown
 from resnet_train.config.paths import check_file, writable
 from resnet_train.config.training import EARLIER, Config, completed
 from resnet_train.errors import UserError, nearest
@@ -54,15 +54,20 @@ def plain_word(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-")
 
 
-def check_same_run(old: Mapping[str, Any], new: Mapping[str, Any], where: str) -> None:
-    """Refuse to go on with the run in `where` under a configuration that changes its mathematics."""
+def check_same_run(
+    old: Mapping[str, Any], new: Mapping[str, Any], where: str, otherwise: str = "another run_dir="
+) -> None:
+    """Refuse to go on with the run in `where` under a configuration that changes its mathematics.
+
+    `otherwise` is what can be done to have the new value.
+    """
     now = flat(new)
     was = {key: value for key, value in flat(completed(old)).items() if key in now or key not in EARLIER}
     for key in sorted(was.keys() | now.keys()):
         if key not in FREE_KEYS and was.get(key) != now.get(key):
             raise UserError(
                 f"{key}={shown(now.get(key))}: the run in {where} has {key}={shown(was.get(key))};"
-                f" take that, or another run_dir="
+                f" take that, or {otherwise}"
             )
 
 
@@ -94,6 +99,10 @@ class RunConfig(Protocol):
     """What training and detection say alike of a run."""
 
     @property
+    def run_dir(self) -> str | None:
+        """Where it was asked to lie."""
+
+    @property
     def resume(self) -> str:
         """Whether to go on."""
 
@@ -112,7 +121,7 @@ def check_run_dir(directory: Path, config: RunConfig, *, may_be_finished: bool =
         if state == "finished" and not may_be_finished:
             raise UserError(
                 f"run_dir={directory}: holds a finished run{_on_other_data(directory, config)}; read its summary.json,"
-                " or take another seed= or run_dir="
+                f" or take another {'seed= or ' if config.run_dir is None else ''}run_dir="
             )
         if state == "finished" or (state == "unfinished" and config.resume != "never"):
             check_same_run(read_object(directory / "config.json"), config.plain(), str(directory))
@@ -127,7 +136,7 @@ def check_run_dir(directory: Path, config: RunConfig, *, may_be_finished: bool =
         check_file("init_from", config.init_from)  # a run that goes on has its weights
     if config.resume not in ("auto", "never") and not expand(config.resume).is_file():
         hint = nearest(config.resume, ["auto", "never"])
-        raise UserError(f"resume={config.resume}: must be auto, never or a checkpoint's file{hint}")
+        raise UserError(f"resume={config.resume}: must be {RESUME}{hint}")
 
 
 def _on_other_data(directory: Path, config: RunConfig) -> str:

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from resnet_train import checkpoint, curves, schedule, state_dicts
 from resnet_train.build import DTYPES, autocast, parallel, pick_device, pick_precision, placed
 from resnet_train.config.runs import check_same_data, check_same_run, run_state
+from resnet_train.config.training import check_dealt
 from resnet_train.data.sampler import generator
 from resnet_train.data.transforms import IMAGENET_STD
 from resnet_train.detection.batches import training_batches
-from resnet_train.detection.config import DetectConfig, check_dealt
+from resnet_train.detection.config import DetectConfig
 from resnet_train.detection.data import Examples, load, read_coco, read_voc
 from resnet_train.detection.evaluate import check_shape, evaluate
 from resnet_train.detection.models import Detector, Frame, resnet_detector, vgg_detector
@@ -251,7 +252,7 @@ def detect(config: DetectConfig, directory: Path) -> int:
             return 0
         resume = config.resume if before == "new" else "auto"
         config = dataclasses.replace(config, devices=world(), resume=resume)
-        together(lambda: check_dealt(config, world()))
+        together(lambda: check_dealt(config.batch_size, world()))
         precision = together(lambda: pick_precision(config.precision, device))
         examples = together(lambda: read_examples(config))
         state = from_main(lambda: _begin(config, directory, examples, held))
