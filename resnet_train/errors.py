@@ -160,6 +160,12 @@ def _line_with(pattern: str, text: str) -> str | None:
 
 def nearest(word: str, allowed: Iterable[str]) -> str:
     """`; did you mean X?` for the allowed word most like `word`, or nothing where none is near."""
+    found = closest(word, allowed)
+    return f"; did you mean {found}?" if found else ""
+
+
+def closest(word: str, allowed: Iterable[str]) -> str | None:
+    """The allowed word most like `word`, if one is near."""
     words = {item.lower(): item for item in allowed}
     word = MEANT.get(word.lower(), word.lower())
     group, _, name = word.rpartition(".")
@@ -170,7 +176,7 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
         return min(_likeness(name, its_name), _likeness(group, its_group) if group else 1)
 
     best = max(words, key=likeness, default="")
-    return f"; did you mean {words[best]}?" if best and likeness(best) >= NEAR else ""
+    return words[best] if best and likeness(best) >= NEAR else None
 
 
 def _likeness(word: str, other: str) -> float:

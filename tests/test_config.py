@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import re
+import typing
 import zipfile
 from pathlib import Path
 
@@ -17,11 +18,21 @@ from hydra.core.override_parser.types import OverrideType, QuotedString
 
 from resnet_train import cli
 from resnet_train.compose import CONFIG_DIR, compose
-from resnet_train.config.commands import check_eval
-from resnet_train.config.keys import ABOVE, BELOW, RANGES, flat
-from resnet_train.config.runs import FREE_KEYS, check_run_dir, check_same_run, run_directory, run_state
-from resnet_train.config.training import UNREAD, check_depth, check_train, restored
+from resnet_train.config.commands import (
+    BenchConfig,
+    ClassifyConfig,
+    EvalConfig,
+    PackConfig,
+    ReportConfig,
+    ResponsesConfig,
+    WeightsConfig,
+    check_eval,
+)
+from resnet_train.config.keys import ABOVE, BELOW, LISTS, RANGES, TEXTS, flat
+from resnet_train.config.runs import FREE_KEYS, check_run_dir, check_same_run, plain_word, run_directory, run_state
+from resnet_train.config.training import UNREAD, Augment, Config, Data, Schedule, check_depth, check_train, restored
 from resnet_train.data.places import class_folders
+from resnet_train.detection.config import DetectConfig, DetectData, PredictConfig
 from resnet_train.errors import UserError, nearest
 from resnet_train.schedule import Progress, learning_rate
 
@@ -87,7 +98,7 @@ FREE = {
     "data.workers": None,  # read for data.family=imagenet only, as is the next
     "data.broken": None,
 }
-ODD = set(" '\"\\$&;|<>()[]{}*?!#~`=,%öß图片\n")  # of these some need quotes for Hydra, some for the shell
+ODD = set(" '\"\\$&;|<>()[]{}*?!#~`=,%\n")  # of these some need quotes for Hydra, some for the shell
 ALL_KEYS = OTHER.keys() | PLATEAU.keys() | PHOTOS.keys() | DECIDED_BY_DATA | FREE.keys()
 
 
@@ -380,6 +391,23 @@ def test_every_bounded_number_is_a_key():
     assert RANGES.keys() >= ABOVE | BELOW
 
 
+def test_every_text_and_every_list_is_told_of():
+    """For these values Hydra's grammar is kept off, and a list is advised."""
+    commands = (EvalConfig, ReportConfig, ResponsesConfig, BenchConfig, PackConfig, WeightsConfig, ClassifyConfig)
+    kinds: dict = dict.fromkeys((Config, *commands, DetectConfig, PredictConfig), "")
+    kinds |= {Data: "data.", DetectData: "data.", Schedule: "schedule.", Augment: "augment."}
+    texts, lists = set(), set()
+    for kind, prefix in kinds.items():
+        for key, hint in typing.get_type_hints(kind).items():
+            options = typing.get_args(hint) or (hint,)
+            if str in options or list[str] in options:
+                texts.add(prefix + key)
+            if {list[int], list[float]} & {hint, *options}:
+                lists.add(prefix + key)
+    assert texts == TEXTS
+    assert lists == LISTS
+
+
 def test_a_configuration_survives_json():
     found = checked("schedule=plateau", "weight_decay=1", "warmup.error=70")
     assert restored(json.loads(json.dumps(found.plain()))) == found
@@ -610,7 +638,9 @@ def test_advice_is_taken_when_it_is_followed(line):
         ("data=", "cifar10, digits, imagefolder, imagenet"),
         ("data=null", "cifar10, digits, imagefolder, imagenet"),
         ("schedule=cos", "did you mean cosine?"),
-        ("schedule=cosine schedule.drops=[0.5]", "no key schedule.drops"),
+        ("schedule=cosine schedule.drops=[0.5]", "schedule=cosine has no drops; there is one with schedule=step or"),
+        ("schedule=plateau schedule.drops=[0.5]", "schedule=plateau has no drops"),
+        ("recipe.iterations=5", "no key recipe.iterations"),
         ("recipe=torch", "cifar10, digits, imagefolder, imagenet, torch2016, torchvision"),
         ("~nosuch", "no key nosuch"),
     ],
@@ -641,19 +671,17 @@ def test_what_is_near(word, near):
     assert nearest(word, allowed) == (f"; did you mean {near}?" if near else "")
 
 
-@pytest.mark.parametrize(("line", "key"), [("+nosuch=1", "nosuch"), ("++dept=1", "dept"), ("~depth", "depth")])
+@pytest.mark.parametrize(("line", "key"), [("+nosuch=1", "nosuch"), ("++dept=1", "dept"), ("~depth", "~depth")])
 def test_what_is_added_or_taken_away_is_named(line, key):
     assert refusal(line).startswith(f"{key}: ")
 
 
 @pytest.mark.parametrize("value", ["${depth}", "${nosuch}", "${oc.env:NO_SUCH_NAME}"])
 def test_an_interpolation_that_fails_names_its_key(value):
-    assert refusal(f"depth={value}").startswith("depth: ")
+    assert refusal(f"depth={value}").startswith(f"depth={value}: ")
 
 
-@pytest.mark.parametrize(
-    "line", ["+schedule.patience=0.5", "schedule.name=cosine", "schedule.name=plateau", "~schedule.drops"]
-)
+@pytest.mark.parametrize("line", ["+schedule.patience=0.5", "schedule.name=cosine", "schedule.name=plateau"])
 def test_a_schedule_has_its_own_keys_only(line):
     """A key that its kind does not read is refused, not left unread."""
     assert refusal(line).startswith("schedule.")
@@ -856,6 +884,30 @@ def test_nor_does_one_named_after_a_folder_with_odd_characters(name, tmp_path):
     assert found.data_label == name
     assert not set(str(run_directory(found, []))) & ODD
     assert run_directory(found, []).parts[-2:] == ("resnet-20-A", "seed-0")
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        *[("größe", "größe"), ("图片", "图片"), ("हिन्दी", "हिन्दी"), ("e\u0301", "é"), ("Ελλάδα 2", "Ελλάδα-2")],
+        *[("a\u202eb", "a-b"), ("a\x1b[2Jb", "a-2Jb"), ("a--b, (c)", "a--b-c"), ("$$", ""), ("50% ö", "50-ö")],
+    ],
+)
+def test_letters_of_any_language_stay_in_the_name_of_a_folder(text, word):
+    assert plain_word(text) == word
+
+
+def test_a_folder_of_other_letters_is_another_run(tmp_path):
+    names = ("größe", "图片", "图像", "gr e")
+    found = [directory("data=imagefolder", f'data.root="{tree(tmp_path / name)}"') for name in names]
+    assert [place.parts[1] for place in found] == ["größe", "图片", "图像", "gr-e"]
+
+
+def test_a_name_of_long_letters_is_as_short_as_a_file_system_asks():
+    found = [directory(f'init_from="/{50 * "图片/"}{number}.pt"') for number in range(2)]
+    assert found[0] != found[1]
+    assert all(len(os.fsencode(part)) <= 255 for place in found for part in place.parts)
+    assert all(os.fsencode(place).decode() == str(place) for place in found)
 
 
 def many(**changed):

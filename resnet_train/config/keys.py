@@ -73,6 +73,10 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
 }
 ABOVE = {"scale", "lr", "schedule.lr", "warmup.lr", "schedule.factor", "schedule.patience", "seconds", "std"}
 BELOW = {"momentum"}
+# Keys whose values are text as it is typed, numbers too, and those that take lists of numbers.
+TEXTS = {"run_dir", "resume", "recipe", "init_from", "checkpoint", "out", "runs", "packed", "check", "file", "classes"}
+TEXTS |= {"data.root", "data.train", "data.test", "data.classes"}
+LISTS = {"schedule.drops", "augment.shorter_side", "augment.area", "drops", "anchors", "mean", "std"}
 RESUME = "auto, never or a checkpoint's file"  # what resume= may be
 
 T = TypeVar("T")

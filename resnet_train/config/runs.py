@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -44,14 +46,21 @@ def run_name(values: Mapping[str, Any], asked: Iterable[str], seed: int) -> str:
     for word in asked:
         named = [word] if word in values else [key for key in values if key.startswith(word + ".")]
         rest |= {key: values[key] for key in named}
-    words = [plain_word(f"{key}={json.dumps(rest[key])}") for key in sorted(rest)]
+    words = [plain_word(f"{key}={json.dumps(rest[key], ensure_ascii=False)}") for key in sorted(rest)]
     name = "+".join([*words, f"seed-{seed}"])
-    return name if len(name) <= 180 else name[:160] + "-" + hashlib.sha256(name.encode()).hexdigest()[:12]
+    if len(os.fsencode(name)) <= 180:
+        return name
+    return os.fsencode(name)[:160].decode(errors="ignore") + "-" + hashlib.sha256(name.encode()).hexdigest()[:12]
 
 
 def plain_word(text: str) -> str:
-    """`text` with only such characters as need no quotes on a later command line, as in checkpoint=runs/…"""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-")
+    """`text` with only letters, digits, `.`, `_` and `-`, which need no quotes on a later command line.
+
+    Letters are those of any language, with their marks, as in größe or हिन्दी.
+    """
+    letters = unicodedata.normalize("NFC", text)
+    marked = "".join(c if c in "._-" or unicodedata.category(c)[0] in "LMN" else "\0" for c in letters)
+    return re.sub("\0+", "-", marked).strip("-")
 
 
 def check_same_run(
