@@ -223,7 +223,7 @@ def _resume_state(run: Run) -> dict[str, Any] | None:
         path = expand(config.resume)
         state = checkpoint.load(path)
         if state["iteration"] == config.iterations and not (path.absolute().parent.parent / "metrics.jsonl").exists():
-            raise UserError(f"resume={path}: no iteration is left; resnet-eval checkpoint={path} measures it")
+            raise UserError(f"resume={path}: no iteration is left; resnet-eval {shlex.quote(str(path))} measures it")
     otherwise = "another run_dir=" if config.resume == "auto" else "init_from= in place of resume="
     check_same_run(state["config"], config.plain(), str(path), otherwise)
     check_same_data(state["config"]["data"], state["digest"], config.plain()["data"], run.sets.digest, str(path))
@@ -351,7 +351,7 @@ def _best_of(state: dict[str, Any], path: Path, source: Path) -> Path | None:
 def environment_of(command: str, device: torch.device, digest: str) -> dict[str, Any]:
     """Where, by what `command` and on data of which `digest` a run is made, for environment.json."""
     return {
-        "command": " ".join([command, *sys.argv[1:]]),
+        "command": shlex.join([command, *sys.argv[1:]]),
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "git_commit": git_commit(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),

@@ -17,6 +17,7 @@ TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 MODULES = sorted(TREES)
 # From the command down; what is not named is a leaf.
 LAYERS = [
+    ["__main__"],
     ["cli"],
     ["compose", "exits"],
     ["bench"],
