@@ -50,6 +50,7 @@ from resnet_train.evaluate import count_errors
 from resnet_train.files import check_result, expand, write_result
 from resnet_train.record import Record
 from resnet_train.run import build, git_commit, memory_held, peak_memory, processor, versions
+from resnet_train.terminal import say
 from resnet_train.timing import (
     SPEED,
     Work,
@@ -94,7 +95,8 @@ def bench(asked: BenchConfig, config: Config) -> None:
     with tempfile.TemporaryDirectory(prefix="resnet-bench-") as folder:
         found = measure[asked.bench](asked, config, Path(folder), device)
     title = _title(asked, config, device)
-    print("\n".join([title, *table(found.rows), *found.notes]), flush=True)
+    for line in (title, *table(found.rows), *found.notes):
+        say(line)
     if out is None:
         return
     result = {

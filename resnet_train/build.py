@@ -22,6 +22,7 @@ from resnet_train.distributed import local_rank, main
 from resnet_train.errors import UserError
 from resnet_train.models import cifar_resnet, imagenet_resnet
 from resnet_train.models.resnet import ResNet
+from resnet_train.terminal import say
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 COMPILED_FROM = 1000  # iterations
@@ -82,7 +83,7 @@ def pick_compile(config: Config, device: torch.device) -> bool:
         return config.compile
     long = config.iterations >= COMPILED_FROM
     if device.type != "cuda" and not long and main():
-        print(f"compile=auto: {config.iterations} iterations are too few to earn the time of compiling", flush=True)
+        say(f"compile=auto: {config.iterations} iterations are too few to earn the time of compiling")
     return config.bn_images != "all" and (long or device.type == "cuda")
 
 
@@ -228,7 +229,7 @@ def compile_network(model: ResNet, depth: int, device: torch.device) -> bool:
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
         if main():
-            print(f"compile=true: there is no working compiler ({reason}); going on without, slower", flush=True)
+            say(f"compile=true: there is no working compiler ({reason}); going on without, slower")
         return False
     if depth <= WHOLE and not model.recompute:
         model.compile(dynamic=False)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_train.errors import RunError, UserError, of_the_machine, remedy
+from resnet_train.terminal import say
 
 FORMAT = 1
 PARTS = {"config": dict, "iteration": int, "model": dict, "mean": torch.Tensor, "classes": list, "digest": str}
@@ -230,7 +231,7 @@ def load_newest(folder: Path, *, detector: bool = False) -> tuple[Path, dict[str
                 problems.append(error)
                 continue
             for problem in problems:
-                print(f"warning: {problem}; going on from {path.name} (iteration {state['iteration']})", flush=True)
+                say(f"warning: {problem}; going on from {path.name} (iteration {state['iteration']})")
                 (folder / "last.pt").replace(folder / "damaged.pt")  # lest the next save keep it as previous.pt
             return path, state
     if problems:

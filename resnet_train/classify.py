@@ -14,6 +14,7 @@ from resnet_train.data.images import center_view, read_image, whole_view
 from resnet_train.data.names import imagenet_classes
 from resnet_train.data.transforms import normalise
 from resnet_train.files import expand, write_result
+from resnet_train.terminal import say
 from resnet_train.weights import divisor, load
 
 AT_ONCE = 32
@@ -38,9 +39,9 @@ def classify(asked: ClassifyConfig, images: list[str]) -> None:
         for name, probabilities, numbers in zip(some, top, which, strict=True):
             rows = [_row(classes[n], p, words) for p, n in zip(probabilities, numbers, strict=True)]
             found.append({"image": name, "top": rows})
-            print(name)
+            say(name)
             for row in rows:
-                print(f"  {100 * row['probability']:6.2f} %  {' '.join([row['class'], row.get('words', '')]).strip()}")
+                say(f"  {100 * row['probability']:6.2f} %  {' '.join([row['class'], *row.get('words', '').split()])}")
     if asked.out is not None:
         named = {"checkpoint": str(path.absolute()), "net": config.net, "data": state.get("label", config.data_label)}
         write_result(expand(asked.out), {**named, "iteration": state["iteration"], "images": found})

@@ -24,7 +24,19 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from resnet_train.compose import check_hydras, compose, config_dir, jobs_of, keys_asked, plain, with_jobs
+from resnet_train import __version__
+from resnet_train.compose import (
+    as_text,
+    check_hydras,
+    compose,
+    config_dir,
+    jobs_of,
+    keys_asked,
+    no_flag,
+    plain,
+    quoted,
+    with_jobs,
+)
 from resnet_train.config.commands import (
     BenchConfig,
     ClassifyConfig,
@@ -46,6 +58,7 @@ from resnet_train.config.training import Config, check_train
 from resnet_train.errors import SIGNALS, RunError, UserError, of_the_system
 from resnet_train.exits import exit_code, fail, finish, launched, leave, start_tracker, tell
 from resnet_train.files import expand, read_object
+from resnet_train.terminal import say
 
 DIGESTS: dict[str, str] = {}  # of the data of this command's jobs, as far as they were needed
 
@@ -57,6 +70,7 @@ def train() -> None:
 
 def evaluate() -> None:
     """The command `resnet-eval`."""
+    _words_are_checkpoints("eval")
     _data_is_a_value()
     _command("eval", _prepare_eval, _eval_job)
 
@@ -78,21 +92,26 @@ def report() -> None:
         kept.append("report=complexity")
         folders = folders[1:]
     if folders:
-        kept.append(f"runs=[{','.join(map(_quoted, folders))}]")
-    # Hydra takes overrides together, not around a flag.
-    sys.argv[1:] = sorted(kept, key=lambda word: not word.startswith("-") and "=" in word)
+        kept.append(f"runs=[{','.join(map(quoted, folders))}]")
+    sys.argv[1:] = kept
     _command("report", _prepare_report, _report_job)
-
-
-def _quoted(text: str) -> str:
-    """`text` as Hydra reads it back, whatever it holds."""
-    return '"' + re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + ('\\"' if found[2] else ""), text) + '"'
 
 
 def responses() -> None:
     """The command `resnet-responses`."""
+    _words_are_checkpoints("responses")
     _data_is_a_value()
     _command("responses", _prepare_responses, _responses_job)
+
+
+def _words_are_checkpoints(name: str) -> None:
+    """Take `last.pt` for `checkpoint=last.pt`."""
+    words = _take_words(name)
+    if words and any(word.startswith("checkpoint=") for word in sys.argv):
+        fail(UserError(f"{words[0]}: and checkpoint= are two ways to say the same; take one of them"))
+    if words:
+        named = ",".join(map(quoted, words))
+        sys.argv.append(f"checkpoint={named if len(words) == 1 else f'[{named}]'}")
 
 
 def _data_is_a_value() -> None:
@@ -109,7 +128,7 @@ def pack() -> None:
 
 def weights() -> None:
     """The command `resnet-weights`."""
-    words = _take_words()
+    words = _take_words("weights")
     _data_is_a_value()
     found: list[Any] = []
 
@@ -142,7 +161,7 @@ def _check_predict(values: dict[str, Any], images: list[str]) -> Any:
 
 def _of_images(name: str, words: str, check: Callable[..., Any], here: Callable[[Any, list[str]], None]) -> None:
     """A command that is given images and a checkpoint."""
-    images = _take_words()
+    images = _take_words(name)
 
     def prepare(values: dict[str, Any], _: list[str], sweep: bool, look: bool = True) -> tuple[Any, None]:
         if sweep or launched():
@@ -156,27 +175,35 @@ def _of_images(name: str, words: str, check: Callable[..., Any], here: Callable[
     _command(name, prepare, job)
 
 
-def _take_words() -> list[str]:
+def _take_words(name: str) -> list[str]:
     """Take from the command line what is no flag and no KEY=VALUE: files by any name, which Hydra is not to parse."""
     try:
-        overrides = _arguments().overrides
+        overrides = _arguments(name).overrides
     except UserError as error:
         fail(error)
-    words = [word for word in overrides if not re.match(r"[+~]*(hydra/\w+|[A-Za-z_][\w.]*)=", word)]
+    pairs = re.compile(r"[+~]*(hydra/\w+|[A-Za-z_][\w.]*)=", re.ASCII)
+    words = [word for word in overrides if not pairs.match(word) or os.path.isfile(word)]
     for word in words:
         sys.argv.remove(word)
     return words
 
 
-def _arguments() -> argparse.Namespace:
-    """The command line, as Hydra takes it apart. Raises UserError."""
+def _arguments(name: str) -> argparse.Namespace:
+    """The command line, as Hydra takes it apart, but with flags anywhere between the overrides. Raises UserError."""
 
     def refuse(message: str) -> NoReturn:
         raise UserError(f"{message}; --help shows what there is")
 
+    if "--version" in sys.argv[1:]:
+        say(f"resnet-train {__version__}")
+        sys.exit()
     parser = get_args_parser()
     parser.error = refuse  # type: ignore[method-assign]
-    return parser.parse_args()
+    arguments, unknown = parser.parse_known_intermixed_args()
+    if unknown:
+        after = sys.argv[sys.argv.index(unknown[0]) + 1 :]
+        raise UserError(no_flag(name, unknown[0], after))
+    return arguments
 
 
 def _command(name: str, prepare: Callable[..., Any], job: Callable[[DictConfig], Any]) -> None:
@@ -184,7 +211,7 @@ def _command(name: str, prepare: Callable[..., Any], job: Callable[[DictConfig],
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its exceptions to us instead of printing them
     hydras: list[str] = []  # the words that are for Hydra
     try:
-        arguments = _arguments()
+        arguments = _arguments(name)
         for flag in ("config_name", "config_path", "config_dir", "experimental_rerun"):
             if getattr(arguments, flag) is not None:
                 raise UserError(f"--{flag.replace('_', '-')}: the configurations are this command's own; drop it")
@@ -192,6 +219,8 @@ def _command(name: str, prepare: Callable[..., Any], job: Callable[[DictConfig],
         hydras += ["--shell-completion"] if arguments.shell_completion else []
         check_hydras(hydras, arguments.multirun)
         sweep = arguments.multirun or "hydra.mode=MULTIRUN" in hydras
+        if not arguments.shell_completion:
+            _retype(arguments, sweep)
         if name == "train" and not arguments.shell_completion:
             arguments.overrides = with_jobs(arguments.overrides, sweep)
         if sweep and launched():
@@ -209,10 +238,9 @@ def _command(name: str, prepare: Callable[..., Any], job: Callable[[DictConfig],
                 values = compose(name, overrides, arguments.package)
                 places.append(prepare(values, overrides, sweep, look=not arguments.cfg)[1])
                 if places[-1] in places[:-1]:
-                    raise UserError(
-                        f"run_dir: two jobs of the sweep would share {places[-1]}; leave out run_dir=, or the key that"
-                        " the jobs themselves set"
-                    )
+                    named = any(item.startswith("run_dir=") for item in overrides)
+                    what = "run_dir=" if named else "a value named twice, or the key that the jobs themselves set"
+                    raise UserError(f"run_dir: two jobs of the sweep would share {places[-1]}; leave out {what}")
         hydra.main(version_base="1.3", config_path=config_dir(name), config_name=name)(job)()
         if sweep and not arguments.cfg:
             _check_all_finished(places)
@@ -248,7 +276,7 @@ def _check_finished(config: Any, directory: Path, digest: Callable[[Any], str]) 
     data = config.plain()["data"]
     key = json.dumps(data)
     if key not in DIGESTS:
-        print(f"{directory}: finished; comparing its data with this sweep's", flush=True)
+        say(f"{directory}: finished; comparing its data with this sweep's")
         DIGESTS[key] = _elsewhere(digest, config)
     check_same_data(read_object(directory / "config.json")["data"], was, data, DIGESTS[key], str(directory))
 
@@ -289,6 +317,15 @@ def _digest_of_examples(config: Any) -> str:
     from resnet_train.detection.train import read_examples
 
     return read_examples(config).digest
+
+
+def _retype(arguments: argparse.Namespace, sweep: bool) -> None:
+    """Put the overrides as Hydra reads them, in `arguments` and in sys.argv: values with quotes, flags before them."""
+    flags = list(sys.argv[1:])
+    for item in arguments.overrides:
+        flags.remove(item)
+    arguments.overrides = [as_text(item, sweep) for item in arguments.overrides]
+    sys.argv[1:] = [*flags, *arguments.overrides]
 
 
 def _check_restarts() -> None:
@@ -427,7 +464,7 @@ def _run_job(composed: DictConfig, prepare: Callable[..., Any], here: Callable[[
     if not sweep:
         _work(here, config, directory)
     if run_state(directory) == "finished":
-        print(f"{directory}: finished, skipped", flush=True)
+        say(f"{directory}: finished, skipped")
         return
     start_tracker()
     process = multiprocessing.get_context("spawn").Process(target=_work_of_sweep, args=(here, config, directory))

@@ -5,24 +5,28 @@ from __future__ import annotations
 import functools
 import re
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ValueType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from resnet_train.config.commands import FIXED_BY_BENCH
-from resnet_train.config.keys import flat
-from resnet_train.errors import UserError, nearest
+from resnet_train.config.commands import FIXED_BY_BENCH, UNREAD_BY_BENCH
+from resnet_train.config.keys import LISTS, TEXTS, flat
+from resnet_train.errors import UserError, closest, nearest
 
 _PACKAGE = Path(__file__).resolve().parent
 CONFIG_DIR = str(next(p for p in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if p.is_dir()))
 DETECTION = ("detect", "predict")  # the commands whose configurations lie in a folder of their own, with its groups
 GROUPED = ("train", "bench", "detect")  # the commands that choose options of groups
+KEY = re.compile(r"[+~]*[A-Za-z_][\w./]*", re.ASCII)
+PIECE = re.compile(r""""(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|[^,]+""")  # of values with commas between them
 # What composing raises for overrides that cannot be taken; OSError: an option as long as no file name may be.
 UNTAKEN = (HydraException, OmegaConfBaseException, ValueError, AssertionError, AttributeError, OSError, RecursionError)
 
@@ -54,6 +58,54 @@ def plain(composed: DictConfig) -> Any:
     return OmegaConf.to_container(composed, resolve=True)
 
 
+def quoted(text: str) -> str:
+    """`text` as Hydra reads it back, whatever it holds."""
+    return '"' + re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + ('\\"' if found[2] else ""), text) + '"'
+
+
+def as_text(item: str, sweep: bool) -> str:
+    """An override, with quotes around what Hydra's grammar has no name for: paths with ~, spaces, = or letters as ö.
+
+    So are numbers where text is asked for, which a folder 2026_11 would be. In a sweep commas are between values.
+    """
+    key, equals, value = item.partition("=")
+    if not equals or not KEY.fullmatch(key) or key.lstrip("+~").partition(".")[0] == "hydra":
+        return item
+    inside = value[1:-1] if value[:1] + value[-1:] == "[]" else value  # a list
+    split = (sweep or inside != value) and not set("[]{}()") & set(inside)
+    pieces = PIECE.findall(inside) if split else [inside]
+    if ",".join(pieces) != inside:
+        pieces = [inside]
+    if _readable(key, value, sweep) and all(_readable(key, piece, sweep) for piece in pieces):
+        return item
+    pieces = [piece if _readable(key, piece, sweep) else quoted(piece) for piece in pieces]
+    if inside != value and len(pieces) == 1 and not split:  # a list of lists
+        return f"{key}={quoted(value)}"
+    joined = ",".join(pieces)
+    return f"{key}=[{joined}]" if inside != value else f"{key}={joined}"
+
+
+def as_typed(item: str) -> str:
+    """An override without the quotes that `as_text` has put around its value."""
+    key, _, value = item.partition("=")
+    text = re.sub(r'\\(["\\])', r"\1", value[1:-1])
+    return f"{key}={text}" if value == quoted(text) else item
+
+
+def _readable(key: str, value: str, sweep: bool) -> bool:
+    """Whether Hydra reads KEY=`value`, and as what was meant."""
+    try:
+        override = OverridesParser.create().parse_override(f"{key}={value}")
+    except (HydraException, ValueError, RecursionError):
+        return False
+    if key.lstrip("+~") not in TEXTS:
+        return True
+    if override.is_sweep_override():
+        return sweep
+    found = override.value()
+    return isinstance(found, bool) or not isinstance(found, (int, float))
+
+
 def jobs_of(name: str, overrides: list[str], sweep: bool) -> list[list[str]]:
     """The overrides of each job: the sweep written out, or the command line as it is."""
     parsed = []
@@ -61,22 +113,25 @@ def jobs_of(name: str, overrides: list[str], sweep: bool) -> list[list[str]]:
         try:
             override = OverridesParser.create().parse_override(item)
         except (HydraException, ValueError, RecursionError) as error:
-            raise UserError(_misspelt(item, error)) from error
-        if not override.key_or_group:
+            raise UserError(_unreadable(name, item)) from error
+        key = override.key_or_group
+        if not key:
             raise UserError(f"{item!r}: is not key=value")
         if override.package is not None:
-            raise UserError(f"{item}: no key is taken elsewhere with @ here; write {override.key_or_group}=VALUE")
+            raise UserError(f"{item}: no key is taken elsewhere with @ here; write {key}=VALUE")
+        if override.value_type in (ValueType.GLOB_CHOICE_SWEEP, ValueType.INTERVAL_SWEEP):
+            raise UserError(f"{item}: is not written out here; write the values themselves, as in -m {key}=A,B")
         if override.is_sweep_override() and not sweep:
-            raise UserError(f"{item}: several values are a sweep; add -m, or quote a list as key=[a,b]")
-        if override.key_or_group in groups(name) and isinstance(override.value(), (list, dict)):
-            raise UserError(
-                f"{item}: takes one option; for several runs add -m, for a value {override.key_or_group}.KEY=VALUE"
-            )
+            a_list = f", or write a list, as in {key}=[…]" if key in LISTS else ""
+            raise UserError(f"{item}: several values are a sweep, which resnet-train makes with -m{a_list}")
+        if key in groups(name) and isinstance(override.value(), (list, dict)):
+            raise UserError(f"{item}: takes one option; for several runs add -m, for a value {key}.KEY=VALUE")
+        try:
+            BasicSweeper.split_arguments([override], None)
+        except (HydraException, ValueError) as error:
+            raise UserError(f"{item}: gives no values ({error}); write them out, as in -m {key}=A,B") from error
         parsed.append(override)
-    try:
-        return BasicSweeper.split_arguments(parsed, None)[0] if sweep else [overrides]
-    except (HydraException, ValueError) as error:
-        raise UserError(f"{' '.join(overrides)}: {error}; write the values out, as in depth=20,56") from error
+    return BasicSweeper.split_arguments(parsed, None)[0] if sweep else [overrides]
 
 
 def with_jobs(overrides: list[str], sweep: bool) -> list[str]:
@@ -104,18 +159,44 @@ def with_jobs(overrides: list[str], sweep: bool) -> list[str]:
     return [*overrides, words]
 
 
-def _misspelt(item: str, error: Exception) -> str:
-    """Why Hydra does not understand an override."""
-    key, equals, value = item.partition("=")
-    try:
-        OverridesParser.create().parse_override(f"{key}=1")
-    except HydraException:
-        equals = ""
-    if not equals:
+def _unreadable(name: str, item: str) -> str:
+    """What is to be typed in place of a word that Hydra does not take for an override."""
+    key, equals, _ = item.partition("=")
+    if equals and KEY.fullmatch(key):
+        return f"{item}: the value cannot be read, which is too long, or nested too deeply"
+    if equals:
         return f"{item!r}: is not key=value"
-    if not isinstance(error, HydraException) or len(value) > 200:
-        return f"{item}: the value is too long, or nested too deeply"
-    return f"{item}: the value needs quotes, as in '{key}=\"{value}\"'"
+    if item in known_keys(name):
+        return f"{item!r}: is not key=value; add a value, as in {item}=VALUE"
+    of = [group for group in groups(name) if item in options(name, group)]
+    advice = f"; did you mean {of[0]}={item}?" if of else ", as depth=20 is; --help shows what there is"
+    return f"{item!r}: is not key=value{advice}"
+
+
+def known_keys(name: str) -> list[str]:
+    """The keys and groups of a command."""
+    with hydra.initialize_config_dir(config_dir(name), version_base="1.3"):
+        return _words(name, _keys(name, []))
+
+
+def _words(name: str, keys: Iterable[str]) -> list[str]:
+    """What a command line may name: all of `keys` but Hydra's and what a benchmark has in their place, and groups."""
+    taken = [*FIXED_BY_BENCH, *UNREAD_BY_BENCH] if name == "bench" else []
+    return [key for key in keys if not key.startswith("hydra.") and key not in taken] + groups(name)
+
+
+def options(name: str, group: str) -> list[str]:
+    """The options of a group."""
+    return sorted(file.stem for file in Path(config_dir(name), group).glob("*.yaml"))
+
+
+def no_flag(name: str, flag: str, words: list[str]) -> str:
+    """What is to be typed in place of a `flag` that there is not, with the `words` that came after it."""
+    key, equals, value = flag.lstrip("-").partition("=")
+    value = value if equals else next((word for word in words[:1] if "=" not in word and word[0] != "-"), "VALUE")
+    key = closest(key.replace("-", "_"), known_keys(name)) or ""
+    how = f"values are written KEY=VALUE, as in {key}={value}" if key else "there is no such flag"
+    return f"{flag}: {how}; --help shows what there is"
 
 
 def compose(name: str, overrides: list[str], package: str | None = None) -> dict[str, Any]:
@@ -125,6 +206,7 @@ def compose(name: str, overrides: list[str], package: str | None = None) -> dict
     """
     with hydra.initialize_config_dir(config_dir(name), version_base="1.3"):
         chosen = _check_options(name, overrides)
+        _check_there(name, overrides, chosen)
         try:
             composed = hydra.compose(name, overrides)
             values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
@@ -153,35 +235,57 @@ def _check_options(name: str, overrides: list[str]) -> list[str]:
         if group in groups(name) and parsed.is_add():
             raise UserError(f"{item}: is there already; drop the +")
         if group in groups(name) and not parsed.is_delete():
-            value = str(parsed.value())
-            allowed = sorted(file.stem for file in Path(config_dir(name), group).glob("*.yaml"))
+            value, allowed = str(parsed.value()), options(name, group)
             if value not in allowed:
-                raise UserError(f"{item}: allowed are {', '.join(allowed)}{nearest(value, allowed)}")
+                raise UserError(f"{as_typed(item)}: allowed are {', '.join(allowed)}{nearest(value, allowed)}")
             chosen.append(item)
     return chosen
 
 
-def _diagnosis(name: str, overrides: list[str], chosen: list[str], error: Exception) -> str:
-    """Why composition failed, in our words: an unknown key, one that is missing, or the override and Hydra's reason."""
-    keys = _keys(name, chosen)
-    words = [key for key in keys if not key.startswith("hydra.")] + groups(name)
+def _check_there(name: str, overrides: list[str], chosen: list[str]) -> None:
+    """Refuse to add what is there, and to take away what must be. Raises UserError."""
     for item in overrides:
-        key = OverridesParser.create().parse_override(item).key_or_group
+        parsed = OverridesParser.create().parse_override(item)
+        key = parsed.key_or_group
+        if (parsed.is_add() or parsed.is_delete()) and key in _words(name, _keys(name, chosen)):
+            how = "is there already; drop the +" if parsed.is_add() else f"nothing can be taken away; write {key}=VALUE"
+            raise UserError(f"{item}: {how}")
+
+
+def _diagnosis(name: str, overrides: list[str], chosen: list[str], error: Exception) -> str:
+    """Why composition failed, in our words: an unknown key, one that is missing, or a value that is none."""
+    keys = _keys(name, chosen)
+    words = _words(name, keys)
+    named: dict[str, str] = {
+        OverridesParser.create().parse_override(item).key_or_group: as_typed(item) for item in overrides
+    }
+    for key, item in named.items():
         if name == "bench" and key in FIXED_BY_BENCH:
             return f"{item}: means nothing to resnet-bench; drop it"
-        if (
-            not re.match(r"hydra\b", key)
-            and key not in words
-            and not any(known == key or known.startswith(key + ".") for known in keys)
-        ):
-            return f"{item}: there is no key {key}{nearest(key, words)}"
+        known = key in keys or key in words or any(known.startswith(key + ".") for known in keys)
+        if not known and not re.match(r"hydra\b", key):
+            return f"{item}: {_other_option(name, key, keys) or f'there is no key {key}{nearest(key, words)}'}"
     missing = next((key for key in words if keys.get(key) == "???"), None)
-    if missing and not any(item.startswith(missing + "=") for item in overrides):
+    if missing and missing not in named:
         return f"{missing}: is needed; add {missing}=…"
     for reason in (error, error.__cause__):  # Hydra says which override, OmegaConf why
-        if place := getattr(reason, "full_key", None):
-            return f"{place}: {str(reason).splitlines()[0]}"
+        place = getattr(reason, "full_key", None)
+        which = named.get(str(place)) or place or next((item for item in overrides if item in str(reason)), None)
+        if which and "$" in which:
+            return f"{which}: ${{…}} gives nothing here; it can name another key, as ${{seed}}, or ${{oc.env:HOME}}"
+        if which:
+            return f"{which}: cannot be taken ({str(reason).splitlines()[0]})"
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _other_option(name: str, key: str, keys: Mapping[str, Any]) -> str | None:
+    """What is said of a key that other options of its group have, as drops of schedule=step, and the chosen has not."""
+    group, _, rest = key.partition(".")
+    if group not in groups(name) or f"{group}.name" not in keys:
+        return None
+    files = {option: OmegaConf.load(Path(config_dir(name), group, f"{option}.yaml")) for option in options(name, group)}
+    having = [f"{group}={option}" for option, values in files.items() if OmegaConf.select(values, rest) is not None]
+    return f"{group}={keys[f'{group}.name']} has no {rest}; there is one with {' or '.join(having)}" if having else None
 
 
 def keys_asked(overrides: list[str]) -> list[str]:

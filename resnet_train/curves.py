@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from resnet_train.terminal import printable, say
+
 Point = tuple[int, float, float | None]  # iteration, top-1 and top-5 error in %
 # One colour for a net in every figure: warm for plain nets and cold for residual ones, the deeper the darker.
 PLAIN = {18: "#e8890c", 20: "#e8890c", 32: "#ec6b2d", 34: "#b3202c", 44: "#c92f2f", 56: "#7d1128"}
@@ -79,7 +81,7 @@ def attempt(draw: Callable[[], None], path: Path) -> bool:
         draw()
     except Exception as error:  # whatever matplotlib raises: all that counts is on disk
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        print(f"warning: {path}: cannot be drawn ({reason}); resnet-report {path.parent} draws it", flush=True)
+        say(f"warning: {path}: cannot be drawn ({reason}); resnet-report {path.parent} draws it")
         return False
     return True
 
@@ -139,7 +141,7 @@ def draw_detection(metrics: list[dict[str, Any]], title: str, path: Path) -> Non
 
 def _text(words: str) -> str:
     """`words` with what no font shows escaped, but for the ends of lines."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in words)
+    return "\n".join(map(printable, words.split("\n")))
 
 
 def _save(figure: Any, path: Path) -> None:

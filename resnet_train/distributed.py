@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from resnet_train.errors import Elsewhere, UserError, of_a_launcher, of_nccl, of_the_machine
+from resnet_train.terminal import say
 
 T = TypeVar("T")
 STORE = "RESNET_TRAIN_STORE"  # names the file in which the processes of our own launcher meet
@@ -193,7 +194,7 @@ def _wait_for(host: str, port: int, timeout: int) -> None:
 
 def _end(message: str) -> None:
     """End this process with a message while torch waits in its own code, where no exception reaches it."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    say(f"error: {message}", file=sys.stderr)
     os._exit(UserError.code)
 
 

@@ -21,6 +21,8 @@ SIGNALS += () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.
 # Who started this process, noted before torch is imported: that takes seconds, in which a launcher can be killed.
 PARENT = os.getppid()
 
+NEAR = 0.75  # how alike a word must be to be suggested, out of 1: nearest() of anything else would lead astray
+
 # Words of other tools, and ours for them.
 MEANT = {
     "epochs": "iterations",
@@ -168,9 +170,32 @@ def _line_with(pattern: str, text: str) -> str | None:
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:
-    """`; did you mean X?` for the allowed word most like `word`, or nothing."""
+    """`; did you mean X?` for the allowed word most like `word`, or nothing where none is near."""
+    found = closest(word, allowed)
+    return f"; did you mean {found}?" if found else ""
+
+
+def closest(word: str, allowed: Iterable[str]) -> str | None:
+    """The allowed word most like `word`, if one is near."""
     words = {item.lower(): item for item in allowed}
     word = MEANT.get(word.lower(), word.lower())
-    found = [item for item in words if item.rsplit(".", 1)[-1] == word or item == word]
-    found = found or difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
-    return f"; did you mean {words[found[0]]}?" if found else ""
+    group, _, name = word.rpartition(".")
+
+    def likeness(item: str) -> float:
+        """Of keys with dots that of the less alike of their two parts; a group that is left out is no difference."""
+        its_group, _, its_name = item.rpartition(".")
+        return min(_likeness(name, its_name), _likeness(group, its_group) if group else 1)
+
+    best = max(words, key=likeness, default="")
+    return words[best] if best and likeness(best) >= NEAR else None
+
+
+def _likeness(word: str, other: str) -> float:
+    """From 0 to 1; of a word that is cut short, such as val, little less than of the word itself."""
+    if word == other:
+        return 1
+    if len(word) >= 3 and other.startswith(word):
+        return 0.9
+    matcher = difflib.SequenceMatcher(None, other, word)
+    alike = matcher.real_quick_ratio() >= NEAR and matcher.quick_ratio() >= NEAR  # at once for words of any length
+    return matcher.ratio() if alike else 0

@@ -24,6 +24,7 @@ from resnet_train.data.sets import PROTOCOLS, MemorySets, StreamedSets, Views
 from resnet_train.distributed import from_main, joined, main, one_after_all, rank, together, total, world
 from resnet_train.errors import UserError
 from resnet_train.files import expand, write_result
+from resnet_train.terminal import say
 from resnet_train.weights import load
 
 
@@ -171,7 +172,7 @@ def _evaluate(asked: EvalConfig, device: torch.device) -> None:
     out = expand(asked.out) if asked.out else _default_out(members, sets, asked)
     write_result(out, result)
     what = " + ".join(f"{m.config.net} (seed {m.config.seed}, iteration {m.state['iteration']})" for m in members)
-    print(
+    say(
         f"{what} on {sets.label} {asked.split}, {result['protocol']}"
         + (f", batch norm over {asked.precise_bn} batches" if asked.precise_bn else "")
         + f": {counted.wrong} of {counted.seen} wrong, error {counted.error:.2f} %"

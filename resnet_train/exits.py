@@ -21,6 +21,7 @@ from resnet_train.errors import (
     of_the_machine,
     stop_early,
 )
+from resnet_train.terminal import printable, say
 
 
 def fail(error: UserError) -> NoReturn:
@@ -37,7 +38,7 @@ def tell(error: UserError) -> None:
     rank = _rank()
     if rank == "0" or not error.shared:
         who = "" if rank == "0" else f"rank {rank}: "
-        print(f"error: {who}{_line(str(error))}", file=sys.stderr, flush=True)
+        say(f"error: {who}{_line(str(error))}", file=sys.stderr)
 
 
 def leave() -> NoReturn:
@@ -49,7 +50,7 @@ def leave() -> NoReturn:
 def _line(text: str) -> str:
     """`text` as one line that a terminal can show; of what is very long, its beginning and its end."""
     words = [word if len(word) <= 240 else f"{word[:120]}…{word[-40:]}" for word in text.split()]
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(words))
+    text = printable(" ".join(words))
     return text if len(text) <= 900 else f"{text[:500]} … {text[-300:]}"
 
 
@@ -88,7 +89,7 @@ def finish(job: Callable[[], int], config: Any, max_restarts: int = 0, name: str
             signal.signal(number, stop_early)  # training, once it has something to keep, has a handler of its own
     if name and _rank() == "0":
         several = "" if launched() or config.devices == 1 else f" on devices={config.devices}"
-        print(_line(f"{name}: starting{several}"), flush=True)
+        say(_line(f"{name}: starting{several}"))
     if launched():
         code = job()
         # torchrun takes another exit code for a failure: it would start all again, or end the whole job with 1.

@@ -17,6 +17,7 @@ from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from resnet_train.errors import RunError, remedy
+from resnet_train.terminal import printable, say
 
 SPLITS = ("train", "val", "test")
 
@@ -39,12 +40,12 @@ def read_points(path: Path, iteration: int) -> list[dict[str, Any]]:
     """
     if not path.is_file():  # not there, or a FIFO
         if iteration:
-            print(f"warning: {path}: is not there; the curves begin after iteration {iteration}", flush=True)
+            say(f"warning: {path}: is not there; the curves begin after iteration {iteration}")
         return []
     *lines, _ = path.read_bytes().split(b"\n")  # the last: nothing, or half a line of a run that was killed
     points = [point for point in map(_point, lines) if point is not None]
     if len(points) < len(lines):
-        print(f"warning: {path}: {len(lines) - len(points)} damaged lines are left out", flush=True)
+        say(f"warning: {path}: {len(lines) - len(points)} damaged lines are left out")
     return [point for point in points if point["iteration"] <= iteration]
 
 
@@ -136,7 +137,7 @@ class Record:
         if self.bar.disable:
             shown = {"lr": "g", "images_per_second": ".0f", "epoch": ".2f", "loss": ".4f", "seconds": ".0f"}
             text = (f"{k} {v:{shown.get(k, '.2f')}}" for k, v in values.items() if isinstance(v, float))
-            print(f"iteration {iteration}/{self.bar.total} {split}: " + ", ".join(text), flush=True)
+            say(f"iteration {iteration}/{self.bar.total} {split}: " + ", ".join(text))
         elif split == "train":
             error = f", error {values['error']:.2f} %" if "error" in values else ""
             self.bar.set_postfix_str(
@@ -186,7 +187,7 @@ class Record:
     def say(self, text: str) -> None:
         """A line that does not tear the bar."""
         if not self.silent:
-            tqdm.write(text, file=sys.stdout)
+            tqdm.write(printable(text), file=sys.stdout)
             sys.stdout.flush()
 
     def flush(self) -> None:

@@ -27,6 +27,7 @@ from resnet_train.evaluate import Member, testing, with_data
 from resnet_train.files import expand, put
 from resnet_train.models.resnet import ResNet
 from resnet_train.report import figures
+from resnet_train.terminal import say
 from resnet_train.weights import load
 
 
@@ -181,12 +182,11 @@ def responses(asked: ResponsesConfig) -> None:
         one = _measure(member, asked, device)
         measured.append(one)
         mean = sum(one.stds.values()) / len(one.stds)
-        print(
+        say(
             f"{one.net} on {one.data} {asked.split}, seed {one.seed}, iteration {one.iteration}:"
             f" {len(one.stds)} layers, {asked.images} images, mean std {mean:.4f}, largest"
             f" {max(one.stds.values()):.4f}; gradients by response {min(one.by_response):.2g} to"
             f" {max(one.by_response):.2g}, by weights {min(one.by_weights):.2g} to {max(one.by_weights):.2g}",
-            flush=True,
         )
     out = expand(asked.out)
     stds = [
@@ -213,7 +213,7 @@ def responses(asked: ResponsesConfig) -> None:
         _put_csv(out / "gradients.csv", [*header, *columns], rows)
     except OSError as error:
         raise UserError(f"out={out}: cannot be written: {error.strerror}") from error
-    print(f"{out}/figure-7.png, figure-7.svg, responses.csv, gradients.png, gradients.svg, gradients.csv")
+    say(f"{out}/figure-7.png, figure-7.svg, responses.csv, gradients.png, gradients.svg, gradients.csv")
 
 
 def _about(one: Signals) -> list[Any]:

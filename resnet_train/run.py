@@ -7,6 +7,7 @@ import dataclasses
 import os
 import platform
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -42,6 +43,7 @@ from resnet_train.files import claimed, expand, nearest_existing, read_object, w
 from resnet_train.models.resnet import multiply_adds, parameters
 from resnet_train.record import Record
 from resnet_train.schedule import Progress
+from resnet_train.terminal import say
 from resnet_train.train import Clock, Meters, Run, Stop, log_test, loop
 from resnet_train.weights import Source, check_same_net, divisor, read_source
 
@@ -101,11 +103,11 @@ def train(config: Config, directory: Path) -> int:
             if main():
                 begun = (directory / "checkpoints" / "last.pt").exists()
                 how = "goes on from the last checkpoint" if begun else "begins again"
-                print(f"stopped after iteration {run.iteration}, while compiling; the same command {how}", flush=True)
+                say(f"stopped after iteration {run.iteration}, while compiling; the same command {how}")
             return 128 + stop.signal
         if main():
             how = "the same command" if config.resume == "auto" else "the same command with resume=auto"
-            print(f"stopped at iteration {run.iteration}, checkpoint written; {how} goes on from there", flush=True)
+            say(f"stopped at iteration {run.iteration}, checkpoint written; {how} goes on from there")
         return 128 + stop.signal
 
 
@@ -221,8 +223,9 @@ def _resume_state(run: Run) -> dict[str, Any] | None:
         path = expand(config.resume)
         state = checkpoint.load(path)
         if state["iteration"] == config.iterations and not (path.absolute().parent.parent / "metrics.jsonl").exists():
-            raise UserError(f"resume={path}: no iteration is left; resnet-eval checkpoint={path} measures it")
-    check_same_run(state["config"], config.plain(), str(path))
+            raise UserError(f"resume={path}: no iteration is left; resnet-eval {shlex.quote(str(path))} measures it")
+    otherwise = "another run_dir=" if config.resume == "auto" else "init_from= in place of resume="
+    check_same_run(state["config"], config.plain(), str(path), otherwise)
     check_same_data(state["config"]["data"], state["digest"], config.plain()["data"], run.sets.digest, str(path))
     return state
 
@@ -341,14 +344,14 @@ def _best_of(state: dict[str, Any], path: Path, source: Path) -> Path | None:
         with contextlib.suppress(UserError):
             if checkpoint.load(place)["iteration"] == at:
                 return place
-    print(f"note: the best checkpoint so far, of iteration {at}, is left in no file; the next better one is kept")
+    say(f"note: the best checkpoint so far, of iteration {at}, is left in no file; the next better one is kept")
     return None
 
 
 def environment_of(command: str, device: torch.device, digest: str) -> dict[str, Any]:
     """Where, by what `command` and on data of which `digest` a run is made, for environment.json."""
     return {
-        "command": " ".join([command, *sys.argv[1:]]),
+        "command": shlex.join([command, *sys.argv[1:]]),
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "git_commit": git_commit(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
@@ -415,31 +418,31 @@ def _announce(run: Run, state: dict[str, Any] | None, source: Source | None) -> 
         return
     config, sizes = run.config, run.sets.sizes
     held_out = f", {sizes['val']} held out" if sizes["val"] else ""
-    print(
+    say(
         f"{config.net} on {run.sets.label}: {sizes['train']} training images{held_out}, {sizes['test']} for the"
         f" test; {config.iterations} iterations of {_batch(run)}; {run.precision} on {run.device};"
         f" {'compiling; ' if run.compiled else ''}{run.directory}"
     )
     if line := describe_left_out(run.sets.left_out):
-        print(f"note: {line}")
+        say(f"note: {line}")
     if source is not None:
         classes, kept = len(run.sets.classes), source.same_classes(run.sets.classes)
-        print(
+        say(
             f"begins with the weights of {config.init_from} ({source.name})"
             + ("" if kept else f", but for fc, which is fresh, for {classes} classes in place of its {source.count}")
         )
         if source.assumed:
-            print(f"assumed, for the file does not say: {'; '.join(source.assumed)}")
+            say(f"assumed, for the file does not say: {'; '.join(source.assumed)}")
     if config.freeze is not None:
-        print(f"frozen: all from the input to {config.freeze}")
+        say(f"frozen: all from the input to {config.freeze}")
     if state is not None:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         after = f", restart {attempt} after the death of a process" if attempt != "0" else ""
-        print(f"going on from iteration {run.iteration}{after}")
+        say(f"going on from iteration {run.iteration}{after}")
         before = state["measure"].get("bn_images", run.share.group)
         if before != run.share.group:
             least = min(before, run.share.group)
-            print(
+            say(
                 f"note: batch norm's statistics were over {before} images and are now over {run.share.group}"
                 + (f"; bn_images={least} from the start keeps them the same on any devices" if least > 1 else "")
             )
@@ -504,8 +507,8 @@ def _summarise(run: Run, environment: dict[str, Any], reference: tuple[str, floa
     test, picture = last["test"], directory / "curves.png"
     heading = f"{short}\n{title}" if short else title
     drawn = curves.attempt(lambda: curves.draw({config.net: metrics}, heading, picture, reference), picture)
-    print(
+    say(
         f"{title}: test error {test['error']:.2f} % ({test['wrong']} of {test['seen']} wrong, {test['protocol']}) at"
-        f" iteration {config.iterations}, the last{'; ' if short else ''}{short}\n"
-        f"{f'curves: {picture}; ' if drawn else ''}tensorboard --logdir {directory}"
+        f" iteration {config.iterations}, the last{'; ' if short else ''}{short}"
     )
+    say(f"{f'curves: {picture}; ' if drawn else ''}tensorboard --logdir {shlex.quote(str(directory))}")

@@ -27,6 +27,7 @@ from resnet_train.data.transforms import IMAGENET_STD
 from resnet_train.errors import RunError, UserError
 from resnet_train.files import expand, write_result, write_whole
 from resnet_train.models.resnet import ResNet
+from resnet_train.terminal import say
 
 BN_IMAGES = {"cifar": 64, "imagenet": 32}
 FAMILIES = {"cifar": "CIFAR", "imagenet": "ImageNet"}
@@ -223,13 +224,13 @@ def import_weights(asked: WeightsConfig, bases: dict[str, dict[str, Any]]) -> No
     shown = [round(value, 4) for value in (source.mean.mean((0, 1)) / 255).tolist()]
     stride = f", stride in the {config.bottleneck_stride}" if source.has_bottlenecks else ""
     folded = "" if divisor(config) == source.std else " (in conv1 now)"
-    print(
+    say(
         f"{FAMILIES[source.family]} {config.net}{stride}, {len(classes)} classes ({', '.join(classes[:3])}…); images in"
         f" 0 to 1 minus {shown}, divided by {list(source.std)}{folded}; {asked.precision}; {out}"
     )
     given = {"stride in the 3x3": asked.bottleneck_stride, "a residual net": asked.arch}
     if assumed := [what for what in source.assumed if not given.get(what)]:
-        print(f"assumed, for the file does not say: {'; '.join(assumed)}")
+        say(f"assumed, for the file does not say: {'; '.join(assumed)}")
 
 
 def _config(asked: WeightsConfig, source: Source, base: dict[str, Any]) -> Config:
@@ -374,7 +375,7 @@ def export(asked: WeightsConfig) -> None:
     write_result(out.with_name(out.name + ".json"), described)
     of = "the mean image in the JSON file" if mean.ndim == 3 else str([round(value, 4) for value in mean.tolist()])
     takes = images if asked.format == "onnx" else f"RGB in 0 to 1, minus {of}, divided by {std}"
-    print(f"{FAMILIES[config.data.family]} {config.net}, {len(state['classes'])} classes; images: {takes}{note}; {out}")
+    say(f"{FAMILIES[config.data.family]} {config.net}, {len(state['classes'])} classes; images: {takes}{note}; {out}")
 
 
 def _saved(tensors: dict[str, Tensor]) -> bytes:

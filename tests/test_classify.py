@@ -95,6 +95,20 @@ def test_fewer_than_five_classes_and_names_that_need_no_quotes(pictures, tmp_pat
     assert os.listdir(tmp_path).count("outputs") == 0
 
 
+def test_names_of_files_and_classes_do_not_command_the_terminal(pictures, tmp_path, command_here):
+    """They are printed escaped, and written as they are."""
+    classes = ["cat\x1b[2J", "d\u202eog\n"]
+    saved(tmp_path / "net.pt", cifar_resnet(20, num_classes=2), configured("cifar", 32), classes)
+    name = "\x1b]0;mine\x07\x9b.png"
+    (tmp_path / name).write_bytes((pictures / "val/cat/0.png").read_bytes())
+    text = command_here("classify", name, "checkpoint=net.pt", "out=found.json", "device=cpu").splitlines()
+    assert text[0] == r"\x1b]0;mine\x07\x9b.png"
+    assert sorted(line.split()[-1] for line in text[1:]) == [r"cat\x1b[2J", r"d\u202eog\n"]
+    (found,) = json.loads((tmp_path / "found.json").read_text())["images"]
+    assert found["image"] == name
+    assert sorted(row["class"] for row in found["top"]) == classes
+
+
 def test_a_wrong_command_line_is_one_line_and_leaves_nothing(pictures, tmp_path, command_here):
     saved(tmp_path / "net.pt", cifar_resnet(20, num_classes=2), configured("cifar", 32), ["cat", "dog"])
     (tmp_path / "text.jpg").write_text("no image")

@@ -5,17 +5,20 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import start
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from resnet_train import cli
-from resnet_train.compose import compose, jobs_of, with_jobs
+from resnet_train import __version__, cli
+from resnet_train.__main__ import COMMANDS
+from resnet_train.compose import as_text, as_typed, compose, jobs_of, with_jobs
 
 CFG = "depth=110 data=digits schedule=cosine schedule.lr=0.05 arch=plain"
-RIGHT = ["--help", f"{CFG} --cfg job", "-sc install=bash"]
+RIGHT = ["--help", "--version", f"{CFG} --cfg job", "-sc install=bash"]
 # Command line, and what its error names.
 WRONG = [
     ("depth=21", ["depth=21", "nearest: 20"]),
@@ -27,7 +30,7 @@ WRONG = [
     ("batch_size=abc", ["batch_size=abc", "whole number"]),
     ("data=imagenet depth=20 data.root=.", ["depth=20", "nearest: 18"]),
     ("data=imagefolder data.root=.", ["data.root=", "empty"]),
-    ("data.root=~/cifar", ["data.root=~/cifar", "quotes"]),
+    ("data.root=~/cifar", ["data.root=~/cifar: there is no such file"]),
     ("depth", ["'depth'", "key=value"]),
     ("depth=20 32", ["'32'", "key=value"]),
     ("depth=[", ["depth=["]),
@@ -36,15 +39,31 @@ WRONG = [
     ("run_dir=/dev/null/x", ["run_dir=/dev/null/x"]),
     ("hydra.nosuch=1", ["hydra.nosuch"]),
     ("--nosuch", ["--nosuch", "--help"]),
-    ("--depth 20", ["--depth", "--help"]),
+    ("--depth 20", ["--depth: values are written KEY=VALUE, as in depth=20; --help"]),
+    ("--lr=0.1", ["--lr=0.1: values are written KEY=VALUE, as in schedule.lr=0.1; --help"]),
+    ("--num-workers 3 seed=1", ["--num-workers: values are written KEY=VALUE, as in data.workers=3"]),
+    ("list", ["'list': is not key=value, as depth=20 is; --help"]),
+    ("digits depth=20", ["'digits'", "did you mean data=digits?"]),
+    ("~run_dir", ["~run_dir: nothing can be taken away; write run_dir=VALUE"]),
+    ("~depth=20", ["~depth=20: nothing can be taken away; write depth=VALUE"]),
+    ("+depth=20", ["+depth=20: is there already; drop the +"]),
+    ("run_dir=${hydra:runtime.cwd}", ["run_dir=${hydra:runtime.cwd}: ${…} gives nothing here"]),
+    ("depth=glob(*)", ["depth=glob(*): is not written out here", "-m depth=A,B"]),
+    ("-m depth=interval(1,2)", ["depth=interval(1,2): is not written out here"]),
+    ("-m depth=range(1,2,0)", ["depth=range(1,2,0): gives no values"]),
+    ("-m depth=choice()", ["depth=choice(): must be a whole number"]),
+    ("depth=20€", ["depth=20€: must be a whole number"]),
+    ("data=größe", ["data=größe: allowed are cifar10, "]),
+    ("depth=20 -m seed=0,x", ["seed=x: must be a whole number"]),
+    ("schedule=cosine schedule.drops=[0.5]", ["schedule=cosine has no drops", "schedule=step"]),
     ("--cfg jbo", ["jbo", "job"]),
     ("-cn eval", ["--config-name"]),
     ("-m depth=20,21", ["depth=21", "nearest: 20"]),
-    ("-m depth=20,20", ["share runs/cifar10/resnet-20-A/seed-0"]),
-    ("-m seed=0,1 run_dir=x", ["share x"]),
+    ("-m depth=20,20", ["share runs/cifar10/resnet-20-A/seed-0; leave out a value named twice, or"]),
+    ("-m seed=0,1 run_dir=x", ["share x; leave out run_dir="]),
+    ("-m data=glob(*)", ["data=glob(*): is not written out here"]),
     ("-m seed=range(3,0)", ["seed=range(3,0)", "without a job"]),
     ("-m depth=20,32 seed=range(3,0)", ["error: seed=range(3,0)", "without a job"]),
-    ("-m data=glob(*)", ["data=glob(*)"]),
     ("-m hydra.sweeper.params.depth=20", []),
     ("hydra.mode=MULTIRUN depth=21", ["depth=21"]),
     ("data=digits data.validation=5000", ["data.validation=5000", "1437"]),
@@ -53,6 +72,12 @@ WRONG = [
 ]
 WRONG_EVAL = [
     ("", ["checkpoint", "checkpoint="]),
+    ("nosuch.pt", ["checkpoint=nosuch.pt", "no such file"]),
+    (f"{__file__} nosuch.pt", [f"checkpoint={__file__}"]),
+    (f"{__file__} checkpoint={__file__}", [__file__, "two ways"]),
+    ("--checkpoint nosuch.pt", ["as in checkpoint=nosuch.pt"]),
+    ("checkpoint=größe.pt", ["checkpoint=größe.pt: there is no such file"]),
+    ("checkpoint=[~/größe.pt,b.pt]", ["checkpoint=~/größe.pt: there is no such file"]),
     ("checkpoint=nosuch.pt", ["checkpoint=nosuch.pt", "no such file"]),
     (f"checkpoint={__file__} data=cifar11", ["cifar11", "did you mean cifar10?"]),
     (f"-m checkpoint={__file__}", ["-m"]),
@@ -182,6 +207,96 @@ def test_cfg_prints_the_whole_configuration(outcomes):
     assert found == compose("train", CFG.split())
     assert (found["depth"], found["recipe"], found["arch"]) == (110, "digits", "plain")
     assert found["schedule"] == {"name": "cosine", "lr": 0.05}
+
+
+def test_the_version_is_ours(outcomes):
+    assert output(outcomes["train", "--version"]) == f"resnet-train {__version__}\n"
+
+
+def test_the_package_is_a_command(tmp_path):
+    def run(*words):
+        done = subprocess.run(
+            [sys.executable, "-m", "resnet_train", *words], capture_output=True, text=True, cwd=tmp_path
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    entries = {
+        entry.name: entry.load() for entry in entry_points(group="console_scripts") if entry.module == cli.__name__
+    }
+    assert entries == {f"resnet-{name}": command for name, command in COMMANDS.items()}
+    code, told, _ = run()
+    assert (code, [name in told for name in COMMANDS]) == (0, [True] * len(COMMANDS))
+    assert run("eval", "x.pt")[2].startswith("error: checkpoint=x.pt: there is no such file")
+    assert run("depth=21")[2].startswith("error: depth=21: CIFAR nets have 6n+2 layers")
+    assert run("tain", "depth=20")[::2] == (
+        2,
+        f"error: tain: is no command; there are {', '.join(COMMANDS)}; did you mean train?\n",
+    )
+    assert os.listdir(tmp_path) == []
+
+
+# --- Text that is no word of Hydra's ---------------------------------------------------------------------------------
+
+NAMES = [
+    "~/x",
+    "a b",
+    "a=b",
+    "a,b",
+    "größe",
+    "图片",
+    "photos (1)",
+    "2026_11",
+    "007",
+    "1e3",
+    "a'b",
+    'a"b',
+    "a\\",
+    "[a",
+    "a]{b",
+]
+NAMES += [
+    "a$b",
+    "50%",
+    "#1",
+    "é\u0301",
+    "choice(1,2)",
+    "glob(*)",
+    "a: b",
+    "&;|<>",
+    "`x`",
+    "-x",
+    "🙂",
+    "a@b",
+    "x" * 300,
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_path_is_taken_as_it_is_typed(name):
+    """Whatever Hydra's grammar would make of it, alone or in a list."""
+
+    def value(item):
+        return OverridesParser.create().parse_override(item).value()
+
+    assert value(as_text(f"run_dir={name}", False)) == name
+    assert as_typed(as_text(f"++data.root={name}", False)) == f"++data.root={name}"
+    if not set(name) & set(",[]{}()'\"\\") and not name[0].isdigit():
+        assert value(as_text(f"checkpoint=[{name},b.pt]", False)) == [name, "b.pt"]
+        jobs = jobs_of("train", [as_text(f"run_dir={name},b", True)], True)
+        assert [value(item) for (item,) in jobs] == [name, "b"]
+
+
+@pytest.mark.parametrize(
+    ("item", "sweep"),
+    [
+        *[("depth=20", False), ("depth=20,56", True), ("schedule.drops=[0.5,0.75]", False), ("data.root=null", False)],
+        *[("data.root=${oc.env:HOME}/x", False), ('run_dir="a b"', False), ("run_dir='a,b',c", True), ("depth", False)],
+        *[("checkpoint=[a.pt,b.pt]", False), ("hydra.run.dir=~/x", False), ("data={root:x}", False)],
+        ("seed=range(3)", True),
+    ],
+)
+def test_what_hydra_reads_as_it_is_meant_stays_as_it_is(item, sweep):
+    assert as_text(item, sweep) == item
 
 
 def test_completion_is_a_script(outcomes):

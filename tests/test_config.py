@@ -6,6 +6,8 @@ import dataclasses
 import functools
 import json
 import os
+import re
+import typing
 import zipfile
 from pathlib import Path
 
@@ -16,12 +18,22 @@ from hydra.core.override_parser.types import OverrideType, QuotedString
 
 from resnet_train import cli
 from resnet_train.compose import CONFIG_DIR, compose
-from resnet_train.config.commands import check_eval
-from resnet_train.config.keys import ABOVE, BELOW, RANGES, flat
-from resnet_train.config.runs import FREE_KEYS, check_run_dir, check_same_run, run_directory, run_state
-from resnet_train.config.training import UNREAD, check_depth, check_train, restored
+from resnet_train.config.commands import (
+    BenchConfig,
+    ClassifyConfig,
+    EvalConfig,
+    PackConfig,
+    ReportConfig,
+    ResponsesConfig,
+    WeightsConfig,
+    check_eval,
+)
+from resnet_train.config.keys import ABOVE, BELOW, LISTS, RANGES, TEXTS, flat
+from resnet_train.config.runs import FREE_KEYS, check_run_dir, check_same_run, plain_word, run_directory, run_state
+from resnet_train.config.training import UNREAD, Augment, Config, Data, Schedule, check_depth, check_train, restored
 from resnet_train.data.places import class_folders
-from resnet_train.errors import UserError
+from resnet_train.detection.config import DetectConfig, DetectData, PredictConfig
+from resnet_train.errors import UserError, nearest
 from resnet_train.schedule import Progress, learning_rate
 
 PACKAGE = Path(cli.__file__).parent
@@ -86,7 +98,7 @@ FREE = {
     "data.workers": None,  # read for data.family=imagenet only, as is the next
     "data.broken": None,
 }
-ODD = set(" '\"\\$&;|<>()[]{}*?!#~`=,%öß图片\n")  # of these some need quotes for Hydra, some for the shell
+ODD = set(" '\"\\$&;|<>()[]{}*?!#~`=,%\n")  # of these some need quotes for Hydra, some for the shell
 ALL_KEYS = OTHER.keys() | PLATEAU.keys() | PHOTOS.keys() | DECIDED_BY_DATA | FREE.keys()
 
 
@@ -379,6 +391,23 @@ def test_every_bounded_number_is_a_key():
     assert RANGES.keys() >= ABOVE | BELOW
 
 
+def test_every_text_and_every_list_is_told_of():
+    """For these values Hydra's grammar is kept off, and a list is advised."""
+    commands = (EvalConfig, ReportConfig, ResponsesConfig, BenchConfig, PackConfig, WeightsConfig, ClassifyConfig)
+    kinds: dict = dict.fromkeys((Config, *commands, DetectConfig, PredictConfig), "")
+    kinds |= {Data: "data.", DetectData: "data.", Schedule: "schedule.", Augment: "augment."}
+    texts, lists = set(), set()
+    for kind, prefix in kinds.items():
+        for key, hint in typing.get_type_hints(kind).items():
+            options = typing.get_args(hint) or (hint,)
+            if str in options or list[str] in options:
+                texts.add(prefix + key)
+            if {list[int], list[float]} & {hint, *options}:
+                lists.add(prefix + key)
+    assert texts == TEXTS
+    assert lists == LISTS
+
+
 def test_a_configuration_survives_json():
     found = checked("schedule=plateau", "weight_decay=1", "warmup.error=70")
     assert restored(json.loads(json.dumps(found.plain()))) == found
@@ -396,7 +425,10 @@ def test_a_configuration_of_another_version_is_named():
 
 @pytest.mark.parametrize(
     ("depth", "near"),
-    [(21, 20), (24, 26), (3, 8), (0, 8), (-5, 8), (9, 8), (12, 14), (100, 98), (109, 110), (1201, 1202)],
+    [
+        *[(21, 20), (24, 26), (3, 8), (0, 8), (-5, 8), (9, 8), (12, 14), (100, 98), (109, 110), (1201, 1202)],
+        *[(1203, 1202), (1208, 1202), (99_998, 1202)],
+    ],
 )
 def test_nearest_depth_for_cifar(depth, near):
     message = refusal(f"depth={depth}")
@@ -413,6 +445,17 @@ def test_nearest_depth_for_imagenet(depth, near, tmp_path):
 @pytest.mark.parametrize("depth", [d for d in range(8, 1203, 6) if d % 36 == 8] + [1202])
 def test_every_depth_of_6n_plus_2_is_taken(depth):
     check_depth(depth, "cifar")
+
+
+@pytest.mark.parametrize(
+    ("family", "depth", "near"), [("cifar", 99_998, 1202), ("cifar", 21, 20), ("imagenet", 20, 18)]
+)
+def test_nor_is_such_a_depth_taken_from_a_checkpoint(family, depth, near):
+    """A line of text in a small file must not ask for memory without bounds."""
+    plain = checked().plain() | {"depth": depth}
+    plain["data"]["family"] = family
+    with pytest.raises(UserError, match=rf"stored configuration.*depth={depth}: .*nearest: {near}"):
+        restored(plain)
 
 
 # Command line, and what the message must hold beside the key and value of the last word.
@@ -509,6 +552,14 @@ WRONG = [
     ("schedule=plateau schedule.patience=0", "above 0"),
     ("schedule=plateau schedule.threshold=-1", "at least 0"),
     ("schedule=plateau schedule.watch=val", "data.validation=5000"),
+    ("data=digits schedule=plateau schedule.watch=val", "data.validation=143"),
+    ("batch_size=7 bn_images=2", "nearest: 7"),
+    ("data=digits batch_size=1 bn_images=2", "the 1 images that a device takes at once; nearest: device"),
+    ("batch_size=64 device_batch_size=1 bn_images=2", "the 1 images that a device takes at once; nearest: device"),
+    ("bn_images=32 device_batch_size=17", "nearest: 32"),
+    ("devices=66667 batch_size=1000000", "nearest: 933338"),
+    ("resume=true", "auto, never or a checkpoint's file"),
+    ("resume=null", "auto, never or a checkpoint's file"),
     ("schedule=plateau schedule.watch=test", "train, val"),
     ("schedule.name=stpe", "did you mean step?"),
     ("warmup.depth=x", "whole number"),
@@ -535,7 +586,7 @@ WRONG = [
     ("data.root=nosuch", "no such file or folder"),
     ("data=digits data.root=.", "drop it"),
     ("run_dir=", "word"),
-    ("resume=", "word"),
+    ("resume=", "auto, never or a checkpoint's file"),
     ("data.root=" + 300 * "x", "too long"),
     ("run_dir=" + 300 * "x", "too long"),
     ("resume=" + 300 * "x", "too long"),
@@ -551,6 +602,22 @@ def test_a_wrong_value_is_named_with_what_is_allowed(line, advice):
     assert advice in message
     assert "\n" not in message
     assert len(message) < 200
+
+
+ADVICE = re.compile(r"(?:nearest: |\b(?:take|add) ([\w.]+)=)([\w.]+)\b(?!,| or)")
+
+
+@pytest.mark.parametrize("line", [line for line, _ in WRONG])
+def test_advice_is_taken_when_it_is_followed(line):
+    """No message names a value that would be refused in its turn."""
+    words = line.split()
+    found = ADVICE.search(refusal(*words))
+    if found is None:
+        return
+    key = found[1] or words[-1].partition("=")[0]
+    if key == "data":  # which needs a place, too
+        return
+    checked(*(word for word in words if not word.startswith(f"{key}=")), f"{key}={found[2]}")
 
 
 @pytest.mark.parametrize(
@@ -571,7 +638,9 @@ def test_a_wrong_value_is_named_with_what_is_allowed(line, advice):
         ("data=", "cifar10, digits, imagefolder, imagenet"),
         ("data=null", "cifar10, digits, imagefolder, imagenet"),
         ("schedule=cos", "did you mean cosine?"),
-        ("schedule=cosine schedule.drops=[0.5]", "no key schedule.drops"),
+        ("schedule=cosine schedule.drops=[0.5]", "schedule=cosine has no drops; there is one with schedule=step or"),
+        ("schedule=plateau schedule.drops=[0.5]", "schedule=plateau has no drops"),
+        ("recipe.iterations=5", "no key recipe.iterations"),
         ("recipe=torch", "cifar10, digits, imagefolder, imagenet, torch2016, torchvision"),
         ("~nosuch", "no key nosuch"),
     ],
@@ -582,19 +651,37 @@ def test_a_key_or_option_that_does_not_exist_is_named(line, advice):
     assert advice in message
 
 
-@pytest.mark.parametrize(("line", "key"), [("+nosuch=1", "nosuch"), ("++dept=1", "dept"), ("~depth", "depth")])
+@pytest.mark.parametrize(
+    "key", ["optimizer", "augment.mixup", "augment.cutmix", "ema", "amp", "dropout", "label_smoothing", "num_classes"]
+)
+def test_nothing_is_suggested_where_nothing_is_near(key):
+    assert refusal(f"{key}=1") == f"{key}=1: there is no key {key}"
+
+
+@pytest.mark.parametrize(
+    ("word", "near"),
+    [
+        *[("augmnt.flip", "augment.flip"), ("flp", "augment.flip"), ("eval_batch", "eval_batch_size")],
+        *[("val", "validation"), ("noen", "none"), ("schedule.lrr", "schedule.lr"), ("timer", None), ("", None)],
+        *[("x" * 100_000, None), ("train.lr", None), ("schedule.l", None)],
+    ],
+)
+def test_what_is_near(word, near):
+    allowed = ["augment.flip", "eval_batch_size", "validation", "none", "timeout", "schedule.lr", "schedule.name"]
+    assert nearest(word, allowed) == (f"; did you mean {near}?" if near else "")
+
+
+@pytest.mark.parametrize(("line", "key"), [("+nosuch=1", "nosuch"), ("++dept=1", "dept"), ("~depth", "~depth")])
 def test_what_is_added_or_taken_away_is_named(line, key):
     assert refusal(line).startswith(f"{key}: ")
 
 
 @pytest.mark.parametrize("value", ["${depth}", "${nosuch}", "${oc.env:NO_SUCH_NAME}"])
 def test_an_interpolation_that_fails_names_its_key(value):
-    assert refusal(f"depth={value}").startswith("depth: ")
+    assert refusal(f"depth={value}").startswith(f"depth={value}: ")
 
 
-@pytest.mark.parametrize(
-    "line", ["+schedule.patience=0.5", "schedule.name=cosine", "schedule.name=plateau", "~schedule.drops"]
-)
+@pytest.mark.parametrize("line", ["+schedule.patience=0.5", "schedule.name=cosine", "schedule.name=plateau"])
 def test_a_schedule_has_its_own_keys_only(line):
     """A key that its kind does not read is refused, not left unread."""
     assert refusal(line).startswith("schedule.")
@@ -799,6 +886,30 @@ def test_nor_does_one_named_after_a_folder_with_odd_characters(name, tmp_path):
     assert run_directory(found, []).parts[-2:] == ("resnet-20-A", "seed-0")
 
 
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        *[("größe", "größe"), ("图片", "图片"), ("हिन्दी", "हिन्दी"), ("e\u0301", "é"), ("Ελλάδα 2", "Ελλάδα-2")],
+        *[("a\u202eb", "a-b"), ("a\x1b[2Jb", "a-2Jb"), ("a--b, (c)", "a--b-c"), ("$$", ""), ("50% ö", "50-ö")],
+    ],
+)
+def test_letters_of_any_language_stay_in_the_name_of_a_folder(text, word):
+    assert plain_word(text) == word
+
+
+def test_a_folder_of_other_letters_is_another_run(tmp_path):
+    names = ("größe", "图片", "图像", "gr e")
+    found = [directory("data=imagefolder", f'data.root="{tree(tmp_path / name)}"') for name in names]
+    assert [place.parts[1] for place in found] == ["größe", "图片", "图像", "gr-e"]
+
+
+def test_a_name_of_long_letters_is_as_short_as_a_file_system_asks():
+    found = [directory(f'init_from="/{50 * "图片/"}{number}.pt"') for number in range(2)]
+    assert found[0] != found[1]
+    assert all(len(os.fsencode(part)) <= 255 for place in found for part in place.parts)
+    assert all(os.fsencode(place).decode() == str(place) for place in found)
+
+
 def many(**changed):
     """40 words."""
     values = {key: value[0] for key, value in OTHER.items()} | {"momentum": "0.5"}
@@ -901,6 +1012,19 @@ def test_a_finished_run_is_not_run_again(tmp_path):
         message = blocked(folder, checked(f"resume={resume}"))
         assert f"run_dir={folder}: " in message
         assert "finished" in message
+
+
+def test_another_seed_is_no_advice_where_the_folder_is_named(tmp_path):
+    message = blocked(run_in(tmp_path / "run", checked(), finished=True), checked(f"run_dir={tmp_path}/run"))
+    assert message.endswith("or take another run_dir=")
+    assert blocked(run_in(tmp_path / "b", checked(), finished=True), checked()).endswith("another seed= or run_dir=")
+
+
+def test_another_directory_is_no_advice_for_a_checkpoint_of_another_run():
+    old, new = checked().plain(), checked("momentum=0.5").plain()
+    for otherwise in ("another run_dir=", "init_from= in place of resume="):
+        with pytest.raises(UserError, match=re.escape(f"has momentum=0.9; take that, or {otherwise}") + "$"):
+            check_same_run(old, new, "here", otherwise)
 
 
 def test_a_sweep_skips_a_finished_run_of_the_same_configuration_only(tmp_path):

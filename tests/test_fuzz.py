@@ -106,7 +106,7 @@ KINDS = {
     ),
     "of what is not": items(KEYS.keys() - {"data.name"}, REFERENCE),
     "of itself": st.sampled_from(sorted(f"{key}=${{{key}}}" for key in KEYS)),
-    "nested": items({"depth", "augment", "schedule.drops", "run_dir", "data", "hydra.run.dir"}, NESTED),
+    "nested": items({"depth", "augment", "schedule.drops", "data", "hydra.run.dir"}, NESTED),
     "Hydra's": items(
         {"hydra", "hydra.mode", "hydra.job.chdir", "hydra.job.num", "hydra.nosuch", "hydra.searchpath", "hydra.run"}
         | {"hydra/launcher", "hydra/sweeper", "hydra/job_logging", "hydra/nosuch", "hydra.sweeper.max_batch_size"},

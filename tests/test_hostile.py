@@ -6,6 +6,7 @@ Each costs one line and nothing else: what is on disk is whole, and the same com
 import contextlib
 import functools
 import io
+import itertools
 import json
 import os
 import random
@@ -22,12 +23,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import start
+from PIL import Image
 from test_sets import photograph
 
 from resnet_train import checkpoint
 from resnet_train.data.images import TEST_FILES, TRAIN_FILES
 from resnet_train.data.places import CIFAR_FOLDER
-from resnet_train.errors import UserError
+from resnet_train.errors import RunError, UserError
+from resnet_train.train import check_finite
 
 pytest.importorskip("sklearn")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -330,6 +333,34 @@ def test_a_hostile_archive_writes_nothing(tmp_path):
         assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_names_do_not_command_the_terminal(tmp_path):
+    """Of a folder of data, its classes, a run's directory and a result: all that is printed is escaped."""
+    root, pixels = tmp_path / "data\x1b[2J", torch.zeros(9, 9, 3, dtype=torch.uint8).numpy()
+    for part, name, number in itertools.product(("train", "test"), ("cat\x1b[31m", "dog\u202e"), range(4)):
+        (root / part / name).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels + number).save(root / part / name / f"{number}.png")
+    words = [
+        "data=imagefolder",
+        f'data.root="{root}"',
+        'run_dir="run\x1b[1m"',
+        "depth=8",
+        "iterations=2",
+        "batch_size=4",
+    ]
+    options = ["device=cpu", "precision=fp32", "compile=false", "log_every=1"]
+    cache = {"RESNET_TRAIN_DATA": str(tmp_path / "cache")}
+    shown = [train(tmp_path, *words, *options, **cache)]
+    last = 'checkpoint="run\x1b[1m/checkpoints/last.pt"'
+    shown += [train(tmp_path, last, "device=cpu", 'out="found\x1b[2J.json"', entry="evaluate", **cache)]
+    for done in shown:
+        assert done.returncode == 0, done.stderr
+        assert r"data\x1b[2J" in done.stdout
+        assert done.stdout.replace("\n", "").isprintable(), ascii(done.stdout)
+    assert r"run\x1b[1m" in shown[0].stdout
+    assert r"found\x1b[2J.json" in shown[1].stdout
+    assert (tmp_path / "found\x1b[2J.json").exists()
+
+
 # --- Processes that do not meet --------------------------------------------------------------------------------------
 
 
@@ -398,6 +429,20 @@ if __name__ == "__main__":
     config, directory = cli._prepare_train(compose("train", sys.argv[1:]), sys.argv[1:], sweep=False)
     finish(functools.partial(job, config, directory), config)
 """
+
+
+@pytest.mark.parametrize(("precision", "kept"), [("bf16", True), ("fp32", False)])
+def test_of_a_loss_that_is_not_finite_the_advice_is_not_what_is_done_already(precision, kept, tmp_path):
+    if kept:
+        (tmp_path / "checkpoints").mkdir()
+        (tmp_path / "checkpoints/last.pt").touch()
+    net = torch.nn.Linear(2, 2)
+    check_finite(torch.zeros(3), net, 5, tmp_path, "lr=", precision)
+    with pytest.raises(RunError) as caught:
+        check_finite(torch.tensor([1, torch.inf]), net, 5, tmp_path, "lr=", precision)
+    message = str(caught.value)
+    assert ("holds the last good state" in message) == kept
+    assert message.endswith("take a lower lr= in a new run" + (", or precision=fp32" if kept else ""))
 
 
 def test_a_loss_that_is_not_finite_in_one_process_ends_all(tmp_path):

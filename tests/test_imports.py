@@ -17,6 +17,7 @@ TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 MODULES = sorted(TREES)
 # From the command down; what is not named is a leaf.
 LAYERS = [
+    ["__main__"],
     ["cli"],
     ["compose", "exits"],
     ["bench"],
@@ -122,6 +123,25 @@ def test_leaves_take_plain_arguments():
     for name in set(LEAVES) - set(CONFIGS):
         assert not own(TREES[name]) & set(CONFIGS) - {"resnet_train.config.keys"}, name
     assert own(TREES["resnet_train.config.keys"]) == {"resnet_train.errors"}
+
+
+SHOWN = {"printable", "say"}
+
+
+def printed():
+    """(module, what) of every call that prints what may hold a name, and not by way of `say` or `printable`."""
+    for name, tree in TREES.items():
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+            how = ast.unparse(call.func)
+            what = call.args[0] if call.args else ast.Constant("")
+            escaped = isinstance(what, ast.Call) and ast.unparse(what.func) in SHOWN
+            if how in ("print", "tqdm.write") and not escaped and not isinstance(what, ast.Constant):
+                yield name, ast.unparse(what)
+
+
+def test_all_that_is_printed_is_escaped():
+    """Names of files and classes are anybody's, and none of them may command the terminal."""
+    assert list(printed()) == []
 
 
 def public(node, prefix=""):

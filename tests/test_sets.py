@@ -88,7 +88,14 @@ def test_sizes_and_names(digits, tree):
     assert (digits.protocol, digits.top5, len(digits.classes)) == ("single view", False, 10)
     sets = streamed(tree, validation=4)
     assert sets.sizes == {"train": 9, "val": 4, "test": 9}
-    assert (sets.protocol, sets.top5, sets.classes) == ("center crop", True, ["cat", "dog", "eel"])
+    assert (sets.protocol, sets.top5, sets.classes) == ("center crop", False, ["cat", "dog", "eel"])
+
+
+@pytest.mark.parametrize("classes", [5, 6])
+def test_top5_is_of_more_than_five_classes(classes, tmp_path):
+    for part, number in itertools.product(("train", "val"), range(classes)):
+        photograph(tmp_path / part / str(number) / "0.JPEG", SHAPES[0], number)
+    assert streamed(tmp_path).top5 == (classes > 5)
 
 
 @pytest.mark.parametrize("validation", [0, 5, 137])

@@ -73,6 +73,11 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
 }
 ABOVE = {"scale", "lr", "schedule.lr", "warmup.lr", "schedule.factor", "schedule.patience", "seconds", "std"}
 BELOW = {"momentum"}
+# Keys whose values are text as it is typed, numbers too, and those that take lists of numbers.
+TEXTS = {"run_dir", "resume", "recipe", "init_from", "checkpoint", "out", "runs", "packed", "check", "file", "classes"}
+TEXTS |= {"data.root", "data.train", "data.test", "data.classes"}
+LISTS = {"schedule.drops", "augment.shorter_side", "augment.area", "drops", "anchors", "mean", "std"}
+RESUME = "auto, never or a checkpoint's file"  # what resume= may be
 
 T = TypeVar("T")
 
@@ -129,6 +134,7 @@ def convert(key: str, value: Any, hint: Any, bounds: Any = None) -> Any:
         if text.strip() and not re.search("[\0\ud800-\udfff]", text):  # neither NUL nor what was no UTF-8
             return text
     kind = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}[hint]
+    kind = RESUME if key == "resume" else kind
     raise UserError(f"{key}={shown(value)}: must be {kind}")
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from resnet_train.config.keys import flat, shown
+from resnet_train.config.keys import RESUME, flat, shown
 from resnet_train.config.paths import check_file, writable
 from resnet_train.config.training import EARLIER, Config, completed
 from resnet_train.errors import UserError, nearest
@@ -44,25 +46,37 @@ def run_name(values: Mapping[str, Any], asked: Iterable[str], seed: int) -> str:
     for word in asked:
         named = [word] if word in values else [key for key in values if key.startswith(word + ".")]
         rest |= {key: values[key] for key in named}
-    words = [plain_word(f"{key}={json.dumps(rest[key])}") for key in sorted(rest)]
+    words = [plain_word(f"{key}={json.dumps(rest[key], ensure_ascii=False)}") for key in sorted(rest)]
     name = "+".join([*words, f"seed-{seed}"])
-    return name if len(name) <= 180 else name[:160] + "-" + hashlib.sha256(name.encode()).hexdigest()[:12]
+    if len(os.fsencode(name)) <= 180:
+        return name
+    return os.fsencode(name)[:160].decode(errors="ignore") + "-" + hashlib.sha256(name.encode()).hexdigest()[:12]
 
 
 def plain_word(text: str) -> str:
-    """`text` with only such characters as need no quotes on a later command line, as in checkpoint=runs/…"""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-")
+    """`text` with only letters, digits, `.`, `_` and `-`, which need no quotes on a later command line.
+
+    Letters are those of any language, with their marks, as in größe or हिन्दी.
+    """
+    letters = unicodedata.normalize("NFC", text)
+    marked = "".join(c if c in "._-" or unicodedata.category(c)[0] in "LMN" else "\0" for c in letters)
+    return re.sub("\0+", "-", marked).strip("-")
 
 
-def check_same_run(old: Mapping[str, Any], new: Mapping[str, Any], where: str) -> None:
-    """Refuse to go on with the run in `where` under a configuration that changes its mathematics."""
+def check_same_run(
+    old: Mapping[str, Any], new: Mapping[str, Any], where: str, otherwise: str = "another run_dir="
+) -> None:
+    """Refuse to go on with the run in `where` under a configuration that changes its mathematics.
+
+    `otherwise` is what can be done to have the new value.
+    """
     now = flat(new)
     was = {key: value for key, value in flat(completed(old)).items() if key in now or key not in EARLIER}
     for key in sorted(was.keys() | now.keys()):
         if key not in FREE_KEYS and was.get(key) != now.get(key):
             raise UserError(
                 f"{key}={shown(now.get(key))}: the run in {where} has {key}={shown(was.get(key))};"
-                f" take that, or another run_dir="
+                f" take that, or {otherwise}"
             )
 
 
@@ -94,6 +108,10 @@ class RunConfig(Protocol):
     """What training and detection say alike of a run."""
 
     @property
+    def run_dir(self) -> str | None:
+        """Where it was asked to lie."""
+
+    @property
     def resume(self) -> str:
         """Whether to go on."""
 
@@ -112,7 +130,7 @@ def check_run_dir(directory: Path, config: RunConfig, *, may_be_finished: bool =
         if state == "finished" and not may_be_finished:
             raise UserError(
                 f"run_dir={directory}: holds a finished run{_on_other_data(directory, config)}; read its summary.json,"
-                " or take another seed= or run_dir="
+                f" or take another {'seed= or ' if config.run_dir is None else ''}run_dir="
             )
         if state == "finished" or (state == "unfinished" and config.resume != "never"):
             check_same_run(read_object(directory / "config.json"), config.plain(), str(directory))
@@ -127,7 +145,7 @@ def check_run_dir(directory: Path, config: RunConfig, *, may_be_finished: bool =
         check_file("init_from", config.init_from)  # a run that goes on has its weights
     if config.resume not in ("auto", "never") and not expand(config.resume).is_file():
         hint = nearest(config.resume, ["auto", "never"])
-        raise UserError(f"resume={config.resume}: must be auto, never or a checkpoint's file{hint}")
+        raise UserError(f"resume={config.resume}: must be {RESUME}{hint}")
 
 
 def _on_other_data(directory: Path, config: RunConfig) -> str:

@@ -7,13 +7,14 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from resnet_train.config.keys import convert, shown, typed
+from resnet_train.config.keys import RANGES, convert, shown, typed
 from resnet_train.config.paths import anchored, check_paths
 from resnet_train.data.places import check_source, count_images, is_official_cifar10, name_data
 from resnet_train.errors import UserError
 from resnet_train.files import expand
 
 IMAGENET_DEPTHS = (18, 34, 50, 101, 152)
+DEEPEST_CIFAR = 1202  # the paper's; each layer more is memory that a line of text would take
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,9 @@ def check_train(values: Mapping[str, Any], asked: Collection[str] = (), *, needs
     if config.schedule.drops != sorted(set(config.schedule.drops)):
         raise UserError(f"schedule.drops={config.schedule.drops}: must rise, as [0.5,0.75] does")
     if config.schedule.watch == "val" and not config.data.validation:
-        raise UserError("schedule.watch=val: needs a held-out part of the training set; add data.validation=5000")
+        images = _training_images(config.data)
+        some = "IMAGES" if images is None else max(1, images // 10)
+        raise UserError(f"schedule.watch=val: needs a held-out part of the training set; add data.validation={some}")
     if config.freeze is not None:
         last = "layer3" if config.data.family == "cifar" else "layer4"
         if config.freeze > last:
@@ -219,13 +222,11 @@ class Share:
 
 def share(config: Config, devices: int) -> Share:
     """The share of each of `devices` in a batch. Raises UserError for what does not divide, naming the nearest."""
-    each, rest = divmod(config.batch_size, devices)
-    if rest or not each:
-        near = max(1, round(config.batch_size / devices)) * devices
-        raise UserError(f"batch_size={config.batch_size}: does not divide by {devices} devices; nearest: {near}")
+    check_dealt(config.batch_size, devices)
+    each = config.batch_size // devices
     images = min(config.device_batch_size or each, each)
     if each % images:
-        near = _nearest_divisor(each, images)
+        near = _nearest_divisor(each, images, config.bn_images if isinstance(config.bn_images, int) else 1)
         raise UserError(f"device_batch_size={images}: does not divide the {each} images of a device; nearest: {near}")
     passes = each // images
     # Five halvings leave maps of one pixel: of one image each channel then has one value, which has no variance.
@@ -248,16 +249,26 @@ def share(config: Config, devices: int) -> Share:
             raise UserError("bn_images=all: PyTorch does not compile its synchronised batch norm; add compile=false")
         return Share(images, passes, config.batch_size)
     if config.bn_images > images or images % config.bn_images:
-        near = _nearest_divisor(images, config.bn_images)
+        fits = _nearest_divisor(images, config.bn_images, at_least=2) if images > 1 else "device"
         raise UserError(
             f"bn_images={config.bn_images}: does not divide the {images} images that a device takes at once;"
-            f" nearest: {near}"
+            f" nearest: {fits}"
         )
     return Share(images, passes, config.bn_images)
 
 
-def _nearest_divisor(number: int, near: int) -> int:
-    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - near))
+def check_dealt(batch_size: int, devices: int) -> None:
+    """Refuse a batch that does not divide by the devices. Raises UserError, which names the nearest that is allowed."""
+    if batch_size % devices or batch_size < devices:
+        most = int(RANGES["batch_size"][1] or batch_size)
+        near = min(max(1, round(batch_size / devices)), most // devices) * devices
+        raise UserError(f"batch_size={batch_size}: does not divide by {devices} devices; nearest: {near}")
+
+
+def _nearest_divisor(number: int, near: int, of: int = 1, at_least: int = 1) -> int:
+    """The divisor of `number` nearest to `near`: if there are such, one that is a multiple of `of`."""
+    divisors = [d for d in range(at_least, number + 1) if number % d == 0]
+    return min([d for d in divisors if d % of == 0] or divisors, key=lambda d: abs(d - near))
 
 
 def completed(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -274,7 +285,9 @@ def completed(values: Mapping[str, Any]) -> dict[str, Any]:
 def restored(values: Mapping[str, Any]) -> Config:
     """The configuration that a checkpoint or a run directory holds. Raises UserError if it is of another version."""
     try:
-        return typed(Config, completed(values))
+        config = typed(Config, completed(values))
+        check_depth(config.depth, config.data.family)
+        return config
     except UserError as error:
         raise UserError(f"the stored configuration cannot be read: {error}") from error
 
@@ -296,10 +309,12 @@ def _check_crops(augment: Augment, size: int) -> None:
 def check_depth(depth: int, family: str) -> None:
     """Refuse a depth that the family does not have, naming the nearest (CIFAR: section 4.2; ImageNet: table 1)."""
     if family == "cifar":
-        if depth < 8 or (depth - 2) % 6:
-            below = max(8, (depth - 2) // 6 * 6 + 2)
-            near = min(below, below + 6, key=lambda d: abs(d - depth))
-            raise UserError(f"depth={depth}: CIFAR nets have 6n+2 layers (20, 32, 44, 56, 110, 1202); nearest: {near}")
+        if not 8 <= depth <= DEEPEST_CIFAR or (depth - 2) % 6:
+            near = min(max(8, (depth + 1) // 6 * 6 + 2), DEEPEST_CIFAR)
+            raise UserError(
+                f"depth={depth}: CIFAR nets have 6n+2 layers, {DEEPEST_CIFAR} at most (20, 32, 44, 56, 110, 1202);"
+                f" nearest: {near}"
+            )
     elif depth not in IMAGENET_DEPTHS:
         near = min(IMAGENET_DEPTHS, key=lambda d: abs(d - depth))
         allowed = ", ".join(map(str, IMAGENET_DEPTHS))
@@ -316,10 +331,16 @@ def _check_family(data: Data) -> None:
         raise UserError(f"data.family=imagenet: is for folders of photographs, not for data={data.name}")
 
 
+def _training_images(data: Data) -> int | None:
+    """The images of a training set in memory; None where they are counted only when they are listed, or not there."""
+    if _is_official(data) or data.name == "digits":
+        return 50_000 if _is_official(data) else 1_437
+    folder = expand(data.root or "") / "train"
+    return count_images(folder) if data.family == "cifar" and folder.is_dir() else None
+
+
 def _check_held_out(data: Data) -> None:
     """Refuse a held-out part that the data set cannot have. Raises UserError."""
-    if data.validation and data.family == "cifar":  # photographs are counted when they are listed
-        known = 50_000 if _is_official(data) else 1_437 if data.name == "digits" else None
-        images = known or count_images(expand(data.root or "") / "train")
-        if data.validation >= images:
-            raise UserError(f"data.validation={data.validation}: the training set has {images} images; hold out fewer")
+    images = _training_images(data) if data.validation else None
+    if images is not None and data.validation >= images:
+        raise UserError(f"data.validation={data.validation}: the training set has {images} images; hold out fewer")

@@ -13,6 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from resnet_train.errors import UserError
+from resnet_train.terminal import printable
 
 CHUNK = 1 << 16
 
@@ -65,7 +66,7 @@ def download(
             raise _Failed("other content than the checksum says")
         except _Failed as error:
             reasons.append(f"{url}: {error}")
-            tqdm.write(f"{url}: {error}; going on with the next")
+            tqdm.write(printable(f"{url}: {error}; going on with the next"))
         except OSError as error:
             reason = f"cannot keep the download: {error.strerror}; set RESNET_TRAIN_DATA"
             raise UserError(f"{path.parent}: {reason}") from error

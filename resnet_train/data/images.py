@@ -35,6 +35,7 @@ from resnet_train.data.download import download
 from resnet_train.data.places import CIFAR_FOLDER, class_folders, images_in, is_official_cifar10
 from resnet_train.errors import UserError
 from resnet_train.files import expand
+from resnet_train.terminal import printable
 
 ARCHIVE_SIZE = 170_498_071
 MIRRORS = (
@@ -174,7 +175,11 @@ def keep(path: Path, values: Any) -> None:
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
-        tqdm.write(f"{path.parent}: what was made of the images cannot be kept there ({error}); set RESNET_TRAIN_DATA")
+        tqdm.write(
+            printable(
+                f"{path.parent}: what was made of the images cannot be kept there ({error}); set RESNET_TRAIN_DATA"
+            )
+        )
 
 
 def _batch_folder(root: Path) -> Path:

@@ -56,6 +56,7 @@ from resnet_train.data.photographs import Files, open_photographs, read_file
 from resnet_train.data.places import PACKED, PACKING, describe_left_out
 from resnet_train.errors import SIGNALS, RunError, UserError
 from resnet_train.files import claimed, read_json, write_json
+from resnet_train.terminal import printable, say
 
 LONGEST_JPEG = 65_500  # pixels of a side, as libjpeg has it
 
@@ -79,16 +80,16 @@ def pack(*, root: str, out: Path, shorter_side: int, quality: int, images: int, 
         if (out / PACKED).is_file():
             _check_same(out, read_about(out), settings)
             shutil.rmtree(out / PACKING, ignore_errors=True)
-            print(f"{out}: is packed already; nothing to do")
+            say(f"{out}: is packed already; nothing to do")
             return
         _begin(out, settings, files)
         if line := describe_left_out(found.left_out):
-            print(f"note: {line}", flush=True)
+            say(f"note: {line}")
         shards = list(_shards(out, files, images))
         missing = [shard for shard in shards if _note_of(shard) is None]
         total, done = sum(map(len, files.values())), len(shards) - len(missing)
         if done:
-            print(f"going on: {done} of {len(shards)} shards are there", flush=True)
+            say(f"going on: {done} of {len(shards)} shards are there")
         common = {"images": images, "shorter_side": shorter_side, "quality": quality, "skip": broken == "skip"}
         jobs = (common | {"path": shard.path, "note": shard.note, "items": _items(shard)} for shard in missing)
         bar = tqdm(total=total, desc="packing", unit=" images", disable=None)
@@ -97,11 +98,11 @@ def pack(*, root: str, out: Path, shorter_side: int, quality: int, images: int, 
             for job, lines in _worked(_write_shard, jobs, workers):
                 bar.update(len(job["items"]))
                 for line in lines:
-                    tqdm.write(f"skipped: {line}", file=sys.stderr)
+                    tqdm.write(printable(f"skipped: {line}"), file=sys.stderr)
         parts = _finish(out, settings, found.classes, files, shards).parts.values()
     size = sum(shard.bytes for part in parts for shard in part.shards)
     skipped = sum(len(part.skipped) for part in parts)
-    print(
+    say(
         f"{out}: {total - skipped} images in {sum(len(part.shards) for part in parts)} shards,"
         f" {size / 1e6:.1f} MB" + (f"; {skipped} broken ones skipped" if skipped else "")
     )
@@ -279,10 +280,10 @@ def check_packed(root: str, workers: int) -> None:
             bar.update(job["shard"].images)
             wrong += errors
     for line in wrong:
-        print(f"wrong: {line}", file=sys.stderr)
+        say(f"wrong: {line}", file=sys.stderr)
     if wrong:
         raise RunError(f"check={root}: {len(wrong)} things are wrong, the first: {wrong[0]}")
-    print(f"{root}: {total} images in {len(jobs)} shards, all as they were packed")
+    say(f"{root}: {total} images in {len(jobs)} shards, all as they were packed")
 
 
 def _check_shard(job: dict[str, Any]) -> list[str]:

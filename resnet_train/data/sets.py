@@ -55,6 +55,7 @@ from resnet_train.data.transforms import (
     pad_and_mirror,
 )
 from resnet_train.errors import SIGNALS, UserError
+from resnet_train.terminal import printable
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 # Of a batch of images: views of them (V times N, 3, H, W), which N images of the batch these show, V times over, and
@@ -195,7 +196,6 @@ class StreamedSets:
     """
 
     protocol = "center crop"
-    top5 = True
 
     def __init__(
         self,
@@ -212,6 +212,7 @@ class StreamedSets:
         found = open_photographs(root)
         self.left_out = found.left_out
         self.classes, self.digest, self.label = found.classes, found.digest, name_data("imagenet", root)
+        self.top5 = len(self.classes) > 5  # of five, all are among the five
         kept, self.val_indices = split_sizes(len(found.train), validation)
         self.parts = {
             "train": found.train.part(kept),
@@ -337,7 +338,7 @@ class StreamedSets:
         """Count the images of a batch that others stand in for, and print the line of each broken one once."""
         self.skipped = sum(map(bool, broken))
         for line in sorted({line for lines in broken for line in lines.splitlines()} - self.told):
-            tqdm.write(f"skipped: {line}", file=sys.stderr)
+            tqdm.write(printable(f"skipped: {line}"), file=sys.stderr)
             self.told.add(line)
 
     def _loader(

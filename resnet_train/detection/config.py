@@ -11,7 +11,7 @@ from typing import Any, Literal
 from resnet_train.config.keys import as_list, flat, shown, typed
 from resnet_train.config.paths import check_checkpoints, check_file, check_folder, check_paths
 from resnet_train.config.runs import FREE_KEYS, plain_word, run_name
-from resnet_train.config.training import check_depth
+from resnet_train.config.training import check_dealt, check_depth
 from resnet_train.detection.places import list_file, lists_of
 from resnet_train.errors import UserError, nearest
 from resnet_train.files import expand
@@ -102,7 +102,7 @@ def check_detect(values: Mapping[str, Any], asked: Collection[str] = ()) -> Dete
     check_paths({"data.root": config.data.root, "run_dir": config.run_dir, "init_from": config.init_from})
     _check_backbone(config, asked)
     if config.devices != "auto":
-        check_dealt(config, config.devices)
+        check_dealt(config.batch_size, config.devices)
     if config.drops != sorted(set(config.drops)):
         raise UserError(f"drops={config.drops}: must rise, as [0.5,0.75] does")
     if config.max_size < config.min_size:
@@ -117,13 +117,6 @@ def check_detect(values: Mapping[str, Any], asked: Collection[str] = ()) -> Dete
     root = str(expand(config.data.root or "").absolute())
     source = None if config.init_from is None else str(expand(config.init_from).absolute())
     return dataclasses.replace(config, data=dataclasses.replace(config.data, root=root), init_from=source)
-
-
-def check_dealt(config: DetectConfig, devices: int) -> None:
-    """Refuse a batch that does not divide. Raises UserError, which names the nearest."""
-    if config.batch_size % devices:
-        near = max(1, round(config.batch_size / devices)) * devices
-        raise UserError(f"batch_size={config.batch_size}: does not divide by {devices} devices; nearest: {near}")
 
 
 def _check_backbone(config: DetectConfig, asked: Collection[str]) -> None:
@@ -184,7 +177,9 @@ def check_predict(values: Mapping[str, Any], images: Collection[str]) -> Predict
 def restored(values: Any) -> DetectConfig:
     """The configuration that a checkpoint holds. Raises UserError if it is of another version."""
     try:
-        return typed(DetectConfig, values)
+        config = typed(DetectConfig, values)
+        check_depth(config.depth, "imagenet")
+        return config
     except UserError as error:
         raise UserError(f"the stored configuration cannot be read: {error}") from error
 

@@ -16,6 +16,7 @@ from resnet_train.detection.evaluate import check_shape, detections
 from resnet_train.detection.pictures import drawn
 from resnet_train.detection.train import precision_of, restored_detector
 from resnet_train.files import expand, write_result, write_whole
+from resnet_train.terminal import say
 
 
 def predict(asked: PredictConfig, images: list[str]) -> None:
@@ -48,11 +49,11 @@ def predict(asked: PredictConfig, images: list[str]) -> None:
         Image.fromarray(drawn(image, found, classes, asked.score).permute(1, 2, 0).numpy()).save(png, "PNG")
         write_whole(picture, png.getvalue())
         told.append({"image": name, "picture": str(picture), "found": rows})
-        print(f"{name}: {len(rows)} found, {picture}")
+        say(f"{name}: {len(rows)} found, {picture}")
         for row in rows:
             left, top, right, bottom = row["box"]
             place = f"left {left:.0f}, top {top:.0f}, right {right:.0f}, bottom {bottom:.0f}"
-            print(f"  {row['class']} {row['score']:.2f}  {place}")
+            say(f"  {row['class']} {row['score']:.2f}  {place}")
     named: dict[str, Any] = {"checkpoint": str(path.absolute()), "net": config.net, "data": config.data_label}
     named |= {"score": asked.score, "iteration": state["iteration"], "boxes": "left, top, right, bottom, in pixels"}
     write_result(out / "detections.json", {**named, "images": told})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import shlex
 import sys
 import time
 from dataclasses import dataclass
@@ -19,10 +20,11 @@ from resnet_train import checkpoint, curves, schedule, state_dicts
 from resnet_train.batchnorm import update_statistics
 from resnet_train.build import DTYPES, autocast, parallel, pick_device, pick_precision, placed
 from resnet_train.config.runs import check_same_data, check_same_run, run_state
+from resnet_train.config.training import check_dealt
 from resnet_train.data.sampler import generator
 from resnet_train.data.transforms import IMAGENET_STD
 from resnet_train.detection.batches import training_batches
-from resnet_train.detection.config import DetectConfig, check_dealt
+from resnet_train.detection.config import DetectConfig
 from resnet_train.detection.data import Examples, load, read_coco, read_voc
 from resnet_train.detection.evaluate import check_shape, evaluate
 from resnet_train.detection.models import Detector, Frame, resnet_detector, vgg_detector
@@ -34,6 +36,7 @@ from resnet_train.models import imagenet_resnet
 from resnet_train.models.resnet import parameters
 from resnet_train.record import Record
 from resnet_train.run import before_restart, begin_directory, check_space, environment_of, peak_memory
+from resnet_train.terminal import say
 from resnet_train.train import INDIFFERENT, Clock, Stop, check_finite, take_rows
 from resnet_train.weights import read_source
 
@@ -251,7 +254,7 @@ def detect(config: DetectConfig, directory: Path) -> int:
             return 0
         resume = config.resume if before == "new" else "auto"
         config = dataclasses.replace(config, devices=world(), resume=resume)
-        together(lambda: check_dealt(config, world()))
+        together(lambda: check_dealt(config.batch_size, world()))
         precision = together(lambda: pick_precision(config.precision, device))
         examples = together(lambda: read_examples(config))
         state = from_main(lambda: _begin(config, directory, examples, held))
@@ -281,7 +284,7 @@ def detect(config: DetectConfig, directory: Path) -> int:
             raise
         if main():
             how = "the same command" if resume == "auto" else "the same command with resume=auto"
-            print(f"stopped at iteration {run.iteration}, checkpoint written; {how} goes on from there", flush=True)
+            say(f"stopped at iteration {run.iteration}, checkpoint written; {how} goes on from there")
         return 128 + stop.signal
 
 
@@ -498,7 +501,7 @@ def _announce(run: Run, state: dict[str, Any] | None) -> None:
     if not main():
         return
     config, examples = run.config, run.examples
-    print(
+    say(
         f"{config.net} on {config.data_label}: {len(examples.train)} training images, {len(examples.test)} for the"
         f" test, {len(examples.classes)} classes; {config.iterations} iterations of {config.batch_size};"
         f" {run.precision} on {run.device}; {run.directory}"
@@ -506,16 +509,16 @@ def _announce(run: Run, state: dict[str, Any] | None) -> None:
     if run.backbone.pretrained:
         frozen = f"; frozen up to {config.freeze}" if config.freeze else ""
         norm = "" if config.backbone == "vgg16" else "; batch norm stays as it has it"
-        print(f"begins with {run.backbone.pretrained}{norm}{frozen}")
+        say(f"begins with {run.backbone.pretrained}{norm}{frozen}")
     else:
         print("begins with random weights, which the paper does not: the figures say nothing about its tables 7 and 8")
     for fault, count in examples.faults.items():
-        print(f"warning: {count} {fault}")
+        say(f"warning: {count} {fault}")
     if state is not None:
-        print(f"going on from iteration {run.iteration}")
+        say(f"going on from iteration {run.iteration}")
         before = state["config"].get("devices")
         if before != world():
-            print(f"note: begun on {before} devices; on {world()} other regions are sampled than there would have been")
+            say(f"note: begun on {before} devices; on {world()} other regions are sampled than there would have been")
     sys.stdout.flush()
 
 
@@ -550,8 +553,9 @@ def _summarise(run: Run, environment: dict[str, Any]) -> None:
     }
     write_json(directory / "summary.json", summary)
     drawn = curves.attempt(lambda: curves.draw_detection(metrics, title, picture), picture)
-    print(
+    say(
         f"{title}: {measured['map07']:.2f} % mAP by VOC 2007's rule, {measured['map10']:.2f} by VOC 2010's,"
         f" {measured['map']:.2f} by COCO's @[.5,.95], on {len(examples.test)} images at iteration {config.iterations},"
-        f" the last\n{f'curves: {picture}; ' if drawn else ''}tensorboard --logdir {directory}"
+        " the last"
     )
+    say(f"{f'curves: {picture}; ' if drawn else ''}tensorboard --logdir {shlex.quote(str(directory))}")

@@ -16,6 +16,7 @@ from resnet_train.report import detection, figures, page, runs, tables, verdict
 from resnet_train.report.page import Section
 from resnet_train.report.runs import Run
 from resnet_train.report.values import MALFORMED, number, printable
+from resnet_train.terminal import say
 
 
 def report(asked: ReportConfig) -> None:
@@ -32,7 +33,8 @@ def report(asked: ReportConfig) -> None:
 
         sections = [Section("Parameters and multiply-adds of every net of tables 1 and 6", tables=[complexity_table()])]
         title = "Complexity"
-        print(page.markdown_table(sections[0].tables[0]))
+        for line in page.markdown_table(sections[0].tables[0]).splitlines():
+            say(line)
     else:
         folders = [expand(name) for name in asked.runs]
         found, places, notes = runs.find(folders)
@@ -46,7 +48,7 @@ def report(asked: ReportConfig) -> None:
         title = "Deep Residual Learning for Image Recognition: these runs beside the paper"
         title = title if published else f"Residual networks on {' and '.join(data)}"
     for note in notes:
-        print(f"note: {note}")
+        say(f"note: {note}")
     try:
         out.mkdir(parents=True, exist_ok=True)
         if asked.report == "runs":
@@ -54,7 +56,7 @@ def report(asked: ReportConfig) -> None:
         _write(asked, title, notes, sections, out)
     except OSError as error:
         raise UserError(f"out={out}: cannot be written: {error.strerror}") from error
-    print(f"{out / 'index.html'}")
+    say(f"{out / 'index.html'}")
     if asked.open:
         webbrowser.open((out / "index.html").resolve().as_uri())
 

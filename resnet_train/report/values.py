@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from resnet_train import terminal
 from resnet_train.curves import read_metrics
 from resnet_train.errors import UserError
 
@@ -22,8 +23,7 @@ def printable(text: str) -> str:
 
     So are backticks, which in a report's own words are around code.
     """
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:LONGEST])
-    shown = shown.replace("`", "\\x60")
+    shown = terminal.printable(text[:LONGEST]).replace("`", "\\x60")
     return shown + ("…" if len(text) > LONGEST else "")
 
 
