@@ -163,6 +163,8 @@ def draw_gradients(measured: Sequence[Signals]) -> Any:
     above.set(ylabel="gradient by response", yscale="log")
     below.set(xlabel="layer index", ylabel="gradient by weights", yscale="log")
     for axes in (above, below):
+        low, high = (math.log10(limit) for limit in axes.get_ylim())
+        axes.set_ylim(10 ** math.floor(low), 10 ** math.ceil(high))  # whole decades, lest small differences look large
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
     above.legend(fontsize=8)
