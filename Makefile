@@ -9,6 +9,7 @@ demo: $(VENV)/installed-digits,report
 	rm -rf runs/demo
 	$(BIN)/resnet-train -m experiment=demo
 	$(BIN)/resnet-report runs/demo out=runs/demo/report
+	@sed -n '/^After/,/^!/{/^!/d;p;}' runs/demo/report/report.md
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder

@@ -21,6 +21,7 @@ from resnet_train import checkpoint, paper
 from resnet_train.build import logits_of, open_sets, pick_device, pick_eval_batch, restored_net
 from resnet_train.config.commands import ResponsesConfig
 from resnet_train.config.training import restored
+from resnet_train.curves import colour, plain_matplotlib
 from resnet_train.data.sets import MemorySets
 from resnet_train.errors import UserError
 from resnet_train.evaluate import Member, testing, with_data
@@ -147,26 +148,28 @@ def gradient_norms(
 
 def draw_gradients(measured: Sequence[Signals]) -> Any:
     """The norms of the gradients over the layers, by the responses (above) and the weights (below); dashed: plain."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+    with plain_matplotlib():
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(8, 6.4), layout="constrained")
-    above, below = figure.subplots(2, 1)
-    for number, one in enumerate(measured):
-        style = {"linestyle": "--" if one.net.startswith("plain") else "-", "color": f"C{number}", "linewidth": 1.2}
-        others = [other for other in measured if other.net == one.net]
-        name = one.net
-        name += f", seed {one.seed}" if len({other.seed for other in others}) > 1 else ""
-        name += f", iteration {one.iteration:,}" if len({other.iteration for other in others}) > 1 else ""
-        index = range(1, len(one.by_response) + 1)
-        above.plot(index, one.by_response, **style, label=name)
-        below.plot(index, one.by_weights, **style)
-    above.set(ylabel="gradient by response", yscale="log")
-    below.set(xlabel="layer index", ylabel="gradient by weights", yscale="log")
-    for axes in (above, below):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-    above.legend(fontsize=8)
+        figure = Figure(figsize=(8, 6.4))
+        above, below = figure.subplots(2, 1)
+        for one in measured:
+            others = [other for other in measured if other.net == one.net]
+            name = one.net
+            name += f", seed {one.seed}" if len({other.seed for other in others}) > 1 else ""
+            name += f", iteration {one.iteration:,}" if len({other.iteration for other in others}) > 1 else ""
+            style = {"color": colour(one.net), "linestyle": "--" if one.net.startswith("plain") else "-"}
+            index = range(1, len(one.by_response) + 1)
+            above.plot(index, one.by_response, **style, label=name)
+            below.plot(index, one.by_weights, **style)
+        above.set(ylabel="gradient by response", yscale="log")
+        below.set(xlabel="layer index", ylabel="gradient by weights", yscale="log")
+        for axes in (above, below):
+            low, high = (math.log10(limit) for limit in axes.get_ylim())
+            axes.set_ylim(10 ** math.floor(low), 10 ** math.ceil(high))  # lest small differences look large
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        above.legend(loc="lower right", ncols=2)
     return figure
 
 
