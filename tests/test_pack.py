@@ -782,7 +782,7 @@ def test_a_listing_is_kept_and_never_stale(tree, tmp_path, monkeypatch):
     root, listed = tmp_path / "photos", []
     shutil.copytree(tree, root)
     real = photographs._listed
-    monkeypatch.setattr(photographs, "_listed", lambda folders: listed.append(1) or real(folders))
+    monkeypatch.setattr(photographs, "_listed", lambda *given: listed.append(1) or real(*given))
 
     def opened(times):
         listed.clear()
