@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test test-all check golden clean
 
+# One thread: for images this small a second gives little, and beside other programs it takes much.
 demo: $(VENV)/installed-digits,report
 	rm -rf runs/demo
-	$(BIN)/resnet-train -m experiment=demo
+	OMP_NUM_THREADS=1 $(BIN)/resnet-train -m experiment=demo
 	$(BIN)/resnet-report runs/demo out=runs/demo/report
 	@sed -n '/^After/,/^!/{/^!/d;p;}' runs/demo/report/report.md
 
