@@ -48,7 +48,7 @@ OTHER = {
     "shortcut": ("B", "C"),
     "seed": ("3", "4"),
     "precision": ("bf16", "fp32"),
-    "init": ("fan_in",),
+    "init": ("fan_out",),
     "zero_gamma": ("true",),
     "iterations": ("6400", "1e5"),
     "batch_size": ("64", "256"),
@@ -61,9 +61,10 @@ OTHER = {
     "warmup.depth": ("0", "20"),
     "warmup.lr": ("0.02", "1"),
     "warmup.error": ("70", "0.5"),
+    "warmup.iterations": ("0", "500"),
     "augment.pad": ("0", "16"),
     "augment.flip": ("false",),
-    "compile": ("false",),
+    "compile": ("false", "true"),
     "log_every": ("10", "1"),
     "eval_every": ("10", "1"),
     "init_from": ("/a.pt", "/b.safetensors"),
@@ -279,9 +280,9 @@ def test_the_numbers_are_the_papers(data, tmp_path):
     """Sections 3.4 and 4.2; the warm-up of 110 layers is CIFAR-10's."""
     found = checked(*needs_root(data, tmp_path))
     assert (found.schedule.lr, found.schedule.factor, found.momentum, found.weight_decay) == (0.1, 0.1, 0.9, 1e-4)
-    assert (found.nesterov, found.decay, found.init, found.zero_gamma) == (False, "all", "fan_out", False)
+    assert (found.nesterov, found.decay, found.init, found.zero_gamma) == (False, "all", "fan_in", False)
     assert found.bottleneck_stride == "1x1"
-    assert (found.warmup.lr, found.warmup.error) == (0.01, 80)
+    assert (found.warmup.lr, found.warmup.error, found.warmup.iterations) == (0.01, 80, 400)
     assert found.warmup.depth == (0 if data == "imagenet" else 110)
     if found.schedule.name == "step":
         assert found.schedule.drops == [0.5, 0.75]
@@ -497,7 +498,7 @@ WRONG = [
     ("bn_images=some", "whole number or device or all"),
     ("device_batch_size=64 bn_images=all", "drop device_batch_size="),
     ("activation_checkpointing=true bn_images=all", "activation_checkpointing computes again"),
-    ("bn_images=all", "add compile=false"),
+    ("compile=true bn_images=all", "add compile=false"),
     ("max_restarts=-1", "at least 0"),
     ("timeout=0", "at least 1"),
     ("gpus=8", "did you mean devices?"),
@@ -534,7 +535,7 @@ WRONG = [
     ("zero_gamma=2", "true or false"),
     ("arch=plain zero_gamma=true", "arch=resnet"),
     ("bottleneck_stride=2x2", "1x1, 3x3"),
-    ("compile=perhaps", "true or false"),
+    ("compile=perhaps", "must be true, false or auto"),
     ("schedule.lr=0", "above 0"),
     ("schedule.lr=-1", "above 0"),
     ("schedule.lr=nan", "a number"),
@@ -1069,7 +1070,7 @@ def test_a_damaged_run_is_named(tmp_path):
     folder = run_in(tmp_path / "run", checked())
     for text in ('{"depth": 2', "[]", ""):
         (folder / "config.json").write_text(text)
-        assert blocked(folder, checked()).startswith(f"run_dir={folder}: ")
+        assert blocked(folder, checked()).startswith(f"{folder}/config.json: ")
 
 
 @pytest.mark.parametrize("resume", ["nver", "nosuch.pt", "always"])
