@@ -72,6 +72,8 @@ def as_text(item: str, sweep: bool) -> str:
     if not equals or not KEY.fullmatch(key) or key.lstrip("+~").partition(".")[0] == "hydra":
         return item
     inside = value[1:-1] if value[:1] + value[-1:] == "[]" else value  # a list
+    if inside != value and _lists_texts(key, value):
+        return item
     split = (sweep or inside != value) and not set("[]{}()") & set(inside)
     pieces = PIECE.findall(inside) if split else [inside]
     if ",".join(pieces) != inside:
@@ -90,6 +92,15 @@ def as_typed(item: str) -> str:
     key, _, value = item.partition("=")
     text = re.sub(r'\\(["\\])', r"\1", value[1:-1])
     return f"{key}={text}" if value == quoted(text) else item
+
+
+def _lists_texts(key: str, value: str) -> bool:
+    """Whether Hydra reads KEY=`value` as a list of texts, such as names in quotes of their own."""
+    try:
+        found = OverridesParser.create().parse_override(f"{key}={value}").value()
+    except (HydraException, ValueError, RecursionError):
+        return False
+    return isinstance(found, list) and all(isinstance(item, str) for item in found)
 
 
 def _readable(key: str, value: str, sweep: bool) -> bool:

@@ -2,7 +2,7 @@
 
 python scripts/results.py RUNS results/NAME [data.root=PATH]
 
-Weights of CIFAR nets that have run the paper's whole schedule come along as results/NAME/weights/NET-seed-N.safetensors.
+Weights of CIFAR nets after the whole schedule come along, as results/NAME/weights/NET-seed-N.safetensors.
 `data.root` is where the images lie, if no longer where the runs found them.
 """
 
