@@ -453,7 +453,7 @@ def test_a_checkpoint_that_declares_another_net_than_it_holds_is_one_line(
     }
     for words in (["classify", "x.png", "checkpoint=x.pt", "device=cpu"], ["weights", "export", "x.pt", "out=y.pth"]):
         assert told.get(key, "a mean of 1000000 float32") in command_here(*words, code=2), words
-    with pytest.raises(UserError, match="holds other things than a checkpoint of this net must|CIFAR nets have 6n"):
+    with pytest.raises(UserError, match=r"holds other things|CIFAR nets have 6n"):
         read_source(tmp_path / "x.pt")
 
 
