@@ -78,7 +78,10 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_compile(config: Config, device: torch.device) -> bool:
-    """auto as true on a GPU, and on a CPU where the run is long enough to earn the time that compiling takes."""
+    """auto as true on a GPU, and on a CPU where the run is long enough to earn the time that compiling takes.
+
+    With bn_images=all, which PyTorch does not compile, as false.
+    """
     if config.compile != "auto":
         return config.compile
     long = config.iterations >= COMPILED_FROM
@@ -91,7 +94,9 @@ def pick_eval_batch(config: Config, device: torch.device) -> int:
     """auto as a batch of small images that keeps a GPU busy, or as one that stays in a CPU's cache."""
     if config.eval_batch_size != "auto":
         return config.eval_batch_size
-    return (2000 if device.type == "cuda" else 250) if config.data.family == "cifar" else 100
+    if config.data.family == "imagenet":
+        return 100
+    return max(1, 2000 * 32**2 // config.data.size**2) if device.type == "cuda" else 250
 
 
 def pick_workers(config: Config) -> int:

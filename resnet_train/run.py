@@ -68,7 +68,8 @@ def train(config: Config, directory: Path) -> int:
             together(lambda: begin_from(run, source))
         state, environment = from_main(lambda: _open(run, held))
         together(lambda: None if main() else _go_on(run, state))  # as the first has in `_open`
-        if run.compiled if state is not None else pick_compile(config, device):
+        wanted = pick_compile(config, device) if state is None else run.compiled
+        if wanted:
             run.compiled = compile_network(run.model, config.depth, run.device)
         if world() > 1:
             run.net = exchanging(run.model, run.precision, (run.share.images, 3, config.data.size, config.data.size))

@@ -50,6 +50,7 @@ def end_warmup(progress: Progress, iteration: int, train_error: float, *, below:
     Section 4.2: 80 %, which took the paper about 400 iterations.
     """
     progress.warm = progress.warm and not (train_error < below and iteration >= at_least)
+    progress.recent = progress.recent if progress.warm else 0
 
 
 def watch_plateau(progress: Progress, iteration: int, error: float, *, patience: float, threshold: float) -> None:

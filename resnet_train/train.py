@@ -49,7 +49,7 @@ class Meters:
         self.skipped = 0  # broken images that others stood in for, in this process
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Add one batch, but for `seen`; no synchronisation with the device."""
+        """Add one batch, of which `_count` counts the images; no synchronisation with the device."""
         self.loss[rank()] += loss * len(labels)
         self.wrong[rank()] += wrong_answers(logits, labels)
 
@@ -239,7 +239,7 @@ def _count(run: Run) -> None:
 
 
 class CapturedStep:
-    """`step`, the making of its batch included, as one CUDA graph: a GPU waits for the launches of a small net else.
+    """`step`, the making of its batch included, as one CUDA graph: otherwise a small net has its GPU wait for launches.
 
     The graph reads what changes from iteration to iteration, the draws of a batch (`MemorySets.draw_batches`) and the
     learning rate, from two tensors, and changes weights, momentum, statistics and meters where they lie.
@@ -287,8 +287,8 @@ def prepare_steps(run: Run) -> tuple[Iterator[tuple[Tensor, ...]], Callable[...,
         "augment": dataclasses.asdict(run.config.augment),
         "start": run.iteration,
     }
-    plain = run.share.passes > 1 or run.scaler.is_enabled() or run.model.recompute
-    if run.device.type == "cuda" and world() == 1 and isinstance(run.sets, MemorySets) and not plain:
+    one_pass = run.share.passes == 1 and not run.scaler.is_enabled() and not run.model.recompute
+    if run.device.type == "cuda" and world() == 1 and isinstance(run.sets, MemorySets) and one_pass:
         make = run.sets.batch_maker(run.mean, run.device, run.config.augment.pad)
         return ((draws,) for draws in run.sets.draw_batches(run.device, **options)), CapturedStep(run, make)
     batches = run.sets.train_batches(run.mean, run.device, **options, rank=rank(), world=world())
@@ -363,7 +363,8 @@ def log_training(run: Run, record: Record, clock: Clock, lr: float) -> None:
         seconds=run.seconds,
         protocol="augmented batches in training mode",
     )
-    run.progress.recent += wrong
+    if run.progress.warm:
+        run.progress.recent += wrong
     if config.schedule.watch == "train":
         _watch(run, error)
     chance = 100 - 100 / len(run.sets.classes)
@@ -377,7 +378,7 @@ def log_training(run: Run, record: Record, clock: Clock, lr: float) -> None:
 def watch_warmup(run: Run) -> None:
     """End the warm-up where the training error of the last `WINDOW` iterations is low enough (section 4.2)."""
     warmup, iteration = run.config.warmup, run.iteration
-    window = max(1, min(WINDOW, warmup.iterations))
+    window = min(WINDOW, warmup.iterations or WINDOW)
     if iteration % window:
         return
     wrong = int(run.meters.state()["wrong"][:, 0].sum())

@@ -43,7 +43,7 @@ install() { # once on a machine; the sheets of a half are cut in the background,
   local half sheet
   for half in "$GPU"/cifar10-1.tar "$GPU-2"/cifar10-2.tar; do
     [ -f "$half" ] && [ ! -e "$WORK/$(basename "$half")" ] || continue
-    touch "$WORK/$(basename "$half")" && tar -xf "$half" -C "$WORK"
+    tar -xf "$half" -C "$WORK" && touch "$WORK/$(basename "$half")"
     for sheet in $(tar -tf "$half" | grep webp); do
       mkdir -p "$WORK/sheets/$sheet/part"
       mv "$WORK/$sheet" "$WORK/${sheet%.webp}.txt" "$WORK/sheets/$sheet/part"

@@ -270,7 +270,9 @@ def test_photographs_are_cut_in_one_way(words, tmp_path):
 def test_a_configuration_of_an_earlier_version_is_read():
     values = checked().plain()
     del values["normalise"], values["augment"]["area"], values["augment"]["colour_jitter"]
+    del values["warmup"]["iterations"]
     found = restored(values)
+    assert found.warmup.iterations == 0
     assert (found.normalise, found.augment.area, found.augment.colour_jitter) == ("channels", None, 0)
     check_same_run(values, found.plain(), "run")
 

@@ -140,6 +140,7 @@ SCHEDULE_KEYS: dict[str, tuple[str, ...]] = {
 COUNTED = ("iterations", "log_every", "eval_every", "checkpoint_every", "keep_every")
 # What earlier versions did where there was no such key yet.
 EARLIER = {"data.broken": "stop", "normalise": "channels", "augment.area": None, "augment.colour_jitter": 0.0}
+EARLIER |= {"warmup.iterations": 0}
 
 
 def check_train(values: Mapping[str, Any], asked: Collection[str] = (), *, needs_data: bool = True) -> Config:
