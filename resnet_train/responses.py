@@ -21,7 +21,6 @@ from resnet_train import checkpoint, paper
 from resnet_train.build import logits_of, open_sets, pick_device, pick_eval_batch, restored_net
 from resnet_train.config.commands import ResponsesConfig
 from resnet_train.config.training import restored
-from resnet_train.curves import colour, plain_matplotlib
 from resnet_train.data.sets import MemorySets
 from resnet_train.errors import UserError
 from resnet_train.evaluate import Member, testing, with_data
@@ -146,33 +145,6 @@ def gradient_norms(
     return by_response, by_weights
 
 
-def draw_gradients(measured: Sequence[Signals]) -> Any:
-    """The norms of the gradients over the layers, by the responses (above) and the weights (below); dashed: plain."""
-    with plain_matplotlib():
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-
-        figure = Figure(figsize=(8, 6.4))
-        above, below = figure.subplots(2, 1)
-        for one in measured:
-            others = [other for other in measured if other.net == one.net]
-            name = one.net
-            name += f", seed {one.seed}" if len({other.seed for other in others}) > 1 else ""
-            name += f", iteration {one.iteration:,}" if len({other.iteration for other in others}) > 1 else ""
-            style = {"color": colour(one.net), "linestyle": "--" if one.net.startswith("plain") else "-"}
-            index = range(1, len(one.by_response) + 1)
-            above.plot(index, one.by_response, **style, label=name)
-            below.plot(index, one.by_weights, **style)
-        above.set(ylabel="gradient by response", yscale="log")
-        below.set(xlabel="layer index", ylabel="gradient by weights", yscale="log")
-        for axes in (above, below):
-            low, high = (math.log10(limit) for limit in axes.get_ylim())
-            axes.set_ylim(10 ** math.floor(low), 10 ** math.ceil(high))  # lest small differences look large
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        above.legend(loc="lower right", ncols=2)
-    return figure
-
-
 def responses(asked: ResponsesConfig) -> None:
     """The command `resnet-responses`: figure 7 and the norms of the gradients, and their values as CSV.
 
@@ -192,14 +164,18 @@ def responses(asked: ResponsesConfig) -> None:
             f" {max(one.by_response):.2g}, by weights {min(one.by_weights):.2g} to {max(one.by_weights):.2g}",
         )
     out = expand(asked.out)
-    stds = [
-        figures.Responses(one.net, one.data, one.seed, list(one.stds.values()), one.note, one.finished, one.iteration)
-        for one in measured
-    ]
+
+    def lines(values: Callable[[Signals], Sequence[float]]) -> list[figures.Responses]:
+        return [
+            figures.Responses(one.net, one.data, one.seed, values(one), one.note, one.finished, one.iteration)
+            for one in measured
+        ]
+
     try:
         out.mkdir(parents=True, exist_ok=True)
-        figures.save(figures.draw_responses(stds), out / "figure-7")
-        figures.save(draw_gradients(measured), out / "gradients")
+        figures.save(figures.draw_responses(lines(lambda one: list(one.stds.values()))), out / "figure-7")
+        gradients = figures.draw_gradients(lines(lambda one: one.by_response), lines(lambda one: one.by_weights))
+        figures.save(gradients, out / "gradients")
         header = ["net", "data", "seed", "iteration", "finished", "index", "layer"]
         rows = [
             [*_about(one), number, name, std, asked.split, asked.images, one.note]
