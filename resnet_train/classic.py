@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from resnet_train.data.images import ImageSet
+from resnet_train.data.images import FORMATS, ImageSet
 from resnet_train.data.photographs import Part
 
 NORMALISE = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -51,7 +51,7 @@ class Photographs(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         _, data, label = self.part.read(index)
-        return self.transform(Image.open(io.BytesIO(data)).convert("RGB")), label
+        return self.transform(Image.open(io.BytesIO(data), formats=FORMATS).convert("RGB")), label
 
 
 def loader(data: ImageSet, batch_size: int, device: torch.device, *, train: bool) -> DataLoader:

@@ -86,7 +86,7 @@ def report() -> None:
     """The command `resnet-report`."""
     # What is no key=value is a run; the first word may also say what to report on.
     words = ["open=true" if word == "--open" else word for word in sys.argv[1:]]
-    folders = [word for word in words if not word.startswith("-") and ("=" not in word or Path(word).is_dir())]
+    folders = [word for word in words if not word.startswith("-") and ("=" not in word or os.path.isdir(word))]
     kept = [word for word in words if word not in folders]
     if folders[:1] == ["complexity"]:
         kept.append("report=complexity")

@@ -581,6 +581,19 @@ def test_the_same_runs_give_the_same_figures(reported, monkeypatch):
     shutil.rmtree(again)
 
 
+def test_a_result_that_is_a_pipe_is_not_waited_for(tmp_path):
+    (run,) = found(make(tmp_path / "run"))
+    assert run.results == []
+    (tmp_path / "run" / "checkpoints").mkdir()
+    os.mkfifo(tmp_path / "run" / "checkpoints" / "last-test.json")
+    (run,) = found(tmp_path / "run")
+    assert run.results == []
+
+
+def test_a_table_without_rows_is_its_header():
+    assert "<th" in page._table(tables.Table("none", "None", ["net", "error"], [], []))
+
+
 def test_wrong_words_are_one_line(tmp_path, monkeypatch, capsys):
     make(tmp_path / "run")
     (tmp_path / "empty").mkdir()

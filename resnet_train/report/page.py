@@ -228,7 +228,7 @@ def _table(table: Table) -> str:
     rows = table.shown()
     number = re.compile(rf"{NOTHING}|[-+]?[\d,.]+( [±(].*)?")
     kinds = []
-    for column in zip(*rows, strict=True):
+    for column in zip(*rows, strict=True) if rows else [[""]] * len(table.header):
         short = ' class="short"' if max(map(len, column)) < 16 else ""
         kinds.append(' class="number"' if all(map(number.fullmatch, column)) else short)
 
