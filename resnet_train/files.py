@@ -82,6 +82,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
+def read_if_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is none, or one that is being written."""
+    try:
+        return read_json(path)
+    except (OSError, ValueError):
+        return {}
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises UserError for what is none."""
     try:

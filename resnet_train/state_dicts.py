@@ -11,7 +11,6 @@ half after them; ours stand after them. The same net with its channels in anothe
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from resnet_train import checkpoint
 from resnet_train.errors import UserError
+from resnet_train.files import read_if_object
 from resnet_train.models import cifar_resnet, imagenet_resnet
 from resnet_train.models.resnet import IMAGENET
 
@@ -100,7 +100,7 @@ def check_said(found: object, path: Path) -> bool:
 
     Raises UserError where it says another, whose names and shapes may be the same.
     """
-    notes = [found, metadata(path), {"architecture": _beside(path.with_name("config.json")).get("architecture")}]
+    notes = [found, metadata(path), {"architecture": read_if_object(path.with_name("config.json")).get("architecture")}]
     words = [(key, note.get(key)) for note in notes if isinstance(note, Mapping) for key in SAYS]
     told = [(f"{key}={word[:60]}", PLAIN.fullmatch(word.lower())) for key, word in words if isinstance(word, str)]
     told += [("its name", None)] if OTHERS.search(path.name.lower()) else []
@@ -111,15 +111,6 @@ def check_said(found: object, path: Path) -> bool:
                 " is torchvision's, resnet-weights import takes it with format=torchvision"
             )
     return bool(told) or re.search(r"(?<![a-z])resnet[_-]?\d+(?![a-z])", path.name.lower()) is not None
-
-
-def _beside(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty where there is none."""
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def metadata(path: Path) -> dict[str, str]:

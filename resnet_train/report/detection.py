@@ -9,10 +9,11 @@ from typing import Any
 
 from resnet_train import paper
 from resnet_train.curves import OTHERS, plain_matplotlib
+from resnet_train.files import read_if_object
 from resnet_train.report.figures import save
 from resnet_train.report.page import Section
 from resnet_train.report.tables import Cell, Table, spread, without_places
-from resnet_train.report.values import json_in, metrics_in, number, object_in, plain, reading, whole, word
+from resnet_train.report.values import json_in, metrics_in, number, plain, reading, whole, word
 
 # Of a configuration, what must be the same in one table.
 SETTING = (
@@ -79,7 +80,7 @@ def find(folders: dict[Path, str]) -> list[Detector]:
 
 def _read(folder: Path, place: str) -> Detector:
     config, metrics = json_in(folder / "config.json"), metrics_in(folder)
-    environment, data = object_in(folder / "environment.json"), config["data"]
+    environment, data = read_if_object(folder / "environment.json"), config["data"]
     kind, parts = data["name"], [word(name) for name in data["train"]]
     net = "vgg-16" if config["backbone"] == "vgg16" else f"resnet-{whole(config['depth'])}"
     lines = [line for line in metrics if line["split"] == "test"]

@@ -13,11 +13,11 @@ from typing import Any
 from resnet_train import paper
 from resnet_train.curves import Point
 from resnet_train.errors import UserError
+from resnet_train.files import read_if_object
 from resnet_train.report.values import (
     json_in,
     metrics_in,
     number,
-    object_in,
     plain,
     printable,
     reading,
@@ -127,7 +127,7 @@ def find(folders: Iterable[Path]) -> tuple[list[Run], dict[Path, str], list[str]
     for folder, place in found.values():
         metrics = folder / "metrics.jsonl"
         if metrics.is_file() and "\n" in text_in(metrics):
-            if "backbone" in object_in(folder / "config.json"):
+            if "backbone" in read_if_object(folder / "config.json"):
                 detectors[folder] = place
             else:
                 runs.append(read(folder, place))
@@ -174,7 +174,7 @@ def _run(folder: Path, place: str, config: dict[str, Any], metrics: list[dict[st
     net = f"plain-{depth}" if arch == "plain" else f"{arch}-{depth}-{config['shortcut']}"
     if not NET.fullmatch(net):
         raise ValueError(f"{net!r:.100} is no net")
-    told = object_in(folder / "environment.json") | object_in(folder / "summary.json")
+    told = read_if_object(folder / "environment.json") | read_if_object(folder / "summary.json")
     data, precision, parameters = word(metrics[0]["data"]), told.get("precision"), told.get("parameters")
     setting = {"data": data, "protocol": protocol, **_recipe(config, family)}
     if "digest" in told and data not in paper.DATA:  # other images in a folder of the same name; the paper's have one
@@ -218,7 +218,7 @@ def _recipe(config: dict[str, Any], family: str) -> dict[str, Any]:
 
 def _results(folder: Path) -> list[dict[str, Any]]:
     """What resnet-eval has written beside the checkpoints: tests, of one net or of an ensemble."""
-    found = [object_in(path) for path in sorted(folder.rglob("*-test.json"))]
+    found = [read_if_object(path) for path in sorted(folder.rglob("*-test.json"))]
     found = [result for result in found if {"net", "data", "split", "protocol", "error"} <= result.keys()]
     for result in found:
         result |= {key: word(result[key]) for key in ("net", "data", "split", "protocol")}

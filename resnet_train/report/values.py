@@ -12,7 +12,6 @@ from typing import Any
 from resnet_train import terminal
 from resnet_train.curves import read_metrics
 from resnet_train.errors import UserError
-from resnet_train.files import read_json
 
 LONGEST = 4000  # characters of a string in a run's files
 # What values of another type, form or depth than a run's files have make of the code that reads them.
@@ -104,11 +103,3 @@ def plain(value: Any) -> Any:
     if value is None or isinstance(value, bool):
         return value
     return word(value) if isinstance(value, str) else number(value, -math.inf)
-
-
-def object_in(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty where there is none, or one that is being written."""
-    try:
-        return read_json(path)
-    except (OSError, ValueError):
-        return {}
