@@ -33,10 +33,11 @@ from resnet_train.build import (
     network,
     open_sets,
     pick_compile,
-    pick_device,
     pick_eval_batch,
-    pick_precision,
 )
+from resnet_train.classification.run import build
+from resnet_train.classification.step import step
+from resnet_train.classification.train import ClassificationTask
 from resnet_train.config.commands import BenchConfig
 from resnet_train.config.training import Config
 from resnet_train.data.images import decode
@@ -45,11 +46,13 @@ from resnet_train.data.photographs import Part, open_photographs
 from resnet_train.data.places import is_packed
 from resnet_train.data.sampler import generator
 from resnet_train.data.sets import Batches, MemorySets, StreamedSets, random_views
+from resnet_train.engine.compute import pick_device, pick_precision
+from resnet_train.engine.environment import git_commit, memory_held, peak_memory, processor, versions
+from resnet_train.engine.loop import Clock, Stop, log_training, loop
 from resnet_train.errors import RunError
 from resnet_train.evaluate import count_errors
 from resnet_train.files import check_result, expand, write_result
 from resnet_train.record import Record
-from resnet_train.run import build, git_commit, memory_held, peak_memory, processor, versions
 from resnet_train.terminal import say
 from resnet_train.timing import (
     SPEED,
@@ -65,7 +68,6 @@ from resnet_train.timing import (
     table,
     threads,
 )
-from resnet_train.train import Clock, Run, Stop, log_training, loop, rate, step
 
 
 class Outcome(NamedTuple):
@@ -138,14 +140,14 @@ def changed(config: Config, **changes: Any) -> Config:
     return dataclasses.replace(config, **changes)
 
 
-def opened(config: Config, sets: MemorySets | StreamedSets, folder: Path) -> Run:
-    """A run ready to train, as resnet-train would build it."""
-    run = build(config, folder, sets)
+def opened(config: Config, sets: MemorySets | StreamedSets) -> ClassificationTask:
+    """A task ready to train, as resnet-train would build it."""
+    run = build(config, sets)
     run.compiled = pick_compile(config, run.device) and compile_network(run.model, config.depth, run.device)
     return run
 
 
-def batches_of(run: Run) -> Batches:
+def batches_of(run: ClassificationTask) -> Batches:
     """The run's augmented batches, without end."""
     augment = dataclasses.asdict(run.config.augment)
     return run.sets.train_batches(
@@ -153,40 +155,37 @@ def batches_of(run: Run) -> Batches:
     )
 
 
-def bare(run: Run, images: Tensor, labels: Tensor) -> Work:
+def bare(run: ClassificationTask, images: Tensor, labels: Tensor) -> Work:
     """Our step on one batch."""
 
     def do(count: int) -> None:
         for _ in range(count):
-            step(run, images, labels, rate(run.config, run.iteration, run.progress))
+            step(run, images, labels, run.learning_rate())
 
     return Work(do, len(images))
 
 
 class _Until(Stop):
-    """Ends the loop after so many iterations, without a checkpoint."""
+    """Ends the loop after so many iterations."""
 
-    def __init__(self, run: Run, count: int) -> None:
+    def __init__(self, run: ClassificationTask, count: int) -> None:
         self.run, self.end = run, run.iteration + count
 
     def agreed(self) -> bool:
-        if self.run.iteration < self.end:
-            return False
-        self.run.saved_at = self.run.iteration
-        return True
+        return self.run.iteration >= self.end
 
 
-def trained(run: Run, record: Record, count: int) -> None:
-    """So many iterations of the training loop."""
+def trained(run: ClassificationTask, folder: Path, record: Record, count: int) -> None:
+    """So many iterations of the training loop, without a checkpoint."""
     with contextlib.redirect_stdout(io.StringIO()):
-        loop(run, record, _Until(run, count))
+        loop(run, folder, record, Clock(run.iteration), _Until(run, count), saved_at=run.iteration + count)
 
 
 @contextlib.contextmanager
-def recording(run: Run) -> Iterator[Record]:
+def recording(run: ClassificationTask, folder: Path) -> Iterator[Record]:
     """The record of a run, as it is where there is no terminal."""
     with contextlib.redirect_stderr(io.StringIO()):
-        record = Record(run.directory, {"data": "bench", "seed": run.config.seed}, 0, run.config.iterations)
+        record = Record(folder, {"data": "bench", "seed": run.config.seed}, 0, run.config.iterations)
     try:
         yield record
     finally:
@@ -201,7 +200,7 @@ def steps(asked: BenchConfig, config: Config, folder: Path, device: torch.device
     kinds = [(config.precision, config.compile), ("fp32", False), ("bf16", False), ("bf16", config.compile)]
     sets, works = sets_of(config), {}
     for precision, compiled in dict.fromkeys(kinds):
-        run = opened(changed(config, precision=precision, compile=compiled), sets, folder)
+        run = opened(changed(config, precision=precision, compile=compiled), sets)
         images, labels = next(batches_of(run))
         works[f"{precision} {'compiled' if run.compiled else 'eager'}"] = bare(run, images, labels)
     batch = images.contiguous(), labels
@@ -221,24 +220,24 @@ def whole_loop(asked: BenchConfig, config: Config, folder: Path, device: torch.d
     sets, batch = in_memory(config), config.batch_size
     trainer = classic.Trainer(network(config, len(sets.classes)), device)
     batches = classic.endless(classic.loader(sets.parts["train"], batch, device, train=True))
-    run = opened(config, sets, folder)
-    with recording(run) as record:
+    run = opened(config, sets)
+    with recording(run, folder) as record:
         works = {
-            "loop": Work(functools.partial(trained, run, record), batch, config.log_every),
+            "loop": Work(functools.partial(trained, run, folder, record), batch, config.log_every),
             "bare": bare(run, *next(batches_of(run))),
             "classic": Work(functools.partial(trainer.steps, batches), batch),
         }
         found = speeds(works, asked.seconds, asked.rounds, device)
-        shares = _shares(run, record)
+        shares = _shares(run, folder, record)
     rows = compared(found, "classic", "bare")
     text = ", ".join(f"{name} {share:.2%}" for name, share in shares.items())
     return Outcome(rows, {"shares": shares}, [f"of the loop, taken apart: {text}"])
 
 
-def _shares(run: Run, record: Record) -> dict[str, float]:
+def _shares(run: ClassificationTask, folder: Path, record: Record) -> dict[str, float]:
     """What the parts of the loop take of it, from one logged point to the next, each waited for."""
     batches, clock, spent = batches_of(run), Clock(run.iteration), dict.fromkeys(("data", "step", "record"), 0.0)
-    lr, batch = rate(run.config, run.iteration, run.progress), list(next(batches_of(run)))
+    lr, batch = run.learning_rate(), list(next(batches_of(run)))
 
     def fetch() -> None:
         batch[:] = next(batches)
@@ -248,7 +247,7 @@ def _shares(run: Run, record: Record) -> dict[str, float]:
         spent["step"] += clocked(lambda: step(run, batch[0], batch[1], lr), run.device)
         spent["record"] += clocked(record.bar.update, run.device)
     with contextlib.redirect_stdout(io.StringIO()):
-        spent["record"] += clocked(lambda: log_training(run, record, clock, lr), run.device)
+        spent["record"] += clocked(lambda: log_training(run, folder, record, clock, lr), run.device)
     return {name: seconds / sum(spent.values()) for name, seconds in spent.items()}
 
 
@@ -259,7 +258,7 @@ def loader(asked: BenchConfig, config: Config, folder: Path, device: torch.devic
     sets = in_memory(config)
     pictures = classic.Pictures(sets.parts["train"], train=True)
     places = itertools.cycle(range(len(pictures)))
-    run = opened(config, sets, folder)
+    run = opened(config, sets)
     batches, batch = batches_of(run), config.batch_size
 
     def augment(count: int) -> None:
@@ -363,7 +362,7 @@ def evaluation(asked: BenchConfig, config: Config, folder: Path, device: torch.d
     size, batch = sets.sizes["test"], pick_eval_batch(config, device)
     trainer = classic.Trainer(network(config, len(sets.classes)), device)
     theirs = classic.loader(sets.parts["test"], batch, device, train=False)
-    run = opened(config, sets, folder)
+    run = opened(config, sets)
 
     def ours(count: int) -> None:
         for _ in range(count):
@@ -422,7 +421,7 @@ def _to_first_step(config: Config, cache: Path, empty: bool = False) -> float:
 def _first_step(config: Config, cache: Path) -> float:
     """When the first step has ended, by the clock that all processes share."""
     with environment("TORCHINDUCTOR_CACHE_DIR", str(cache)):
-        run = opened(config, sets_of(config), cache)
+        run = opened(config, sets_of(config))
         clocked(lambda: bare(run, *next(batches_of(run))).do(1), run.device)
     return time.perf_counter()
 
@@ -435,7 +434,7 @@ def memory(asked: BenchConfig, config: Config, folder: Path, device: torch.devic
     }
     held = {name: in_new_process(_memory, way, asked.steps) for name, way in ways.items()}
     sets = sets_of(config)
-    runs = {name: opened(way, sets, folder) for name, way in ways.items()}
+    runs = {name: opened(way, sets) for name, way in ways.items()}
     batch = next(batches_of(runs["plain"]))
     found = speeds({name: bare(run, *batch) for name, run in runs.items()}, asked.seconds, asked.rounds, device)
     rows = [
@@ -458,11 +457,11 @@ def _memory(config: Config, count: int) -> dict[str, int]:
     device, early = pick_device(config.device), min(500, count // 2)
     start = memory_held(device)
     with tempfile.TemporaryDirectory(prefix="resnet-bench-") as folder:
-        run = opened(config, sets_of(config), Path(folder))
-        with recording(run) as record:
-            trained(run, record, early)
+        run = opened(config, sets_of(config))
+        with recording(run, Path(folder)) as record:
+            trained(run, Path(folder), record, early)
             then = memory_held(device)
-            trained(run, record, count - early)
+            trained(run, Path(folder), record, count - early)
             now = memory_held(device)
     most = max(peak_memory(device), then, now)  # the system counts its peak a little late
     return {"peak": most - start, f"step {early}": then - start, f"step {count}": now - start}

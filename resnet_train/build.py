@@ -1,30 +1,26 @@
-"""From a configuration to data and a network on a device: the one place that reads their keys."""
+"""From a configuration to data and a network: the one place that reads their keys."""
 
 from __future__ import annotations
 
 import contextlib
-import inspect
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from resnet_train import checkpoint
-from resnet_train.allocator import keep_freed_memory
 from resnet_train.batchnorm import group_statistics
 from resnet_train.config.training import Config
 from resnet_train.data.sets import MemorySets, StreamedSets
-from resnet_train.distributed import local_rank, main
+from resnet_train.distributed import main
+from resnet_train.engine.compute import autocast, parallel, placed
 from resnet_train.errors import UserError
 from resnet_train.models import cifar_resnet, imagenet_resnet
 from resnet_train.models.resnet import ResNet
 from resnet_train.terminal import say
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 COMPILED_FROM = 1000  # iterations
 WHOLE = 110  # deeper nets are compiled block by block: compiling the whole takes time in proportion to its depth
 
@@ -61,22 +57,6 @@ def open_sets(config: Config) -> MemorySets | StreamedSets:
     )
 
 
-def pick_device(name: str) -> torch.device:
-    """auto, cpu or cuda as this process's device. Raises UserError where there is no GPU for it."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("device=cuda: torch sees no GPU here; take device=cpu")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
-        if local_rank() >= torch.cuda.device_count():
-            raise UserError(f"devices: torch sees {torch.cuda.device_count()} GPUs here; each process needs one")
-        torch.cuda.set_device(local_rank())
-        return torch.device("cuda", local_rank())
-    keep_freed_memory()
-    return torch.device(name)
-
-
 def pick_compile(config: Config, device: torch.device) -> bool:
     """auto as true on a GPU, and on a CPU where the run is long enough to earn the time that compiling takes.
 
@@ -107,30 +87,6 @@ def pick_workers(config: Config) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     return share if torch.cuda.is_available() and config.device != "cpu" else min(4, share)
-
-
-def pick_precision(name: str, device: torch.device) -> str:
-    """auto as bf16 where the processor computes with it and as fp32 elsewhere; others as they are."""
-    if name == "fp16" and device.type == "cpu":
-        raise UserError("precision=fp16: is for GPUs; on a CPU take bf16 or fp32")
-    if name != "auto":
-        return name
-    fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else _cpu_has_bf16()
-    return "bf16" if fast else "fp32"
-
-
-def _cpu_has_bf16() -> bool:
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.exists() and any(flag in cpuinfo.read_text() for flag in ("avx512_bf16", "amx_bf16", "bf16 "))
-
-
-Net = TypeVar("Net", bound=nn.Module)
-
-
-def placed(model: Net, device: torch.device, precision: str) -> Net:
-    """`model` on `device`, channels last, its weights in float32, or in float64 for fp64."""
-    dtype = torch.float64 if precision == "fp64" else torch.float32
-    return model.to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def check_net(config: Config, state: dict[str, Any]) -> None:
@@ -173,45 +129,11 @@ def restored_net(
         return model, state["mean"].to(device), precision, state["measure"]["compile"]
 
 
-def check_synchronised(device: torch.device) -> None:
-    """Raise UserError where batch norm over the images of all processes cannot be had."""
-    if device.type == "cpu":
-        raise UserError("bn_images=all: PyTorch's synchronised batch norm needs GPUs; take a number of images")
-
-
-def parallel(model: nn.Module, first: Callable[[nn.Module], Tensor]) -> nn.Module:
-    """`model` with its gradients averaged over all processes; each keeps its own buffers.
-
-    `first` is a first pass that nothing comes of: it gives a number to go backward from.
-    """
-    device = next(model.parameters()).device
-    newer = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-    net = DistributedDataParallel(
-        model,
-        device_ids=[device] if device.type == "cuda" else None,
-        gradient_as_bucket_view=True,
-        **{"forward_sync_buffers" if newer else "broadcast_buffers": False},  # type: ignore[arg-type]
-    )
-    # After its first pass it puts the gradients in another order, in which sums of more than two round otherwise. That
-    # pass is made here, on nothing: else a run that is cut and goes on would differ from one that is not.
-    buffers = [buffer.clone() for buffer in model.buffers()]
-    first(net).backward()
-    model.zero_grad(set_to_none=True)
-    for buffer, before in zip(model.buffers(), buffers, strict=True):
-        buffer.copy_(before)
-    return net
-
-
 def exchanging(model: nn.Module, precision: str, shape: tuple[int, ...]) -> nn.Module:
     """`parallel` for a net; `shape` is that of its batches. All move its buffers alike: batchnorm.update_statistics."""
     device = next(model.parameters()).device
     images = torch.zeros(shape, device=device).contiguous(memory_format=torch.channels_last)
     return parallel(model, lambda net: logits_of(net, images, precision).sum())
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context in which a forward pass computes in `precision`, bf16, fp16 or fp32."""
-    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
 
 
 def logits_of(net: nn.Module, images: Tensor, precision: str) -> Tensor:

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_train.build import logits_of, pick_device, restored_net
+from resnet_train.build import logits_of, restored_net
 from resnet_train.config.commands import ClassifyConfig
 from resnet_train.config.training import Config, restored
 from resnet_train.data.images import center_view, read_image, whole_view
 from resnet_train.data.names import imagenet_classes
 from resnet_train.data.transforms import normalise
+from resnet_train.engine.compute import pick_device
 from resnet_train.files import expand, write_result
 from resnet_train.terminal import say
 from resnet_train.weights import divisor, load

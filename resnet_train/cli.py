@@ -314,7 +314,7 @@ def _digest_of_images(config: Config) -> str:
 
 
 def _digest_of_examples(config: Any) -> str:
-    from resnet_train.detection.train import read_examples
+    from resnet_train.detection.run import read_examples
 
     return read_examples(config).digest
 
@@ -512,14 +512,14 @@ def _work(here: Callable[[Any, Path], int], config: Any, directory: Path) -> NoR
 
 def _train_here(config: Config, directory: Path) -> int:
     """Train in this process, alone or as one of several; the exit code."""
-    from resnet_train.run import train as run
+    from resnet_train.classification.run import train as run
 
     return exit_code(lambda: run(config, directory))
 
 
 def _detect_here(config: Any, directory: Path) -> int:
     """Train a detector in this process, alone or as one of several; the exit code."""
-    from resnet_train.detection.train import detect as run
+    from resnet_train.detection.run import detect as run
 
     return exit_code(lambda: run(config, directory))
 

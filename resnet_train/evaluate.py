@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resnet_train.batchnorm import average_statistics
-from resnet_train.build import compile_network, logits_of, open_sets, pick_device, pick_eval_batch, restored_net
+from resnet_train.build import compile_network, logits_of, open_sets, pick_eval_batch, restored_net
 from resnet_train.config.commands import EvalConfig, EvalData
 from resnet_train.config.training import Config, restored
 from resnet_train.data.places import check_source
 from resnet_train.data.sets import PROTOCOLS, MemorySets, StreamedSets, Views
 from resnet_train.distributed import from_main, joined, main, one_after_all, rank, together, total, world
+from resnet_train.engine.compute import pick_device
 from resnet_train.errors import UserError
 from resnet_train.files import expand, write_result
 from resnet_train.terminal import say

@@ -16,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
+from resnet_train.distributed import main
 from resnet_train.errors import RunError, remedy
 from resnet_train.terminal import printable, say
 
@@ -60,6 +61,13 @@ def _point(line: bytes) -> dict[str, Any] | None:
     numbers = (found.get("seconds", 0.0), found.get("error", 0.0), found.get("loss", 0.0))
     whole = found.get("split") in SPLITS and all(type(number) in (int, float) for number in numbers)
     return found if whole and all(isinstance(value, (str, int, float)) for value in found.values()) else None
+
+
+def message(text: str) -> None:
+    """A line of the first process that does not tear its progress bar."""
+    if main():
+        tqdm.write(printable(text), file=sys.stdout)
+        sys.stdout.flush()
 
 
 class Record:
@@ -145,26 +153,26 @@ class Record:
                 f" ({values['waited']:.0%} waiting for data)"
             )
         elif "error" in values:
-            self.say(f"iteration {iteration}: {split} error {values['error']:.2f} %")
+            message(f"iteration {iteration}: {split} error {values['error']:.2f} %")
         else:
             maps = (f"{name} {value:.2f} %" for name, value in values.items() if name.startswith("map"))
-            self.say(f"iteration {iteration}: {split} {', '.join(maps)}")
+            message(f"iteration {iteration}: {split} {', '.join(maps)}")
 
     def lacks(self, iteration: int, *splits: str) -> bool:
         """Whether the last points of these splits are not all of `iteration`."""
         return any(self.last.get(split) != iteration for split in splits)
 
     def hyper_parameters(
-        self, iteration: int, values: dict[str, str | bool | int | float], results: Iterable[str] = ("error",)
+        self, iteration: int, values: dict[str, str | bool | int | float], results: Iterable[str]
     ) -> None:
-        """A row of TensorBoard's HPARAMS tab with the final errors, once, before the last checkpoint.
+        """A row of TensorBoard's HPARAMS tab, with those of the final `results` that are errors or mAP.
 
-        In the events of the test curve, whose `results` are the row's: add_hparams would make a run of its own.
+        In the events of the test curve: add_hparams would make a run of its own.
         """
         if self.silent:
             return
         with self._writing():
-            writer, names = self._writer("test"), list(results)
+            writer, names = self._writer("test"), [name for name in results if name.startswith(("error", "map"))]
             if "error" in names:
                 writer.add_scalar("final/train_error", self.train_error, iteration)
                 names.append("final/train_error")
@@ -183,12 +191,6 @@ class Record:
             with self._writing(), SummaryWriter(str(self.board / "paper")) as writer:
                 for iteration in (0, iterations):
                     writer.add_scalar("error", error, iteration)
-
-    def say(self, text: str) -> None:
-        """A line that does not tear the bar."""
-        if not self.silent:
-            tqdm.write(printable(text), file=sys.stdout)
-            sys.stdout.flush()
 
     def flush(self) -> None:
         """Put everything on disk; called before a checkpoint, which must not be ahead of its record."""

@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resnet_train import checkpoint, paper
-from resnet_train.build import logits_of, open_sets, pick_device, pick_eval_batch, restored_net
+from resnet_train.build import logits_of, open_sets, pick_eval_batch, restored_net
 from resnet_train.config.commands import ResponsesConfig
 from resnet_train.config.training import restored
 from resnet_train.data.sets import MemorySets
+from resnet_train.engine.compute import pick_device
 from resnet_train.errors import UserError
 from resnet_train.evaluate import Member, testing, with_data
 from resnet_train.files import expand, put

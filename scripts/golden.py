@@ -18,14 +18,16 @@ import hydra
 import torch
 from omegaconf import OmegaConf
 
+from resnet_train.classification.run import build
+from resnet_train.classification.step import step
+from resnet_train.classification.train import rate
 from resnet_train.compose import CONFIG_DIR
 from resnet_train.config.keys import flat
 from resnet_train.config.training import Config, restored
+from resnet_train.engine.environment import processor
 from resnet_train.models import cifar_resnet, imagenet_resnet
 from resnet_train.models.resnet import IMAGENET, multiply_adds, parameters
-from resnet_train.run import build, processor
 from resnet_train.schedule import Progress, end_warmup, watch_plateau
-from resnet_train.train import rate, step
 
 FILE = Path(__file__).resolve().parent.parent / "tests" / "golden.json"
 NETS = {  # name: its family, depth and shortcut
@@ -81,7 +83,7 @@ def losses() -> list[float]:
     config, threads, found = composed(TINY), torch.get_num_threads(), []
     torch.set_num_threads(THREADS)
     try:
-        run = build(config, Path("nowhere"))
+        run = build(config)
         batches = run.sets.train_batches(
             run.mean,
             run.device,
@@ -92,7 +94,7 @@ def losses() -> list[float]:
         )
         for images, labels in itertools.islice(batches, config.iterations):
             run.meters.reset()
-            step(run, images, labels, rate(config, run.iteration, run.progress))
+            step(run, images, labels, run.learning_rate())
             found.append(run.meters.loss.item() / run.meters.seen)
     finally:
         torch.set_num_threads(threads)

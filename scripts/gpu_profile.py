@@ -13,7 +13,6 @@ import functools
 import itertools
 import json
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -25,21 +24,23 @@ from torch import Tensor
 
 from resnet_train import classic
 from resnet_train.build import compile_network
+from resnet_train.classification.run import build
+from resnet_train.classification.step import step
+from resnet_train.classification.train import ClassificationTask
 from resnet_train.compose import compose
 from resnet_train.config.training import check_train
 from resnet_train.data.made_up import MadeUp
+from resnet_train.engine.environment import environment_of
 from resnet_train.models import cifar_resnet
-from resnet_train.run import build, environment_of
-from resnet_train.train import Run, prepare_steps, step
 
 STEPS = 300
 LR = 0.1
 
 
-def opened(depth: int, *, compiled: bool = True) -> Run:
+def opened(depth: int, *, compiled: bool = True) -> ClassificationTask:
     """A run as resnet-train builds it, on random images."""
     config = check_train(compose("train", [f"depth={depth}", "device=cuda"]), needs_data=False)
-    run = build(config, Path(tempfile.mkdtemp()), MadeUp(family="cifar", size=32))
+    run = build(config, MadeUp(family="cifar", size=32))
     if compiled:
         run.compiled = compile_network(run.model, depth, run.device)
     return run
@@ -75,7 +76,7 @@ def profile(depth: int) -> dict[str, Any]:
     """All figures of one net."""
     found: dict[str, Any] = {"depth": depth}
     run = opened(depth)
-    batches, take = prepare_steps(run)
+    batches, take = run.batches(), lambda *batch: run.step(batch[:-1], batch[-1])
     start = time.perf_counter()
     for batch in itertools.islice(batches, 5):
         take(*batch, LR)

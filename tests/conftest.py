@@ -84,13 +84,14 @@ def command_here(tmp_path, monkeypatch, capsys):
 def trained(tmp_path_factory):
     """A checkpoint of a ResNet-8 after some steps on digits."""
     pytest.importorskip("sklearn")
-    from resnet_train import checkpoint, run
-    from resnet_train.train import step
+    from resnet_train import checkpoint
+    from resnet_train.classification.run import build
+    from resnet_train.classification.step import step
 
     words = ["data=digits", "depth=8", "batch_size=32", "precision=fp32", "device=cpu"]
     config = check_train(compose("train", words))
     folder = tmp_path_factory.mktemp("trained")
-    found = run.build(config, folder)
+    found = build(config)
     augment = dataclasses.asdict(config.augment)
     batches = found.sets.train_batches(found.mean, found.device, seed=0, batch_size=32, augment=augment, start=0)
     for images, labels in itertools.islice(batches, 20):

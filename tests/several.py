@@ -15,14 +15,14 @@ from omegaconf import OmegaConf
 
 from resnet_train import checkpoint
 from resnet_train.build import exchanging
+from resnet_train.classification.run import build
+from resnet_train.classification.step import TrainMetrics, step
 from resnet_train.compose import CONFIG_DIR
 from resnet_train.config.training import check_train
 from resnet_train.distributed import joined, rank, world
 from resnet_train.errors import UserError
 from resnet_train.evaluate import count_errors
 from resnet_train.launch import launch
-from resnet_train.run import build
-from resnet_train.train import Meters, step
 
 CPU = torch.device("cpu")
 DIGITS = ["data=digits", "data.size=8", "augment.pad=1", "data.validation=137", "batch_size=128", "device=cpu"]
@@ -61,7 +61,7 @@ def batches(run):
 
 def trained(config):
     """Some steps: the gradients and running statistics of the first, and the state after the last."""
-    run = build(dataclasses.replace(config, devices=world()), Path("nowhere"))
+    run = build(dataclasses.replace(config, devices=world()))
     if world() > 1:
         run.net = exchanging(run.model, run.precision, (run.share.images, 3, config.data.size, config.data.size))
     gradients, buffers = [], []
@@ -74,7 +74,7 @@ def trained(config):
 
 def counted(config):
     """The outcome of evaluations in batches of several sizes."""
-    run = build(config, Path("nowhere"))
+    run = build(config)
     return {
         f"{split} {size}": dataclasses.asdict(
             count_errors(
@@ -93,7 +93,7 @@ def taken_over():
     """The sums of meters that other numbers of processes have left in a checkpoint."""
     found = {}
     for rows in (1, 2, 3, 4):
-        meters = Meters(CPU)
+        meters = TrainMetrics(CPU)
         wrong = torch.arange(2 * rows).view(rows, 2)
         meters.load({"loss": torch.arange(rows).double(), "wrong": wrong, "seen": 100 * rows})
         state = meters.state()
@@ -104,7 +104,7 @@ def taken_over():
 def refused(config):
     """The error that building a run raises here, and whether another process tells of it."""
     try:
-        build(config, Path("nowhere"))
+        build(config)
     except UserError as error:
         return f"{type(error).__name__}: {error}", error.shared
     return None

@@ -22,17 +22,19 @@ from torchvision.models import vgg16
 from resnet_train import checkpoint, cli
 from resnet_train.compose import compose
 from resnet_train.detection.batches import mirrored, training_batches
+from resnet_train.detection.build import new_detector, restored_detector
 from resnet_train.detection.config import check_detect, restored
 from resnet_train.detection.data import read_voc
 from resnet_train.detection.evaluate import evaluate
 from resnet_train.detection.metrics import coco_map, voc_map
-from resnet_train.detection.train import build, learning_rate, new_detector, read_examples, restored_detector, step
-from resnet_train.detection.train import detect as run_detector
+from resnet_train.detection.run import build, read_examples
+from resnet_train.detection.run import detect as run_detector
+from resnet_train.detection.train import learning_rate, step
 from resnet_train.distributed import joined
+from resnet_train.distributed import main as is_main
 from resnet_train.errors import UserError
 from resnet_train.launch import launch
 from resnet_train.models import imagenet_resnet
-from resnet_train.run import main as is_main
 
 pytest.importorskip("faster_coco_eval")
 CPU = torch.device("cpu")
@@ -115,7 +117,6 @@ def test_a_run_leaves_what_is_said(whole):
         "metrics.jsonl",
         "summary.json",
         "tensorboard",
-        "test.json",
     ]
     assert (
         "begins with ImageNet resnet-18-B of resnet18.pth; batch norm stays as it has it; frozen up to layer1" in told
@@ -193,7 +194,7 @@ def evaluated(folder, path):
         state = checkpoint.load(Path(path), detector=True)
         config = restored(state["config"])
         examples = read_examples(config)
-        run = build(config, Path(folder), examples, CPU, "fp32", state)
+        run = build(config, examples, CPU, state)
         measured, _ = evaluate(
             run.model,
             examples.test,
@@ -283,7 +284,7 @@ def test_it_learns(tree):
     """Coloured rectangles from random weights: what it finds in the training images is better than at the start."""
     config = configured(tree, "iterations=120", "batch_size=3", "regions=16", "warmup=10", "lr=0.02", "seed=1")
     examples = read_examples(config)
-    run = build(config, Path("nowhere"), examples, CPU, "fp32")
+    run = build(config, examples, CPU)
 
     def measure():
         found = evaluate(

@@ -26,9 +26,9 @@ from torch import nn
 
 from resnet_train import checkpoint
 from resnet_train.batchnorm import BatchNorm2d, GroupBatchNorm2d, group_statistics, update_statistics
+from resnet_train.classification.run import build
 from resnet_train.data.sets import MemorySets, StreamedSets
 from resnet_train.models import cifar_resnet
-from resnet_train.run import build
 
 pytest.importorskip("sklearn")
 pytestmark = [pytest.mark.timeout(1200), pytest.mark.usefixtures("one_thread")]
@@ -212,7 +212,7 @@ def test_one_group_of_the_whole_batch_is_plain_batch_norm():
 
 def by_hand(group):
     """Gradients and running statistics of the first step, from a plain net that takes one group after another."""
-    run = build(several.composed(*DIGITS, "precision=fp64"), Path("nowhere"))
+    run = build(several.composed(*DIGITS, "precision=fp64"))
     norms = [module for module in run.model.modules() if isinstance(module, nn.BatchNorm2d)]
     assert {type(norm) for norm in norms} == {BatchNorm2d}
     images, labels = next(several.batches(run))

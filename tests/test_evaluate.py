@@ -15,6 +15,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from resnet_train import checkpoint
 from resnet_train.batchnorm import average_statistics, group_statistics
+from resnet_train.classification.run import build
 from resnet_train.compose import CONFIG_DIR
 from resnet_train.config.commands import check_eval
 from resnet_train.config.training import restored
@@ -24,7 +25,6 @@ from resnet_train.data.transforms import IMAGENET_MEAN
 from resnet_train.errors import UserError
 from resnet_train.evaluate import Count, count_errors, evaluate_checkpoint, probabilities, wrong_answers
 from resnet_train.models import cifar_resnet, imagenet_resnet
-from resnet_train.run import build
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -212,7 +212,7 @@ def saved(photographs, tmp_path_factory):
     nets = {"0": images, "1": [*images, "seed=1", "arch=plain"], "digits": ["data=digits"]}
     nets["in groups of 2"] = [*images, "bn_images=2"]
     for name, words in nets.items():
-        run = build(composed(*words, "device=cpu", "precision=fp32"), folder)
+        run = build(composed(*words, "device=cpu", "precision=fp32"))
         checkpoint.save(folder / name / "last.pt", run.state())
     return folder
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,9 +20,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from resnet_train import checkpoint
 from resnet_train.distributed import _not_joined, joined
+from resnet_train.engine.loop import check_finite
 from resnet_train.errors import RunError, UserError, of_a_peer, of_nccl, of_the_system
 from resnet_train.exits import exit_code
-from resnet_train.train import check_finite
 
 
 class Starved(Dataset):
@@ -122,10 +123,12 @@ def test_the_way_out_is_that_of_the_fault(number, way):
 @pytest.mark.parametrize(("precision", "way"), [("bf16", ", or precision=fp32"), ("fp32", ""), ("fp64", "")])
 def test_a_loss_that_is_not_finite_is_told_with_what_there_is_and_what_is_left_to_try(precision, way, tmp_path):
     """No checkpoint is named that was never written, and no precision that is in use."""
+    task = SimpleNamespace(model=nn.Linear(2, 2), iteration=7, precision=precision, key_of_lr="schedule.lr")
+    task.losses = torch.tensor([math.inf])
 
     def told():
         with pytest.raises(RunError) as error:
-            check_finite(torch.tensor([math.inf]), nn.Linear(2, 2), 7, tmp_path, "schedule.lr=", precision)
+            check_finite(task, tmp_path)
         return str(error.value)
 
     begin, end = "the loss is not finite at iteration 7 or shortly before;", " take a lower schedule.lr= in a new run"

@@ -1,5 +1,6 @@
 """What only a GPU can show. A minute on one; `scripts/gpu.sh` runs it on a machine that has nothing else."""
 
+import functools
 import itertools
 import os
 import signal
@@ -13,24 +14,30 @@ from conftest import metrics, start
 from test_sets import photograph
 
 from resnet_train.build import compile_network, logits_of
+from resnet_train.classification.run import build
+from resnet_train.classification.step import CapturedStep, step
 from resnet_train.compose import compose
 from resnet_train.config.training import check_train
 from resnet_train.evaluate import count_errors
 from resnet_train.models import imagenet_resnet
-from resnet_train.run import build
-from resnet_train.train import CapturedStep, prepare_steps, step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 pytest.importorskip("sklearn")
 DIGITS = ["data=digits", "depth=8", "device=cuda", "schedule.lr=0.01"]
 
 
-def opened(folder, *words):
+def opened(*words):
     """A run on the GPU, compiled where `words` say so."""
-    run = build(check_train(compose("train", [*DIGITS, "compile=false", *words])), folder)
+    run = build(check_train(compose("train", [*DIGITS, "compile=false", *words])))
     if "compile=true" in words:
         run.compiled = compile_network(run.model, run.config.depth, run.device)
     return run
+
+
+def take_step(run, *batch_and_lr):
+    """A step as the loop takes it."""
+    *batch, lr = batch_and_lr
+    run.step(tuple(batch), lr)
 
 
 def trained(run, take, batches, count, lr=0.01):
@@ -68,10 +75,10 @@ def plainly(run, count):
     ids=" ".join,
 )
 def test_nothing_waits_for_the_gpu_within_a_step(tmp_path, words):
-    run = opened(tmp_path, *words)
-    batches, take = prepare_steps(run)
+    run = opened(*words)
+    batches, take = run.batches(), functools.partial(take_step, run)
     alone = not {"precision=fp16", "device_batch_size=16", "activation_checkpointing=true"} & set(words)
-    assert isinstance(take, CapturedStep) == alone
+    assert isinstance(run.captured, CapturedStep) == alone
     for batch in itertools.islice(batches, 6):
         take(*batch, 0.01)
     torch.cuda.set_sync_debug_mode("error")
@@ -90,17 +97,17 @@ def test_float64_losses_are_the_same_on_cpu_and_gpu_eager_compiled_and_captured(
     """To the rate's rounding: the captured step reads it from a float32 tensor."""
     words = ["precision=fp64", *words]
     runs = {
-        "cpu": opened(tmp_path, *words, "device=cpu"),
-        "eager": opened(tmp_path, *words),
-        "compiled": opened(tmp_path, *words, "compile=true"),
+        "cpu": opened(*words, "device=cpu"),
+        "eager": opened(*words),
+        "compiled": opened(*words, "compile=true"),
     }
     losses = {name: plainly(run, 12) for name, run in runs.items()}
     for compiled in ("false", "true"):
-        run = opened(tmp_path, *words, f"compile={compiled}")
-        batches, take = prepare_steps(run)
-        assert isinstance(take, CapturedStep)
+        run = opened(*words, f"compile={compiled}")
+        batches, take = run.batches(), functools.partial(take_step, run)
+        assert isinstance(run.captured, CapturedStep)
         losses[f"captured, compile={compiled}"] = trained(run, take, batches, 12)
-        assert take.graph is not None
+        assert run.captured.graph is not None
     for name, found in losses.items():
         assert found == pytest.approx(losses["cpu"], rel=1e-6), name
 
@@ -110,8 +117,8 @@ def test_an_evaluation_between_replays_disturbs_nothing(tmp_path, compiled):
     words = ["precision=bf16", f"compile={compiled}"]
     states, counts = [], []
     for tested in (False, True):
-        run = opened(tmp_path, *words)
-        batches, take = prepare_steps(run)
+        run = opened(*words)
+        batches, take = run.batches(), functools.partial(take_step, run)
         for _ in range(4):
             trained(run, take, batches, 5)
             if tested:
@@ -125,16 +132,16 @@ def test_an_evaluation_between_replays_disturbs_nothing(tmp_path, compiled):
 
 
 def test_the_batch_norms_count_the_steps_once_each(tmp_path):
-    run = opened(tmp_path, "compile=true")
-    batches, take = prepare_steps(run)
+    run = opened("compile=true")
+    batches, take = run.batches(), functools.partial(take_step, run)
     trained(run, take, batches, 7)
     counts = [value.item() for name, value in run.model.state_dict().items() if "num_batches" in name]
     assert counts == [7] * len(counts)
 
 
 def test_no_two_logits_of_an_image_are_equal(tmp_path):
-    run = opened(tmp_path, "precision=bf16")
-    batches, take = prepare_steps(run)
+    run = opened("precision=bf16")
+    batches, take = run.batches(), functools.partial(take_step, run)
     trained(run, take, batches, 100, lr=0.05)
     run.model.eval()
     with torch.no_grad():

@@ -19,6 +19,7 @@ import tarfile
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,8 +30,8 @@ from test_sets import photograph
 from resnet_train import checkpoint
 from resnet_train.data.images import TEST_FILES, TRAIN_FILES
 from resnet_train.data.places import CIFAR_FOLDER
+from resnet_train.engine.loop import check_finite
 from resnet_train.errors import RunError, UserError
-from resnet_train.train import check_finite
 
 pytest.importorskip("sklearn")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -436,10 +437,12 @@ def test_of_a_loss_that_is_not_finite_the_advice_is_not_what_is_done_already(pre
     if kept:
         (tmp_path / "checkpoints").mkdir()
         (tmp_path / "checkpoints/last.pt").touch()
-    net = torch.nn.Linear(2, 2)
-    check_finite(torch.zeros(3), net, 5, tmp_path, "lr=", precision)
+    task = SimpleNamespace(model=torch.nn.Linear(2, 2), iteration=5, precision=precision, key_of_lr="lr")
+    task.losses = torch.zeros(3)
+    check_finite(task, tmp_path)
+    task.losses = torch.tensor([1, torch.inf])
     with pytest.raises(RunError) as caught:
-        check_finite(torch.tensor([1, torch.inf]), net, 5, tmp_path, "lr=", precision)
+        check_finite(task, tmp_path)
     message = str(caught.value)
     assert ("holds the last good state" in message) == kept
     assert message.endswith("take a lower lr= in a new run" + (", or precision=fp32" if kept else ""))

@@ -24,12 +24,15 @@ LAYERS = [
     ["report.command"],
     ["responses"],
     ["detection.predict"],
-    ["launch", "detection.train"],
-    ["run"],
-    ["train", "detection.evaluate"],
+    ["launch", "detection.run", "classification.run"],
+    ["detection.train", "classification.train"],
+    ["classification.step", "detection.build", "detection.evaluate"],
     ["evaluate", "classify"],
     ["weights"],
     ["build"],
+    ["engine.run"],
+    ["engine.loop", "engine.resume"],
+    ["engine.task"],
 ]
 UPPER = {f"resnet_train.{name}" for layer in LAYERS for name in layer}
 LEAVES = [name for name in MODULES if name not in UPPER]
@@ -91,9 +94,9 @@ def test_torch_is_not_needed(name):
 
 def test_torch_is_found_where_it_is_needed():
     """The test above can fail."""
-    roots = {imported.split(".")[0] for imported, _ in imports(TREES["resnet_train.run"], module_level=True)}
-    assert {"torch", "torchvision"} <= roots
-    assert "resnet_train.models.resnet" in loaded_by("resnet_train.run")
+    module = "resnet_train.classification.run"
+    assert "torch" in {imported.split(".")[0] for imported, _ in imports(TREES[module], module_level=True)}
+    assert "resnet_train.models.resnet" in loaded_by(module)
 
 
 @pytest.mark.parametrize("place", range(len(LAYERS)))
@@ -106,6 +109,15 @@ def test_imports_point_downwards(place):
 @pytest.mark.parametrize("name", LEAVES)
 def test_leaves_import_nothing_above_them(name):
     assert not own(TREES[name]) & UPPER
+
+
+TASKS = ("classification", "detection", "models", "data", "weights", "report", "build", "evaluate", "state_dicts")
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("resnet_train.engine")])
+def test_the_engine_knows_no_task(name):
+    """Nor what tasks are made of."""
+    assert not [other for other in loaded_by(name) if other.split(".")[1:2] and other.split(".")[1] in TASKS]
 
 
 def test_every_layer_exists():

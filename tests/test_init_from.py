@@ -12,14 +12,14 @@ from torch import nn
 
 from resnet_train import checkpoint, state_dicts
 from resnet_train.build import network
+from resnet_train.classification.run import begin_from, build, train
+from resnet_train.classification.step import step
 from resnet_train.compose import compose
 from resnet_train.config.runs import check_run_dir
 from resnet_train.config.training import check_train
 from resnet_train.data.transforms import IMAGENET_STD
 from resnet_train.errors import SIGNALS, UserError
 from resnet_train.models import cifar_resnet, imagenet_resnet
-from resnet_train.run import begin_from, build, train
-from resnet_train.train import step
 from resnet_train.weights import check_same_net, read_source
 
 pytest.importorskip("sklearn")
@@ -33,7 +33,7 @@ def configured(*words):
 
 def begun(source, *words):
     """A run that has taken the weights of the file `source`, before its first step."""
-    run = build(configured(f"init_from={source}", *words), Path("nowhere"))
+    run = build(configured(f"init_from={source}", *words))
     begin_from(run, read_source(Path(source)))
     return run
 
@@ -114,7 +114,7 @@ def test_other_classes_get_the_fresh_classifier_of_the_seed(trained, tmp_path, c
     model = state["model"] | {f"fc.{name}": value for name, value in fc.items()}
     checkpoint.save(tmp_path / "other.pt", state | {"classes": classes, "model": model})
     found = begun(tmp_path / "other.pt").model.state_dict()
-    fresh = build(configured(), Path("nowhere")).model.state_dict()
+    fresh = build(configured()).model.state_dict()
     assert all(torch.equal(value, model[name]) for name, value in found.items() if not name.startswith("fc."))
     assert all(torch.equal(value, fresh[name]) for name, value in found.items() if name.startswith("fc."))
 

@@ -18,14 +18,15 @@ from conftest import metrics, start
 from PIL import Image
 
 from resnet_train import checkpoint, cli
+from resnet_train.classification.run import build, build_or_resume, open_data, train
 from resnet_train.compose import compose
 from resnet_train.config.runs import check_run_dir
 from resnet_train.config.training import check_train
 from resnet_train.data.images import ImageSet
+from resnet_train.engine.loop import Clock, log_evaluation, save
+from resnet_train.engine.resume import begin_run, claim_run
 from resnet_train.errors import SIGNALS, UserError
 from resnet_train.record import Record
-from resnet_train.run import _open, build, train
-from resnet_train.train import Clock, log_test, save
 
 pytest.importorskip("sklearn")
 pytestmark = pytest.mark.usefixtures("one_thread", "signals")
@@ -136,9 +137,9 @@ def test_metrics_that_are_a_pipe_are_none(whole, tmp_path):
 def test_no_metrics_line_too_many_after_a_resume(whole, tmp_path):
     for iteration in (4, 8):
         folder = cut(whole, tmp_path / f"run-{iteration}", iteration)
-        run_, kept = build(config_of(), folder), [m for m in metrics(whole) if m["iteration"] <= iteration]
+        kept = [m for m in metrics(whole) if m["iteration"] <= iteration]
         with contextlib.ExitStack() as held, contextlib.closing(Record(folder, {}, iteration, 12)) as record:
-            _open(run_, held)
+            opened(config_of(), folder, held)
             assert metrics(folder) == kept
             record.point("train", iteration + 1, error=1.0)
         assert len(metrics(folder)) == len(kept) + 1
@@ -158,6 +159,15 @@ def test_a_configuration_that_is_none_is_refused_in_one_line(content, tmp_path):
 
 
 # --- Checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def opened(config, folder, held):
+    """The task of a run whose directory is opened until `held` closes, as the engine opens it."""
+    sets = open_data(config)
+    state = claim_run(config, folder, sets.digest, held, False)
+    task = build_or_resume(config, sets, torch.device("cpu"), state)
+    begin_run(task, folder, state, "resnet-train", sets.digest)
+    return task
 
 
 class Killed(BaseException):
@@ -188,9 +198,8 @@ def test_a_new_start_that_is_killed_while_it_clears_the_folder_loses_nothing(aft
 def test_a_new_start_leaves_no_file_of_the_run_before(whole, tmp_path):
     folder = cut(whole, tmp_path / "run", 8)
     (folder / "curves.png").touch()
-    run_ = build(config_of("resume=never", "data.validation=0"), folder)
     with contextlib.ExitStack() as held:
-        _open(run_, held)
+        opened(config_of("resume=never", "data.validation=0"), folder, held)
     assert sorted(os.listdir(folder)) == ["config.json", "environment.json"]
 
 
@@ -206,9 +215,8 @@ def test_an_older_checkpoint_has_its_own_best_and_nothing_of_what_came_after_it(
         checkpoint.save(path, checkpoint.load(path) | {"best": [50.0, 4 if "8" in name else at_best]})
     shutil.copy(checkpoints / f"iteration-{at_best:07d}.pt", checkpoints / "best.pt")
     place = tmp_path / "new" if elsewhere else folder
-    run_ = build(config_of(f"resume={checkpoints}/iteration-0000008.pt"), place)
     with contextlib.ExitStack() as held:
-        _open(run_, held)
+        run_ = opened(config_of(f"resume={checkpoints}/iteration-0000008.pt"), place, held)
     found = {path.name: checkpoint.load(path)["iteration"] for path in (place / "checkpoints").glob("*.pt")}
     kept = {} if elsewhere else {"iteration-0000004.pt": 4, "iteration-0000008.pt": 8}
     assert found == {"last.pt": 8, "best.pt": 4, **kept}
@@ -222,7 +230,7 @@ def test_where_the_best_of_then_is_left_in_no_file_there_is_none(whole, tmp_path
     checkpoint.save(path, checkpoint.load(path) | {"best": [50.0, 4]})
     (source / "checkpoints/iteration-0000004.pt").unlink()
     with contextlib.ExitStack() as held:
-        _open(build(config_of(f"resume={path}"), tmp_path / "new"), held)
+        opened(config_of(f"resume={path}"), tmp_path / "new", held)
     assert [path.name for path in (tmp_path / "new/checkpoints").glob("*.pt")] == ["last.pt"]
     assert "note: the best checkpoint so far, of iteration 4, is left in no file" in capsys.readouterr().out
 
@@ -244,7 +252,7 @@ def test_the_best_is_not_forgotten_at_a_resume(whole, tmp_path):
 
 def test_the_best_is_chosen_by_the_validation_error_and_of_equal_ones_it_is_the_first(tmp_path):
     """Labels are made up so that validation and test errors are known and do not fall together."""
-    run_ = build(config_of(), tmp_path)
+    run_ = build(config_of())
     run_.model.eval()
     parts, truth = run_.sets.parts, {}
     for split in ("val", "test"):
@@ -258,7 +266,7 @@ def test_the_best_is_chosen_by_the_validation_error_and_of_equal_ones_it_is_the_
                 changed = torch.arange(len(labels)) < wrong[split][number]
                 parts[split] = ImageSet(parts[split].images, torch.where(changed, (labels + 1) % 10, labels))
             run_.iteration = number + 1
-            log_test(run_, record, Clock(0))
+            log_evaluation(run_, tmp_path, record, Clock(0))
             kept = checkpoint.load(tmp_path / "checkpoints/best.pt")["iteration"]
             assert (kept, run_.best_at) == ([1, 2, 2, 2, 5, 5][number],) * 2
             assert run_.best == pytest.approx(100 * wrong["val"][kept - 1] / 37)
@@ -273,7 +281,6 @@ def test_the_logged_rate_is_that_of_the_step_before_and_not_of_the_next(whole):
 def test_what_is_written_is_on_disk_before_it_is_given_its_name(whole, tmp_path, monkeypatch):
     """Metrics first, then the checkpoint's content, then its name, then the folder that has the name."""
     folder = cut(whole, tmp_path / "run", 8)
-    run_ = build(config_of(), folder)
     done = []
 
     def noted(name, of):
@@ -285,12 +292,12 @@ def test_what_is_written_is_on_disk_before_it_is_given_its_name(whole, tmp_path,
         return call
 
     with contextlib.ExitStack() as held:
-        _open(run_, held)
+        run_ = opened(config_of(), folder, held)
         record = held.enter_context(contextlib.closing(Record(folder, {}, 8, 12)))
         before = (folder / "checkpoints/last.pt").stat().st_ino
         monkeypatch.setattr(os, "fsync", noted("fsync", os.fsync))
         monkeypatch.setattr(os, "replace", noted("replace", os.replace))
-        save(run_, record, Clock(8))
+        save(run_, folder, record, Clock(8))
     of = {name: (folder / name).stat().st_ino for name in ("metrics.jsonl", "checkpoints")}
     new, kept = ((folder / f"checkpoints/{name}.pt").stat().st_ino for name in ("last", "iteration-0000008"))
     assert done == [

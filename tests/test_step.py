@@ -6,7 +6,6 @@ import itertools
 import json
 import signal
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,11 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from resnet_train import checkpoint
 from resnet_train.batchnorm import group_statistics, update_statistics
+from resnet_train.classification.run import build
+from resnet_train.classification.step import step
+from resnet_train.engine.loop import Clock, Stop, loop
 from resnet_train.errors import SIGNALS
 from resnet_train.models import cifar_resnet, imagenet_resnet
 from resnet_train.record import Record
-from resnet_train.run import build
-from resnet_train.train import Stop, loop, step
 
 # What makes the processor wait for a GPU: reading a value, and shapes that depend on values.
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
@@ -118,7 +118,7 @@ def training(run):
 @pytest.mark.parametrize("extra", [[], ["device_batch_size=16"], ["activation_checkpointing=true"], ["nesterov=true"]])
 def test_a_step_waits_for_nothing(extra):
     pytest.importorskip("sklearn")
-    run = build(golden.composed([*golden.TINY, *extra]), Path("nowhere"))
+    run = build(golden.composed([*golden.TINY, *extra]))
     with Waits() as waits:
         for images, labels in itertools.islice(training(run), 3):
             step(run, images, labels, 0.1)
@@ -133,7 +133,7 @@ def test_steps_are_sgd_written_out(nesterov, decay):
     pytest.importorskip("sklearn")
     words = [f"nesterov={str(nesterov).lower()}", f"decay={decay}", "weight_decay=0.02", "momentum=0.8"]
     config = golden.composed([*(word for word in golden.TINY if word != "precision=fp32"), "precision=fp64", *words])
-    run = build(config, Path("nowhere"))
+    run = build(config)
     net, velocity = copy.deepcopy(run.model).train(), {}
     for images, labels in itertools.islice(training(run), 3):
         step(run, images, labels, 0.1)
@@ -174,13 +174,13 @@ def test_the_plateau_drops_the_rate_in_training_and_a_resumed_run_goes_on_so(wat
 
     def trained(name, state):
         (tmp_path / name / "checkpoints").mkdir(parents=True)
-        run, used = build(config, tmp_path / name), []
+        run, used = build(config), []
         if state is not None:
             run.load(state)
         run.optimizer.register_step_pre_hook(lambda *_: used.append(run.optimizer.param_groups[0]["lr"]))
         record = Record(tmp_path / name, {}, run.iteration, config.iterations)
         with contextlib.closing(record):
-            loop(run, record, stop)
+            loop(run, tmp_path / name, record, Clock(run.iteration), stop)
         return run.state(), used
 
     whole, used = trained("whole", None)

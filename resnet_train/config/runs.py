@@ -17,6 +17,9 @@ from resnet_train.config.training import EARLIER, Config, completed
 from resnet_train.errors import UserError, nearest
 from resnet_train.files import expand, nearest_existing, read_object
 
+# What a checkpoint says of the keys that have no say in what a run computes, nor in how it is dealt to devices.
+INDIFFERENT = {"run_dir": None, "resume": "auto", "max_restarts": 0, "timeout": 600}
+
 # These may differ between a run and its continuation: none of them enters the mathematics, but for batch norm's
 # statistics where bn_images=device leaves them to the devices; then a note is printed.
 FREE_KEYS = {"run_dir", "resume", "checkpoint_every", "keep_every", "device", "devices", "device_batch_size"}

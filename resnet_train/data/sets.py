@@ -220,6 +220,7 @@ class StreamedSets:
             "test": found.test,
         }
         self.sizes = {split: len(part) for split, part in self.parts.items()}
+        self._mean: Tensor | None = None
 
     def mean_image(self) -> Tensor:
         """What is subtracted, in 0 to 255: ImageNet's channel means (1, 1, 3), or the mean image (S, S, 3).
@@ -227,8 +228,12 @@ class StreamedSets:
         The mean image is that of the center crops of `MEAN_OF` training images, evenly spread over the classes; made
         once, then from the cache folder.
         """
-        if self.subtract != "image":
-            return torch.tensor(IMAGENET_MEAN).view(1, 1, 3)
+        if self._mean is None:
+            self._mean = self._read_mean() if self.subtract == "image" else torch.tensor(IMAGENET_MEAN).view(1, 1, 3)
+        return self._mean
+
+    def _read_mean(self) -> Tensor:
+        """The mean image from the cache folder, or made."""
         part = self.parts["train"]
         key = hashlib.sha256(f"{self.digest} {self.size} {len(self.val_indices)}".encode()).hexdigest()[:16]
         path = cache_folder() / "means" / f"{key}.pt"

@@ -46,6 +46,7 @@ class DetectConfig:
     max_restarts: int
     timeout: int
     checkpoint_every: int
+    keep_every: int
     run_dir: str | None
     resume: Literal["auto", "never"]
     recipe: str

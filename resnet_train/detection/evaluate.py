@@ -11,12 +11,12 @@ from torch import Tensor
 from torchvision.ops import clip_boxes_to_image
 from tqdm import tqdm
 
-from resnet_train.build import autocast
 from resnet_train.detection.batches import test_images
 from resnet_train.detection.data import Example
 from resnet_train.detection.metrics import coco_map, voc_map
 from resnet_train.detection.models import Detector
 from resnet_train.distributed import from_main, main, rank, world
+from resnet_train.engine.compute import autocast
 from resnet_train.errors import UserError
 from resnet_train.evaluate import testing
 

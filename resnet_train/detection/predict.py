@@ -9,12 +9,12 @@ from typing import Any
 from PIL import Image
 
 from resnet_train import checkpoint
-from resnet_train.build import pick_device, placed
 from resnet_train.data.images import read_image
+from resnet_train.detection.build import precision_of, restored_detector
 from resnet_train.detection.config import PredictConfig, restored
 from resnet_train.detection.evaluate import check_shape, detections
 from resnet_train.detection.pictures import drawn
-from resnet_train.detection.train import precision_of, restored_detector
+from resnet_train.engine.compute import pick_device, placed
 from resnet_train.files import expand, write_result, write_whole
 from resnet_train.terminal import say
 

@@ -1,0 +1,119 @@
+"""The command `resnet-train`: from a configuration to a trained classifier."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from resnet_train import checkpoint, state_dicts
+from resnet_train.batchnorm import group_statistics
+from resnet_train.build import compile_network, network, open_sets, pick_compile
+from resnet_train.classification.step import TrainMetrics
+from resnet_train.classification.train import ClassificationTask
+from resnet_train.config.training import Config, share
+from resnet_train.data.sampler import generator
+from resnet_train.data.sets import MemorySets, StreamedSets
+from resnet_train.distributed import one_after_all, together, world
+from resnet_train.engine.compute import check_synchronised, pick_device, pick_precision, placed, sgd
+from resnet_train.engine.run import run
+from resnet_train.schedule import Progress
+from resnet_train.weights import Source, check_same_net, divisor, read_source
+
+
+def train(config: Config, directory: Path) -> int:
+    """Train in `directory`, resuming a run that was cut there. The exit code and errors of `engine.run.run`."""
+    return run(config, directory, command="resnet-train", open_data=open_data, build=build_or_resume)
+
+
+def open_data(config: Config) -> MemorySets | StreamedSets:
+    """The images that the configuration names. Raises UserError."""
+    together(lambda: share(config, world()))  # before minutes of reading
+    sets = one_after_all(lambda: open_sets(config))
+    one_after_all(sets.mean_image)  # of photographs made once, then from the cache
+    return sets
+
+
+def build_or_resume(
+    config: Config, sets: MemorySets | StreamedSets, device: torch.device, state: dict[str, Any] | None
+) -> ClassificationTask:
+    """The task as it begins, from the weights of `init_from` where given, or as the checkpoint `state` has it."""
+    task = build(config, sets)
+    if state is not None:
+        with checkpoint.fitting("the checkpoint to go on from"):
+            task.precision, task.compiled = state["measure"]["precision"], state["measure"]["compile"]
+            task.load(state)
+    elif config.init_from is not None:
+        begin_from(task, read_matching_source(config))
+    if task.compiled if state is not None else pick_compile(config, device):
+        task.compiled = compile_network(task.model, config.depth, device)
+    return task
+
+
+def build(config: Config, sets: MemorySets | StreamedSets | None = None) -> ClassificationTask:
+    """Network and optimiser on the images of `sets`, by default those of the configuration. Raises UserError."""
+    device = pick_device(config.device)
+    precision, part = pick_precision(config.precision, device), share(config, world())
+    sets = sets or open_data(config)
+    torch.backends.cudnn.benchmark = True  # shapes are fixed
+    torch.manual_seed(generator(config.seed, "initialisation", 0).initial_seed())
+    model = network(config, len(sets.classes))
+    if config.bn_images == "all" and world() > 1:
+        check_synchronised(device)
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    elif world() > 1 or part.passes > 1 or part.group < part.images or config.activation_checkpointing:
+        group_statistics(model, part.group)
+    model.recompute = config.activation_checkpointing
+    if config.freeze is not None:
+        model.freeze(config.freeze)
+    model = placed(model, device, precision)
+    return ClassificationTask(
+        config=config,
+        device=device,
+        precision=precision,
+        compiled=False,
+        sets=sets,
+        mean=sets.mean_image().to(device),
+        model=model,
+        net=model,
+        share=part,
+        optimizer=sgd_of(model, config, precision),
+        scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
+        meters=TrainMetrics(device),
+        progress=Progress(warm=0 < config.warmup.depth <= config.depth),
+    )
+
+
+def sgd_of(model: nn.Module, config: Config, precision: str) -> torch.optim.SGD:
+    """SGD with weight decay on all parameters, as in the paper, or on convolution and linear weights only."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if config.decay == "all" or p.ndim > 1]
+    spared = [p for p in trained if config.decay == "weights" and p.ndim == 1]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    lr, momentum, nesterov = config.schedule.lr, config.momentum, config.nesterov
+    return sgd(groups, lr=lr, momentum=momentum, nesterov=nesterov, precision=precision)
+
+
+def read_matching_source(config: Config) -> Source:
+    """The weights of `init_from`, of the very net that the configuration names. Raises UserError."""
+    path = Path(str(config.init_from))
+    source = read_source(path)
+    check_same_net(source, config, f"init_from={path}")
+    return source
+
+
+def begin_from(task: ClassificationTask, source: Source) -> None:
+    """Take over the weights of `source` and the mean that its images had subtracted; other classes keep a fresh fc.
+
+    At another size of images the mean image's channel averages take its place.
+    """
+    state = state_dicts.rescaled(source.model, source.std, divisor(task.config))
+    if not source.same_classes(task.sets.classes):
+        state = state | {f"fc.{name}": value for name, value in task.model.fc.state_dict().items()}
+    with checkpoint.fitting(f"init_from={task.config.init_from}"):
+        task.model.load_state_dict(state)
+    mean = source.mean.to(task.mean)
+    task.mean = mean if mean.shape == task.mean.shape else mean.mean((0, 1)).expand_as(task.mean).contiguous()
+    task.source = source

@@ -1,0 +1,145 @@
+"""One step of training a classifier, launched operation by operation or captured as one CUDA graph."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from resnet_train.batchnorm import update_statistics
+from resnet_train.build import logits_of
+from resnet_train.config.training import Config, Share
+from resnet_train.distributed import rank, total, world
+from resnet_train.engine.sums import restore_rank_sums
+from resnet_train.evaluate import wrong_answers
+from resnet_train.models.resnet import ResNet
+
+
+@dataclass(kw_only=True)
+class TrainState:
+    """A network in training: what a step takes and changes."""
+
+    config: Config
+    device: torch.device
+    precision: str  # bf16, fp16, fp32 or fp64
+    model: ResNet
+    net: nn.Module  # the model, or around it what averages gradients over processes
+    share: Share  # this process's part of a batch
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    meters: TrainMetrics
+    iteration: int = 0  # steps taken
+
+
+def step(task: TrainState, images: Tensor, labels: Tensor, lr: float | Tensor) -> None:
+    """One iteration on this process's share of a batch; nothing waits for the device.
+
+    Images are (B, 3, H, W), labels (B,) int64. A share of several parts is accumulated, its gradients averaged over the
+    processes with the last of them.
+    """
+    _set_rate(task, lr)
+    passes = task.share.passes
+    for part, (some, truth) in enumerate(zip(images.chunk(passes), labels.chunk(passes), strict=True), 1):
+        with contextlib.nullcontext() if part == passes or world() == 1 else task.net.no_sync():  # type: ignore[operator]
+            # Forward
+            logits = logits_of(task.net, some, task.precision)
+            loss = F.cross_entropy(logits, truth)
+            # Backward
+            task.scaler.scale(loss / passes).backward()
+        # Sums for the log
+        task.meters.add(loss.detach(), logits.detach(), truth)
+    # Update: the weights by SGD, the running statistics by the mean over all parts of the batch
+    task.scaler.step(task.optimizer)
+    task.scaler.update()
+    task.optimizer.zero_grad(set_to_none=True)
+    update_statistics(task.model, task.config.batch_size // task.share.group)
+    _count(task)
+
+
+def _set_rate(task: TrainState, lr: float | Tensor) -> None:
+    for group in task.optimizer.param_groups:
+        group["lr"] = lr
+
+
+def _count(task: TrainState) -> None:
+    task.meters.seen += task.config.batch_size
+    task.iteration += 1
+
+
+class TrainMetrics:
+    """Sums over the training batches since the last logged point, kept on the device and read seldom.
+
+    A row for each process, which adds to its own; together they are all batches. A loss that is not finite makes the
+    sum so, for good: the sum is its own flag.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.loss = torch.zeros(world(), dtype=torch.float64, device=device)
+        self.wrong = torch.zeros(world(), 2, dtype=torch.int64, device=device)  # top-1, top-5
+        self.seen = 0  # in all processes
+        self.skipped = 0  # broken images that others stood in for, in this process
+
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Add one batch, of which `_count` counts the images; no synchronisation with the device."""
+        self.loss[rank()] += loss * len(labels)
+        self.wrong[rank()] += wrong_answers(logits, labels)
+
+    def reset(self) -> None:
+        """Begin anew, in place: a captured step adds to these very tensors."""
+        self.loss.zero_()
+        self.wrong.zero_()
+        self.seen = self.skipped = 0
+
+    def state(self) -> dict[str, Any]:
+        """For the checkpoint, and to read: the rows of all processes. All of them call this."""
+        loss, wrong = total(self.loss.clone()).cpu(), total(self.wrong.clone()).cpu()
+        return {"loss": loss, "wrong": wrong, "seen": self.seen, "skipped": int(total(torch.tensor(self.skipped)))}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """From the checkpoint."""
+        self.seen, self.skipped = state["seen"], state.get("skipped", 0) if rank() == 0 else 0
+        for name, rows in (("loss", self.loss), ("wrong", self.wrong)):
+            restore_rank_sums(rows, state[name])
+
+
+class CapturedStep:
+    """`step`, the making of its batch included, as one CUDA graph: otherwise a small net has its GPU wait for launches.
+
+    The graph reads what changes from iteration to iteration, the draws of a batch (`MemorySets.draw_batches`) and the
+    learning rate, from two tensors, and changes weights, momentum, statistics and meters where they lie.
+    """
+
+    UNCAPTURED = 3  # first steps: compiling, choosing convolution algorithms and making momentum cannot be captured
+
+    def __init__(self, task: TrainState, make: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+        self.task, self.make = task, make
+        self.draws = torch.zeros(4, task.config.batch_size, dtype=torch.int64, device=task.device)
+        self.lr = torch.zeros((), device=task.device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.stream = torch.cuda.Stream(task.device)
+        self.calls = 0
+
+    def __call__(self, draws: Tensor, lr: float) -> None:
+        """One iteration with the batch that `draws` (4, B), in pinned memory, says. Nothing waits for the device."""
+        self.draws.copy_(draws, non_blocking=True)
+        self.lr.fill_(lr)
+        self.calls += 1
+        if self.calls <= self.UNCAPTURED:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                step(self.task, *self.make(self.draws), self.lr)
+            torch.cuda.current_stream().wait_stream(self.stream)
+        elif self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=self.stream):  # computes nothing yet
+                step(self.task, *self.make(self.draws), self.lr)
+            self.graph.replay()
+        else:
+            self.graph.replay()
+            _count(self.task)
+        _set_rate(self.task, lr)  # a number again, for the checkpoint

@@ -1,0 +1,315 @@
+"""A classifier in training, as a task of the engine: batches, logged points, checkpoint, summary (section 4.2)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from resnet_train import curves, paper
+from resnet_train.build import exchanging, network, pick_eval_batch
+from resnet_train.classification.step import CapturedStep, TrainState, step
+from resnet_train.config.runs import INDIFFERENT
+from resnet_train.config.training import Config
+from resnet_train.data.places import describe_left_out
+from resnet_train.data.sets import MemorySets, StreamedSets
+from resnet_train.distributed import rank, world
+from resnet_train.engine.task import Point
+from resnet_train.evaluate import count_errors
+from resnet_train.models.resnet import multiply_adds, parameters
+from resnet_train.record import message
+from resnet_train.schedule import Progress, end_warmup, learning_rate, watch_plateau
+from resnet_train.weights import Source
+
+TABLE_6 = "He et al. 2015, table 6:"
+WINDOW = 100  # iterations whose training error may end the warm-up, or fewer if it need not last as long
+
+
+def rate(config: Config, iteration: int, progress: Progress) -> float:
+    """The learning rate of the step after `iteration` steps."""
+    schedule = config.schedule
+    return learning_rate(
+        iteration,
+        config.iterations,
+        progress,
+        name=schedule.name,
+        lr=schedule.lr,
+        warmup_lr=config.warmup.lr,
+        factor=schedule.factor,
+        drops=schedule.drops,
+    )
+
+
+@dataclasses.dataclass(kw_only=True)
+class ClassificationTask(TrainState):
+    """A classifier in training on its data."""
+
+    compiled: bool
+    sets: MemorySets | StreamedSets
+    mean: Tensor  # what images have subtracted: (H, W, 3) or (1, 1, 3) in 0 to 255
+    progress: Progress
+    source: Source | None = None  # the weights that it began with
+    best: float = math.inf  # the lowest validation error so far, in %
+    best_at: int = 0  # its iteration; 0: nothing is held out
+    captured: CapturedStep | None = None
+    key_of_lr = "schedule.lr"
+
+    @property
+    def label(self) -> str:
+        """The name of the data in every record."""
+        return self.sets.label
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Those that `evaluate` measures: the part held out, if any, and the test set."""
+        return ("val", "test") if self.sets.sizes["val"] else ("test",)
+
+    @property
+    def losses(self) -> Tensor:
+        """Sums of the losses since the last logged point, of every process."""
+        return self.meters.loss
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the training part so far."""
+        return self.iteration * self.config.batch_size / self.sets.sizes["train"]
+
+    @property
+    def reference(self) -> float | None:
+        """The paper's test error of this net, where the data are CIFAR-10 proper (table 6)."""
+        of_table_6 = self.label == "cifar10" and self.config.net.endswith("-A")
+        return paper.CIFAR10_TEST_ERROR.get(self.config.depth) if of_table_6 else None
+
+    def wrap_ddp(self) -> None:
+        """Average gradients over all processes from now on."""
+        size = self.config.data.size
+        self.net = exchanging(self.model, self.precision, (self.share.images, 3, size, size))
+
+    def batches(self) -> Iterator[tuple[Tensor, ...]]:
+        """This process's part of the training batches from the next iteration on, as `step` takes them.
+
+        On one GPU, with images in memory, in one pass and without fp16's scaler, the step is captured and makes the
+        batch itself: these are then the draws of it.
+        """
+        options: dict[str, Any] = {
+            "seed": self.config.seed,
+            "batch_size": self.config.batch_size,
+            "augment": dataclasses.asdict(self.config.augment),
+            "start": self.iteration,
+        }
+        one_pass = self.share.passes == 1 and not self.scaler.is_enabled() and not self.model.recompute
+        if self.device.type == "cuda" and world() == 1 and isinstance(self.sets, MemorySets) and one_pass:
+            if self.captured is None:
+                make = self.sets.batch_maker(self.mean, self.device, self.config.augment.pad)
+                self.captured = CapturedStep(self, make)
+            return ((draws,) for draws in self.sets.draw_batches(self.device, **options))
+        return self.sets.train_batches(self.mean, self.device, **options, rank=rank(), world=world())
+
+    def learning_rate(self) -> float:
+        """Of the next step."""
+        return rate(self.config, self.iteration, self.progress)
+
+    def step(self, batch: tuple[Tensor, ...], lr: float) -> None:
+        """One iteration with a batch of `batches`."""
+        self.meters.skipped += self.sets.skipped
+        if self.captured is not None:
+            (draws,) = batch
+            self.captured(draws, lr)
+        else:
+            images, labels = batch
+            step(self, images, labels, lr)
+        if self.progress.warm:
+            watch_warmup(self)
+
+    def train_point(self) -> dict[str, Any]:
+        """Error and loss of the augmented batches in training mode since the last point. Here the plateau drops."""
+        config, sums = self.config, self.meters.state()
+        (wrong, wrong5), loss, seen = sums["wrong"].sum(0).tolist(), sums["loss"].sum().item(), sums["seen"]
+        error = 100 * wrong / seen
+        if self.progress.warm:
+            self.progress.recent += wrong
+        if config.schedule.watch == "train":
+            self._watch_plateau(error)
+        chance = 100 - 100 / len(self.sets.classes)
+        tenth = config.iterations / 10
+        if error > 0.98 * chance and self.iteration - config.log_every < tenth <= self.iteration:
+            message(f"warning: a tenth of the run is over and the training error is still at chance ({chance:.1f} %)")
+        self.meters.reset()
+        return {
+            "loss": loss / seen,
+            "error": error,
+            **({"error5": 100 * wrong5 / seen} if self.sets.top5 else {}),
+            **({"skipped": sums["skipped"]} if config.data.broken == "skip" else {}),
+            "protocol": "augmented batches in training mode",
+        }
+
+    def evaluate(self) -> Iterator[Point]:
+        """Errors on the part held out, which alone chooses the best checkpoint, and on the test set."""
+        batch_size = pick_eval_batch(self.config, self.device)
+        for split in self.splits:
+            batches = self.sets.eval_batches(split, self.mean, self.device, batch_size, rank(), world())
+            count = count_errors(self.model, batches, self.precision, self.sets.sizes[split])
+            if split == "val":
+                if self.config.schedule.watch == "val":
+                    self._watch_plateau(count.error)
+                if count.error < self.best:
+                    self.best, self.best_at = count.error, self.iteration
+            error5 = {"error5": count.error5} if self.sets.top5 else {}
+            values = {"loss": count.loss, "error": count.error, **error5, "wrong": count.wrong, "seen": count.seen}
+            yield Point(split, values | {"protocol": self.sets.protocol})
+
+    def _watch_plateau(self, error: float) -> None:
+        schedule, iterations = self.config.schedule, self.config.iterations
+        if schedule.name == "plateau":
+            patience = schedule.patience * iterations
+            watch_plateau(self.progress, self.iteration, error, patience=patience, threshold=schedule.threshold)
+
+    def hyper_parameters(self) -> dict[str, str | bool | int | float]:
+        """Those that runs are told apart by, for TensorBoard's table of runs."""
+        config = self.config
+        keys = ("arch", "depth", "shortcut", "seed", "iterations", "batch_size", "momentum", "weight_decay")
+        return {
+            "data": self.label,
+            "validation": config.data.validation,
+            "precision": self.precision,
+            **{key: getattr(config, key) for key in keys},
+            "schedule": config.schedule.name,
+            "lr": config.schedule.lr,
+        }
+
+    def state(self) -> dict[str, Any]:
+        """A checkpoint's content: tensors and plain values only. All processes call this."""
+        return {
+            "config": self.config.plain() | INDIFFERENT,  # the same file in any directory, however often it was cut
+            "classes": self.sets.classes,
+            "label": self.sets.label,
+            "digest": self.sets.digest,
+            "measure": {"precision": self.precision, "compile": self.compiled, "bn_images": self.share.group},
+            "mean": self.mean.cpu(),
+            "iteration": self.iteration,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "meters": self.meters.state(),
+            "progress": dataclasses.asdict(self.progress),
+            "best": [self.best, self.best_at],
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Resume from a checkpoint."""
+        self.mean = state["mean"].to(self.device)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.meters.load(state["meters"])
+        self.progress = Progress(**state["progress"])
+        self.best, self.best_at = state["best"]
+        self.iteration = state["iteration"]
+
+    def begin_files(self) -> dict[str, Any]:
+        """Which training images are held out."""
+        return {"split.json": {"val": self.sets.val_indices.tolist()}} if self.sets.sizes["val"] else {}
+
+    def describe(self) -> list[str]:
+        """What is about to be trained, in lines to print."""
+        config, sizes = self.config, self.sets.sizes
+        held_out = f", {sizes['val']} held out" if sizes["val"] else ""
+        lines = [
+            f"{config.net} on {self.label}: {sizes['train']} training images{held_out}, {sizes['test']} for the"
+            f" test; {config.iterations} iterations of {self._describe_batch()}; {self.precision} on {self.device}"
+            + ("; compiling" if self.compiled else "")
+        ]
+        if left_out := describe_left_out(self.sets.left_out):
+            lines.append(f"note: {left_out}")
+        if self.source is not None:
+            classes, kept = len(self.sets.classes), self.source.same_classes(self.sets.classes)
+            fresh = f", but for fc, which is fresh, for {classes} classes in place of its {self.source.count}"
+            lines.append(f"begins with the weights of {config.init_from} ({self.source.name}){'' if kept else fresh}")
+            if self.source.assumed:
+                lines.append(f"assumed, for the file does not say: {'; '.join(self.source.assumed)}")
+        if config.freeze is not None:
+            lines.append(f"frozen: all from the input to {config.freeze}")
+        return lines
+
+    def _describe_batch(self) -> str:
+        """The batch size, and how the batch is divided."""
+        part, details = self.share, []
+        if world() > 1:
+            details.append(f"{part.images * part.passes} in each of {world()} processes")
+        if part.passes > 1:
+            details.append(f"{part.images} at once")
+        if part.group != part.images:
+            details.append(f"batch norm over {part.group}")
+        return str(self.config.batch_size) + (f" ({', '.join(details)})" if details else "")
+
+    def describe_changes(self, state: dict[str, Any]) -> list[str]:
+        """Where batch norm's statistics are over other images than when the checkpoint `state` was written."""
+        before, now = state["measure"].get("bn_images", self.share.group), self.share.group
+        if before == now:
+            return []
+        least = min(before, now)
+        advice = f"; bn_images={least} from the start keeps them the same on any devices" if least > 1 else ""
+        return [f"note: batch norm's statistics were over {before} images and are now over {now}{advice}"]
+
+    def summary(self, metrics: list[dict[str, Any]]) -> dict[str, Any]:
+        """What summary.json says of the finished run whose points are `metrics`."""
+        config = self.config
+        points = {(point["split"], point["iteration"]): point for point in metrics}
+
+        def errors(iteration: int) -> dict[str, Any]:
+            wanted = ("iteration", "loss", "error", "error5", "wrong", "seen", "protocol")
+            found = {split: points.get((split, iteration)) for split in ("train", "val", "test")}
+            return {s: {k: point[k] for k in wanted if k in point} for s, point in found.items() if point}
+
+        best = errors(self.best_at)
+        return {
+            "net": config.net,
+            "data": self.label,
+            "images": self.sets.sizes,
+            "recipe": config.recipe,
+            "seed": config.seed,
+            "iterations": config.iterations,
+            "init_from": config.init_from,
+            "freeze": config.freeze,
+            "last": errors(config.iterations),
+            "best": {"chosen_by": "lowest validation error", **best} if self.sets.sizes["val"] and best else None,
+            "paper": {"source": TABLE_6, "test_error": self.reference} if self.reference is not None else None,
+            "parameters": parameters(self.model),
+            "multiply_adds": multiply_adds(network(config, len(self.sets.classes)), config.data.size),
+        }
+
+    def draw(self, metrics: list[dict[str, Any]], picture: Path) -> None:
+        """Draw the errors over the iterations to the file `picture`."""
+        short, reference = self._shortened(), (TABLE_6, self.reference) if self.reference is not None else None
+        heading = f"{short}\n{self._title()}" if short else self._title()
+        curves.draw({self.config.net: metrics}, heading, picture, reference)
+
+    def conclude(self, summary: dict[str, Any]) -> str:
+        """The test error in one line."""
+        test, short = summary["last"]["test"], self._shortened()
+        return (
+            f"{self._title()}: test error {test['error']:.2f} % ({test['wrong']} of {test['seen']} wrong,"
+            f" {test['protocol']}) at iteration {self.config.iterations}, the last{'; ' if short else ''}{short}"
+        )
+
+    def _title(self) -> str:
+        return f"{self.config.net} on {self.label}, seed {self.config.seed}"
+
+    def _shortened(self) -> str:
+        return paper.shortened(self.label, self.config.iterations)
+
+
+def watch_warmup(task: ClassificationTask) -> None:
+    """End the warm-up where the training error of the last `WINDOW` iterations is low enough (section 4.2)."""
+    warmup, iteration = task.config.warmup, task.iteration
+    window = min(WINDOW, warmup.iterations or WINDOW)
+    if iteration % window:
+        return
+    wrong = int(task.meters.state()["wrong"][:, 0].sum())
+    error = 100 * (task.progress.recent + wrong) / (window * task.config.batch_size)
+    task.progress.recent = -wrong  # these are not of the next window, though the next logged point counts them
+    end_warmup(task.progress, iteration, error, below=warmup.error, at_least=warmup.iterations)

@@ -1,0 +1,123 @@
+"""From a configuration to a detector, around new weights or those of a checkpoint (appendix A)."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from resnet_train import checkpoint, state_dicts
+from resnet_train.data.transforms import IMAGENET_STD
+from resnet_train.detection.config import DetectConfig
+from resnet_train.detection.models import Detector, Frame, resnet_detector, vgg_detector
+from resnet_train.engine.compute import DTYPES
+from resnet_train.errors import UserError
+from resnet_train.models import imagenet_resnet
+from resnet_train.weights import read_source
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """What a detector is built around, as its checkpoint keeps it."""
+
+    shortcut: str
+    bottleneck_stride: str
+    mean: list[float]  # of images in 0 to 1, subtracted from them
+    std: list[float]  # and what is left divided by
+    pretrained: str | None  # the net in words; None: random weights
+
+
+def new_detector(config: DetectConfig, classes: int) -> tuple[Detector, Backbone]:
+    """The detector as training begins: around the weights of `init_from`, else around random ones. Raises UserError.
+
+    With weights, batch norm stays as they have it (appendix A); random ones could not do without it.
+    """
+    plain = Backbone("B", "1x1", list(state_dicts.MEAN), list(IMAGENET_STD), None)
+    if config.init_from is None:
+        return _assembled(config, plain, classes)
+    path = Path(config.init_from)
+    if config.backbone == "vgg16":
+        backbone = dataclasses.replace(plain, pretrained=f"VGG-16 of {path.name}")
+        model, _ = _assembled(config, backbone, classes)
+        _load_vgg(model, path)
+        return model, backbone
+    source = read_source(path)
+    if source.family != "imagenet" or source.depth != config.depth:
+        raise UserError(
+            f"init_from={path}: holds {source.name}; "
+            + (f"take depth={source.depth}" if source.family == "imagenet" else "detection takes an ImageNet net")
+        )
+    if source.arch != "resnet":
+        advice = (
+            "detection takes a residual net"
+            if source.arch
+            else "which may be a plain one; resnet-weights import FILE arch=resnet out=… says that it is not"
+        )
+        raise UserError(f"init_from={path}: holds {source.name}, {advice}")
+    backbone = Backbone(
+        shortcut=source.shortcut,
+        bottleneck_stride=source.bottleneck_stride,
+        mean=(source.mean.mean((0, 1)) / 255).tolist(),
+        std=list(source.std),
+        pretrained=f"{source.name} of {path.name}",
+    )
+    model, _ = _assembled(config, backbone, classes)
+    _load_resnet(model, source.model, path)
+    return model, backbone
+
+
+def precision_of(state: dict[str, Any]) -> str:
+    """The precision that a checkpoint was trained in. Raises KeyError and ValueError for none that there is."""
+    precision = str(state["measure"]["precision"])
+    if precision not in DTYPES:
+        raise ValueError(f"precision {precision}")
+    return precision
+
+
+def restored_detector(config: DetectConfig, state: dict[str, Any]) -> tuple[Detector, Backbone]:
+    """The detector that a checkpoint's `state` holds, its weights not yet in it. Raises UserError."""
+    with checkpoint.fitting("the checkpoint"):
+        backbone, classes = Backbone(**state["detector"]), len(state["classes"])
+        checkpoint.check_net(state["model"], lambda: _assembled(config, backbone, classes)[0], config.depth)
+        return _assembled(config, backbone, classes)
+
+
+def _assembled(config: DetectConfig, backbone: Backbone, classes: int) -> tuple[Detector, Backbone]:
+    frame = Frame(
+        anchors=config.anchors,
+        proposals=config.proposals,
+        regions=config.regions,
+        min_size=config.min_size,
+        max_size=config.max_size,
+        mean=backbone.mean,
+        std=backbone.std,
+    )
+    if config.backbone == "vgg16":
+        model = vgg_detector(classes, frame)
+    else:
+        net = imagenet_resnet(config.depth, backbone.shortcut, bottleneck_stride=backbone.bottleneck_stride)
+        model = resnet_detector(net, classes, frame, pyramid=config.pyramid)
+    model.freeze(config.freeze, norm=backbone.pretrained is not None)
+    return model, backbone
+
+
+def _load_resnet(model: Detector, weights: dict[str, Tensor], path: Path) -> None:
+    """Put the weights of a net, but for its classifier, where the detector has them."""
+    with checkpoint.fitting(f"init_from={path}"):
+        places = [model.backbone, *([] if hasattr(model.backbone, "layer4") else [model.roi_heads.box_head])]
+        for place in places:
+            own = {name for name in place.state_dict() if not name.startswith("fpn.")}
+            place.load_state_dict({name: weights[name] for name in own}, strict=not hasattr(place, "fpn"))
+
+
+def _load_vgg(model: Detector, path: Path) -> None:
+    """Put torchvision's VGG-16, but for its last layer, where the detector has it. Raises UserError."""
+    weights = state_dicts.tensors(state_dicts.read(path), path)
+    if "features.0.weight" not in weights or "features.1.running_mean" in weights:
+        raise UserError(f"init_from={path}: is not torchvision's vgg16 (features.0.weight, …, classifier.6.bias)")
+    with checkpoint.fitting(f"init_from={path}"):
+        for place in (model.backbone, model.roi_heads.box_head):
+            place.load_state_dict({name: weights[name] for name in place.state_dict()})

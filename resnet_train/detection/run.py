@@ -1,0 +1,77 @@
+"""The command `resnet-detect`: from a configuration to a trained detector."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from resnet_train import checkpoint
+from resnet_train.config.training import check_dealt
+from resnet_train.data.sampler import generator
+from resnet_train.detection.build import new_detector, precision_of, restored_detector
+from resnet_train.detection.config import DetectConfig
+from resnet_train.detection.data import Examples, read_coco, read_voc
+from resnet_train.detection.evaluate import check_shape
+from resnet_train.detection.train import LOSSES, DetectionTask
+from resnet_train.distributed import together, world
+from resnet_train.engine.compute import pick_precision, placed, sgd
+from resnet_train.engine.run import run
+
+
+def detect(config: DetectConfig, directory: Path) -> int:
+    """Train in `directory`, resuming a run that was cut there. The exit code and errors of `engine.run.run`."""
+    return run(config, directory, command="resnet-detect", open_data=open_data, build=build, detector=True)
+
+
+def open_data(config: DetectConfig) -> Examples:
+    """The pictures and boxes that the configuration names. Raises UserError."""
+    together(lambda: check_dealt(config.batch_size, world()))
+    return together(lambda: read_examples(config))
+
+
+def read_examples(config: DetectConfig) -> Examples:
+    """The pictures and boxes that the configuration names. Raises UserError."""
+    data = config.data
+    assert data.root is not None  # check_detect has seen to it
+    root = Path(data.root)
+    if data.name == "coco":
+        found = read_coco(root, train=data.train, test=data.test, broken=data.broken)
+    else:
+        found = read_voc(root, train=data.train, test=data.test, classes=data.classes, broken=data.broken)
+    for example in (*found.train, *found.test):
+        check_shape(str(example.path), (example.height, example.width), config.min_size, config.max_size)
+    return found
+
+
+def build(
+    config: DetectConfig, examples: Examples, device: torch.device, state: dict[str, Any] | None = None
+) -> DetectionTask:
+    """The detector and its optimiser, from a checkpoint's `state`, if given, else as they begin. Raises UserError."""
+    precision = pick_precision(config.precision, device)
+    torch.manual_seed(generator(config.seed, "initialisation", 0).initial_seed())
+    if state is not None:
+        model, backbone = restored_detector(config, state)
+        with checkpoint.fitting("the checkpoint to go on from"):
+            precision = precision_of(state)
+    else:
+        model, backbone = new_detector(config, len(examples.classes))
+    model = placed(model, device, precision)
+    trained = {"params": [p for p in model.parameters() if p.requires_grad], "weight_decay": config.weight_decay}
+    task = DetectionTask(
+        config=config,
+        device=device,
+        precision=precision,
+        examples=examples,
+        backbone=backbone,
+        model=model,
+        net=model,
+        optimizer=sgd([trained], lr=config.lr, momentum=config.momentum, precision=precision),
+        scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
+        losses=torch.zeros(world(), len(LOSSES), dtype=torch.float64, device=device),
+    )
+    if state is not None:
+        with checkpoint.fitting("the checkpoint to go on from"):
+            task.load(state)
+    return task

@@ -1,0 +1,106 @@
+"""What a task computes with: device, precision, optimiser, gradients averaged over processes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from resnet_train.allocator import keep_freed_memory
+from resnet_train.distributed import local_rank
+from resnet_train.errors import UserError
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def pick_device(name: str) -> torch.device:
+    """auto, cpu or cuda as this process's device. Raises UserError where there is no GPU for it."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda: torch sees no GPU here; take device=cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
+        if local_rank() >= torch.cuda.device_count():
+            raise UserError(f"devices: torch sees {torch.cuda.device_count()} GPUs here; each process needs one")
+        torch.cuda.set_device(local_rank())
+        return torch.device("cuda", local_rank())
+    keep_freed_memory()
+    return torch.device(name)
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """auto as bf16 where the processor computes with it and as fp32 elsewhere; others as they are."""
+    if name == "fp16" and device.type == "cpu":
+        raise UserError("precision=fp16: is for GPUs; on a CPU take bf16 or fp32")
+    if name != "auto":
+        return name
+    fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else _cpu_has_bf16()
+    return "bf16" if fast else "fp32"
+
+
+def _cpu_has_bf16() -> bool:
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and any(flag in cpuinfo.read_text() for flag in ("avx512_bf16", "amx_bf16", "bf16 "))
+
+
+Net = TypeVar("Net", bound=nn.Module)
+
+
+def placed(model: Net, device: torch.device, precision: str) -> Net:
+    """`model` on `device`, channels last, its weights in float32, or in float64 for fp64."""
+    dtype = torch.float64 if precision == "fp64" else torch.float32
+    return model.to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def sgd(
+    groups: Iterable[dict[str, Any]], *, lr: float, momentum: float, nesterov: bool = False, precision: str
+) -> torch.optim.SGD:
+    """SGD with momentum over parameter groups, those without parameters left out; fused, so that it is one kernel."""
+    optimizer = torch.optim.SGD(
+        [group for group in groups if group["params"]], lr=lr, momentum=momentum, nesterov=nesterov, fused=True
+    )
+    if precision == "fp16" and momentum:  # where the scaler skips the first step, it would stay uninitialised
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def check_synchronised(device: torch.device) -> None:
+    """Raise UserError where batch norm over the images of all processes cannot be had."""
+    if device.type == "cpu":
+        raise UserError("bn_images=all: PyTorch's synchronised batch norm needs GPUs; take a number of images")
+
+
+def parallel(model: nn.Module, first: Callable[[nn.Module], Tensor]) -> nn.Module:
+    """`model` with its gradients averaged over all processes; each keeps its own buffers.
+
+    `first` is a first pass that nothing comes of: it gives a number to go backward from.
+    """
+    device = next(model.parameters()).device
+    newer = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    net = DistributedDataParallel(
+        model,
+        device_ids=[device] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        **{"forward_sync_buffers" if newer else "broadcast_buffers": False},  # type: ignore[arg-type]
+    )
+    # After its first pass it puts the gradients in another order, in which sums of more than two round otherwise. That
+    # pass is made here, on nothing: else a run that is cut and goes on would differ from one that is not.
+    buffers = [buffer.clone() for buffer in model.buffers()]
+    first(net).backward()
+    model.zero_grad(set_to_none=True)
+    for buffer, before in zip(model.buffers(), buffers, strict=True):
+        buffer.copy_(before)
+    return net
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context in which a forward pass computes in `precision`, bf16, fp16 or fp32."""
+    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")

@@ -1,0 +1,84 @@
+"""Where a run was made: command, commit, device, versions, memory."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+
+from resnet_train import __version__
+from resnet_train.distributed import world
+
+
+def environment_of(command: str, device: torch.device, digest: str) -> dict[str, Any]:
+    """Where, by what `command` and on data of which `digest` a run is made, for environment.json."""
+    return {
+        "command": shlex.join([command, *sys.argv[1:]]),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "git_commit": git_commit(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+        "processes": world(),
+        "threads": torch.get_num_threads(),
+        "launch": os.environ.get("TORCHELASTIC_RUN_ID"),
+        "digest": digest,
+        "versions": versions(device),
+    }
+
+
+def git_commit() -> str | None:
+    """The commit of this package's code, where it lies in a git repository."""
+    return _output_of("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40") or None
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """Of what computes; on a GPU of its libraries and driver as well."""
+    found = {
+        "resnet_train": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+    }
+    if device.type == "cuda":
+        found["cudnn"] = str(torch.backends.cudnn.version())
+        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+        found["driver"] = _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
+    return found
+
+
+def _output_of(*command: str) -> str:
+    """What a command prints; empty where it cannot be run."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has held: of the GPU's memory where it trains on one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def memory_held(device: torch.device) -> int:
+    """The bytes that this process holds now, likewise; where the system does not say, the most so far."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * resource.getpagesize() if statm.exists() else peak_memory(device)
+
+
+def processor() -> str:
+    """The processor's name."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())

@@ -1,0 +1,152 @@
+"""One run of a task from its directory's first file to its last: opened or resumed, trained, summed up."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from resnet_train import curves
+from resnet_train.distributed import from_main, joined, main, together, total, world
+from resnet_train.engine.compute import pick_device
+from resnet_train.engine.environment import peak_memory
+from resnet_train.engine.loop import Clock, Stop, log_evaluation, loop
+from resnet_train.engine.resume import before_restart, begin_run, claim_run
+from resnet_train.engine.task import Task, TaskConfig
+from resnet_train.errors import UserError, of_a_peer
+from resnet_train.files import write_json
+from resnet_train.record import Record
+from resnet_train.terminal import say
+
+
+class Data(Protocol):
+    """The images of a task."""
+
+    digest: str
+
+
+C = TypeVar("C", bound=TaskConfig)
+D = TypeVar("D", bound=Data)
+
+
+def run(
+    config: C,
+    directory: Path,
+    *,
+    command: str,
+    open_data: Callable[[C], D],
+    build: Callable[[C, D, torch.device, dict[str, Any] | None], Task],
+    detector: bool = False,
+) -> int:
+    """Train a task in `directory`, resuming a run that was cut there, and sum it up. The exit code.
+
+    `open_data` reads the data; `build` makes the task, from a checkpoint's state where one is resumed, and talks to no
+    other process. 0: finished; 128 and a signal's number: stopped by it, with a checkpoint. Raises UserError and
+    RunError. Several processes do this together, and the first alone writes and prints.
+    """
+    device = pick_device(config.device)
+    with joined(device, config.timeout), contextlib.ExitStack() as held:
+        restarts = int(total(torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))))
+        before = from_main(lambda: before_restart(directory, restarts))
+        if before == "finished":  # a process died after all was done
+            return 0
+        resume = config.resume if before == "new" else "auto"
+        config = dataclasses.replace(config, devices=world(), resume=resume)  # type: ignore[type-var]
+        data = open_data(config)
+        state = from_main(lambda: claim_run(config, directory, data.digest, held, detector))
+        try:
+            task = together(lambda: build(config, data, device, state))
+            environment = from_main(lambda: begin_run(task, directory, state, command, data.digest))
+        except UserError:
+            with contextlib.suppress(OSError):  # nothing is in it, if it was made for this run
+                directory.rmdir()
+            raise
+        if world() > 1:
+            task.wrap_ddp()
+        _announce(task, directory, state)
+        stop, start = Stop(), task.iteration
+        names = {"data": task.label, "seed": config.seed}
+        record = Record(directory if main() else None, names, start, config.iterations)
+        clock = Clock(start, record.seconds)
+        if task.reference is not None:
+            record.reference(task.reference, config.iterations)
+        try:
+            with contextlib.closing(record):
+                loop(task, directory, record, clock, stop, None if state is None else start)
+                if task.iteration < config.iterations:
+                    return _stopped(task, stop)
+                if from_main(lambda: record.lacks(task.iteration, *task.splits)):
+                    log_evaluation(task, directory, record, clock)  # it was measured, and the record was lost
+            from_main(lambda: _summarise(task, directory, clock, environment))
+            return 0
+        except RuntimeError as error:
+            # Another has died, and the launcher, which names it, ends this one.
+            if world() > 1 and stop.signal and of_a_peer(error):
+                sys.exit(1)
+            if not (stop.signal and _of_the_compiler(error)):
+                raise
+            # The signal was for the compiler's own processes as well. Nothing has come of this iteration.
+            if main():
+                begun = (directory / "checkpoints" / "last.pt").exists()
+                how = "goes on from the last checkpoint" if begun else "begins again"
+                say(f"stopped after iteration {task.iteration}, while compiling; the same command {how}")
+            return 128 + stop.signal
+
+
+def _announce(task: Task, directory: Path, state: dict[str, Any] | None) -> None:
+    if not main():
+        return
+    first, *more = task.describe()
+    say(f"{first}; {directory}")
+    for line in more:
+        say(line)
+    if state is not None:
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        after = f", restart {attempt} after the death of a process" if attempt != "0" else ""
+        say(f"going on from iteration {task.iteration}{after}")
+        for line in task.describe_changes(state):
+            say(line)
+    sys.stdout.flush()
+
+
+def _stopped(task: Task, stop: Stop) -> int:
+    """The exit code of a run that a signal has stopped, which is told."""
+    if main():
+        how = "the same command" if task.config.resume == "auto" else "the same command with resume=auto"
+        say(f"stopped at iteration {task.iteration}, checkpoint written; {how} goes on from there")
+    return 128 + stop.signal
+
+
+def _of_the_compiler(error: BaseException | None) -> bool:
+    """Whether torch's compiler has raised `error`, or what it came of."""
+    while error is not None:
+        if type(error).__module__.startswith(("torch._inductor", "torch._dynamo", "concurrent.futures")):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _summarise(task: Task, directory: Path, clock: Clock, environment: dict[str, Any]) -> None:
+    """summary.json, which marks the run as finished, the picture, and the result in a line."""
+    metrics, picture = curves.read_metrics(directory / "metrics.jsonl"), directory / "curves.png"
+    summary = {
+        **task.summary(metrics),
+        "seconds": clock.seconds,
+        "peak_memory_bytes": peak_memory(task.device),
+        "precision": task.precision,
+        "compile": task.compiled,
+        **environment,
+        "finished": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+    }
+    write_json(directory / "summary.json", summary)
+    drawn = curves.attempt(lambda: task.draw(metrics, picture), picture)
+    say(task.conclude(summary))
+    say(f"{f'curves: {picture}; ' if drawn else ''}tensorboard --logdir {shlex.quote(str(directory))}")

@@ -1,0 +1,14 @@
+"""Sums that each process keeps for itself, in one tensor of a row for each."""
+
+from torch import Tensor
+
+from resnet_train.distributed import rank, world
+
+
+def restore_rank_sums(rows: Tensor, stored: Tensor) -> None:
+    """Put this process's row of sums in its place; if there are now other processes than then, all in the first's."""
+    rows.zero_()
+    if len(stored) == world():
+        rows[rank()] = stored[rank()]
+    elif rank() == 0:
+        rows[0] = stored.sum(0)
