@@ -599,9 +599,6 @@ def test_wrong_words_are_one_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "empty").mkdir()
     fresh = make(tmp_path / "fresh" / "run")
     (fresh / "metrics.jsonl").unlink()
-    broken = make(tmp_path / "broken")
-    text = (broken / "metrics.jsonl").read_text().split("\n")
-    (broken / "metrics.jsonl").write_text("\n".join([text[0], "nonsense", *text[1:]]))
     other = make(tmp_path / "other")
     (other / "config.json").write_text("[]")
     (tmp_path / "file").write_text("")
@@ -612,8 +609,7 @@ def test_wrong_words_are_one_line(tmp_path, monkeypatch, capsys):
         "nosuch": "nosuch: there is no such folder",
         "empty": "empty: holds no run",
         "fresh": "fresh/run: has no metrics yet",
-        "broken": "broken/metrics.jsonl: line 2 is no JSON",
-        "other": "other: holds other things than a run",
+        "other": "other/config.json: is not JSON that can be used (not an object)",
         "run out=file": "out=file: is not a folder that you may write to",
         "run out=run/report": "out=run/report: lies in the run run",
         "run out=/proc/x": "out=/proc/x: ",
@@ -674,12 +670,6 @@ DEEP = '{"a":' * 100_000
         ("config.json", {"momentum": {"a": 1}}),
         ("config.json", DEEP),
         ("config.json", "[" * 100_000),
-        ("metrics.jsonl", DEEP + "\n"),
-        ("metrics.jsonl", {"iteration": 1, "split": EVIL, "error": 1.0}),
-        ("metrics.jsonl", {"iteration": 1, "split": "test", "error": EVIL, "protocol": "x"}),
-        ("metrics.jsonl", {"iteration": math.inf, "split": "test", "error": 1.0, "protocol": "x"}),
-        ("metrics.jsonl", {"iteration": 1, "split": "test", "error": math.nan, "protocol": "x"}),
-        ("metrics.jsonl", {"iteration": 1, "split": "test", "error": 1.0, "protocol": ["x"]}),
         ("summary.json", {"device": 3}),
         ("summary.json", {"parameters": EVIL}),
         ("checkpoints/last-test.json", {"net": "a", "data": "a", "split": "a", "protocol": "a", "error": EVIL}),
@@ -692,8 +682,6 @@ def test_what_has_a_known_form_is_refused_in_one_line_where_it_has_another(tmp_p
     path.parent.mkdir(exist_ok=True)
     if isinstance(told, str):
         path.write_text(told)
-    elif file == "metrics.jsonl":
-        path.write_text(json.dumps({"data": "cifar10", "seed": 0} | told) + "\n")
     else:
         change(path, **told)
     with pytest.raises(UserError) as refused:
@@ -702,6 +690,61 @@ def test_what_has_a_known_form_is_refused_in_one_line_where_it_has_another(tmp_p
     assert line.startswith(str(tmp_path / "a"))
     assert line.isprintable(), line
     assert len(line) < 500
+
+
+GOOD = {"iteration": 3, "split": "test", "data": "cifar10", "seed": 0, "error": 1.0, "protocol": "single view"}
+BAD_LINES = {
+    "half a line": json.dumps(GOOD)[:40],
+    "NULs": "\0" * 64,
+    "null": "null",
+    "deep nesting": DEEP,
+    "no object": "[]",
+    "no data": json.dumps({key: value for key, value in GOOD.items() if key != "data"}),
+    "no error": json.dumps({key: value for key, value in GOOD.items() if key != "error"}),
+} | {
+    f"{key}={str(value)[:20]}": json.dumps(GOOD | {key: value})
+    for key, value in [
+        *(("split", EVIL), ("split", []), ("error", EVIL), ("error", None), ("error", True), ("error", math.nan)),
+        *(("error", 101), ("error5", "1"), ("iteration", math.inf), ("iteration", True), ("iteration", 0)),
+        *(("iteration", 10**400), ("data", 7), ("data", [1, 2]), ("protocol", ["x"]), ("seed", "0"), ("loss", {})),
+    ]
+}
+
+
+@pytest.mark.parametrize("line", BAD_LINES.values(), ids=BAD_LINES)
+def test_a_bad_line_of_the_metrics_is_left_out_with_a_warning_that_names_it(line, tmp_path, capsys):
+    (whole,) = found(make(tmp_path / "whole"))
+    path = make(tmp_path / "run") / "metrics.jsonl"
+    lines = path.read_bytes().split(b"\n")
+    path.write_bytes(b"\n".join([line.encode(), *lines[:5], line.encode(), *lines[5:-1], b'{"iteration": 3']))
+    (run,) = found(tmp_path / "run")
+    assert capsys.readouterr().out == f"warning: {path}: lines 1, 7 are damaged and left out\n"
+    assert run == dataclasses.replace(whole, folder=run.folder, place=run.place)
+    path.write_bytes(line.encode() + b"\n")
+    with pytest.raises(UserError, match=f"{run.place}: has no metrics yet, left out"):
+        runs.find([tmp_path / "run"])
+    assert capsys.readouterr().out == f"warning: {path}: line 1 is damaged and left out\n"
+
+
+def test_nothing_in_a_run_is_waited_for(tmp_path, monkeypatch, capsys):
+    """A run that is still going on, in whose folder are pipes in place of files."""
+    make(tmp_path / "runs" / "whole")
+    running = make(tmp_path / "runs" / "running", seed=1, until=32_000)
+    for name in ("summary.json", "environment.json", "last-test.json", "gradients.csv", "responses.csv", "any"):
+        os.mkfifo(running / name)
+    for name in ("config.json", "metrics.jsonl"):
+        piped = make(tmp_path / "runs" / name, seed=2)
+        (piped / name).unlink()
+        os.mkfifo(piped / name)
+    report_of(tmp_path / "runs", monkeypatch)
+    told, errors = capsys.readouterr()
+    assert errors == ""
+    assert "note: runs/metrics.jsonl: has no metrics yet, left out\n" in told
+    rows = list(csv.DictReader((tmp_path / "runs" / "out" / "runs.csv").read_text().splitlines()))
+    assert [(row["seed"], row["iterations"], row["of"]) for row in rows] == [
+        ("0", "64000", "64000"),
+        ("1", "32000", "64000"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -769,7 +812,7 @@ def test_layer_responses_are_of_the_last_checkpoint_of_each_net_and_seed(tmp_pat
 @pytest.fixture
 def evil(tmp_path, monkeypatch):
     """The report of runs in whose files every free string is hostile."""
-    monkeypatch.setattr(paper, "DATA", {values.printable(EVIL): "cifar"})
+    monkeypatch.setattr(paper, "DATA", {values.escape_and_clip(EVIL): "cifar"})
     top = tmp_path / "<img src=x onerror=1> a$_$b"
     for name, precision in (("a", EVIL), ("b", "fp32")):
         folder = make(top / name / EVIL.replace("/", "").replace("\ud800", ""), data=EVIL, precision=precision)
@@ -1006,4 +1049,4 @@ def test_a_broken_run_of_a_detector_is_named(tmp_path):
     del config["depth"]
     (place / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="holds other things than a run of resnet-detect"):
-        detection.find({place: "run"})
+        detection.find({place: ("run", curves.read_metrics(place / "metrics.jsonl"))})

@@ -15,7 +15,7 @@ from resnet_train.files import expand, put
 from resnet_train.report import detection, figures, page, runs, tables, verdict
 from resnet_train.report.page import Section
 from resnet_train.report.runs import Run
-from resnet_train.report.values import MALFORMED, number, printable
+from resnet_train.report.values import MALFORMED, escape_and_clip, number
 from resnet_train.terminal import say
 
 
@@ -64,7 +64,7 @@ def report(asked: ReportConfig) -> None:
 def _write(asked: ReportConfig, title: str, notes: list[str], sections: list[Section], out: Path) -> None:
     which = asked.runs if asked.report == "runs" else ["complexity"]
     command = shlex.join(["resnet-report", *which, f"out={asked.out}"])
-    intro = [f"Made by `{tables.without_places(printable(command))}`.", *(f"Note: {note}." for note in notes)]
+    intro = [f"Made by `{tables.without_places(escape_and_clip(command))}`.", *(f"Note: {note}." for note in notes)]
     tabular = [table for section in sections for table in (section.verdict, *section.tables) if table]
     everyone = [run for section in sections for run in section.runs]
     for table in [*tabular, tables.runs_table(everyone)] if everyone else tabular:
@@ -167,7 +167,7 @@ def _measured(folders: list[Path], name: str, column: str) -> list[figures.Respo
     Raises UserError for a file that it has not written.
     """
     found: dict[tuple[str, str, int], figures.Responses] = {}
-    for path in (path for folder in folders for path in sorted(folder.rglob(name))):
+    for path in (path for folder in folders for path in sorted(folder.rglob(name)) if path.is_file()):
         values: dict[tuple[str, ...], list[float]] = {}
         try:
             with path.open(newline="", encoding="utf-8") as file:
@@ -177,12 +177,12 @@ def _measured(folders: list[Path], name: str, column: str) -> list[figures.Respo
             for (net, data, seed, iteration, note, finished), layers in values.items():
                 if not runs.NET.fullmatch(net) or len(layers) != int(net.split("-")[1]) - 1:
                     raise ValueError(f"{len(layers)} layers of {net!r}")
-                label, warning, done = printable(data), printable(note), finished == "True"
+                label, warning, done = escape_and_clip(data), escape_and_clip(note), finished == "True"
                 one = figures.Responses(net, label, int(seed), layers, warning, done, int(iteration))
                 if found.setdefault((net, label, one.seed), one).iteration <= one.iteration:
                     found[net, label, one.seed] = one
         except (OSError, csv.Error, *MALFORMED) as error:
-            reason = printable(f"{type(error).__name__}: {error}")[:200]
+            reason = escape_and_clip(f"{type(error).__name__}: {error}")[:200]
             raise UserError(f"{path}: is no table of resnet-responses ({reason})") from error
     nets = found.values()
     return sorted(nets, key=lambda one: (not one.net.startswith("plain"), int(one.net.split("-")[1]), one.seed))

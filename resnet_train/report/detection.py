@@ -9,11 +9,12 @@ from typing import Any
 
 from resnet_train import paper
 from resnet_train.curves import OTHERS, plain_matplotlib
-from resnet_train.files import read_if_object
+from resnet_train.files import read_if_object, read_object
 from resnet_train.report.figures import save
 from resnet_train.report.page import Section
+from resnet_train.report.runs import Begun
 from resnet_train.report.tables import Cell, Table, spread, without_places
-from resnet_train.report.values import json_in, metrics_in, number, plain, reading, whole, word
+from resnet_train.report.values import number, plain, reading, whole, word
 
 # Of a configuration, what must be the same in one table.
 SETTING = (
@@ -66,20 +67,20 @@ class Detector:
         return f"{self.net}, from {place}{path.name}"
 
 
-def find(folders: dict[Path, str]) -> list[Detector]:
-    """The detectors in `folders`, each of which is a run, with the name that a report gives it.
+def find(folders: Begun) -> list[Detector]:
+    """The detectors in `folders`, each of which is a run.
 
     Raises UserError for files that are no such run's.
     """
     found = []
-    for folder, place in folders.items():
+    for folder, (place, metrics) in folders.items():
         with reading(folder, "resnet-detect"):
-            found.append(_read(folder, place))
+            found.append(_read(folder, place, metrics))
     return sorted(found, key=lambda run: (run.data, run.net, run.name, run.seed))
 
 
-def _read(folder: Path, place: str) -> Detector:
-    config, metrics = json_in(folder / "config.json"), metrics_in(folder)
+def _read(folder: Path, place: str, metrics: list[dict[str, Any]]) -> Detector:
+    config = read_object(folder / "config.json")
     environment, data = read_if_object(folder / "environment.json"), config["data"]
     kind, parts = data["name"], [word(name) for name in data["train"]]
     net = "vgg-16" if config["backbone"] == "vgg16" else f"resnet-{whole(config['depth'])}"
