@@ -314,7 +314,7 @@ def test_the_sentence_on_shortened_runs_says_how_little_it_says(tmp_path):
 def drawn(*folders):
     """The figures of the first group: name, caption, axes."""
     group = runs.groups(found(*folders))[0]
-    return {name: (caption, figure.axes) for name, caption, figure in figures.draw(group)}
+    return {one.name: (one.caption, one.draw().axes) for one in figures.plan(group)}
 
 
 def test_figure_6_is_the_mean_of_the_seeds_with_a_band_and_a_net_has_one_colour(tmp_path):
@@ -383,11 +383,11 @@ def test_pictures_have_no_words_of_a_run_in_them_and_take_dollars_for_dollars(tm
     caption, (axes,) = drawn(tmp_path)["curves"]
     assert "on a$_$b;" in caption
     assert axes.figure.get_suptitle() == ""
-    (figure,) = [figure for _, _, figure in figures.draw(found(tmp_path))]
+    figure = figures.plan(found(tmp_path))[0].draw()
     figure.axes[0].set_title("a$_$b")
     figures.save(figure, tmp_path / "figure")
     detector_run(tmp_path / "detectors", source="/w/a$_$b.pt")
-    assert detection.sections(detection.find(runs.find([tmp_path / "detectors"])[1]), tmp_path)
+    assert detection.sections(detection.find(runs.find([tmp_path / "detectors"])[1]))
 
 
 # --- Data that the paper does not have -------------------------------------------------------------------------------
@@ -579,6 +579,26 @@ def test_the_same_runs_give_the_same_figures(reported, monkeypatch):
     for name in ("figure-1.svg", "figure-6.svg", "figure-7.svg", "table-6.csv", "deviations.csv"):
         assert (again / name).read_bytes() == (reported / name).read_bytes(), name
     shutil.rmtree(again)
+
+
+def test_a_picture_that_fails_is_a_warning_and_not_in_the_page(tmp_path, monkeypatch, capsys):
+    make(tmp_path / "runs" / "plain-20", "plain-20")
+    make(tmp_path / "runs" / "plain-56", "plain-56")
+    detector_run(tmp_path / "runs")
+    csv_of(tmp_path / "runs", [("plain-20", "cifar10", 0, index, 1.0, "") for index in range(19)])
+    out = tmp_path / "runs" / "out"
+    for name in ("figure-6.svg", "figure-7.png", "detection.png", "gradients.png"):
+        (out / name).mkdir(parents=True)
+    text = report_of(tmp_path / "runs", monkeypatch)
+    told, errors = capsys.readouterr()
+    assert errors == ""
+    for name in ("figure-6", "figure-7", "detection", "gradients"):
+        assert f"warning: runs/out/{name}: cannot be drawn (" in told
+        assert f"({name}.png)" not in text
+    assert "(figure-1.png)" in text
+    assert (out / "index.html").read_text().count("<figure>") == 1
+    assert {"table-6.csv", "runs.csv", "table-7.csv"} <= {path.name for path in out.iterdir()}
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
 
 
 def test_a_result_that_is_a_pipe_is_not_waited_for(tmp_path):
@@ -793,8 +813,8 @@ def test_layer_responses_are_of_the_last_checkpoint_of_each_net_and_seed(tmp_pat
         ("plain-20", [3.0] * 19, True),
         ("resnet-20-A", [3.0] * 19, True),
     ]
-    section = report_command._responses_section(tmp_path, "", measured, measured, measured)
-    assert [name for name, _ in section.figures] == ["figure-7", "gradients"]
+    section = report_command._responses_section("", measured, measured, measured)
+    assert [one.name for one in section.figures] == ["figure-7", "gradients"]
     both = [measured[0], dataclasses.replace(measured[0], iteration=400, stds=[1.0] * 19)]
     lines = figures.draw_responses(both).axes[0].lines  # no mean of them
     assert [(line.get_label(), line.get_ydata()[0]) for line in lines] == [
@@ -993,7 +1013,7 @@ def test_detectors_stand_in_table_7_with_the_mean_over_seeds_beside_the_papers(t
     detector_run(tmp_path, maps=(1, 30.0), seed=2, source="/w/r18.pt", finished=False)
     detector_run(tmp_path, backbone="vgg16", maps=(1, 20.0))
     _, places, _ = runs.find([tmp_path])
-    (section,) = detection.sections(detection.find(places), tmp_path)
+    (section,) = detection.sections(detection.find(places))
     (table,) = section.tables
     assert table.name == "table-7"
     assert table.shown() == [
@@ -1005,6 +1025,7 @@ def test_detectors_stand_in_table_7_with_the_mean_over_seeds_beside_the_papers(t
     assert "random weights in place of ImageNet's" in text
     assert "100 iterations, not 80,000" in text
     assert section.warnings == ["SHORTENED: 100 of the paper's 80,000 iterations"]
+    assert figures.draw(section.figures, tmp_path) == section.figures
     assert (tmp_path / "detection.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -1020,7 +1041,7 @@ def test_a_report_may_be_of_detectors_alone(tmp_path, monkeypatch):
 
 def test_detectors_of_other_data_have_a_table_of_their_own(tmp_path):
     detector_run(tmp_path, label="bccd")
-    (section,) = detection.sections(detection.find(runs.find([tmp_path])[1]), tmp_path)
+    (section,) = detection.sections(detection.find(runs.find([tmp_path])[1]))
     (table,) = section.tables
     assert (table.title, section.warnings, table.notes) == ("Detectors: mAP in %, bccd", [], [])
     assert table.header == ["detector", "mAP, VOC 2007's rule", "mAP, VOC 2010's rule"]
@@ -1029,7 +1050,7 @@ def test_detectors_of_other_data_have_a_table_of_their_own(tmp_path):
 def test_detectors_of_other_settings_stand_apart(tmp_path):
     detector_run(tmp_path, maps=(1, 40.0))
     detector_run(tmp_path, maps=(1, 40.0), seed=1, iterations=200)
-    found = detection.sections(detection.find(runs.find([tmp_path])[1]), tmp_path)
+    found = detection.sections(detection.find(runs.find([tmp_path])[1]))
     assert [section.tables[0].name for section in found] == ["table-7", "table-7-2"]
 
 
@@ -1037,7 +1058,7 @@ def test_other_weights_are_another_row_and_one_run_counts_once(tmp_path):
     detector_run(tmp_path, maps=(1, 40.0), source="/runs/A/checkpoints/last.pt")
     detector_run(tmp_path / "again", maps=(1, 40.0), source="/runs/A/checkpoints/last.pt")
     detector_run(tmp_path / "other", maps=(1, 20.0), source="/runs/B/checkpoints/last.pt")
-    (section,) = detection.sections(detection.find(runs.find([tmp_path])[1]), tmp_path)
+    (section,) = detection.sections(detection.find(runs.find([tmp_path])[1]))
     rows = [row[:2] for row in section.tables[0].shown()]
     assert rows == [["resnet-18, from A/last.pt", "40.00 (n=1)"], ["resnet-18, from B/last.pt", "20.00 (n=1)"]]
     assert "is the same run as" in page.markdown_table(section.tables[0])

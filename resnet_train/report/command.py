@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import importlib.util
 import shlex
 import webbrowser
@@ -13,6 +14,7 @@ from resnet_train.config.commands import ReportConfig
 from resnet_train.errors import UserError
 from resnet_train.files import expand, put
 from resnet_train.report import detection, figures, page, runs, tables, verdict
+from resnet_train.report.figures import Picture
 from resnet_train.report.page import Section
 from resnet_train.report.runs import Run
 from resnet_train.report.values import MALFORMED, escape_and_clip, number
@@ -52,7 +54,7 @@ def report(asked: ReportConfig) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         if asked.report == "runs":
-            sections = [*(_sections(groups, folders, out) if groups else []), *detection.sections(detectors, out)]
+            sections = [*(_sections(groups, folders) if groups else []), *detection.sections(detectors)]
         _write(asked, title, notes, sections, out)
     except OSError as error:
         raise UserError(f"out={out}: cannot be written: {error.strerror}") from error
@@ -70,7 +72,10 @@ def _write(asked: ReportConfig, title: str, notes: list[str], sections: list[Sec
     for table in [*tabular, tables.runs_table(everyone)] if everyone else tabular:
         put(out / f"{table.name}.csv", table.csv().encode())
     put(out / "report.md", page.markdown(title, intro, sections).encode())
-    put(out / "index.html", page.html_page(title, intro, sections, out).encode())  # last: it needs the figures
+    for section in sections:
+        section.figures = figures.draw(section.figures, out)
+    put(out / "report.md", page.markdown(title, intro, sections).encode())  # without those that could not be drawn
+    put(out / "index.html", page.html_page(title, intro, sections, out).encode())
 
 
 def _check_out(out: Path, folders: list[Path]) -> None:
@@ -90,24 +95,23 @@ def _kept_apart(groups: list[list[Run]]) -> list[str]:
     return notes
 
 
-def _sections(groups: list[list[Run]], folders: list[Path], out: Path) -> list[Section]:
-    """A section for each group of runs that may stand together, and what concerns all; draws the figures into `out`."""
+def _sections(groups: list[list[Run]], folders: list[Path]) -> list[Section]:
+    """A section for each group of runs that may stand together, and what concerns all."""
     apart = {key for other in groups[1:] for key, _, _ in runs.differences(groups[0], other)}
-    sections = [_section(group, number, apart, out) for number, group in enumerate(groups, 1)]
+    sections = [_section(group, number, apart) for number, group in enumerate(groups, 1)]
     measured = _measured(folders, "responses.csv", "std")
     gradients = [_measured(folders, "gradients.csv", f"by_{name}") for name in ("response", "weights")]
     for count, data in enumerate(dict.fromkeys(one.data for one in measured), 1):
         of_data = [[one for one in part if one.data == data] for part in (measured, *gradients)]
-        sections.append(_responses_section(out, "" if count == 1 else f"-{count}", *of_data))
+        sections.append(_responses_section("" if count == 1 else f"-{count}", *of_data))
     table = tables.deviations_table(groups)
     return [*sections, Section("Recipes", tables=[table])] if table.rows else sections
 
 
-def _responses_section(out: Path, where: str, *columns: list[figures.Responses]) -> Section:
+def _responses_section(where: str, *columns: list[figures.Responses]) -> Section:
     """Figure 7 of the nets of one data set and, where they were measured, the norms of the gradients."""
     measured, by_response, by_weights = columns
-    first, file = measured[0], f"figure-7{where}"
-    figures.save(figures.draw_responses(measured), out / file)
+    first = measured[0]
     nets: dict[str, list[float]] = {}
     for one in measured:
         nets.setdefault(one.net, []).append(sum(one.stds) / len(one.stds))
@@ -122,17 +126,17 @@ def _responses_section(out: Path, where: str, *columns: list[figures.Responses])
     caption = f"{'Figure 7' if published else 'Layer responses'}: standard deviation of the responses of the 3x3 layers"
     caption += f" after batch norm, by layer (above) and by magnitude (below), on {first.data}; dashed: plain nets."
     warnings = list(dict.fromkeys(one.note for one in measured if one.note and published))
-    section = Section(f"Layer responses on {first.data}", warnings, words, figures=[(file, caption)])
+    pictures = [Picture(f"figure-7{where}", caption, lambda: figures.draw_responses(measured))]
     if by_response:
-        figures.save(figures.draw_gradients(by_response, by_weights), out / f"gradients{where}")
         caption = (
-            "L2 norms of the loss's gradients by the response of each 3x3 layer (above) and by its weights (below),"
+            "L2 norms of the loss's gradients by the response of each 3x3 layer (above) and by its weights (below)"
         )
-        section.figures.append((f"gradients{where}", f"{caption} on {first.data}; dashed: plain nets."))
-    return section
+        caption += f", on {first.data}; dashed: plain nets."
+        pictures.append(Picture(f"gradients{where}", caption, lambda: figures.draw_gradients(by_response, by_weights)))
+    return Section(f"Layer responses on {first.data}", warnings, words, figures=pictures)
 
 
-def _section(group: list[Run], number: int, apart: set[str], out: Path) -> Section:
+def _section(group: list[Run], number: int, apart: set[str]) -> Section:
     """Of runs that may stand together; `apart` are the keys in which they are not like those of other sections."""
     first = group[0]
     where = "" if number == 1 else f"-{number}"
@@ -144,9 +148,7 @@ def _section(group: list[Run], number: int, apart: set[str], out: Path) -> Secti
     if first.published and (short := paper.shortened(first.data, first.iterations)):
         section.warnings.append(short)
     section.words = [words for words in [verdict.sentence(group)] if words]
-    for name, caption, figure in figures.draw(group):
-        figures.save(figure, out / f"{name}{where}")
-        section.figures.append((f"{name}{where}", caption))
+    section.figures = [dataclasses.replace(one, name=f"{one.name}{where}") for one in figures.plan(group)]
     section.commands = [(_told(run), tables.made_by(run)) for run in group]
     section.tables = tables.tables(group, where)
     return section
