@@ -56,20 +56,21 @@ def claimed(folder: Path, key: str, doing: str, patience: int = 0) -> Iterator[N
         os.close(handle)
 
 
-def open_regular(path: str | Path, buffering: int = -1) -> BinaryIO:
-    """Open a regular file for reading. Raises OSError.
+class NotRegular(OSError):
+    """What was to be read is a folder, a FIFO, which would wait for a writer, or a device, which may have no end."""
 
-    So it does for a FIFO, which would wait for a writer, and for a device, which may have no end.
-    """
+
+def open_regular(path: str | Path, buffering: int = -1) -> BinaryIO:
+    """Open a regular file for reading. Raises OSError, and NotRegular for anything else."""
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
-        raise OSError(errno.EINVAL, "is not a regular file", str(path))
+        raise NotRegular(errno.EINVAL, "not a regular file", str(path))
     return os.fdopen(handle, "rb", buffering)
 
 
 def read_regular(path: str | Path) -> bytes:
-    """The content of a regular file. Raises OSError."""
+    """The content of a regular file. Raises OSError, and NotRegular for anything else."""
     with open_regular(path, buffering=0) as file:
         return file.read()
 
