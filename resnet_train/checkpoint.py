@@ -152,8 +152,10 @@ def load(path: Path, *, detector: bool = False) -> dict[str, Any]:
     Raises UserError for a file that is damaged or not such a checkpoint of ours.
     """
     state = read(path)
-    if not is_ours(state):
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{path}: is not a checkpoint of resnet-train (format {FORMAT})")
+    if wrong := wrong_part(state, PARTS):
+        raise UserError(f"{path}: is not a checkpoint of resnet-train: {wrong}")
     if ("detector" in state) != detector:
         raise UserError(
             f"{path}: is a checkpoint of resnet-train, not of resnet-detect"
@@ -165,8 +167,20 @@ def load(path: Path, *, detector: bool = False) -> dict[str, Any]:
 
 def is_ours(state: Any) -> bool:
     """Whether what a file holds is a checkpoint of resnet-train."""
-    whole = isinstance(state, dict) and all(isinstance(state.get(name), kind) for name, kind in PARTS.items())
-    return whole and state.get("format") == FORMAT
+    return isinstance(state, dict) and state.get("format") == FORMAT and wrong_part(state, PARTS) is None
+
+
+def wrong_part(state: Mapping[str, Any], parts: Mapping[str, type]) -> str | None:
+    """What is wrong with the first of `parts` that is missing, or of another type than PARTS says; None if none is."""
+    for name, kind in parts.items():
+        if name not in state:
+            return f"{name} is missing"
+        value = state[name]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            return f"{name} is of type {type(value).__name__}, not {kind.__name__}"
+        if name == "classes" and (other := [item for item in state[name] if not isinstance(item, str)]):
+            return f"{name} has a value of type {type(other[0]).__name__}, not str"
+    return None
 
 
 @contextlib.contextmanager

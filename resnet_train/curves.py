@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
+import shlex
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -33,12 +33,6 @@ def colour(net: str) -> str:
     known = PLAIN if kind == "plain" else RESIDUAL
     other = OTHERS[(int(depth) // 2 + ord(shortcut[:1] or "A")) % len(OTHERS)]
     return known.get(int(depth), other) if kind == "plain" or shortcut == "A" or int(depth) >= 50 else other
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; half a line at the end, of a run that is being written, is left out."""
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
 
 
 def edges(points: Sequence[Point], most: int = 250) -> list[float]:
@@ -75,13 +69,17 @@ def plain_matplotlib() -> Iterator[None]:
         yield
 
 
-def attempt(draw: Callable[[], None], path: Path) -> bool:
-    """Draw the picture `path`, and say whether that was done: where it cannot be, that is a warning and no more."""
+def attempt(draw: Callable[[], object], path: Path, *, of_run: bool = True) -> bool:
+    """Draw the picture `path`, and say whether that was done: where it cannot be, that is a warning and no more.
+
+    `of_run`: whether it lies in the folder of a run, of which resnet-report can draw it later.
+    """
     try:
         draw()
     except Exception as error:  # whatever matplotlib raises: all that counts is on disk
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        say(f"warning: {path}: cannot be drawn ({reason}); resnet-report {path.parent} draws it")
+        later = f"; resnet-report {shlex.quote(str(path.parent))} draws it" if of_run else ""
+        say(f"warning: {path}: cannot be drawn ({reason}){later}")
         return False
     return True
 
@@ -114,7 +112,7 @@ def draw(
             axes.axhline(reference[1], color="grey", linewidth=1, label=f"{reference[0]} {reference[1]} %")
         axes.set(xlabel="iteration", ylabel="error (%)", title=_text(title), ylim=(0, min(100, highest * 1.05) or 1))
         axes.legend()
-        _save(figure, path)
+        save(figure, path, dpi=120)
 
 
 def draw_detection(metrics: list[dict[str, Any]], title: str, path: Path) -> None:
@@ -136,7 +134,7 @@ def draw_detection(metrics: list[dict[str, Any]], title: str, path: Path) -> Non
         if train:  # else the record of them was lost
             losses.plot(*zip(*train, strict=True), "--", color="grey", linewidth=1)
         losses.set(ylabel="training loss (dashed)", ylim=(0, None))
-        _save(figure, path)
+        save(figure, path, dpi=120)
 
 
 def _text(words: str) -> str:
@@ -144,12 +142,12 @@ def _text(words: str) -> str:
     return "\n".join(map(printable, words.split("\n")))
 
 
-def _save(figure: Any, path: Path) -> None:
-    """Write a picture whole or not at all."""
+def save(figure: Any, path: Path, **options: Any) -> None:
+    """Write a picture of the kind that its suffix says, whole or not at all."""
     part = path.with_name(f".{path.name}")
     try:
-        figure.savefig(part, format="png", dpi=120)
+        figure.savefig(part, format=path.suffix[1:], **options)
         part.replace(path)
-    except OSError:
+    except BaseException:
         part.unlink(missing_ok=True)
         raise

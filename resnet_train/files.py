@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -10,7 +11,7 @@ import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from resnet_train.errors import UserError
 
@@ -55,6 +56,25 @@ def claimed(folder: Path, key: str, doing: str, patience: int = 0) -> Iterator[N
         os.close(handle)
 
 
+class NotRegular(OSError):
+    """What was to be read is a folder, a FIFO, which would wait for a writer, or a device, which may have no end."""
+
+
+def open_regular(path: str | Path, buffering: int = -1) -> BinaryIO:
+    """Open a regular file for reading. Raises OSError, and NotRegular for anything else."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise NotRegular(errno.EINVAL, "not a regular file", str(path))
+    return os.fdopen(handle, "rb", buffering)
+
+
+def read_regular(path: str | Path) -> bytes:
+    """The content of a regular file. Raises OSError, and NotRegular for anything else."""
+    with open_regular(path, buffering=0) as file:
+        return file.read()
+
+
 def put(path: Path, content: bytes) -> None:
     """Write a file whole or not at all. Raises OSError."""
     part = path.with_name(path.name + ".part")
@@ -68,13 +88,12 @@ def put(path: Path, content: bytes) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises OSError, and ValueError for whatever else the file is."""
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):  # a FIFO would wait for a writer
-        raise ValueError("not a file")
-    if status.st_size > LARGEST_JSON:
-        raise ValueError("too large")
+    with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size > LARGEST_JSON:
+            raise ValueError("too large")
+        content = file.read()
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(content)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     if not isinstance(found, dict):

@@ -17,10 +17,9 @@ from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from resnet_train.distributed import main
+from resnet_train.engine.metrics import SPLITS, read_metrics
 from resnet_train.errors import RunError, remedy
 from resnet_train.terminal import printable, say
-
-SPLITS = ("train", "val", "test")
 
 tqdm.set_lock(threading.RLock())  # the default is a semaphore of the system, which a killed process leaves behind
 
@@ -35,32 +34,10 @@ threading.excepthook = _hook
 
 
 def read_points(path: Path, iteration: int) -> list[dict[str, Any]]:
-    """The points of a metrics file up to `iteration`, where a run goes on from there.
-
-    The curve is a record and no part of what is computed: a line that is no point is left out, with a warning.
-    """
-    if not path.is_file():  # not there, or a FIFO
-        if iteration:
-            say(f"warning: {path}: is not there; the curves begin after iteration {iteration}")
-        return []
-    *lines, _ = path.read_bytes().split(b"\n")  # the last: nothing, or half a line of a run that was killed
-    points = [point for point in map(_point, lines) if point is not None]
-    if len(points) < len(lines):
-        say(f"warning: {path}: {len(lines) - len(points)} damaged lines are left out")
-    return [point for point in points if point["iteration"] <= iteration]
-
-
-def _point(line: bytes) -> dict[str, Any] | None:
-    """The point that a line of a metrics file holds, if it is one."""
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(found, dict) or type(found.get("iteration")) is not int:
-        return None
-    numbers = (found.get("seconds", 0.0), found.get("error", 0.0), found.get("loss", 0.0))
-    whole = found.get("split") in SPLITS and all(type(number) in (int, float) for number in numbers)
-    return found if whole and all(isinstance(value, (str, int, float)) for value in found.values()) else None
+    """The points of a metrics file up to `iteration`, where a run goes on from there. Raises OSError."""
+    if iteration and not path.is_file():  # not there, or a FIFO
+        say(f"warning: {path}: is not there; the curves begin after iteration {iteration}")
+    return [point for point in read_metrics(path) if point["iteration"] <= iteration]
 
 
 def message(text: str) -> None:

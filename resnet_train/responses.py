@@ -174,9 +174,6 @@ def responses(asked: ResponsesConfig) -> None:
 
     try:
         out.mkdir(parents=True, exist_ok=True)
-        figures.save(figures.draw_responses(lines(lambda one: list(one.stds.values()))), out / "figure-7")
-        gradients = figures.draw_gradients(lines(lambda one: one.by_response), lines(lambda one: one.by_weights))
-        figures.save(gradients, out / "gradients")
         header = ["net", "data", "seed", "iteration", "finished", "index", "layer"]
         rows = [
             [*_about(one), number, name, std, asked.split, asked.images, one.note]
@@ -193,7 +190,17 @@ def responses(asked: ResponsesConfig) -> None:
         _put_csv(out / "gradients.csv", [*header, *columns], rows)
     except OSError as error:
         raise UserError(f"out={out}: cannot be written: {error.strerror}") from error
-    say(f"{out}/figure-7.png, figure-7.svg, responses.csv, gradients.png, gradients.svg, gradients.csv")
+    norms = [lines(lambda one: one.by_response), lines(lambda one: one.by_weights)]
+    stds = lines(lambda one: list(one.stds.values()))
+    drawn = figures.draw(
+        [
+            figures.Picture("figure-7", "", lambda: figures.draw_responses(stds)),
+            figures.Picture("gradients", "", lambda: figures.draw_gradients(*norms)),
+        ],
+        out,
+    )
+    pictures = [f"{one.name}.{kind}" for one in drawn for kind in ("png", "svg")]
+    say(f"{out}/{', '.join(['responses.csv', 'gradients.csv', *pictures])}")
 
 
 def _about(one: Signals) -> list[Any]:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from resnet_train import checkpoint
 from resnet_train.errors import UserError
-from resnet_train.files import read_if_object
+from resnet_train.files import open_regular, read_if_object
 from resnet_train.models import cifar_resnet, imagenet_resnet
 from resnet_train.models.resnet import IMAGENET
 
@@ -139,6 +139,8 @@ def _safetensors_errors(path: Path) -> Iterator[None]:
     except ImportError as error:
         raise UserError(f"{path}: needs safetensors: pip install 'resnet-train[safetensors]'") from error
     try:
+        with open_regular(path):  # lest safetensors wait for a FIFO
+            pass
         yield
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import shlex
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from resnet_train.data.packed import open_packed
 from resnet_train.data.places import class_folders, is_official_cifar10, is_packed
 from resnet_train.data.transforms import IMAGENET_STD
 from resnet_train.errors import RunError, UserError
-from resnet_train.files import expand, write_result, write_whole
+from resnet_train.files import expand, read_regular, write_result, write_whole
 from resnet_train.models.resnet import ResNet
 from resnet_train.terminal import say
 
@@ -33,6 +34,7 @@ BN_IMAGES = {"cifar": 64, "imagenet": 32}
 FAMILIES = {"cifar": "CIFAR", "imagenet": "ImageNet"}
 # In the header of a .safetensors file of ours: what else its checkpoint holds, and what is to be done to images. JSON.
 HEADER = "resnet_train"
+HEADER_PARTS = {name: kind for name, kind in checkpoint.PARTS.items() if name not in ("model", "mean")} | {"data": str}
 TOLERANCE = 1e-4  # of ONNX logits, in absolute terms and relative to the largest
 
 
@@ -140,14 +142,13 @@ def load(path: Path) -> dict[str, Any]:
     told = _description(path)
     if told is None or "config" not in told:
         raise UserError(
-            f"{path}: holds weights, and not what resnet-weights export writes with them; resnet-weights import {path}"
-            " out=net.pt makes a checkpoint of them"
+            f"{path}: holds weights, and not what resnet-weights export writes with them; resnet-weights import"
+            f" {shlex.quote(str(path))} out=net.pt makes a checkpoint of them"
         )
     source = read_source(path)
     with checkpoint.fitting(path):
         config = restored(told["config"])
-        state = {name: told[name] for name in ("config", "classes", "digest", "measure", "iteration")}
-        state["label"] = told["data"]
+        state = {name: told[name] for name in HEADER_PARTS if name != "data"} | {"label": told["data"]}
         double = state["measure"]["precision"] == "fp64"
         state["mean"] = source.mean if double else source.mean.float()
         return state | {"model": state_dicts.rescaled(source.model, source.std, divisor(config))}
@@ -264,7 +265,7 @@ def _classes(asked: WeightsConfig, source: Source) -> list[str]:
     if asked.classes is not None:
         where = f"classes={asked.classes}"
         try:
-            names = expand(asked.classes).read_text(encoding="utf-8").splitlines()
+            names = read_regular(expand(asked.classes)).decode().splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{where}: cannot be read as text: {error}") from error
         names = [name.strip() for name in names if name.strip()]
@@ -294,21 +295,25 @@ def _description(path: Path) -> dict[str, Any] | None:
     if header is None and not beside.is_file():
         return None
     try:
-        found = json.loads(beside.read_text() if header is None else header)
+        found = json.loads(read_regular(beside) if header is None else header)
         if header is None and not str(found["written_by"]).startswith("resnet-train"):
             return None
+        parts = {name: kind for name, kind in HEADER_PARTS.items() if "config" in found or name in found}
+        wrong = checkpoint.wrong_part(found, {"classes": list} | parts)
         mean, std = (torch.tensor(found[key], dtype=torch.float64) for key in ("mean", "std"))
-        classes = found["classes"]
-        fine = mean.shape[-1:] == std.shape == (3,) and mean.shape[:-1] in ((), (found["size"],) * 2)
-        fine &= bool(mean.isfinite().all() and std.isfinite().all() and (std > 0).all())
-        fine &= isinstance(classes, list) and all(isinstance(name, str) for name in classes)
-        fine &= found["arch"] in ("resnet", "plain") and found["bottleneck_stride"] in ("1x1", "3x3")
-    except (OSError, ValueError, TypeError, LookupError, RuntimeError, RecursionError):
-        fine = False
-    if not fine and header is None:
-        raise UserError(f"{beside}: is not what resnet-weights export wrote beside {path.name}; move it away")
-    if not fine:
-        raise UserError(f"{path}: its header is not what resnet-weights export wrote")
+        fine = {
+            "mean": mean.shape[-1:] == (3,) and mean.shape[:-1] in ((), (found["size"],) * 2) and mean.isfinite().all(),
+            "std": std.shape == (3,) and std.isfinite().all() and (std > 0).all(),
+            "arch": found["arch"] in ("resnet", "plain"),
+            "bottleneck_stride": found["bottleneck_stride"] in ("1x1", "3x3"),
+        }
+        wrong = wrong or next((f"{key} is not what it must be" for key, good in fine.items() if not good), None)
+    except (OSError, ValueError, TypeError, LookupError, RuntimeError, RecursionError, AttributeError) as error:
+        wrong = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    if wrong and header is None:
+        raise UserError(f"{beside}: is not what resnet-weights export wrote beside {path.name} ({wrong}); move it away")
+    if wrong:
+        raise UserError(f"{path}: its header is not what resnet-weights export wrote ({wrong})")
     return found
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from resnet_train import curves
+from resnet_train.engine.metrics import read_metrics
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 
@@ -19,7 +19,7 @@ def losses() -> None:
     for column, (precision, lr) in enumerate((("fp64", 0.01), ("fp32", 0.1))):
         runs = {}
         for processes, (line, width) in {1: ("-", 3.5), 2: ("--", 2), 4: (":", 2)}.items():
-            points = curves.read_metrics(RESULTS / "processes" / f"{precision}-{processes}.jsonl")
+            points = read_metrics(RESULTS / "processes" / f"{precision}-{processes}.jsonl")
             runs[processes] = [point["loss"] for point in points if point["split"] == "train"]
             panels[0, column].plot(runs[processes], line, linewidth=width, label=f"processes: {processes}")
         for processes in (2, 4):

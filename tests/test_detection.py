@@ -236,6 +236,16 @@ def test_predictions_are_drawn_and_written(whole, tree, command_here, tmp_path):
     assert (drawn != given).any()
 
 
+def test_pictures_of_one_name_are_refused_before_any_is_written(command_here, tmp_path):
+    for name in ("one/x.png", "two/x.jpg"):
+        (tmp_path / name).parent.mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    torch.save({}, tmp_path / "last.pt")
+    told = command_here("detect", "predict", "one/x.png", "two/x.jpg", "checkpoint=last.pt", "out=found", code=2)
+    assert "two/x.jpg: its picture and that of one/x.png would have one name; take them apart" in told
+    assert not (tmp_path / "found").exists()
+
+
 def test_a_picture_is_not_written_over_what_it_was_made_of(whole, tree, command_here, tmp_path):
     image = tmp_path / "cell.png"
     Image.open(tree / "JPEGImages/003.jpg").save(image)

@@ -1,6 +1,7 @@
 """VOC trees and COCO's JSON as boxes; what is wrong with one is told in one line, or counted, and is never a NaN."""
 
 import json
+import os
 import re
 import shutil
 from collections import Counter
@@ -245,6 +246,11 @@ def test_an_unknown_class_is_told_with_the_nearest(tree):
     refused(told, "unknown class", "did you mean horse?")
 
 
+def pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
 LAUGHS = "".join(f'<!ENTITY l{i} "{f"&l{i - 1};" * 10}">' for i in range(1, 10))
 DOCTYPE = "<!DOCTYPE annotation [<!ENTITY e SYSTEM 'file:///etc/passwd'>]>" + annotation(thing(name="&e;"))
 DAMAGE = {
@@ -254,6 +260,16 @@ DAMAGE = {
         "b.xml: is missing, and its image is listed",
     ),
     "no image": (lambda tree: (tree / "JPEGImages/b.jpg").unlink(), NO_IMAGE, "b.xml: there is no image"),
+    "an annotation that is a pipe": (
+        lambda tree: pipe(tree / "Annotations/b.xml"),
+        BAD_ANNOTATION,
+        "b.xml: is not XML that can be read ([Errno 22] not a regular file",
+    ),
+    "an image that is a pipe": (
+        lambda tree: pipe(tree / "JPEGImages/b.jpg"),
+        "images left out: unreadable",
+        "b.jpg: is not an image that can be read (not a regular file)",
+    ),
     "no XML": (
         lambda tree: (tree / "Annotations/b.xml").write_text(annotation(thing())[:-5]),
         BAD_ANNOTATION,
@@ -264,7 +280,7 @@ DAMAGE = {
     "folder": (
         lambda tree: ((tree / "Annotations/b.xml").unlink(), (tree / "Annotations/b.xml").mkdir()),
         BAD_ANNOTATION,
-        "b.xml: is not XML that can be read ([Errno 21]",
+        "b.xml: is not XML that can be read ([Errno 22] not a regular file",
     ),
     "encoding": (
         lambda tree: (tree / "Annotations/b.xml").write_text("<?xml version='1.0' encoding='no'?><annotation/>"),

@@ -21,6 +21,7 @@ from resnet_train import cli, curves, paper
 from resnet_train.compose import CONFIG_DIR, compose
 from resnet_train.config.keys import flat
 from resnet_train.config.training import check_train
+from resnet_train.engine.metrics import read_metrics
 from resnet_train.errors import UserError
 from resnet_train.report import command as report_command
 from resnet_train.report import detection, figures, page, runs, tables, values, verdict
@@ -314,7 +315,7 @@ def test_the_sentence_on_shortened_runs_says_how_little_it_says(tmp_path):
 def drawn(*folders):
     """The figures of the first group: name, caption, axes."""
     group = runs.groups(found(*folders))[0]
-    return {name: (caption, figure.axes) for name, caption, figure in figures.draw(group)}
+    return {one.name: (one.caption, one.draw().axes) for one in figures.plan(group)}
 
 
 def test_figure_6_is_the_mean_of_the_seeds_with_a_band_and_a_net_has_one_colour(tmp_path):
@@ -383,11 +384,11 @@ def test_pictures_have_no_words_of_a_run_in_them_and_take_dollars_for_dollars(tm
     caption, (axes,) = drawn(tmp_path)["curves"]
     assert "on a$_$b;" in caption
     assert axes.figure.get_suptitle() == ""
-    (figure,) = [figure for _, _, figure in figures.draw(found(tmp_path))]
+    figure = figures.plan(found(tmp_path))[0].draw()
     figure.axes[0].set_title("a$_$b")
     figures.save(figure, tmp_path / "figure")
     detector_run(tmp_path / "detectors", source="/w/a$_$b.pt")
-    assert detection.sections(detection.find(runs.find([tmp_path / "detectors"])[1]), tmp_path)
+    assert detection.sections(detection.find(runs.find([tmp_path / "detectors"])[1]))
 
 
 # --- Data that the paper does not have -------------------------------------------------------------------------------
@@ -581,6 +582,26 @@ def test_the_same_runs_give_the_same_figures(reported, monkeypatch):
     shutil.rmtree(again)
 
 
+def test_a_picture_that_fails_is_a_warning_and_not_in_the_page(tmp_path, monkeypatch, capsys):
+    make(tmp_path / "runs" / "plain-20", "plain-20")
+    make(tmp_path / "runs" / "plain-56", "plain-56")
+    detector_run(tmp_path / "runs")
+    csv_of(tmp_path / "runs", [("plain-20", "cifar10", 0, index, 1.0, "") for index in range(19)])
+    out = tmp_path / "runs" / "out"
+    for name in ("figure-6.svg", "figure-7.png", "detection.png", "gradients.png"):
+        (out / name).mkdir(parents=True)
+    text = report_of(tmp_path / "runs", monkeypatch)
+    told, errors = capsys.readouterr()
+    assert errors == ""
+    for name in ("figure-6", "figure-7", "detection", "gradients"):
+        assert f"warning: runs/out/{name}: cannot be drawn (" in told
+        assert f"({name}.png)" not in text
+    assert "(figure-1.png)" in text
+    assert (out / "index.html").read_text().count("<figure>") == 1
+    assert {"table-6.csv", "runs.csv", "table-7.csv"} <= {path.name for path in out.iterdir()}
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
+
+
 def test_a_result_that_is_a_pipe_is_not_waited_for(tmp_path):
     (run,) = found(make(tmp_path / "run"))
     assert run.results == []
@@ -599,9 +620,6 @@ def test_wrong_words_are_one_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "empty").mkdir()
     fresh = make(tmp_path / "fresh" / "run")
     (fresh / "metrics.jsonl").unlink()
-    broken = make(tmp_path / "broken")
-    text = (broken / "metrics.jsonl").read_text().split("\n")
-    (broken / "metrics.jsonl").write_text("\n".join([text[0], "nonsense", *text[1:]]))
     other = make(tmp_path / "other")
     (other / "config.json").write_text("[]")
     (tmp_path / "file").write_text("")
@@ -612,8 +630,7 @@ def test_wrong_words_are_one_line(tmp_path, monkeypatch, capsys):
         "nosuch": "nosuch: there is no such folder",
         "empty": "empty: holds no run",
         "fresh": "fresh/run: has no metrics yet",
-        "broken": "broken/metrics.jsonl: line 2 is no JSON",
-        "other": "other: holds other things than a run",
+        "other": "other/config.json: is not JSON that can be used (not an object)",
         "run out=file": "out=file: is not a folder that you may write to",
         "run out=run/report": "out=run/report: lies in the run run",
         "run out=/proc/x": "out=/proc/x: ",
@@ -674,12 +691,6 @@ DEEP = '{"a":' * 100_000
         ("config.json", {"momentum": {"a": 1}}),
         ("config.json", DEEP),
         ("config.json", "[" * 100_000),
-        ("metrics.jsonl", DEEP + "\n"),
-        ("metrics.jsonl", {"iteration": 1, "split": EVIL, "error": 1.0}),
-        ("metrics.jsonl", {"iteration": 1, "split": "test", "error": EVIL, "protocol": "x"}),
-        ("metrics.jsonl", {"iteration": math.inf, "split": "test", "error": 1.0, "protocol": "x"}),
-        ("metrics.jsonl", {"iteration": 1, "split": "test", "error": math.nan, "protocol": "x"}),
-        ("metrics.jsonl", {"iteration": 1, "split": "test", "error": 1.0, "protocol": ["x"]}),
         ("summary.json", {"device": 3}),
         ("summary.json", {"parameters": EVIL}),
         ("checkpoints/last-test.json", {"net": "a", "data": "a", "split": "a", "protocol": "a", "error": EVIL}),
@@ -692,8 +703,6 @@ def test_what_has_a_known_form_is_refused_in_one_line_where_it_has_another(tmp_p
     path.parent.mkdir(exist_ok=True)
     if isinstance(told, str):
         path.write_text(told)
-    elif file == "metrics.jsonl":
-        path.write_text(json.dumps({"data": "cifar10", "seed": 0} | told) + "\n")
     else:
         change(path, **told)
     with pytest.raises(UserError) as refused:
@@ -702,6 +711,61 @@ def test_what_has_a_known_form_is_refused_in_one_line_where_it_has_another(tmp_p
     assert line.startswith(str(tmp_path / "a"))
     assert line.isprintable(), line
     assert len(line) < 500
+
+
+GOOD = {"iteration": 3, "split": "test", "data": "cifar10", "seed": 0, "error": 1.0, "protocol": "single view"}
+BAD_LINES = {
+    "half a line": json.dumps(GOOD)[:40],
+    "NULs": "\0" * 64,
+    "null": "null",
+    "deep nesting": DEEP,
+    "no object": "[]",
+    "no data": json.dumps({key: value for key, value in GOOD.items() if key != "data"}),
+    "no error": json.dumps({key: value for key, value in GOOD.items() if key != "error"}),
+} | {
+    f"{key}={str(value)[:20]}": json.dumps(GOOD | {key: value})
+    for key, value in [
+        *(("split", EVIL), ("split", []), ("error", EVIL), ("error", None), ("error", True), ("error", math.nan)),
+        *(("error", 101), ("error5", "1"), ("iteration", math.inf), ("iteration", True), ("iteration", 0)),
+        *(("iteration", 10**400), ("data", 7), ("data", [1, 2]), ("protocol", ["x"]), ("seed", "0"), ("loss", {})),
+    ]
+}
+
+
+@pytest.mark.parametrize("line", BAD_LINES.values(), ids=BAD_LINES)
+def test_a_bad_line_of_the_metrics_is_left_out_with_a_warning_that_names_it(line, tmp_path, capsys):
+    (whole,) = found(make(tmp_path / "whole"))
+    path = make(tmp_path / "run") / "metrics.jsonl"
+    lines = path.read_bytes().split(b"\n")
+    path.write_bytes(b"\n".join([line.encode(), *lines[:5], line.encode(), *lines[5:-1], b'{"iteration": 3']))
+    (run,) = found(tmp_path / "run")
+    assert capsys.readouterr().out == f"warning: {path}: lines 1, 7 are damaged and left out\n"
+    assert run == dataclasses.replace(whole, folder=run.folder, place=run.place)
+    path.write_bytes(line.encode() + b"\n")
+    with pytest.raises(UserError, match=f"{run.place}: has no metrics yet, left out"):
+        runs.find([tmp_path / "run"])
+    assert capsys.readouterr().out == f"warning: {path}: line 1 is damaged and left out\n"
+
+
+def test_nothing_in_a_run_is_waited_for(tmp_path, monkeypatch, capsys):
+    """A run that is still going on, in whose folder are pipes in place of files."""
+    make(tmp_path / "runs" / "whole")
+    running = make(tmp_path / "runs" / "running", seed=1, until=32_000)
+    for name in ("summary.json", "environment.json", "last-test.json", "gradients.csv", "responses.csv", "any"):
+        os.mkfifo(running / name)
+    for name in ("config.json", "metrics.jsonl"):
+        piped = make(tmp_path / "runs" / name, seed=2)
+        (piped / name).unlink()
+        os.mkfifo(piped / name)
+    report_of(tmp_path / "runs", monkeypatch)
+    told, errors = capsys.readouterr()
+    assert errors == ""
+    assert "note: runs/metrics.jsonl: has no metrics yet, left out\n" in told
+    rows = list(csv.DictReader((tmp_path / "runs" / "out" / "runs.csv").read_text().splitlines()))
+    assert [(row["seed"], row["iterations"], row["of"]) for row in rows] == [
+        ("0", "64000", "64000"),
+        ("1", "32000", "64000"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -750,8 +814,8 @@ def test_layer_responses_are_of_the_last_checkpoint_of_each_net_and_seed(tmp_pat
         ("plain-20", [3.0] * 19, True),
         ("resnet-20-A", [3.0] * 19, True),
     ]
-    section = report_command._responses_section(tmp_path, "", measured, measured, measured)
-    assert [name for name, _ in section.figures] == ["figure-7", "gradients"]
+    section = report_command._responses_section("", measured, measured, measured)
+    assert [one.name for one in section.figures] == ["figure-7", "gradients"]
     both = [measured[0], dataclasses.replace(measured[0], iteration=400, stds=[1.0] * 19)]
     lines = figures.draw_responses(both).axes[0].lines  # no mean of them
     assert [(line.get_label(), line.get_ydata()[0]) for line in lines] == [
@@ -769,7 +833,7 @@ def test_layer_responses_are_of_the_last_checkpoint_of_each_net_and_seed(tmp_pat
 @pytest.fixture
 def evil(tmp_path, monkeypatch):
     """The report of runs in whose files every free string is hostile."""
-    monkeypatch.setattr(paper, "DATA", {values.printable(EVIL): "cifar"})
+    monkeypatch.setattr(paper, "DATA", {values.escape_and_clip(EVIL): "cifar"})
     top = tmp_path / "<img src=x onerror=1> a$_$b"
     for name, precision in (("a", EVIL), ("b", "fp32")):
         folder = make(top / name / EVIL.replace("/", "").replace("\ud800", ""), data=EVIL, precision=precision)
@@ -950,7 +1014,7 @@ def test_detectors_stand_in_table_7_with_the_mean_over_seeds_beside_the_papers(t
     detector_run(tmp_path, maps=(1, 30.0), seed=2, source="/w/r18.pt", finished=False)
     detector_run(tmp_path, backbone="vgg16", maps=(1, 20.0))
     _, places, _ = runs.find([tmp_path])
-    (section,) = detection.sections(detection.find(places), tmp_path)
+    (section,) = detection.sections(detection.find(places))
     (table,) = section.tables
     assert table.name == "table-7"
     assert table.shown() == [
@@ -962,6 +1026,7 @@ def test_detectors_stand_in_table_7_with_the_mean_over_seeds_beside_the_papers(t
     assert "random weights in place of ImageNet's" in text
     assert "100 iterations, not 80,000" in text
     assert section.warnings == ["SHORTENED: 100 of the paper's 80,000 iterations"]
+    assert figures.draw(section.figures, tmp_path) == section.figures
     assert (tmp_path / "detection.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -977,7 +1042,7 @@ def test_a_report_may_be_of_detectors_alone(tmp_path, monkeypatch):
 
 def test_detectors_of_other_data_have_a_table_of_their_own(tmp_path):
     detector_run(tmp_path, label="bccd")
-    (section,) = detection.sections(detection.find(runs.find([tmp_path])[1]), tmp_path)
+    (section,) = detection.sections(detection.find(runs.find([tmp_path])[1]))
     (table,) = section.tables
     assert (table.title, section.warnings, table.notes) == ("Detectors: mAP in %, bccd", [], [])
     assert table.header == ["detector", "mAP, VOC 2007's rule", "mAP, VOC 2010's rule"]
@@ -986,7 +1051,7 @@ def test_detectors_of_other_data_have_a_table_of_their_own(tmp_path):
 def test_detectors_of_other_settings_stand_apart(tmp_path):
     detector_run(tmp_path, maps=(1, 40.0))
     detector_run(tmp_path, maps=(1, 40.0), seed=1, iterations=200)
-    found = detection.sections(detection.find(runs.find([tmp_path])[1]), tmp_path)
+    found = detection.sections(detection.find(runs.find([tmp_path])[1]))
     assert [section.tables[0].name for section in found] == ["table-7", "table-7-2"]
 
 
@@ -994,7 +1059,7 @@ def test_other_weights_are_another_row_and_one_run_counts_once(tmp_path):
     detector_run(tmp_path, maps=(1, 40.0), source="/runs/A/checkpoints/last.pt")
     detector_run(tmp_path / "again", maps=(1, 40.0), source="/runs/A/checkpoints/last.pt")
     detector_run(tmp_path / "other", maps=(1, 20.0), source="/runs/B/checkpoints/last.pt")
-    (section,) = detection.sections(detection.find(runs.find([tmp_path])[1]), tmp_path)
+    (section,) = detection.sections(detection.find(runs.find([tmp_path])[1]))
     rows = [row[:2] for row in section.tables[0].shown()]
     assert rows == [["resnet-18, from A/last.pt", "40.00 (n=1)"], ["resnet-18, from B/last.pt", "20.00 (n=1)"]]
     assert "is the same run as" in page.markdown_table(section.tables[0])
@@ -1006,4 +1071,4 @@ def test_a_broken_run_of_a_detector_is_named(tmp_path):
     del config["depth"]
     (place / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="holds other things than a run of resnet-detect"):
-        detection.find({place: "run"})
+        detection.find({place: ("run", read_metrics(place / "metrics.jsonl"))})

@@ -149,6 +149,17 @@ def test_the_command_draws_and_writes(undisturbed, measure, tmp_path):
     assert {(row["images"], row["batch"]) for row in gradients} == {("74", "37")}  # batch norm's, as in training
 
 
+def test_a_picture_that_fails_is_a_warning(undisturbed, measure, tmp_path):
+    for name in ("figure-7.svg", "gradients.png"):
+        (tmp_path / "found" / name).mkdir(parents=True)
+    code, told, errors = measure(f"checkpoint={undisturbed}/checkpoints/last.pt", "images=100", "out=found")
+    assert (code, errors) == (0, "")
+    assert all(f"warning: found/{name}: cannot be drawn (" in told for name in ("figure-7", "gradients"))
+    assert told.endswith("\nfound/responses.csv, gradients.csv\n")
+    for name in ("responses.csv", "gradients.csv"):
+        assert len((tmp_path / "found" / name).read_text().splitlines()) == 8
+
+
 def test_wrong_words_are_one_line(undisturbed, measure, tmp_path):
     whole = undisturbed / "checkpoints" / "last.pt"
     (tmp_path / "cut.pt").write_bytes(whole.read_bytes()[:5000])

@@ -111,7 +111,8 @@ def test_a_bad_line_of_the_metrics_is_left_out_and_the_run_goes_on(line, whole, 
     lines = (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     (folder / "metrics.jsonl").write_bytes(b"".join([*lines[:4], line, *lines[4:], line]))
     assert run(folder) == 0
-    assert f"warning: {folder}/metrics.jsonl: 2 damaged lines are left out\n" in capsys.readouterr().out
+    told = f"warning: {folder}/metrics.jsonl: lines 5, {len(lines) + 2} are damaged and left out\n"
+    assert told in capsys.readouterr().out
     alike(folder, whole)
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import multiprocessing
+import os
 import shutil
 
 import pytest
@@ -387,6 +388,21 @@ def test_the_next_of_a_broken_last_image_is_the_first(tree, tmp_path):
     sets = StreamedSets(root=str(tmp_path / "copy"), size=24, validation=0, workers=0, broken="skip")
     batches = training(sets, 13, batch_size=1, augment=PLAIN)
     assert torch.cat([labels for _, labels in batches]).bincount().tolist() == [8, 4, 1]
+
+
+def test_an_image_that_is_a_pipe_is_a_broken_one(tree, tmp_path):
+    shutil.copytree(tree, tmp_path / "copy")
+    pipe = tmp_path / "copy" / "train" / "eel" / "1.JPEG"
+    pipe.unlink()
+    os.mkfifo(pipe)
+    sets = StreamedSets(root=str(tmp_path / "copy"), size=24, validation=0, workers=0, broken="skip")
+    batches = training(sets, 13, batch_size=1, augment=PLAIN)
+    assert torch.cat([labels for _, labels in batches]).bincount().tolist() == [8, 4, 1]
+    sets = StreamedSets(root=str(tmp_path / "copy"), size=24, validation=0, workers=0, broken="stop")
+    with pytest.raises(UserError, match=r"eel/1\.JPEG: is not an image that can be read \(not a regular file\)"):
+        list(training(sets, 13, batch_size=1, augment=PLAIN))
+    with pytest.raises(UserError, match=r"eel/1\.JPEG: is not an image that can be read \(not a regular file\)"):
+        read_image(pipe)
 
 
 def test_images_have_the_size_that_the_configuration_names(tree):

@@ -620,6 +620,34 @@ def test_an_export_says_what_it_is_and_names_no_place_of_the_machine(weights, tr
     assert "/home" not in str(header)
 
 
+WRONG = [
+    *(("digest", "list", []), ("config", "list", []), ("measure", "str", "fp32"), ("iteration", "float", 1.5)),
+    *(("iteration", "bool", True), ("classes", "int", 3), ("classes", "int", [1, 2]), ("data", "dict", {})),
+    *(("digest", "NoneType", None), ("data", "list", [1])),
+]
+
+
+def test_a_part_of_another_type_is_named_in_a_header_and_in_a_checkpoint(weights, trained, tmp_path):
+    weights("export", trained, "out=net.safetensors")
+    tensors = state_dicts.read(tmp_path / "net.safetensors")
+    told = json.loads(state_dicts.metadata(tmp_path / "net.safetensors")["resnet_train"])
+    state = checkpoint.load(trained)
+    for key, kind, value in WRONG:
+        header = json.dumps(told | {key: value})
+        save_file(tensors, tmp_path / "odd.safetensors", metadata={"resnet_train": header})
+        with pytest.raises(UserError, match=rf"odd\.safetensors: .*\({key} (is|has a value) of type {kind}, not "):
+            load(tmp_path / "odd.safetensors")
+        if key != "data":
+            torch.save(state | {key: value}, tmp_path / "odd.pt")
+            with pytest.raises(
+                UserError, match=rf"odd\.pt: is not a check.*: {key} (is|has a value) of type {kind}, not "
+            ):
+                load(tmp_path / "odd.pt")
+    save_file(tensors, tmp_path / "a b.safetensors")
+    with pytest.raises(UserError, match=r"resnet-weights import '.*/a b\.safetensors' out=net\.pt"):
+        load(tmp_path / "a b.safetensors")
+
+
 def test_other_safetensors_in_a_checkpoints_place_are_one_line(weights, command_here, trained, tmp_path):
     save_file(cifar_resnet(8).state_dict(), tmp_path / "bare.safetensors")
     weights("export", trained, "out=net.safetensors")

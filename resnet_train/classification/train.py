@@ -282,11 +282,12 @@ class ClassificationTask(TrainState):
             "multiply_adds": multiply_adds(network(config, len(self.sets.classes)), config.data.size),
         }
 
-    def draw(self, metrics: list[dict[str, Any]], picture: Path) -> None:
-        """Draw the errors over the iterations to the file `picture`."""
+    def draw(self, metrics: list[dict[str, Any]], picture: Path) -> bool:
+        """Draw the errors over the iterations to the file `picture`; whether that could be done."""
         short, reference = self._shortened(), (TABLE_6, self.reference) if self.reference is not None else None
         heading = f"{short}\n{self._title()}" if short else self._title()
-        curves.draw({self.config.net: metrics}, heading, picture, reference)
+        runs = {self.config.net: metrics}
+        return curves.attempt(lambda: curves.draw(runs, heading, picture, reference), picture)
 
     def conclude(self, summary: dict[str, Any]) -> str:
         """The test error in one line."""

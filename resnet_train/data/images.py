@@ -34,7 +34,7 @@ from resnet_train import checkpoint
 from resnet_train.data.download import download
 from resnet_train.data.places import CIFAR_FOLDER, class_folders, images_in, is_official_cifar10
 from resnet_train.errors import UserError
-from resnet_train.files import expand
+from resnet_train.files import expand, open_regular, read_regular
 from resnet_train.terminal import printable
 
 ARCHIVE_SIZE = 170_498_071
@@ -195,7 +195,7 @@ def read_official(
     """
     try:
         if source.is_dir():
-            raw = {name: (_batch_folder(source) / name).read_bytes() for name in (*train, *test)}
+            raw = {name: read_regular(_batch_folder(source) / name) for name in (*train, *test)}
         else:
             with tarfile.open(source) as archive:
                 raw = {name: _member(archive, f"{CIFAR_FOLDER}/{name}") for name in (*train, *test)}
@@ -240,7 +240,7 @@ class ImageError(UserError):
 def read_image(path: Path) -> Tensor:
     """An image file as (3, H, W) uint8 RGB; EXIF rotation is not applied. Raises UserError naming the file."""
     try:
-        data = path.read_bytes()
+        data = read_regular(path)
     except OSError as error:
         raise UserError(f"{path}: is not an image that can be read ({error.strerror})") from error
     return decode(data, str(path)).permute(2, 0, 1)
@@ -249,7 +249,7 @@ def read_image(path: Path) -> Tensor:
 def image_size(path: Path) -> tuple[int, int]:
     """Width and height of an image file, as its header declares them. Raises UserError naming the file."""
     try:
-        file = path.open("rb")
+        file = open_regular(path)
     except OSError as error:
         raise UserError(f"{path}: is not an image that can be read ({error.strerror})") from error
     with file, _decoding(str(path)), _open(file) as image:

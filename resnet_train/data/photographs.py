@@ -25,9 +25,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from resnet_train import checkpoint
-from resnet_train.data.images import cache_folder, decode, jpeg_size, keep
+from resnet_train.data.images import ImageError, cache_folder, decode, jpeg_size, keep
 from resnet_train.data.places import IMAGE_SUFFIXES, class_folders, images_in, is_packed
 from resnet_train.errors import UserError
+from resnet_train.files import NotRegular, read_regular
 
 LISTERS = 16  # folders that are listed at once: on a file server each waits for its answers
 SETTLED = 10.0  # seconds: a folder that changed less than these ago may change again without a new time
@@ -111,10 +112,14 @@ class Files:
 
 
 def read_file(path: str, size: int) -> bytes:
-    """The content of a file that was listed with `size` bytes. Raises UserError if it is another by now."""
+    """The content of a file that was listed with `size` bytes. Raises UserError if it is another by now.
+
+    Raises ImageError for what is no file.
+    """
     try:
-        with open(path, "rb", buffering=0) as file:
-            data = file.read()
+        data = read_regular(path)
+    except NotRegular as error:
+        raise ImageError(f"{path}: is not an image that can be read ({error.strerror})") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     if len(data) != size:

@@ -26,6 +26,7 @@ from resnet_train.data.images import LARGEST_IMAGE, ImageError, image_size, read
 from resnet_train.data.places import is_image
 from resnet_train.detection.places import list_file, lists_of
 from resnet_train.errors import UserError, nearest
+from resnet_train.files import open_regular, read_regular
 
 VOC_CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog"),
@@ -161,7 +162,7 @@ def _annotations(root: Path, name: str) -> list[Path]:
     """The annotation of each image in a list; the first word of a line is the image, what follows are flags."""
     file = _file_of_list(root, "voc", name)
     try:
-        words = [line.split()[0] for line in file.read_text("utf-8-sig").splitlines() if line.strip()]
+        words = [line.split()[0] for line in read_regular(file).decode("utf-8-sig").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: is no list of images that can be read ({error})") from error
     if not words:
@@ -248,7 +249,7 @@ class _Builder(ElementTree.TreeBuilder):
 
 def _xml(path: Path) -> ElementTree.Element:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             data = file.read(LARGEST_XML + 1)
         if len(data) > LARGEST_XML:
             raise _Fault(BAD_ANNOTATION, f"{path}: is larger than {LARGEST_XML:,} bytes")
@@ -292,7 +293,7 @@ def _json(file: Path) -> dict[str, Any]:
         return row
 
     try:
-        found = json.loads(file.read_bytes(), object_hook=lean)
+        found = json.loads(read_regular(file), object_hook=lean)
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:

@@ -252,9 +252,9 @@ class DetectionTask:
             "parameters": parameters(self.model),
         }
 
-    def draw(self, metrics: list[dict[str, Any]], picture: Path) -> None:
-        """Draw the losses and the mAP over the iterations to the file `picture`."""
-        curves.draw_detection(metrics, self._title(), picture)
+    def draw(self, metrics: list[dict[str, Any]], picture: Path) -> bool:
+        """Draw the losses and the mAP over the iterations to the file `picture`; whether that could be done."""
+        return curves.attempt(lambda: curves.draw_detection(metrics, self._title(), picture), picture)
 
     def conclude(self, summary: dict[str, Any]) -> str:
         """The mAP by three rules in one line."""

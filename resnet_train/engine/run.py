@@ -14,11 +14,11 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from resnet_train import curves
 from resnet_train.distributed import from_main, joined, main, together, total, world
 from resnet_train.engine.compute import pick_device
 from resnet_train.engine.environment import peak_memory
 from resnet_train.engine.loop import Clock, Stop, log_evaluation, loop
+from resnet_train.engine.metrics import read_metrics
 from resnet_train.engine.resume import before_restart, begin_run, claim_run
 from resnet_train.engine.task import Task, TaskConfig
 from resnet_train.errors import UserError, of_a_peer
@@ -136,7 +136,7 @@ def _of_the_compiler(error: BaseException | None) -> bool:
 
 def _summarise(task: Task, directory: Path, clock: Clock, environment: dict[str, Any]) -> None:
     """summary.json, which marks the run as finished, the picture, and the result in a line."""
-    metrics, picture = curves.read_metrics(directory / "metrics.jsonl"), directory / "curves.png"
+    metrics, picture = read_metrics(directory / "metrics.jsonl"), directory / "curves.png"
     summary = {
         **task.summary(metrics),
         "seconds": clock.seconds,
@@ -147,6 +147,6 @@ def _summarise(task: Task, directory: Path, clock: Clock, environment: dict[str,
         "finished": time.strftime("%Y-%m-%d %H:%M:%S %z"),
     }
     write_json(directory / "summary.json", summary)
-    drawn = curves.attempt(lambda: task.draw(metrics, picture), picture)
+    drawn = task.draw(metrics, picture)
     say(task.conclude(summary))
     say(f"{f'curves: {picture}; ' if drawn else ''}tensorboard --logdir {shlex.quote(str(directory))}")

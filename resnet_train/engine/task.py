@@ -149,8 +149,8 @@ class Task(Protocol):
     def summary(self, metrics: list[dict[str, Any]]) -> dict[str, Any]:
         """What summary.json says of the finished run whose points are `metrics`."""
 
-    def draw(self, metrics: list[dict[str, Any]], picture: Path) -> None:
-        """Draw the curves of `metrics` to the file `picture`."""
+    def draw(self, metrics: list[dict[str, Any]], picture: Path) -> bool:
+        """Draw the curves of `metrics` to the file `picture`; whether that could be done."""
 
     def conclude(self, summary: dict[str, Any]) -> str:
         """The result in one line."""

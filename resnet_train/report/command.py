@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import importlib.util
 import shlex
 import webbrowser
@@ -13,9 +14,10 @@ from resnet_train.config.commands import ReportConfig
 from resnet_train.errors import UserError
 from resnet_train.files import expand, put
 from resnet_train.report import detection, figures, page, runs, tables, verdict
+from resnet_train.report.figures import Picture
 from resnet_train.report.page import Section
 from resnet_train.report.runs import Run
-from resnet_train.report.values import MALFORMED, number, printable
+from resnet_train.report.values import MALFORMED, escape_and_clip, number
 from resnet_train.terminal import say
 
 
@@ -52,7 +54,7 @@ def report(asked: ReportConfig) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         if asked.report == "runs":
-            sections = [*(_sections(groups, folders, out) if groups else []), *detection.sections(detectors, out)]
+            sections = [*(_sections(groups, folders) if groups else []), *detection.sections(detectors)]
         _write(asked, title, notes, sections, out)
     except OSError as error:
         raise UserError(f"out={out}: cannot be written: {error.strerror}") from error
@@ -64,13 +66,16 @@ def report(asked: ReportConfig) -> None:
 def _write(asked: ReportConfig, title: str, notes: list[str], sections: list[Section], out: Path) -> None:
     which = asked.runs if asked.report == "runs" else ["complexity"]
     command = shlex.join(["resnet-report", *which, f"out={asked.out}"])
-    intro = [f"Made by `{tables.without_places(printable(command))}`.", *(f"Note: {note}." for note in notes)]
+    intro = [f"Made by `{tables.without_places(escape_and_clip(command))}`.", *(f"Note: {note}." for note in notes)]
     tabular = [table for section in sections for table in (section.verdict, *section.tables) if table]
     everyone = [run for section in sections for run in section.runs]
     for table in [*tabular, tables.runs_table(everyone)] if everyone else tabular:
         put(out / f"{table.name}.csv", table.csv().encode())
     put(out / "report.md", page.markdown(title, intro, sections).encode())
-    put(out / "index.html", page.html_page(title, intro, sections, out).encode())  # last: it needs the figures
+    for section in sections:
+        section.figures = figures.draw(section.figures, out)
+    put(out / "report.md", page.markdown(title, intro, sections).encode())  # without those that could not be drawn
+    put(out / "index.html", page.html_page(title, intro, sections, out).encode())
 
 
 def _check_out(out: Path, folders: list[Path]) -> None:
@@ -90,24 +95,23 @@ def _kept_apart(groups: list[list[Run]]) -> list[str]:
     return notes
 
 
-def _sections(groups: list[list[Run]], folders: list[Path], out: Path) -> list[Section]:
-    """A section for each group of runs that may stand together, and what concerns all; draws the figures into `out`."""
+def _sections(groups: list[list[Run]], folders: list[Path]) -> list[Section]:
+    """A section for each group of runs that may stand together, and what concerns all."""
     apart = {key for other in groups[1:] for key, _, _ in runs.differences(groups[0], other)}
-    sections = [_section(group, number, apart, out) for number, group in enumerate(groups, 1)]
+    sections = [_section(group, number, apart) for number, group in enumerate(groups, 1)]
     measured = _measured(folders, "responses.csv", "std")
     gradients = [_measured(folders, "gradients.csv", f"by_{name}") for name in ("response", "weights")]
     for count, data in enumerate(dict.fromkeys(one.data for one in measured), 1):
         of_data = [[one for one in part if one.data == data] for part in (measured, *gradients)]
-        sections.append(_responses_section(out, "" if count == 1 else f"-{count}", *of_data))
+        sections.append(_responses_section("" if count == 1 else f"-{count}", *of_data))
     table = tables.deviations_table(groups)
     return [*sections, Section("Recipes", tables=[table])] if table.rows else sections
 
 
-def _responses_section(out: Path, where: str, *columns: list[figures.Responses]) -> Section:
+def _responses_section(where: str, *columns: list[figures.Responses]) -> Section:
     """Figure 7 of the nets of one data set and, where they were measured, the norms of the gradients."""
     measured, by_response, by_weights = columns
-    first, file = measured[0], f"figure-7{where}"
-    figures.save(figures.draw_responses(measured), out / file)
+    first = measured[0]
     nets: dict[str, list[float]] = {}
     for one in measured:
         nets.setdefault(one.net, []).append(sum(one.stds) / len(one.stds))
@@ -122,17 +126,17 @@ def _responses_section(out: Path, where: str, *columns: list[figures.Responses])
     caption = f"{'Figure 7' if published else 'Layer responses'}: standard deviation of the responses of the 3x3 layers"
     caption += f" after batch norm, by layer (above) and by magnitude (below), on {first.data}; dashed: plain nets."
     warnings = list(dict.fromkeys(one.note for one in measured if one.note and published))
-    section = Section(f"Layer responses on {first.data}", warnings, words, figures=[(file, caption)])
+    pictures = [Picture(f"figure-7{where}", caption, lambda: figures.draw_responses(measured))]
     if by_response:
-        figures.save(figures.draw_gradients(by_response, by_weights), out / f"gradients{where}")
         caption = (
-            "L2 norms of the loss's gradients by the response of each 3x3 layer (above) and by its weights (below),"
+            "L2 norms of the loss's gradients by the response of each 3x3 layer (above) and by its weights (below)"
         )
-        section.figures.append((f"gradients{where}", f"{caption} on {first.data}; dashed: plain nets."))
-    return section
+        caption += f", on {first.data}; dashed: plain nets."
+        pictures.append(Picture(f"gradients{where}", caption, lambda: figures.draw_gradients(by_response, by_weights)))
+    return Section(f"Layer responses on {first.data}", warnings, words, figures=pictures)
 
 
-def _section(group: list[Run], number: int, apart: set[str], out: Path) -> Section:
+def _section(group: list[Run], number: int, apart: set[str]) -> Section:
     """Of runs that may stand together; `apart` are the keys in which they are not like those of other sections."""
     first = group[0]
     where = "" if number == 1 else f"-{number}"
@@ -144,9 +148,7 @@ def _section(group: list[Run], number: int, apart: set[str], out: Path) -> Secti
     if first.published and (short := paper.shortened(first.data, first.iterations)):
         section.warnings.append(short)
     section.words = [words for words in [verdict.sentence(group)] if words]
-    for name, caption, figure in figures.draw(group):
-        figures.save(figure, out / f"{name}{where}")
-        section.figures.append((f"{name}{where}", caption))
+    section.figures = [dataclasses.replace(one, name=f"{one.name}{where}") for one in figures.plan(group)]
     section.commands = [(_told(run), tables.made_by(run)) for run in group]
     section.tables = tables.tables(group, where)
     return section
@@ -167,7 +169,7 @@ def _measured(folders: list[Path], name: str, column: str) -> list[figures.Respo
     Raises UserError for a file that it has not written.
     """
     found: dict[tuple[str, str, int], figures.Responses] = {}
-    for path in (path for folder in folders for path in sorted(folder.rglob(name))):
+    for path in (path for folder in folders for path in sorted(folder.rglob(name)) if path.is_file()):
         values: dict[tuple[str, ...], list[float]] = {}
         try:
             with path.open(newline="", encoding="utf-8") as file:
@@ -177,12 +179,12 @@ def _measured(folders: list[Path], name: str, column: str) -> list[figures.Respo
             for (net, data, seed, iteration, note, finished), layers in values.items():
                 if not runs.NET.fullmatch(net) or len(layers) != int(net.split("-")[1]) - 1:
                     raise ValueError(f"{len(layers)} layers of {net!r}")
-                label, warning, done = printable(data), printable(note), finished == "True"
+                label, warning, done = escape_and_clip(data), escape_and_clip(note), finished == "True"
                 one = figures.Responses(net, label, int(seed), layers, warning, done, int(iteration))
                 if found.setdefault((net, label, one.seed), one).iteration <= one.iteration:
                     found[net, label, one.seed] = one
         except (OSError, csv.Error, *MALFORMED) as error:
-            reason = printable(f"{type(error).__name__}: {error}")[:200]
+            reason = escape_and_clip(f"{type(error).__name__}: {error}")[:200]
             raise UserError(f"{path}: is no table of resnet-responses ({reason})") from error
     nets = found.values()
     return sorted(nets, key=lambda one: (not one.net.startswith("plain"), int(one.net.split("-")[1]), one.seed))

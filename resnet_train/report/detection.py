@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +10,12 @@ from typing import Any
 
 from resnet_train import paper
 from resnet_train.curves import OTHERS, plain_matplotlib
-from resnet_train.files import read_if_object
-from resnet_train.report.figures import save
+from resnet_train.files import read_if_object, read_object
+from resnet_train.report.figures import Picture
 from resnet_train.report.page import Section
+from resnet_train.report.runs import Begun
 from resnet_train.report.tables import Cell, Table, spread, without_places
-from resnet_train.report.values import json_in, metrics_in, number, plain, reading, whole, word
+from resnet_train.report.values import number, plain, reading, whole, word
 
 # Of a configuration, what must be the same in one table.
 SETTING = (
@@ -66,20 +68,20 @@ class Detector:
         return f"{self.net}, from {place}{path.name}"
 
 
-def find(folders: dict[Path, str]) -> list[Detector]:
-    """The detectors in `folders`, each of which is a run, with the name that a report gives it.
+def find(folders: Begun) -> list[Detector]:
+    """The detectors in `folders`, each of which is a run.
 
     Raises UserError for files that are no such run's.
     """
     found = []
-    for folder, place in folders.items():
+    for folder, (place, metrics) in folders.items():
         with reading(folder, "resnet-detect"):
-            found.append(_read(folder, place))
+            found.append(_read(folder, place, metrics))
     return sorted(found, key=lambda run: (run.data, run.net, run.name, run.seed))
 
 
-def _read(folder: Path, place: str) -> Detector:
-    config, metrics = json_in(folder / "config.json"), metrics_in(folder)
+def _read(folder: Path, place: str, metrics: list[dict[str, Any]]) -> Detector:
+    config = read_object(folder / "config.json")
     environment, data = read_if_object(folder / "environment.json"), config["data"]
     kind, parts = data["name"], [word(name) for name in data["train"]]
     net = "vgg-16" if config["backbone"] == "vgg16" else f"resnet-{whole(config['depth'])}"
@@ -105,17 +107,15 @@ def _read(folder: Path, place: str) -> Detector:
     )
 
 
-def sections(runs: list[Detector], out: Path) -> list[Section]:
-    """A section for the detectors of each data set and setting; draws their curves into `out`."""
+def sections(runs: list[Detector]) -> list[Section]:
+    """A section for the detectors of each data set and setting."""
     groups: dict[str, list[Detector]] = {}
     for run in runs:
         groups.setdefault(json.dumps([run.data, run.setting]), []).append(run)
-    return [
-        _section(group, "" if number == 1 else f"-{number}", out) for number, group in enumerate(groups.values(), 1)
-    ]
+    return [_section(group, "" if number == 1 else f"-{number}") for number, group in enumerate(groups.values(), 1)]
 
 
-def _section(group: list[Detector], where: str, out: Path) -> Section:
+def _section(group: list[Detector], where: str) -> Section:
     first = group[0]
     runs = f"{len(group)} run{'s' if len(group) > 1 else ''}"
     lists = f"trained on {', '.join(first.setting['train'])}, tested on {first.setting['test']}"
@@ -125,9 +125,8 @@ def _section(group: list[Detector], where: str, out: Path) -> Section:
         section.warnings.append(f"SHORTENED: {first.iterations:,} of the paper's {papers:,} iterations")
     section.tables = [table(group, where)]
     if any(run.test for run in group):
-        file = f"detection{where}"
-        save(_figure(group), out / file)
-        section.figures = [(file, f"{COLUMNS[first.kind][0][1]}, on the test images of {first.data}, over iterations.")]
+        caption = f"{COLUMNS[first.kind][0][1]}, on the test images of {first.data}, over iterations."
+        section.figures = [Picture(f"detection{where}", caption, functools.partial(_figure, group))]
     section.commands = [
         (f"{run.name}, seed {run.seed}, on {run.device}; {run.place}", without_places(run.command)) for run in group
     ]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from resnet_train import curves
 from resnet_train.curves import Point, colour, edges, interval_means, plain_matplotlib
 from resnet_train.report.runs import Run, by_net, mean_and_std
 
@@ -30,8 +32,17 @@ class Responses:
     iteration: int = 0  # of the checkpoint
 
 
-def draw(group: list[Run]) -> list[tuple[str, str, Any]]:
-    """The figures of the runs of one setting: file name, caption and the picture.
+@dataclass(frozen=True)
+class Picture:
+    """A figure that is yet to be drawn."""
+
+    name: str  # of its files, without suffix
+    caption: str
+    draw: Callable[[], Any]
+
+
+def plan(group: list[Run]) -> list[Picture]:
+    """The figures of the runs of one setting.
 
     Of plain nets the shallowest and the deepest as in figure 1; all nets as in figures 4 and 6. A line is the mean
     over the seeds of finished runs, with a band of one standard deviation.
@@ -56,23 +67,31 @@ def draw(group: list[Run]) -> list[tuple[str, str, Any]]:
     label = name.capitalize().replace("-", " ") if group[0].published else "Every net"
     words = f"{label}: training error (dashed) and test error (bold, {group[0].protocol})"
     found.append((name, words, [panel for panel in depths if panel[1]]))
-    return [(name, *_draw(words, panels, group[0])) for name, words, panels in found]
+    return [
+        Picture(name, _caption(words, panels, group[0]), functools.partial(_draw, panels, group[0]))
+        for name, words, panels in found
+    ]
 
 
-def _draw(words: str, panels: list[Panel], first: Run) -> tuple[str, Any]:
-    """The caption and the picture of some panels."""
+def _caption(words: str, panels: list[Panel], first: Run) -> str:
+    nets = [runs for _, nets, _ in panels for runs in nets.values()]
+    several = any(sum(run.finished for run in runs) > 1 for runs in nets)
+    lines = "means over seeds, with a band of ± one standard deviation" if several else "one seed each"
+    return f"{words}, on {first.data}; {lines}{axis_limits([run for runs in nets for run in runs])[2]}."
+
+
+def _draw(panels: list[Panel], first: Run) -> Any:
+    """The picture of some panels."""
     with plain_matplotlib():
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(5.2 * len(panels), 4.4))
-        low, high, note = axis_limits([run for _, nets, _ in panels for runs in nets.values() for run in runs])
+        low, high, _ = axis_limits([run for _, nets, _ in panels for runs in nets.values() for run in runs])
         unit, xlabel = (1e4, "iterations (10⁴)") if first.iterations >= 20_000 else (1, "iterations")
-        several = False
         for number, axes in enumerate(figure.subplots(1, len(panels), squeeze=False)[0]):
             title, nets, splits = panels[number]
             for net, runs in nets.items():
                 done = [run for run in runs if run.finished]
-                several |= len(done) > 1
                 label = net if done else f"{net}, unfinished"
                 for split in splits:
                     style = LINES[split if len(splits) > 1 else "test"] | {"color": colour(net)}
@@ -87,8 +106,7 @@ def _draw(words: str, panels: list[Panel], first: Run) -> tuple[str, Any]:
             axes.legend(loc="upper right")
             if number == 0:
                 axes.set_ylabel("error (%)")
-    lines = "means over seeds, with a band of ± one standard deviation" if several else "one seed each"
-    return f"{words}, on {first.data}; {lines}{note}.", figure
+    return figure
 
 
 def _curves(split: str, curves: list[list[Point]]) -> tuple[list[float], list[list[float]]]:
@@ -164,6 +182,16 @@ def _draw_layers(*panels: tuple[str, str, Sequence[Responses]], yscale: str = "l
     return figure
 
 
+def draw(pictures: Sequence[Picture], out: Path) -> list[Picture]:
+    """Draw into `out`, and return what could be drawn; of each other one there is a warning."""
+
+    def done(one: Picture) -> bool:
+        path = out / one.name
+        return curves.attempt(lambda: save(one.draw(), path), path, of_run=False)
+
+    return [one for one in pictures if done(one)]
+
+
 def save(figure: Any, path: Path) -> None:
     """Write `path` with .png and .svg, whole or not at all; the same figure is the same file. Raises OSError."""
     import matplotlib
@@ -171,9 +199,7 @@ def save(figure: Any, path: Path) -> None:
     with plain_matplotlib():
         matplotlib.rcParams["text.parse_math"] = True  # ticks are made now, and of a logarithmic axis they are powers
         for kind, more in (("png", {}), ("svg", {"metadata": {"Date": None}, "transparent": True})):
-            part = path.with_name(f".{path.name}.{kind}")
-            figure.savefig(part, format=kind, dpi=130, **more)
-            part.replace(path.with_name(f"{path.name}.{kind}"))
+            curves.save(figure, path.with_name(f"{path.name}.{kind}"), dpi=130, **more)
 
 
 def thinned(points: Sequence[Point], most: int = 250) -> list[Point]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from resnet_train.curves import colour, edges, interval_means
-from resnet_train.report.figures import axis_limits, thinned
+from resnet_train.report.figures import Picture, axis_limits, thinned
 from resnet_train.report.runs import Run
 from resnet_train.report.tables import NOTHING, Table
 
@@ -29,7 +29,7 @@ class Section:
     words: list[str] = field(default_factory=list)
     verdict: Table | None = None
     runs: list[Run] = field(default_factory=list)  # for the interactive plot
-    figures: list[tuple[str, str]] = field(default_factory=list)  # file name without suffix, caption
+    figures: list[Picture] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     commands: list[tuple[str, str]] = field(default_factory=list)  # run, and the command that made its curves
 
@@ -102,7 +102,7 @@ def html_page(title: str, intro: list[str], sections: list[Section], out: Path) 
         body += [f'<p class="warning">{html.escape(words)}</p>' for words in section.warnings]
         body += [f"<p>{_text(words)}</p>" for words in section.words]
         body += [_table(section.verdict)] if section.verdict else []
-        body += [_figure(out, name, caption) for name, caption in section.figures]
+        body += [_figure(out, one.name, one.caption) for one in section.figures]
         if str(number) in places:
             hint = "Every run: training error dashed, validation dotted, test bold. A click on a name hides a net or"
             hint += " shows it again; the pointer, or a finger, reads off values."
@@ -185,8 +185,8 @@ def markdown(title: str, intro: list[str], sections: list[Section]) -> str:
         lines += [f"## {_plain(section.title)}", "", *(f"# **{_plain(words)}**\n" for words in section.warnings)]
         lines += [f"{_plain(words)}\n" for words in section.words]
         lines += [markdown_table(section.verdict)] if section.verdict else []
-        for name, caption in section.figures:
-            lines += [f"![{_plain(caption)}]({name}.png)\n", f"{_plain(caption)}\n"]
+        for one in section.figures:
+            lines += [f"![{_plain(one.caption)}]({one.name}.png)\n", f"{_plain(one.caption)}\n"]
         lines += [markdown_table(table) for table in section.tables]
         if section.commands:
             lines += ["<details><summary>The command of each curve</summary>", ""]

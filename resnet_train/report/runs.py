@@ -13,22 +13,22 @@ from typing import Any
 from resnet_train import paper
 from resnet_train.curves import Point
 from resnet_train.errors import UserError
-from resnet_train.files import read_if_object
+from resnet_train.files import read_if_object, read_object
 from resnet_train.report.values import (
-    json_in,
+    escape_and_clip,
     metrics_in,
     number,
     plain,
-    printable,
     reading,
-    text_in,
     whole,
     word,
 )
 
-EARLIER = {"normalise": "channels"}  # what was done before there was this key
 END = 20  # the training error at the end is that of the last twentieth of a run
 NET = re.compile(r"plain-\d{1,6}|resnet-\d{1,6}-[ABC]")  # what a net is called
+
+
+Begun = dict[Path, tuple[str, list[dict[str, Any]]]]  # by folders: the name that a report gives each, its metrics
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,9 @@ def mean_error(points: list[Point], after: float, until: float) -> float:
     return total / weight if weight else math.nan
 
 
-def find(folders: Iterable[Path]) -> tuple[list[Run], dict[Path, str], list[str]]:
-    """All runs in `folders`, which are runs or contain them, the folders of detectors with the names that a report
-    gives them, and notes on what was left out.
+def find(folders: Iterable[Path]) -> tuple[list[Run], Begun, list[str]]:
+    """All runs in `folders`, which are runs or contain them, what `detection.find` takes, and notes on what was left
+    out.
 
     Raises UserError for a folder without runs, or with none that can be read.
     """
@@ -123,16 +123,15 @@ def find(folders: Iterable[Path]) -> tuple[list[Run], dict[Path, str], list[str]
         for path in configs:
             found.setdefault(path.parent.resolve(), (path.parent, place_of(path.parent, folder)))
     runs: list[Run] = []
-    detectors: dict[Path, str] = {}
+    detectors: Begun = {}
     for folder, place in found.values():
-        metrics = folder / "metrics.jsonl"
-        if metrics.is_file() and "\n" in text_in(metrics):
-            if "backbone" in read_if_object(folder / "config.json"):
-                detectors[folder] = place
-            else:
-                runs.append(read(folder, place))
-        else:
+        metrics = metrics_in(folder)
+        if not metrics:
             notes.append(f"{place}: has no metrics yet, left out")
+        elif "backbone" in read_if_object(folder / "config.json"):
+            detectors[folder] = place, metrics
+        else:
+            runs.append(read(folder, place, metrics))
     if not runs and not detectors:
         raise UserError("; ".join(notes) or "there are layer responses and no runs; name the runs too")
     return _once(runs, notes), detectors, notes
@@ -140,7 +139,7 @@ def find(folders: Iterable[Path]) -> tuple[list[Run], dict[Path, str], list[str]
 
 def place_of(path: Path, asked: Path) -> str:
     """A path inside the folder that was asked for, without what lies above it on this machine."""
-    return printable(str(path.relative_to(asked.parent) if asked.is_absolute() else path))
+    return escape_and_clip(str(path.relative_to(asked.parent) if asked.is_absolute() else path))
 
 
 def _once(runs: list[Run], notes: list[str]) -> list[Run]:
@@ -156,21 +155,20 @@ def _once(runs: list[Run], notes: list[str]) -> list[Run]:
     return sorted(kept.values(), key=lambda run: (run.data, run.arch != "plain", run.depth, run.net, run.seed))
 
 
-def read(folder: Path, place: str) -> Run:
-    """The run in `folder`. Raises UserError for files that are not what a run leaves, naming the line."""
+def read(folder: Path, place: str, metrics: list[dict[str, Any]]) -> Run:
+    """The run in `folder`, which has these `metrics`. Raises UserError for files that are not what a run leaves."""
     with reading(folder, "resnet-train"):
-        return _run(folder, place, json_in(folder / "config.json"), metrics_in(folder))
+        return _run(folder, place, read_object(folder / "config.json"), metrics)
 
 
 def _run(folder: Path, place: str, config: dict[str, Any], metrics: list[dict[str, Any]]) -> Run:
     points: dict[str, dict[int, Point]] = {"train": {}, "val": {}, "test": {}}
     for line in metrics:
-        at, error5 = whole(line["iteration"], 1), line.get("error5")
-        top5 = None if error5 is None else number(error5, 0, 100)
-        points[line["split"]][at] = (at, number(line["error"], 0, 100), top5)
+        points[line["split"]][line["iteration"]] = (line["iteration"], line["error"], line.get("error5"))
     arch, depth, family = config["arch"], whole(config["depth"]), config["data"]["family"]
     protocol = {"cifar": "single view", "imagenet": "center crop"}[family]
-    protocol = next((word(line["protocol"]) for line in reversed(metrics) if line["split"] == "test"), protocol)
+    tests = [line["protocol"] for line in metrics if line["split"] == "test" and "protocol" in line]
+    protocol = word(tests[-1]) if tests else protocol
     net = f"plain-{depth}" if arch == "plain" else f"{arch}-{depth}-{config['shortcut']}"
     if not NET.fullmatch(net):
         raise ValueError(f"{net!r:.100} is no net")
@@ -201,17 +199,17 @@ def _run(folder: Path, place: str, config: dict[str, Any], metrics: list[dict[st
 
 
 def _recipe(config: dict[str, Any], family: str) -> dict[str, Any]:
-    """Of a configuration, what enters the mathematics; a key that there was not yet has the paper's value."""
+    """Of a configuration, what enters the mathematics."""
     found = {}
-    for key, default in paper.RECIPES[family].items():
+    for key in paper.RECIPES[family]:
         value: Any = config
         for part in key.split("."):
-            value = value.get(part, EARLIER.get(key, default)) if isinstance(value, dict) else default
+            value = value[part]
         found[key] = plain(value)
     batch = whole(config["batch_size"], 1)
-    each = batch // (config.get("devices") or 1)
-    at_once = min(config.get("device_batch_size") or each, each)
-    groups = plain(config.get("bn_images", "device"))
+    each = batch // (config["devices"] or 1)
+    at_once = min(config["device_batch_size"] or each, each)
+    groups = plain(config["bn_images"])
     found["bn_images"] = {"device": at_once, "all": batch}.get(groups, groups)
     return found
 

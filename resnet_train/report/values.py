@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from resnet_train import terminal
-from resnet_train.curves import read_metrics
+from resnet_train.engine.metrics import read_metrics
 from resnet_train.errors import UserError
 
 LONGEST = 4000  # characters of a string in a run's files
@@ -18,7 +17,7 @@ LONGEST = 4000  # characters of a string in a run's files
 MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
 
 
-def printable(text: str) -> str:
+def escape_and_clip(text: str) -> str:
     """Text of a file as it may be shown: control characters and lone surrogates escaped, and not endless.
 
     So are backticks, which in a report's own words are around code.
@@ -33,51 +32,24 @@ def reading(folder: Path, command: str) -> Iterator[None]:
     try:
         yield
     except MALFORMED as error:
-        reason = printable(f"{type(error).__name__}: {error}")[:200]
+        reason = escape_and_clip(f"{type(error).__name__}: {error}")[:200]
         raise UserError(f"{folder}: holds other things than a run of {command} leaves ({reason})") from error
 
 
-def json_in(path: Path) -> Any:
-    """The value in a JSON file. Raises UserError."""
-    try:
-        return json.loads(text_in(path))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is no JSON ({str(error)[:200]})") from error
-
-
 def metrics_in(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics. Raises UserError for one that is no JSON."""
+    """The points of a run's metrics. Raises UserError."""
     path = folder / "metrics.jsonl"
     try:
         return read_metrics(path)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is no text") from error
-    except (ValueError, RecursionError) as error:
-        number = next(n for n, line in enumerate(text_in(path).split("\n"), 1) if not _is_json(line))
-        raise UserError(f"{path}: line {number} is no JSON") from error
-
-
-def text_in(path: Path) -> str:
-    """The text of a file, whatever its bytes. Raises UserError."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
 
 
 def word(value: Any) -> str:
     """A string of a run's files, as it may be shown. Raises TypeError."""
     if not isinstance(value, str):
         raise TypeError(f"{value!r:.100} is no text")
-    return printable(value)
+    return escape_and_clip(value)
 
 
 def number(value: Any, least: float = 0.0, most: float = math.inf) -> float:
