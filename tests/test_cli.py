@@ -17,6 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from resnet_train import __version__, cli
 from resnet_train.__main__ import COMMANDS
 from resnet_train.compose import as_text, as_typed, compose, jobs_of, with_jobs
+from resnet_train.dispatch import prepare
 
 CFG = "depth=110 data=digits schedule=cosine schedule.lr=0.05 arch=plain"
 RIGHT = ["--help", "--version", f"{CFG} --cfg job", "-sc install=bash"]
@@ -196,7 +197,7 @@ def test_every_example_of_the_help_is_a_command_that_works(outcomes, tmp_path, m
         overrides = [word for word in words if "=" in word]
         monkeypatch.setattr("sys.argv", ["resnet-train", *words])
         for job in jobs_of("train", with_jobs(overrides, "-m" in words), "-m" in words):
-            cli._prepare_train(compose("train", job), job, "-m" in words)
+            prepare(cli.COMMANDS["train"], compose("train", job), job, "-m" in words)
 
 
 def test_eval_has_help_of_its_own(outcomes):
