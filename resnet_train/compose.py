@@ -6,7 +6,8 @@ import argparse
 import functools
 import os
 import re
-from collections.abc import Iterable, Mapping
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -75,7 +76,7 @@ def expand_words(words: list[str], short: Mapping[str, str]) -> list[str]:
     for word in words:
         key, equals, value = word.partition("=")
         found.append(short.get(word, short.get(key + equals, key + equals) + value if equals else word))
-    return [word for word in found if word]
+    return [meant for meant, word in zip(found, words, strict=True) if meant or word not in short]
 
 
 def name_words(keys: tuple[str, ...], overrides: list[str]) -> tuple[list[str], list[str]]:
@@ -255,6 +256,54 @@ def _words(name: str, keys: Iterable[str]) -> list[str]:
 def options(name: str, group: str) -> list[str]:
     """The options of a group."""
     return sorted(file.stem for file in Path(config_dir(name), group).glob("*.yaml"))
+
+
+def explain(text: str, name: str, overrides: list[str]) -> str:
+    """The `text` of --help, with the comment that each key has in its YAML file above it."""
+    with hydra.initialize_config_dir(config_dir(name), version_base="1.3"):
+        chosen = hydra.compose(name, overrides, return_hydra_config=True).hydra.runtime.choices
+    comments = _comments(Path(config_dir(name), f"{name}.yaml"), "")
+    for group in groups(name):
+        path = Path(config_dir(name), group, f"{chosen.get(group)}.yaml")
+        comments |= _comments(path, group) if path.is_file() else {}
+    before, title, values = text.partition("== Values (key=value) ==\n")
+    lines: list[str] = []
+    for key, line in _keyed(values.splitlines()):
+        indent = len(line) - len(line.lstrip())
+        lines += textwrap.wrap(
+            comments.get(key, ""), 80, initial_indent=indent * " " + "# ", subsequent_indent=indent * " " + "# "
+        )
+        lines.append(line)
+    return before + title + "\n".join(lines).rstrip() + "\n"
+
+
+def _comments(path: Path, group: str) -> dict[str, str]:
+    """What the YAML file of a `group` says of each of its keys, by their dotted names: above them and beside."""
+    text = path.read_text()
+    prefix = "" if text.startswith("# @package _global_") or not group else f"{group}."
+    _, _, body = text.partition("\n\n") if not group else ("", "", re.sub(r"\A(#.*\n)+", "", text))
+    found: dict[str, str] = {}
+    above: list[str] = []
+    for key, line in _keyed(body.partition("\nhydra:")[0].splitlines()):
+        if line.lstrip().startswith("#"):
+            above.append(line.lstrip(" #"))
+            continue
+        beside = line.partition(" # ")[2]
+        if key and (above or beside):
+            found[prefix + key] = " ".join([*above, beside]).strip()
+        above = []
+    return found
+
+
+def _keyed(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Lines of YAML, each with the dotted name of the key that it begins with, or an empty one."""
+    outer: list[tuple[int, str]] = []
+    for line in lines:
+        found = re.match(r"( *)(\w+):", line)
+        if found:
+            outer = [(indent, key) for indent, key in outer if indent < len(found[1])]
+            outer.append((len(found[1]), found[2]))
+        yield ".".join(key for _, key in outer) if found else "", line
 
 
 def no_flag(name: str, flag: str, words: list[str]) -> str:

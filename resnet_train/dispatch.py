@@ -7,8 +7,10 @@ sweep by `_start_in_sweep`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import io
 import os
 import re
 import signal
@@ -29,6 +31,7 @@ from resnet_train.compose import (
     compose,
     config_dir,
     expand_words,
+    explain,
     jobs_of,
     keys_asked,
     name_words,
@@ -113,7 +116,13 @@ def _follow(command: Command, words: list[str]) -> None:
             _start(command, jobs[0])
 
     sys.argv = [command.typed.split()[0], *line.flags, *overrides]
-    hydra.main(version_base="1.3", config_path=config_dir(command.name), config_name=command.name)(job)()
+    run = hydra.main(version_base="1.3", config_path=config_dir(command.name), config_name=command.name)(job)
+    if line.help:
+        with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as shown:
+            run()
+        sys.stdout.write(explain(shown.getvalue(), command.name, overrides))
+        return
+    run()
     if sweep and not line.cfg:
         check_all_finished([directory for _, directory in jobs])
 

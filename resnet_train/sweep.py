@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from resnet_train.config.runs import RunConfig, check_run_dir, check_same_data, run_state
-from resnet_train.errors import SIGNALS, RunError, UserError
+from resnet_train.errors import SIGNALS, RunError, UserError, of_the_machine
 from resnet_train.exits import finish, load, start_tracker
 from resnet_train.files import read_object
 from resnet_train.terminal import say
@@ -61,10 +61,17 @@ def _digest(data: str, config: Any) -> str:
 
 def _send_digest(send: Any, data: str, config: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    found: str | UserError
     try:
-        send.send(load(data)(config).digest)
+        found = load(data)(config).digest
     except UserError as error:
-        send.send(error)
+        found = error
+    except Exception as error:
+        refused = of_the_machine(error)
+        if refused is None:
+            raise
+        found = refused
+    send.send(found)
 
 
 def run_apart(job: Callable[[], int], config: Any, directory: Path) -> None:

@@ -8,6 +8,7 @@ import re
 import resource
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from conftest import start
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from resnet_train import checkpoint
+from resnet_train import checkpoint, sweep
 from resnet_train.distributed import _not_joined, joined
 from resnet_train.errors import RunError, UserError, of_a_peer, of_nccl, of_the_system
 from resnet_train.exits import exit_code
@@ -184,6 +185,34 @@ def test_a_run_says_at_once_that_it_starts_and_that_nothing_was_kept_where_it_is
     assert out == "stopped before there was anything to keep; the same command begins again\n"
     assert (job.returncode, err) == (128 + number, "")
     assert os.listdir(tmp_path) == []
+
+
+# Starts a process that finds its input wrong, and would be started again twice.
+WRONG_INPUT = """
+import sys
+from resnet_train.launch import launch
+
+def job():
+    print("begun", flush=True)
+    sys.exit(2)
+
+if __name__ == "__main__":
+    sys.exit(launch(job, 1, 2))
+"""
+
+
+def test_processes_that_find_their_input_wrong_are_not_started_again(tmp_path):
+    (tmp_path / "wrong.py").write_text(WRONG_INPUT)
+    done = subprocess.run([sys.executable, "wrong.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "begun\n", "")
+
+
+def test_data_that_the_system_refuses_to_a_sweep_are_one_line(tmp_path, monkeypatch, capfd):
+    (tmp_path / "refused.py").write_text("def opened(config):\n    open('/proc/refused/x')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RunError, match=r"^/proc/refused/x: No such file or directory; with it there again, "):
+        sweep._digest("refused:opened", None)
+    assert capfd.readouterr().err == ""
 
 
 # Other processes, and NCCL. Its texts are put together as torch and NCCL do it (ProcessGroupNCCL, NCCLUtils.cpp).
