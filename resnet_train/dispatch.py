@@ -40,7 +40,7 @@ from resnet_train.compose import (
     with_jobs,
 )
 from resnet_train.errors import UserError, of_the_system
-from resnet_train.exits import call, check_restarts, fail, finish, launched, leave, say_start, tell
+from resnet_train.exits import call, check_open_files, check_restarts, fail, finish, launched, leave, say_start, tell
 from resnet_train.sweep import check_all_finished, check_place, run_apart, run_here
 from resnet_train.terminal import say
 
@@ -172,6 +172,7 @@ def prepare(command: Command, values: Values, overrides: list[str], sweep: bool,
     if command.data and not show and os.environ.get("RANK", "0") == "0":
         config, directory = arguments
         check_place(directory, config, command.data, sweep)
+        check_open_files(config.data.workers)
     return arguments
 
 

@@ -187,6 +187,27 @@ def test_a_run_says_at_once_that_it_starts_and_that_nothing_was_kept_where_it_is
     assert os.listdir(tmp_path) == []
 
 
+def test_a_limit_of_open_files_that_a_worker_would_meet_is_named_before_the_start(tmp_path):
+    """The worker would hang, and fill stderr for good. A limit that may be raised is."""
+    for part in ("train/cat", "train/dog", "val/cat", "val/dog"):
+        (tmp_path / "tree" / part).mkdir(parents=True)
+        (tmp_path / "tree" / part / "0.png").write_text("no image")
+    words = ["data=imagenet", "data.root=tree", "depth=18", "device=cpu", "run_dir=run"]
+
+    def told(limit, workers):
+        line = ["sh", "-c", f'{limit}; exec "$@"', "sh", *start(*words, f"data.workers={workers}")]
+        done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+        return done.returncode, done.stderr
+
+    assert told("ulimit -n 24", 1) == (
+        1,
+        "error: data.workers=1: need 72 open files, and the limit is 24; raise it (ulimit -n), or take fewer\n",
+    )
+    assert not (tmp_path / "run").exists()
+    code, error = told("ulimit -S -n 24", 1)
+    assert (code, "is not an image" in error) == (2, True)
+
+
 # Starts a process that finds its input wrong, and would be started again twice.
 WRONG_INPUT = """
 import sys
