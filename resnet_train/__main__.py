@@ -31,8 +31,7 @@ def main() -> None:
     name = words[0] if words[0] in COMMANDS else "train"
     if name != words[0] and "=" not in words[0] and not words[0].startswith("-"):
         fail(UserError(f"{words[0]}: is no command; there are {', '.join(COMMANDS)}{nearest(words[0], COMMANDS)}"))
-    sys.argv = [f"resnet-{name}", *(words[1:] if name == words[0] else words)]
-    COMMANDS[name]()
+    COMMANDS[name](words=words[1:] if name == words[0] else words)
 
 
 if __name__ == "__main__":

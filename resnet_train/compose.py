@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
+import os
 import re
-import sys
-from collections.abc import Iterable, Mapping
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ValueType
 from hydra.errors import HydraException
@@ -26,6 +29,7 @@ CONFIG_DIR = str(next(p for p in (_PACKAGE / "configs", _PACKAGE.parent / "confi
 DETECTION = ("detect", "predict")  # the commands whose configurations lie in a folder of their own, with its groups
 GROUPED = ("train", "bench", "detect")  # the commands that choose options of groups
 KEY = re.compile(r"[+~]*[A-Za-z_][\w./]*", re.ASCII)
+PAIR = re.compile(r"[+~]*(hydra/\w+|[A-Za-z_][\w.]*)=", re.ASCII)
 PIECE = re.compile(r""""(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|[^,]+""")  # of values with commas between them
 # What composing raises for overrides that cannot be taken; OSError: an option as long as no file name may be.
 UNTAKEN = (HydraException, OmegaConfBaseException, ValueError, AssertionError, AttributeError, OSError, RecursionError)
@@ -41,6 +45,60 @@ def groups(name: str) -> list[str]:
     """The groups that a command has."""
     folders = (path.name for path in Path(config_dir(name)).iterdir() if path.is_dir())
     return sorted(folder for folder in folders if folder != "detection") if name in GROUPED else []
+
+
+def parse(name: str, words: list[str]) -> argparse.Namespace:
+    """A command line as Hydra takes it apart: its flags, `overrides`, and all else as it was typed in `flags`.
+
+    Flags may stand anywhere between the overrides. Raises UserError.
+    """
+
+    def refuse(message: str) -> NoReturn:
+        raise UserError(f"{message}; --help shows what there is")
+
+    parser = get_args_parser()
+    parser.error = refuse  # type: ignore[method-assign]
+    line, unknown = parser.parse_known_intermixed_args(words)
+    if unknown:
+        raise UserError(no_flag(name, unknown[0], words[words.index(unknown[0]) + 1 :]))
+    for flag in ("config_name", "config_path", "config_dir", "experimental_rerun"):
+        if getattr(line, flag) is not None:
+            raise UserError(f"--{flag.replace('_', '-')}: the configurations are this command's own; drop it")
+    line.flags = list(words)
+    for item in line.overrides:
+        line.flags.remove(item)
+    return line
+
+
+def expand_words(words: list[str], short: Mapping[str, str]) -> list[str]:
+    """The words of a command line without what is `short` for another word, or for nothing, or for another KEY=."""
+    found = []
+    for word in words:
+        key, equals, value = word.partition("=")
+        found.append(short.get(word, short.get(key + equals, key + equals) + value if equals else word))
+    return [meant for meant, word in zip(found, words, strict=True) if meant or word not in short]
+
+
+def name_words(keys: tuple[str, ...], overrides: list[str]) -> tuple[list[str], list[str]]:
+    """The overrides, with those of the keys for which words without = stand: files and folders, with any name.
+
+    Words that stand for images come by themselves: they may be thousands, and Hydra is slow. Raises UserError.
+    """
+    if keys == ("bench",):  # the first word says what to measure
+        first = [f"bench={word}" for word in overrides[:1] if "=" not in word]
+        return first + overrides[len(first) :], []
+    words = [item for item in overrides if not PAIR.match(item) or os.path.exists(item)] if keys else []
+    pairs = [item for item in overrides if item not in words]
+    if not words or keys == ("images",):
+        return pairs, words
+    if len(words) > len(keys) > 1:
+        raise UserError(f"{' '.join(words[len(keys) :])}: resnet-weights takes one file at a time")
+    if len(keys) > 1:
+        return [*pairs, *(f"{key}={quoted(word)}" for key, word in zip(keys, words, strict=False))], []
+    if any(item.startswith(f"{keys[0]}=") for item in pairs):
+        raise UserError(f"{words[0]}: and {keys[0]}= are two ways to say the same; take one of them")
+    named = ",".join(map(quoted, words))
+    return [*pairs, f"{keys[0]}={named if len(words) == 1 else f'[{named}]'}"], []
 
 
 def check_hydras(words: list[str], multirun: bool) -> None:
@@ -146,7 +204,7 @@ def jobs_of(name: str, overrides: list[str], sweep: bool) -> list[list[str]]:
 
 
 def with_jobs(overrides: list[str], sweep: bool) -> list[str]:
-    """The overrides, and in a sweep of an experiment that names no job, all its jobs, here and in sys.argv.
+    """The overrides, and in a sweep of an experiment that names no job, all its jobs.
 
     Raises UserError for a job that the experiment does not have.
     """
@@ -165,9 +223,8 @@ def with_jobs(overrides: list[str], sweep: bool) -> list[str]:
         return overrides
     if not sweep:
         raise UserError(f"{named}: has {len(jobs)} jobs; add -m for all, or name one, as in job={jobs[0]}")
-    words = "job=" + ",".join(jobs)
-    sys.argv.insert(sys.argv.index(named) + 1, words)
-    return [*overrides, words]
+    place = overrides.index(named) + 1
+    return [*overrides[:place], "job=" + ",".join(jobs), *overrides[place:]]
 
 
 def _unreadable(name: str, item: str) -> str:
@@ -199,6 +256,54 @@ def _words(name: str, keys: Iterable[str]) -> list[str]:
 def options(name: str, group: str) -> list[str]:
     """The options of a group."""
     return sorted(file.stem for file in Path(config_dir(name), group).glob("*.yaml"))
+
+
+def explain(text: str, name: str, overrides: list[str]) -> str:
+    """The `text` of --help, with the comment that each key has in its YAML file above it."""
+    with hydra.initialize_config_dir(config_dir(name), version_base="1.3"):
+        chosen = hydra.compose(name, overrides, return_hydra_config=True).hydra.runtime.choices
+    comments = _comments(Path(config_dir(name), f"{name}.yaml"), "")
+    for group in groups(name):
+        path = Path(config_dir(name), group, f"{chosen.get(group)}.yaml")
+        comments |= _comments(path, group) if path.is_file() else {}
+    before, title, values = text.partition("== Values (key=value) ==\n")
+    lines: list[str] = []
+    for key, line in _keyed(values.splitlines()):
+        indent = len(line) - len(line.lstrip())
+        lines += textwrap.wrap(
+            comments.get(key, ""), 80, initial_indent=indent * " " + "# ", subsequent_indent=indent * " " + "# "
+        )
+        lines.append(line)
+    return before + title + "\n".join(lines).rstrip() + "\n"
+
+
+def _comments(path: Path, group: str) -> dict[str, str]:
+    """What the YAML file of a `group` says of each of its keys, by their dotted names: above them and beside."""
+    text = path.read_text()
+    prefix = "" if text.startswith("# @package _global_") or not group else f"{group}."
+    _, _, body = text.partition("\n\n") if not group else ("", "", re.sub(r"\A(#.*\n)+", "", text))
+    found: dict[str, str] = {}
+    above: list[str] = []
+    for key, line in _keyed(body.partition("\nhydra:")[0].splitlines()):
+        if line.lstrip().startswith("#"):
+            above.append(line.lstrip(" #"))
+            continue
+        beside = line.partition(" # ")[2]
+        if key and (above or beside):
+            found[prefix + key] = " ".join([*above, beside]).strip()
+        above = []
+    return found
+
+
+def _keyed(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Lines of YAML, each with the dotted name of the key that it begins with, or an empty one."""
+    outer: list[tuple[int, str]] = []
+    for line in lines:
+        found = re.match(r"( *)(\w+):", line)
+        if found:
+            outer = [(indent, key) for indent, key in outer if indent < len(found[1])]
+            outer.append((len(found[1]), found[2]))
+        yield ".".join(key for _, key in outer) if found else "", line
 
 
 def no_flag(name: str, flag: str, words: list[str]) -> str:

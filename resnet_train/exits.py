@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import resource
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing import resource_tracker
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from resnet_train.errors import (
     SIGNALS,
@@ -79,7 +81,54 @@ def start_tracker() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP))
 
 
-def finish(job: Callable[[], int], config: Any, max_restarts: int = 0, name: str = "") -> NoReturn:
+def check_restarts() -> None:
+    """Refuse a torchrun whose restarts would not come off: with its store, the addresses of the dead outlive them."""
+    restarts = launched() > 1 and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise UserError(
+            "torchrun --max-restarts= needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment and"
+            " --rdzv-backend=c10d; else the processes started again may look for those that died"
+        )
+
+
+def check_open_files(workers: int | str) -> None:
+    """Raise the limit of open files to what `workers` that load data need, or refuse where it may not be raised.
+
+    A worker that meets it would not end: Python's thread that hands on its tensors tries again for good.
+    """
+    need = 64 + 8 * (4 if workers == "auto" else int(workers))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if workers == 0 or soft == resource.RLIM_INFINITY or soft >= need:
+        return
+    if hard not in range(need):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (need, hard))
+        return
+    raise RunError(
+        f"data.workers={workers}: need {need} open files, and the limit is {soft}; raise it (ulimit -n), or take fewer"
+    )
+
+
+def load(place: str) -> Any:
+    """What an import path names, as `resnet_train.run:train` does."""
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def call(place: str, *arguments: Any) -> int:
+    """Import what `place` names and call it in this process, alone or as one of several; the exit code."""
+    return exit_code(lambda: load(place)(*arguments))
+
+
+def say_start(name: str, devices: int | str = 1, file: TextIO | None = None) -> None:
+    """Say at once what starts, in one of the processes: torch takes seconds to load, and the work longer."""
+    if _rank() == "0":
+        several = "" if launched() or devices == 1 else f" on devices={devices}"
+        say(_line(f"{name}: starting{several}"), file=file)
+
+
+def finish(
+    job: Callable[[], int], config: Any, max_restarts: int = 0, name: str = "", file: TextIO | None = None
+) -> NoReturn:
     """Exit with what `job` gives: here, as one of a launcher's processes, or in new processes for several devices.
 
     A job with a `name` says at once that it starts.
@@ -87,9 +136,8 @@ def finish(job: Callable[[], int], config: Any, max_restarts: int = 0, name: str
     if not launched():
         for number in SIGNALS:
             signal.signal(number, stop_early)  # training, once it has something to keep, has a handler of its own
-    if name and _rank() == "0":
-        several = "" if launched() or config.devices == 1 else f" on devices={config.devices}"
-        say(_line(f"{name}: starting{several}"))
+    if name:
+        say_start(name, config.devices, file)
     if launched():
         code = job()
         # torchrun takes another exit code for a failure: it would start all again, or end the whole job with 1.

@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
+import zipfile
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -17,6 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from resnet_train import __version__, cli
 from resnet_train.__main__ import COMMANDS
 from resnet_train.compose import as_text, as_typed, compose, jobs_of, with_jobs
+from resnet_train.dispatch import prepare
 
 CFG = "depth=110 data=digits schedule=cosine schedule.lr=0.05 arch=plain"
 RIGHT = ["--help", "--version", f"{CFG} --cfg job", "-sc install=bash"]
@@ -183,6 +186,24 @@ def test_help_shows_examples_groups_and_values(outcomes):
     assert "shortcut: A\n" in text
 
 
+def test_help_has_each_comment_of_a_key_above_it(outcomes):
+    """From the command's own file and those of the chosen options, and no key has that of another."""
+    text = output(outcomes["train", "--help"])
+    assert "\n# resnet | plain\narch: resnet\n" in text
+    assert "\n# CIFAR nets: 6n+2\ndepth: 20\n" in text
+    assert (
+        "  # training images held out by a fixed permutation; 5000 gives the paper's\n  # 45k/5k\n  validation: 0\n"
+        in text
+    )
+    assert "\nseed: 0\n" in text
+    assert "README" not in text
+    described = output(outcomes["evaluate", "--help"])
+    assert "or several, as [one.pt,two.pt]: an ensemble, which averages their softmax\n" in described.replace(
+        "\n# ", " "
+    )
+    assert text.index("== Values") < text.index("# resnet | plain")
+
+
 def test_every_example_of_the_help_is_a_command_that_works(outcomes, tmp_path, monkeypatch):
     """Those that name no file of the reader's own."""
     monkeypatch.chdir(tmp_path)
@@ -196,7 +217,7 @@ def test_every_example_of_the_help_is_a_command_that_works(outcomes, tmp_path, m
         overrides = [word for word in words if "=" in word]
         monkeypatch.setattr("sys.argv", ["resnet-train", *words])
         for job in jobs_of("train", with_jobs(overrides, "-m" in words), "-m" in words):
-            cli._prepare_train(compose("train", job), job, "-m" in words)
+            prepare(cli.COMMANDS["train"], compose("train", job), job, "-m" in words)
 
 
 def test_eval_has_help_of_its_own(outcomes):
@@ -331,6 +352,35 @@ def test_what_only_the_job_finds_out_is_one_line_too(outcomes, entry, line, part
     assert all(text.endswith(": starting") for text in lines), lines
     text = error(dataclasses.replace(found, stdout="") if entry == "train" else found)
     assert all(part in text for part in parts), text
+
+
+@pytest.mark.parametrize(
+    ("entry", "line"),
+    [
+        ("evaluate", "broken.pt device=cpu"),
+        ("responses", "broken.pt device=cpu"),
+        ("classify", "0.png checkpoint=broken.pt device=cpu"),
+        ("detect", "predict 0.png checkpoint=broken.pt device=cpu"),
+        ("weights", "export broken.pt out=x.pth"),
+        ("pack", "data.root=tree out=packed workers=0"),
+    ],
+)
+def test_a_command_that_takes_torch_says_at_once_that_it_starts(entry, line, tmp_path, monkeypatch, capsys):
+    """On stderr, beside which there is the one line of its error."""
+    monkeypatch.chdir(tmp_path)
+    with zipfile.ZipFile("broken.pt", "w") as archive:
+        archive.writestr("broken/version", "3")
+    Path("0.png").write_text("no image")
+    for part in ("train/cat", "train/dog", "val/cat", "val/dog"):
+        Path("tree", part).mkdir(parents=True)
+        Path("tree", part, "0.png").write_text("no image")
+    monkeypatch.setattr(sys, "argv", ["resnet-x", *line.split()])
+    with pytest.raises(SystemExit) as ended:
+        getattr(cli, entry)()
+    out, err = capsys.readouterr()
+    name = {"evaluate": "eval", "detect": "detect predict"}.get(entry, entry)
+    assert (ended.value.code, out) == (2, "")
+    assert re.fullmatch(f"resnet-{name}: starting\nerror: .+\n", err), err
 
 
 # --- Sweeps ----------------------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ from resnet_train.config.runs import FREE_KEYS, check_run_dir, check_same_run, p
 from resnet_train.config.training import UNREAD, Augment, Config, Data, Schedule, check_depth, check_train, restored
 from resnet_train.data.places import class_folders
 from resnet_train.detection.config import DetectConfig, DetectData, PredictConfig
+from resnet_train.dispatch import prepare
 from resnet_train.errors import UserError, nearest
 from resnet_train.schedule import Progress, learning_rate
 
@@ -840,7 +841,7 @@ def test_long_lists_tell_runs_apart():
 
 def test_hydras_own_words_do_not_move_a_run():
     words = ["hydra.verbose=true", "++hydra.verbose=true"]
-    assert cli._prepare_train(compose("train", words), words, False)[1] == directory()
+    assert prepare(cli.COMMANDS["train"], compose("train", words), words, False)[1] == directory()
 
 
 def test_the_last_of_two_words_counts():
@@ -1033,10 +1034,10 @@ def test_another_directory_is_no_advice_for_a_checkpoint_of_another_run():
 def test_a_sweep_skips_a_finished_run_of_the_same_configuration_only(tmp_path):
     folder = run_in(tmp_path / "run", checked(), finished=True)
     words = [f"run_dir={folder}", "checkpoint_every=5"]
-    assert cli._prepare_train(compose("train", words), words, True)[1] == folder
+    assert prepare(cli.COMMANDS["train"], compose("train", words), words, True)[1] == folder
     words += ["iterations=5"]
     with pytest.raises(UserError, match=r"^iterations=5: "):
-        cli._prepare_train(compose("train", words), words, True)
+        prepare(cli.COMMANDS["train"], compose("train", words), words, True)
 
 
 def test_an_unfinished_run_goes_on_with_the_same_values_only(tmp_path):

@@ -8,6 +8,7 @@ import re
 import resource
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from conftest import start
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from resnet_train import checkpoint
+from resnet_train import checkpoint, sweep
 from resnet_train.distributed import _not_joined, joined
 from resnet_train.engine.loop import check_finite
 from resnet_train.errors import RunError, UserError, of_a_peer, of_nccl, of_the_system
@@ -187,6 +188,55 @@ def test_a_run_says_at_once_that_it_starts_and_that_nothing_was_kept_where_it_is
     assert out == "stopped before there was anything to keep; the same command begins again\n"
     assert (job.returncode, err) == (128 + number, "")
     assert os.listdir(tmp_path) == []
+
+
+def test_a_limit_of_open_files_that_a_worker_would_meet_is_named_before_the_start(tmp_path):
+    """The worker would hang, and fill stderr for good. A limit that may be raised is."""
+    for part in ("train/cat", "train/dog", "val/cat", "val/dog"):
+        (tmp_path / "tree" / part).mkdir(parents=True)
+        (tmp_path / "tree" / part / "0.png").write_text("no image")
+    words = ["data=imagenet", "data.root=tree", "depth=18", "device=cpu", "run_dir=run"]
+
+    def told(limit, workers):
+        line = ["sh", "-c", f'{limit}; exec "$@"', "sh", *start(*words, f"data.workers={workers}")]
+        done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+        return done.returncode, done.stderr
+
+    assert told("ulimit -n 24", 1) == (
+        1,
+        "error: data.workers=1: need 72 open files, and the limit is 24; raise it (ulimit -n), or take fewer\n",
+    )
+    assert not (tmp_path / "run").exists()
+    code, error = told("ulimit -S -n 24", 1)
+    assert (code, "is not an image" in error) == (2, True)
+
+
+# Starts a process that finds its input wrong, and would be started again twice.
+WRONG_INPUT = """
+import sys
+from resnet_train.launch import launch
+
+def job():
+    print("begun", flush=True)
+    sys.exit(2)
+
+if __name__ == "__main__":
+    sys.exit(launch(job, 1, 2))
+"""
+
+
+def test_processes_that_find_their_input_wrong_are_not_started_again(tmp_path):
+    (tmp_path / "wrong.py").write_text(WRONG_INPUT)
+    done = subprocess.run([sys.executable, "wrong.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "begun\n", "")
+
+
+def test_data_that_the_system_refuses_to_a_sweep_are_one_line(tmp_path, monkeypatch, capfd):
+    (tmp_path / "refused.py").write_text("def opened(config):\n    open('/proc/refused/x')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RunError, match=r"^/proc/refused/x: No such file or directory; with it there again, "):
+        sweep._digest("refused:opened", None)
+    assert capfd.readouterr().err == ""
 
 
 # Other processes, and NCCL. Its texts are put together as torch and NCCL do it (ProcessGroupNCCL, NCCLUtils.cpp).

@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 from resnet_train import cli
 from resnet_train.compose import CONFIG_DIR, compose, groups, jobs_of, with_jobs
 from resnet_train.config.training import scaled
+from resnet_train.dispatch import prepare
 from resnet_train.errors import UserError
 
 # Written out from the paper: net and seed of each run. Five runs of 110 layers (table 6), two nets of 152 (table 5).
@@ -44,7 +45,7 @@ def jobs(*words, monkeypatch):
     overrides = with_jobs(list(words), True)
     found = []
     for one in jobs_of("train", overrides, True):
-        found.append(cli._prepare_train(compose("train", one), one, True))
+        found.append(prepare(cli.COMMANDS["train"], compose("train", one), one, True))
     return found
 
 
@@ -95,7 +96,7 @@ def test_a_job_is_the_same_run_without_its_experiment(monkeypatch):
     """So that figure 1 finds what figure 6 has trained."""
     (one, here), *_ = jobs("experiment=fig6", "job=resnet-56-A", monkeypatch=monkeypatch)
     words = ["depth=56"]
-    other, there = cli._prepare_train(compose("train", words), words, False)
+    other, there = prepare(cli.COMMANDS["train"], compose("train", words), words, False)
     assert (one, here) == (other, there)
 
 

@@ -4,6 +4,7 @@ The lines are the same each time; `FUZZ_EXAMPLES=20000 pytest tests/test_fuzz.py
 """
 
 import contextlib
+import dataclasses
 import io
 import os
 import subprocess
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from resnet_train import cli
 from resnet_train.compose import compose, groups
 from resnet_train.config.keys import RANGES, flat
+from resnet_train.dispatch import main
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 250))
 
@@ -192,7 +194,7 @@ each_line = settings(
 )
 
 
-def begins(_):
+def begins(*_):
     sys.exit("a malformed line has begun a run")
 
 
@@ -202,7 +204,10 @@ def attempt(entry, words):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr("sys.argv", [f"resnet-{entry}", *words])
         try:
-            cli.evaluate() if entry == "evaluate" else cli._command(entry, getattr(cli, f"_prepare_{entry}"), begins)
+            if entry == "evaluate":
+                cli.evaluate()
+            else:
+                main(dataclasses.replace(cli.COMMANDS[entry], run=f"{__name__}:begins"))
             code = 0
         except SystemExit as ended:
             code = ended.code

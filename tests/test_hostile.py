@@ -54,11 +54,12 @@ def train(folder, *words, entry="train", **environment):
 
 
 def error(done, code):
-    """The one line of a command that ended with `code`."""
+    """The one line of a command that ended with `code`, beside that which says that it starts."""
     assert done.returncode == code, done.stderr
-    assert done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.startswith("error: ")
-    return done.stderr
+    told = done.stderr.removeprefix("resnet-eval: starting\n")
+    assert told.count("\n") == 1, told
+    assert told.startswith("error: ")
+    return told
 
 
 @pytest.fixture(scope="module")
@@ -414,7 +415,8 @@ import functools, itertools, os, sys
 import torch
 from resnet_train import cli
 from resnet_train.compose import compose
-from resnet_train.exits import finish
+from resnet_train.dispatch import prepare
+from resnet_train.exits import call, finish
 from resnet_train.models.resnet import ResNet
 
 def far_out(module, _, logits, batches=itertools.count()):
@@ -424,10 +426,10 @@ def far_out(module, _, logits, batches=itertools.count()):
 def job(config, directory):
     if os.environ["RANK"] == "1":
         torch.nn.modules.module.register_module_forward_hook(far_out)
-    return cli._train_here(config, directory)
+    return call("resnet_train.run:train", config, directory)
 
 if __name__ == "__main__":
-    config, directory = cli._prepare_train(compose("train", sys.argv[1:]), sys.argv[1:], sweep=False)
+    config, directory = prepare(cli.COMMANDS["train"], compose("train", sys.argv[1:]), sys.argv[1:], sweep=False)
     finish(functools.partial(job, config, directory), config)
 """
 

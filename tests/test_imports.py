@@ -19,6 +19,8 @@ MODULES = sorted(TREES)
 LAYERS = [
     ["__main__"],
     ["cli"],
+    ["dispatch"],
+    ["sweep"],
     ["compose", "exits"],
     ["bench"],
     ["report.command"],

@@ -1034,7 +1034,8 @@ def test_a_report_may_be_of_detectors_alone(tmp_path, monkeypatch):
     detector_run(tmp_path / "runs")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["resnet-report", "runs", "out=out"])
-    cli.report()
+    with pytest.raises(SystemExit, match=r"^0$"):
+        cli.report()
     assert "Table 7: mAP in %, VOCdevkit" in (tmp_path / "out/report.md").read_text()
     assert (tmp_path / "out/table-7.csv").read_text().splitlines()[1].startswith('"resnet-18, random weights",40.0')
     assert "Detection on VOCdevkit: 1 run of 100 iterations" in (tmp_path / "out/index.html").read_text()

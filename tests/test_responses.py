@@ -126,7 +126,8 @@ def measure(monkeypatch, tmp_path, capsys):
         monkeypatch.setattr("sys.argv", ["resnet-responses", *words])
         with pytest.raises(SystemExit) as stopped:
             cli.responses()
-        return stopped.value.code or 0, *capsys.readouterr()
+        out, err = capsys.readouterr()
+        return stopped.value.code or 0, out, err.removeprefix("resnet-responses: starting\n")
 
     return run
 
