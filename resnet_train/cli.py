@@ -187,7 +187,7 @@ COMMANDS = {
         _check_detect,
         "resnet_train.detection.run:detect",
         "resnet_train.detection.run:read_examples",
-        True,
+        processes=True,
     ),
     "predict": Command(
         "predict",

@@ -85,9 +85,6 @@ def loaded_by(module):
 
 LIGHT = [f"resnet_train.{name}" for name in ("errors", "cli", "paper", "curves", "schedule", "report.command")]
 LIGHT += ["resnet_train.engine.metrics"]
-    "resnet_train." + name
-    for name in ("errors", "cli", "paper", "curves", "schedule", "report.command", "engine.metrics")
-]
 
 
 @pytest.mark.parametrize("name", LIGHT + CONFIGS)
