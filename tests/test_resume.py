@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from conftest import metrics, start
@@ -379,7 +380,7 @@ def test_a_sweep_does_not_take_a_run_on_other_images_for_its_own(tmp_path, comma
 @pytest.mark.slow
 def test_a_reader_that_goes_away_ends_the_run_without_a_word_and_it_goes_on(whole, tmp_path):
     words = start(*SMALL, *DIGITS, "run_dir=run")
-    with subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as job:
+    with forked.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as job:
         assert any("resnet-8-A on digits" in line for line in job.stdout)
         job.stdout.close()
         assert job.stderr.read() == ""
