@@ -2,6 +2,7 @@
 
 import dataclasses
 import fcntl
+import importlib.util
 import itertools
 import json
 import os
@@ -109,6 +110,12 @@ def start(*arguments, entry="train"):
         f"from resnet_train.cli import {entry}\nif __name__ == '__main__': {entry}()",
         *arguments,
     ]
+
+
+def needs(name):
+    """Skip the file that says so where a package is not installed; to import it is left to what takes it."""
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"needs {name}", allow_module_level=True)
 
 
 def as_one_of(processes, folder, text, *arguments):

@@ -20,7 +20,7 @@ import several
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import as_one_of, metrics, start
+from conftest import as_one_of, metrics, needs, start
 from several import CPU, DIGITS
 from test_sets import SHAPES, equal, photograph
 from torch import nn
@@ -31,7 +31,7 @@ from resnet_train.data.sets import MemorySets, StreamedSets
 from resnet_train.models import cifar_resnet
 from resnet_train.run import build
 
-pytest.importorskip("sklearn")
+needs("sklearn")
 pytestmark = [pytest.mark.timeout(1200), pytest.mark.usefixtures("one_thread")]
 # One thread for each process: kernels then add in one order, and what should be equal is so to the last bit.
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import metrics, start
+from conftest import metrics, needs, start
 from test_sets import photograph
 
 from resnet_train.build import compile_network, logits_of
@@ -21,7 +21,7 @@ from resnet_train.run import build
 from resnet_train.train import CapturedStep, prepare_steps, step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-pytest.importorskip("sklearn")
+needs("sklearn")
 DIGITS = ["data=digits", "depth=8", "device=cuda", "schedule.lr=0.01"]
 
 

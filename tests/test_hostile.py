@@ -22,7 +22,7 @@ from pathlib import Path
 import forked
 import pytest
 import torch
-from conftest import metrics, start
+from conftest import metrics, needs, start
 from PIL import Image
 from test_sets import photograph
 
@@ -32,7 +32,7 @@ from resnet_train.data.places import CIFAR_FOLDER
 from resnet_train.errors import RunError, UserError
 from resnet_train.train import check_finite
 
-pytest.importorskip("sklearn")
+needs("sklearn")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 RUN = [
     "data=digits",

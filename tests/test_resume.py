@@ -15,7 +15,7 @@ from pathlib import Path
 import forked
 import pytest
 import torch
-from conftest import metrics, start
+from conftest import metrics, needs, start
 from PIL import Image
 
 from resnet_train import checkpoint, cli
@@ -28,7 +28,7 @@ from resnet_train.record import Record
 from resnet_train.run import _open, build, train
 from resnet_train.train import Clock, log_test, save
 
-pytest.importorskip("sklearn")
+needs("sklearn")
 pytestmark = pytest.mark.usefixtures("one_thread", "signals")
 SMALL = ["data.size=8", "augment.pad=1", "depth=8", "batch_size=32", "warmup.depth=0", "device=cpu", "precision=fp32"]
 SMALL += ["log_every=1", "eval_every=4", "checkpoint_every=4", "keep_every=4", "eval_batch_size=200", "compile=false"]

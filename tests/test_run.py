@@ -10,11 +10,11 @@ import time
 import forked
 import pytest
 import torch
-from conftest import TINY, differences, metrics, stamp, start
+from conftest import TINY, differences, metrics, needs, stamp, start
 
 from resnet_train import checkpoint
 
-pytest.importorskip("sklearn")
+needs("sklearn")
 
 
 def test_a_run_leaves_what_the_readme_says(undisturbed):
