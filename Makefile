@@ -13,10 +13,10 @@ demo: $(VENV)/installed-digits,report
 	@sed -n '/^After/,/^!/{/^!/d;p;}' runs/demo/report/report.md
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder -m ""
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m ""
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .

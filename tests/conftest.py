@@ -1,6 +1,8 @@
 """What several test files need: the command as a user types it, a small whole run, and the shared real data."""
 
 import dataclasses
+import fcntl
+import importlib.util
 import itertools
 import json
 import os
@@ -8,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -49,7 +52,7 @@ def command(tmp_path):
     """Run `resnet-train` (or another entry point) in an empty folder: stdout, stderr and exit code."""
 
     def run(*arguments, entry="train", **options):
-        return subprocess.run(start(*arguments, entry=entry), cwd=tmp_path, capture_output=True, text=True, **options)
+        return forked.run(start(*arguments, entry=entry), cwd=tmp_path, capture_output=True, text=True, **options)
 
     return run
 
@@ -111,6 +114,33 @@ def start(*arguments, entry="train"):
     ]
 
 
+def needs(name):
+    """Skip the file that says so where a package is not installed; to import it is left to what takes it."""
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"needs {name}", allow_module_level=True)
+
+
+def as_one_of(processes, folder, text, *arguments):
+    """Run `text` in each of several processes that begin as a launcher's; all have to end well."""
+    store = str(Path(folder) / "store")
+    group = {"MASTER_ADDR": "localhost", "MASTER_PORT": "0", "RESNET_TRAIN_STORE": store}
+    group |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    words = [sys.executable, "-c", f"import sys; sys.path.append({str(ROOT / 'tests')!r}); {text}", *arguments]
+    jobs = [
+        forked.Popen(
+            words,
+            cwd=folder,
+            env=os.environ | group | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(processes)
+    ]
+    told = [job.communicate()[0] for job in jobs]
+    assert [job.returncode for job in jobs] == [0] * processes, told
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _few_threads():
     """One thread for each process of a test: sums are rounded alike everywhere, and the cores are not fought over."""
@@ -129,10 +159,26 @@ def one_thread():
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory):
     """A finished run."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    done = subprocess.run(start(*TINY, "run_dir=run"), cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return folder / "run"
+
+    def make(folder):
+        done = subprocess.run(start(*TINY, "run_dir=run"), cwd=folder, capture_output=True, text=True)  # and no fork
+        assert (done.returncode, done.stderr) == (0, "")
+
+    return once(tmp_path_factory, "undisturbed", make) / "run"
+
+
+def once(tmp_path_factory, name, make):
+    """A folder that `make` fills, in one of pytest-xdist's workers for all of them."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            part = folder.with_suffix(".part")
+            part.mkdir()
+            make(part)
+            part.rename(folder)
+    return folder
 
 
 def metrics(folder):

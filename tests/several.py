@@ -1,12 +1,11 @@
 """What each of several processes that train together finds, for test_distributed.py; alone, what one process finds.
 
-python several.py PROCESSES FOLDER starts them; each leaves FOLDER/RANK.pt.
+Each leaves FOLDER/RANK.pt.
 """
 
 import dataclasses
 import functools
 import itertools
-import sys
 from pathlib import Path
 
 import hydra
@@ -22,7 +21,6 @@ from resnet_train.config.training import check_train
 from resnet_train.distributed import joined, rank, world
 from resnet_train.errors import UserError
 from resnet_train.evaluate import count_errors
-from resnet_train.launch import launch
 
 CPU = torch.device("cpu")
 DIGITS = ["data=digits", "data.size=8", "augment.pad=1", "data.validation=137", "batch_size=128", "device=cpu"]
@@ -120,13 +118,9 @@ def work(folder, cases, plain, synchronised):
 
 
 def job(folder):
-    """`work` with its configurations, to be called in each process."""
+    """`work` with its configurations."""
     cases = {name: composed(*DIGITS, *words) for name, words in CASES.items()}
     # In float64 a sum of losses depends on its order; float32's have room in it.
     return functools.partial(
         work, folder, cases, composed(*DIGITS, "precision=fp64"), composed(*DIGITS, "bn_images=all", "precision=fp32")
     )
-
-
-if __name__ == "__main__":
-    sys.exit(launch(job(sys.argv[2]), int(sys.argv[1]), 0))

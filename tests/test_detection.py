@@ -1,7 +1,6 @@
 """Whole runs of `resnet-detect` on pictures made here: what they leave, how they go on, alone and in two processes."""
 
 import dataclasses
-import functools
 import json
 import os
 import shutil
@@ -11,10 +10,11 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
-from conftest import start
+from conftest import as_one_of, metrics, start
 from PIL import Image
 from torch import nn
 from torchvision.models import vgg16
@@ -33,7 +33,6 @@ from resnet_train.detection.train import learning_rate, step
 from resnet_train.distributed import joined
 from resnet_train.distributed import main as is_main
 from resnet_train.errors import UserError
-from resnet_train.launch import launch
 from resnet_train.models import imagenet_resnet
 
 pytest.importorskip("faster_coco_eval")
@@ -91,20 +90,16 @@ def configured(tree, *words):
 
 def detect(folder, *words):
     """The command in `folder`, whose tree is beside it."""
-    return subprocess.run(start(*WORDS, *words, entry="detect"), cwd=folder, capture_output=True, text=True)
+    return forked.run(start(*WORDS, *words, entry="detect"), cwd=folder, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
 def whole(tree, pretrained):
     """A finished run, in the tree's parent folder."""
-    done = detect(tree.parent, "run_dir=whole", f"init_from={pretrained}", "freeze=layer1")
+    words = start(*WORDS, "run_dir=whole", f"init_from={pretrained}", "freeze=layer1", entry="detect")
+    done = subprocess.run(words, cwd=tree.parent, capture_output=True, text=True)  # a new process, and no fork
     assert (done.returncode, done.stderr) == (0, "")
     return tree.parent / "whole", done.stdout
-
-
-def metrics(folder):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second", "waited")} for line in lines]
 
 
 def test_a_run_leaves_what_is_said(whole):
@@ -149,7 +144,7 @@ def test_a_killed_run_goes_on_to_the_same_weights_and_figures(whole, tree, pretr
     """Killed once a checkpoint is there, with half an interval of losses in it."""
     folder = tree.parent / "killed"
     words = ["run_dir=killed", f"init_from={pretrained}", "freeze=layer1"]
-    job = subprocess.Popen(start(*WORDS, *words, entry="detect"), cwd=tree.parent, stdout=subprocess.DEVNULL)
+    job = forked.Popen(start(*WORDS, *words, entry="detect"), cwd=tree.parent, stdout=subprocess.DEVNULL)
     while not (folder / "checkpoints/last.pt").exists():
         assert job.poll() is None
         time.sleep(0.01)
@@ -177,8 +172,7 @@ def test_what_is_frozen_is_that_of_the_source_bit_for_bit_and_all_else_has_moved
 def test_the_evaluation_of_two_processes_is_that_of_one(whole, tmp_path):
     """Five images: one process has three of them, the other two."""
     arguments = (str(tmp_path), str(whole[0] / "checkpoints/last.pt"))
-    done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    as_one_of(2, tmp_path, "from test_detection import evaluated; evaluated(*sys.argv[1:])", *arguments)
     summary = json.loads((whole[0] / "summary.json").read_text())["last"]
     for rank in range(2):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
@@ -448,8 +442,3 @@ def test_what_cannot_be_is_told_in_one_line(tree, monkeypatch, capsys, words, to
     assert told in error
     assert error.count("\n") == 1
     assert not (tree.parent / "new").exists()
-
-
-if __name__ == "__main__":
-    os.environ["OMP_NUM_THREADS"] = "1"
-    sys.exit(launch(functools.partial(evaluated, *sys.argv[1:]), 2, 0))

@@ -14,12 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import count, islice, takewhile
 from pathlib import Path
 
+import forked
 import pytest
 import several
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import start
+from conftest import as_one_of, metrics, needs, start
 from several import CPU, DIGITS
 from test_sets import SHAPES, equal, photograph
 from torch import nn
@@ -30,7 +31,7 @@ from resnet_train.classification.run import build
 from resnet_train.data.sets import MemorySets, StreamedSets
 from resnet_train.models import cifar_resnet
 
-pytest.importorskip("sklearn")
+needs("sklearn")
 pytestmark = [pytest.mark.timeout(1200), pytest.mark.usefixtures("one_thread")]
 # One thread for each process: kernels then add in one order, and what should be equal is so to the last bit.
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -46,7 +47,7 @@ def finished(*line):
     """A job for a folder: the command line, which has to end well; it gives what was printed."""
 
     def job(folder):
-        done = subprocess.run(line, cwd=folder, env=ONE_THREAD, capture_output=True, text=True, timeout=900)
+        done = forked.run(line, cwd=folder, env=ONE_THREAD, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -55,7 +56,7 @@ def finished(*line):
 
 def stopped(folder, iteration, *more):
     """A run ended by SIGTERM once it has logged `iteration`: what it printed."""
-    with subprocess.Popen(
+    with forked.Popen(
         start(*LONG, *more), cwd=folder, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
         printed = ""
@@ -80,8 +81,8 @@ JOBS = {
     "one": finished(*start(*LONG)),
     "parts": finished(*start(*LONG, "device_batch_size=32")),
     "four": finished(*TORCHRUN, str(Path(sys.executable).parent / "resnet-train"), *LONG),
-    "several 2": finished(sys.executable, several.__file__, "2", "."),
-    "several 4": finished(sys.executable, several.__file__, "4", "."),
+    "several 2": lambda folder: as_one_of(2, folder, "import several; several.job('.')()"),
+    "several 4": lambda folder: as_one_of(4, folder, "import several; several.job('.')()"),
 }
 
 
@@ -121,12 +122,6 @@ def found(runs, processes):
     """What each of several processes finds."""
     folder, _ = runs(f"several {processes}")
     return [checkpoint.read(folder / f"{rank}.pt") for rank in range(processes)]
-
-
-def metrics(folder):
-    """The metrics without what depends on the clock."""
-    lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second", "waited")} for line in lines]
 
 
 def last(folder):
@@ -403,7 +398,7 @@ def test_a_checkpoint_evaluated_by_others_gives_the_logged_figure(runs, name):
     """What two or four processes have written, one or three evaluate."""
     folder, printed = runs(name)
     result = json.loads((folder / "result.json").read_text())
-    logged = metrics(runs(EVALUATED[name][0])[0])[-1]
+    logged = metrics(runs(EVALUATED[name][0])[0] / "run")[-1]
     assert (logged["split"], logged["iteration"], logged["seen"]) == ("test", 50, 360)
     assert {k: result[k] for k in ("wrong", "seen", "error", "loss")} == {
         k: logged[k] for k in ("wrong", "seen", "error", "loss")
@@ -419,7 +414,7 @@ def test_a_checkpoint_evaluated_by_others_gives_the_logged_figure(runs, name):
 @pytest.mark.parametrize("name", SHAPED)
 def test_losses_of_50_iterations_are_those_of_one_process_to_nine_digits(runs, name):
     """Test and validation losses too, hence the running statistics; all errors and counts exactly."""
-    theirs, mine = metrics(runs("one")[0]), metrics(runs(name)[0])
+    theirs, mine = (metrics(runs(job)[0] / "run") for job in ("one", name))
     assert [line["iteration"] for line in theirs if line["split"] == "train"] == [*range(1, 51)]
     assert [line.pop("loss") for line in mine] == pytest.approx([line.pop("loss") for line in theirs], rel=1e-9, abs=0)
     assert mine == theirs
@@ -545,7 +540,7 @@ def test_two_processes_can_be_reached_from_this_machine_alone_and_keep_no_store_
     options = {"cwd": tmp_path, "env": ONE_THREAD, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with (
         ThreadPoolExecutor() as strangers,
-        subprocess.Popen(start(*words, "run_dir=run"), **options) as job,
+        forked.Popen(start(*words, "run_dir=run"), **options) as job,
     ):
         before = list(takewhile(lambda line: not line.startswith("iteration 10/"), job.stdout))
         processes = family(job.pid)

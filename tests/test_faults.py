@@ -13,11 +13,11 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import TINY, differences, stamp, start
+from conftest import TINY, differences, needs, stamp, start
 
 from resnet_train import checkpoint
 
-pytest.importorskip("sklearn")
+needs("sklearn")
 pytestmark = [
     pytest.mark.long,
     pytest.mark.timeout(900),

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import forked
 import pytest
 from conftest import start
 from hypothesis import HealthCheck, Phase, given, settings
@@ -258,7 +259,7 @@ def test_so_is_a_malformed_command(tmp_path, monkeypatch):
     assert len(chosen) == 8
 
     def run(line):
-        return subprocess.run(start(*line[1], entry=line[0]), capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        return forked.run(start(*line[1], entry=line[0]), capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
     with ThreadPoolExecutor(2) as pool:
         for done in pool.map(run, chosen):

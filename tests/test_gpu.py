@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import metrics, start
+from conftest import metrics, needs, start
 from test_sets import photograph
 
 from resnet_train.build import compile_network, logits_of
@@ -22,7 +22,7 @@ from resnet_train.evaluate import count_errors
 from resnet_train.models import imagenet_resnet
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-pytest.importorskip("sklearn")
+needs("sklearn")
 DIGITS = ["data=digits", "depth=8", "device=cuda", "schedule.lr=0.01"]
 
 

@@ -7,7 +7,6 @@ import contextlib
 import functools
 import io
 import itertools
-import json
 import os
 import random
 import shutil
@@ -21,9 +20,10 @@ import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import pytest
 import torch
-from conftest import start
+from conftest import metrics, needs, start
 from PIL import Image
 from test_sets import photograph
 
@@ -33,7 +33,7 @@ from resnet_train.data.places import CIFAR_FOLDER
 from resnet_train.engine.loop import check_finite
 from resnet_train.errors import RunError, UserError
 
-pytest.importorskip("sklearn")
+needs("sklearn")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 RUN = [
     "data=digits",
@@ -50,7 +50,7 @@ RUN += ["eval_batch_size=120", "checkpoint_every=7", "device=cpu", "precision=fp
 def train(folder, *words, entry="train", **environment):
     """A command in `folder`, ended: returncode, stdout, stderr."""
     options = {"cwd": folder, "env": os.environ | environment, "capture_output": True, "text": True}
-    return subprocess.run(start(*words, entry=entry), **options)
+    return forked.run(start(*words, entry=entry), **options)
 
 
 def error(done, code):
@@ -88,11 +88,6 @@ def ended_alike(run, other):
     weights, others = (checkpoint.load(folder / "checkpoints/last.pt")["model"] for folder in (run, other))
     same = weights.keys() == others.keys() and all(torch.equal(weights[name], others[name]) for name in weights)
     return same and metrics(run) == metrics(other) and (run / "summary.json").exists()
-
-
-def metrics(run):
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second", "waited")} for line in lines]
 
 
 # --- A disk that fills -----------------------------------------------------------------------------------------------
@@ -384,7 +379,7 @@ def test_processes_that_do_not_meet_end_with_what_to_do(tmp_path):
         jobs = {}
         for name, (rank, port, timeout, _) in cases.items():
             group = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-            jobs[name] = subprocess.Popen(
+            jobs[name] = forked.Popen(
                 start(*RUN, f"timeout={timeout}", "run_dir=run"),
                 cwd=tmp_path,
                 env=os.environ | group,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import needs
 from torch import nn
 
 from resnet_train import checkpoint, state_dicts
@@ -22,7 +23,7 @@ from resnet_train.errors import SIGNALS, UserError
 from resnet_train.models import cifar_resnet, imagenet_resnet
 from resnet_train.weights import check_same_net, read_source
 
-pytest.importorskip("sklearn")
+needs("sklearn")
 pytestmark = pytest.mark.usefixtures("one_thread")
 DIGITS = ["data=digits", "depth=8", "batch_size=32", "precision=fp32", "device=cpu"]
 

@@ -16,7 +16,7 @@ import tracemalloc
 
 import pytest
 import torch
-from conftest import metrics, stamp, start
+from conftest import metrics, needs, stamp, start
 from PIL import Image
 
 from resnet_train import cli
@@ -29,7 +29,7 @@ from resnet_train.data.sampler import WINDOW, permutation
 from resnet_train.data.sets import StreamedSets
 from resnet_train.errors import RunError, UserError
 
-pytest.importorskip("litdata", reason="needs the extra `streaming`")
+needs("litdata")
 
 CPU = torch.device("cpu")
 COUNTS = {"train": {"cat": 30, "dog": 20, "eel": 14}, "val": {"cat": 4, "dog": 5, "eel": 2}}

@@ -12,9 +12,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
-from conftest import metrics, start
+from conftest import metrics, needs, start
 from PIL import Image
 
 from resnet_train import checkpoint, cli
@@ -28,7 +29,7 @@ from resnet_train.engine.resume import begin_run, claim_run
 from resnet_train.errors import SIGNALS, UserError
 from resnet_train.record import Record
 
-pytest.importorskip("sklearn")
+needs("sklearn")
 pytestmark = pytest.mark.usefixtures("one_thread", "signals")
 SMALL = ["data.size=8", "augment.pad=1", "depth=8", "batch_size=32", "warmup.depth=0", "device=cpu", "precision=fp32"]
 SMALL += ["log_every=1", "eval_every=4", "checkpoint_every=4", "keep_every=4", "eval_batch_size=200", "compile=false"]
@@ -387,7 +388,7 @@ def test_a_sweep_does_not_take_a_run_on_other_images_for_its_own(tmp_path, comma
 @pytest.mark.slow
 def test_a_reader_that_goes_away_ends_the_run_without_a_word_and_it_goes_on(whole, tmp_path):
     words = start(*SMALL, *DIGITS, "run_dir=run")
-    with subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as job:
+    with forked.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as job:
         assert any("resnet-8-A on digits" in line for line in job.stdout)
         job.stdout.close()
         assert job.stderr.read() == ""

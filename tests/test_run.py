@@ -7,13 +7,14 @@ import signal
 import subprocess
 import time
 
+import forked
 import pytest
 import torch
-from conftest import TINY, differences, metrics, stamp, start
+from conftest import TINY, differences, metrics, needs, stamp, start
 
 from resnet_train import checkpoint
 
-pytest.importorskip("sklearn")
+needs("sklearn")
 
 
 def test_a_run_leaves_what_the_readme_says(undisturbed):
@@ -86,7 +87,7 @@ def test_killed_at_any_moment_and_resumed_is_the_undisturbed_run(undisturbed, tm
     rng.seed(seed)
     folder = tmp_path / "run"
     for _ in range(40):
-        process = subprocess.Popen(start(*TINY, "run_dir=run"), cwd=tmp_path, stdout=subprocess.DEVNULL)
+        process = forked.Popen(start(*TINY, "run_dir=run"), cwd=tmp_path, stdout=subprocess.DEVNULL)
         if kills < 3:
             before = stamp(folder)
             while stamp(folder) == before and process.poll() is None:
@@ -103,7 +104,7 @@ def test_killed_at_any_moment_and_resumed_is_the_undisturbed_run(undisturbed, tm
 
 
 def test_ctrl_c_ends_at_an_iteration_with_a_checkpoint_and_the_run_goes_on(undisturbed, tmp_path):
-    with subprocess.Popen(start(*TINY, "run_dir=run"), cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+    with forked.Popen(start(*TINY, "run_dir=run"), cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             if line.startswith("iteration 10/"):
                 process.send_signal(signal.SIGINT)
@@ -113,7 +114,7 @@ def test_ctrl_c_ends_at_an_iteration_with_a_checkpoint_and_the_run_goes_on(undis
     assert "the same command goes on" in rest
     stopped = checkpoint.load(tmp_path / "run/checkpoints/last.pt")["iteration"]
     assert 10 <= stopped < 61
-    done = subprocess.run(start(*TINY, "run_dir=run"), cwd=tmp_path, capture_output=True, text=True)
+    done = forked.run(start(*TINY, "run_dir=run"), cwd=tmp_path, capture_output=True, text=True)
     assert f"going on from iteration {stopped}" in done.stdout
     assert (tmp_path / "run/checkpoints/last.pt").read_bytes() == (undisturbed / "checkpoints/last.pt").read_bytes()
     assert metrics(tmp_path / "run") == metrics(undisturbed)
@@ -123,7 +124,7 @@ def test_resnet_eval_gives_the_logged_count(undisturbed, tmp_path):
     for split in ("test", "val"):
         out = tmp_path / f"{split}.json"
         arguments = [f"checkpoint={undisturbed}/checkpoints/last.pt", f"split={split}", f"out={out}"]
-        subprocess.run(start(*arguments, entry="evaluate"), cwd=tmp_path, check=True, capture_output=True)
+        forked.run(start(*arguments, entry="evaluate"), cwd=tmp_path, check=True, capture_output=True)
         result = json.loads(out.read_text())
         logged = next(m for m in reversed(metrics(undisturbed)) if m["split"] == split)
         assert {k: result[k] for k in ("wrong", "seen", "error")} == {k: logged[k] for k in ("wrong", "seen", "error")}

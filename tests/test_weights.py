@@ -9,7 +9,6 @@ from pathlib import Path
 
 import onnxruntime
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -62,11 +61,17 @@ def pictures(size, count=2):
 # --- torchvision and timm ------------------------------------------------------------------------------------------
 
 
+def timm_net(name):
+    import timm
+
+    return timm.create_model(name, pretrained=False)
+
+
 OTHERS = {
     "torchvision resnet18": (lambda: torchvision.models.resnet18(weights=None), 18),
     "torchvision resnet50": (lambda: torchvision.models.resnet50(weights=None), 50),
-    "timm resnet34": (lambda: timm.create_model("resnet34", pretrained=False), 34),
-    "timm resnet50": (lambda: timm.create_model("resnet50", pretrained=False), 50),
+    "timm resnet34": (lambda: timm_net("resnet34"), 34),
+    "timm resnet50": (lambda: timm_net("resnet50"), 50),
 }
 
 
@@ -112,11 +117,11 @@ def test_our_own_are_recognised(shortcut, seen):
 @pytest.mark.parametrize(
     ("make", "told"),
     [
-        (lambda: timm.create_model("resnet50d"), "it has conv1.0.weight"),
+        (lambda: timm_net("resnet50d"), "it has conv1.0.weight"),
         (lambda: torchvision.models.wide_resnet50_2(weights=None), "looks like the ImageNet resnet-50-B"),
         (lambda: torchvision.models.resnext50_32x4d(weights=None), "layer1.0.conv1.weight (128x64x1x1 for 64x64x1x1)"),
         (lambda: torchvision.models.vgg11(weights=None), "features.0.weight"),
-        (lambda: timm.create_model("seresnet50"), "it has layer1.0.se.fc1.weight"),
+        (lambda: timm_net("seresnet50"), "it has layer1.0.se.fc1.weight"),
     ],
 )
 def test_other_nets_are_named(make, told):
@@ -461,7 +466,7 @@ def test_the_other_nets_of_timm_that_look_like_torchvisions_are_the_anti_aliased
     """What `check_said` is for: nothing in names and shapes tells them apart."""
     with torch.device("meta"):
         for name, depth in (("resnetblur18", 18), ("resnetblur50", 50), ("resnetaa50", 50)):
-            state = timm.create_model(name).state_dict()
+            state = timm_net(name).state_dict()
             assert state_dicts.shape_of(state, name) == state_dicts.Shape("imagenet", depth, "B", 1000)
 
 
