@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 
 from resnet_train import cli
+from resnet_train.console import fail
 from resnet_train.errors import UserError, nearest
-from resnet_train.exits import fail
 from resnet_train.terminal import say
 
 COMMANDS = {

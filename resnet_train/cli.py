@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from resnet_train.compose import compose
+from resnet_train.config import detection
 from resnet_train.config.commands import (
     PackConfig,
     WeightsConfig,
@@ -24,12 +24,12 @@ from resnet_train.config.commands import (
     check_responses,
     check_weights,
 )
-from resnet_train.config.runs import run_directory
-from resnet_train.config.training import check_train
-from resnet_train.detection import config as detection
+from resnet_train.config.compose import compose
+from resnet_train.config.run_dir import run_directory
+from resnet_train.config.train import check_train
+from resnet_train.console import launcher_world_size, load
 from resnet_train.dispatch import Check, Command, Values, main
 from resnet_train.errors import UserError
-from resnet_train.exits import launched, load
 from resnet_train.files import expand
 
 # --- What checks a job, and so gives the arguments of what runs it. Raises UserError ---------------------------------
@@ -53,11 +53,11 @@ def _check_detect(values: Values, asked: list[str]) -> tuple[Any, Path]:
 
 def _take_launched(values: Values, asked: list[str]) -> None:
     """Take the number of processes from a launcher, if there is one, which alone may say it."""
-    if launched():
+    if launcher_world_size():
         for key in ("devices", "max_restarts"):
             if key in asked:
                 raise UserError(f"{key}={values.get(key)}: that is the launcher's to say, such as torchrun; drop it")
-        values["devices"] = launched()
+        values["devices"] = launcher_world_size()
 
 
 def _check_weights(values: Values, asked: list[str]) -> tuple[WeightsConfig, dict[str, Values]]:
@@ -103,8 +103,8 @@ def pack_or_check(config: PackConfig) -> None:
 def import_or_export(config: WeightsConfig, bases: dict[str, Values]) -> None:
     """What `resnet-weights` does, as its first word says."""
     if config.word == "export":
-        return load("resnet_train.weights:export")(config)
-    return load("resnet_train.weights:import_weights")(config, bases)
+        return load("resnet_train.weights.command:export")(config)
+    return load("resnet_train.weights.command:import_weights")(config, bases)
 
 
 # --- The table -------------------------------------------------------------------------------------------------------
@@ -122,14 +122,14 @@ COMMANDS = {
         "resnet-train",
         _check_train,
         "resnet_train.classification.run:train",
-        "resnet_train.build:open_sets",
+        "resnet_train.classification.load:open_dataset",
         True,
     ),
     "eval": Command(
         "eval",
         "resnet-eval",
         _values_alone(check_eval),
-        "resnet_train.evaluate:evaluate_checkpoint",
+        "resnet_train.classification.evaluate:evaluate_checkpoint",
         processes=True,
         no_sweep="-m: resnet-eval takes one checkpoint at a time",
         **CHECKPOINTS,
@@ -138,7 +138,7 @@ COMMANDS = {
         "classify",
         "resnet-classify",
         _with_images(check_classify),
-        "resnet_train.classify:classify",
+        "resnet_train.classification.predict:classify",
         no_sweep=ONE_CHECKPOINT.format("resnet-classify"),
         no_launcher=ONE_CHECKPOINT.format("resnet-classify"),
         words=("images",),
@@ -147,7 +147,7 @@ COMMANDS = {
         "report",
         "resnet-report",
         _values_alone(check_report),
-        "resnet_train.report.command:report",
+        "resnet_train.report.report:report",
         no_sweep="-m: resnet-report takes all runs at once",
         words=("runs",),
         short={"--open": "open=true", "complexity": "report=complexity"},
@@ -157,7 +157,7 @@ COMMANDS = {
         "responses",
         "resnet-responses",
         _values_alone(check_responses),
-        "resnet_train.responses:responses",
+        "resnet_train.classification.responses:responses",
         no_sweep="-m: resnet-responses takes all checkpoints at once, as checkpoint=[one.pt,two.pt]",
         no_launcher="resnet-responses is one process; take it without torchrun",
         **CHECKPOINTS,
@@ -202,7 +202,7 @@ COMMANDS = {
         "bench",
         "resnet-bench",
         check_bench,
-        "resnet_train.bench:bench",
+        "resnet_train.bench.suite:bench",
         no_sweep="-m: resnet-bench measures one thing at a time",
         no_launcher="resnet-bench measures one process; take it without torchrun",
         words=("bench",),

@@ -25,7 +25,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from resnet_train import __version__
-from resnet_train.compose import (
+from resnet_train.config.compose import (
     as_text,
     check_hydras,
     compose,
@@ -39,8 +39,18 @@ from resnet_train.compose import (
     plain,
     with_jobs,
 )
-from resnet_train.errors import UserError, of_the_system
-from resnet_train.exits import call, check_open_files, check_restarts, fail, finish, launched, leave, say_start, tell
+from resnet_train.console import (
+    call,
+    check_open_files,
+    check_restarts,
+    exit_quietly,
+    fail,
+    finish,
+    launcher_world_size,
+    print_error,
+    say_start,
+)
+from resnet_train.errors import UserError, from_os_error
 from resnet_train.sweep import check_all_finished, check_place, run_apart, run_here
 from resnet_train.terminal import say
 
@@ -81,9 +91,9 @@ def main(command: Command, *more: Command, words: list[str] | None = None) -> No
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
-        leave()
+        exit_quietly()
     except OSError as error:
-        fail(UserError(f"{error.filename}: {error.strerror}") if error.filename else of_the_system(error))
+        fail(UserError(f"{error.filename}: {error.strerror}") if error.filename else from_os_error(error))
     except Exception as error:
         hydras = [word for word in words if re.match(r"[+~]*hydra\b|-sc|--sh", word)]
         if not hydras:
@@ -131,9 +141,9 @@ def _check_start(command: Command, sweep: bool) -> None:
     """Refuse -m and launchers where they make no sense. Raises UserError."""
     if sweep and command.no_sweep:
         raise UserError(command.no_sweep)
-    if launched() and command.no_launcher:
+    if launcher_world_size() and command.no_launcher:
         raise UserError(command.no_launcher)
-    if sweep and launched():
+    if sweep and launcher_world_size():
         raise UserError(
             f"-m: torchrun would start the sweep in each of its processes; take {command.typed} -m"
             f" devices={os.environ.get('LOCAL_WORLD_SIZE', '8')} … without torchrun, or torchrun for one run"
@@ -193,6 +203,6 @@ def _start_in_sweep(command: Command, composed: DictConfig) -> None:
     try:
         arguments = prepare(command, plain(composed), list(HydraConfig.get().overrides.task), sweep=True)
     except UserError as error:  # not so when the command began
-        tell(error)
+        print_error(error)
         return
     run_apart(functools.partial(call, command.run, *arguments), *arguments)

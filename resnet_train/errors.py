@@ -59,7 +59,7 @@ class RunError(UserError):
     code = 1
 
 
-class Elsewhere(UserError):
+class RemoteError(UserError):
     """The error of another process, which tells of it; its exit code."""
 
     def __init__(self, error: UserError) -> None:
@@ -83,7 +83,7 @@ def leave_terminal() -> None:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
 
-def of_a_launcher() -> bool:
+def under_launcher() -> bool:
     """Whether torchrun, Slurm or our own launcher has started this process, by what each of them sets."""
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
 
@@ -94,17 +94,17 @@ GONE = r"[Cc]onnection (was )?(closed|reset|refused)|[Bb]roken pipe|[Tt]imed out
 NO_MEMORY = r"DefaultCPUAllocator|out of memory|std::bad_alloc|ALLOC_FAILED|Cannot allocate memory|Unable to allocate"
 
 
-def of_a_peer(error: BaseException) -> str | None:
+def is_peer_failure(error: BaseException) -> str | None:
     """The line of `error` that says that another process is gone, if that is what it says."""
     if not re.search("gloo|nccl|c10d|tcpstore", str(error), re.IGNORECASE):
         return None
     return _line_with(GONE, str(error))
 
 
-def of_nccl(error: BaseException) -> UserError | None:
+def from_nccl_error(error: BaseException) -> UserError | None:
     """What keeps NCCL from its work here, where that is neither another process nor a lack of memory; else None."""
     text = str(error)
-    if "nccl" not in text.lower() or of_a_peer(error) or _line_with(NO_MEMORY, text):
+    if "nccl" not in text.lower() or is_peer_failure(error) or _line_with(NO_MEMORY, text):
         return None
     reason = re.search(r"Last error:\s*(\S.*)", text) or re.search(r"(nccl\w+: .*)", text) or re.search(r"(.*)", text)
     assert reason is not None  # the last one fits all
@@ -113,7 +113,7 @@ def of_nccl(error: BaseException) -> UserError | None:
     return RunError(f"NCCL cannot work here: {reason[1]}; NCCL_DEBUG=INFO in the environment tells more")
 
 
-def of_the_machine(error: BaseException) -> RunError | None:
+def from_machine_error(error: BaseException) -> RunError | None:
     """What the machine refused for want of memory, shared memory, open files or disk, for the user; else None.
 
     Errors of a DataLoader's worker come as text of the same type, with the worker's trace of calls.
@@ -131,10 +131,10 @@ def of_the_machine(error: BaseException) -> RunError | None:
         return RunError(f"out of memory; take a smaller batch_size= (or device_batch_size=) ({line})")
     if "DataLoader worker" in text and (line := _line_with("killed by signal|exited unexpectedly", text)):
         return RunError(f"{line.rstrip('.')}; if it was killed for want of memory, take fewer workers")
-    return of_the_system(error) if isinstance(error, OSError) else None
+    return from_os_error(error) if isinstance(error, OSError) else None
 
 
-def of_the_system(error: OSError) -> RunError:
+def from_os_error(error: OSError) -> RunError:
     """What the operating system refused, for the user."""
     if error.errno is None:  # a DataLoader's worker hands on the text alone
         found = re.search(r"\[Errno (\d+)\] ([^:\n]+)(?:: '(.*)')?", str(error))

@@ -32,7 +32,7 @@ def nearest_existing(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def claimed(folder: Path, key: str, doing: str, patience: int = 0) -> Iterator[None]:
+def lock_directory(folder: Path, key: str, doing: str, patience: int = 0) -> Iterator[None]:
     """Make the folder that `key` named and hold it against a second process, which is refused.
 
     Where another holds it, it is asked for again every half second, `patience` times. Raises UserError.

@@ -13,9 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from resnet_train.config.runs import RunConfig, check_run_dir, check_same_data, run_state
-from resnet_train.errors import SIGNALS, RunError, UserError, of_the_machine
-from resnet_train.exits import finish, load, start_tracker
+from resnet_train.config.run_dir import RunConfig, check_run_dir, check_same_data, run_state
+from resnet_train.console import finish, load, start_resource_tracker
+from resnet_train.errors import SIGNALS, RunError, UserError, from_machine_error
 from resnet_train.files import read_object
 from resnet_train.terminal import say
 
@@ -43,7 +43,7 @@ def check_place(directory: Path, config: RunConfig, data: str, sweep: bool) -> N
 
 def _digest(data: str, config: Any) -> str:
     """The digest of the data of `config`, which takes torch, from a process of its own. Raises UserError."""
-    start_tracker()
+    start_resource_tracker()
     receive, send = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("spawn").Process(target=_send_digest, args=(send, data, config))
     process.start()
@@ -67,7 +67,7 @@ def _send_digest(send: Any, data: str, config: Any) -> None:
     except UserError as error:
         found = error
     except Exception as error:
-        refused = of_the_machine(error)
+        refused = from_machine_error(error)
         if refused is None:
             raise
         found = refused
@@ -79,7 +79,7 @@ def run_apart(job: Callable[[], int], config: Any, directory: Path) -> None:
     if run_state(directory) == "finished":
         say(f"{directory}: finished, skipped")
         return
-    start_tracker()
+    start_resource_tracker()
     process = multiprocessing.get_context("spawn").Process(target=_work, args=(job, config, directory))
     stopped: list[int] = []
 

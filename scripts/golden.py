@@ -21,13 +21,13 @@ from omegaconf import OmegaConf
 from resnet_train.classification.run import build
 from resnet_train.classification.step import step
 from resnet_train.classification.train import rate
-from resnet_train.compose import CONFIG_DIR
-from resnet_train.config.keys import flat
-from resnet_train.config.training import Config, restored
+from resnet_train.config.compose import CONFIG_DIR
+from resnet_train.config.schema import flat
+from resnet_train.config.train import Config, config_from_checkpoint
 from resnet_train.engine.environment import processor
+from resnet_train.engine.schedule import Progress, end_warmup, watch_plateau
 from resnet_train.models import cifar_resnet, imagenet_resnet
 from resnet_train.models.resnet import IMAGENET, multiply_adds, parameters
-from resnet_train.schedule import Progress, end_warmup, watch_plateau
 
 FILE = Path(__file__).resolve().parent.parent / "tests" / "golden.json"
 NETS = {  # name: its family, depth and shortcut
@@ -48,7 +48,7 @@ def composed(overrides: Iterable[str]) -> Config:
     """What the command line would make of `overrides`; data need not be there."""
     with hydra.initialize_config_dir(CONFIG_DIR, version_base="1.3"):
         values: Any = OmegaConf.to_container(hydra.compose("train", list(overrides)), resolve=True)
-    return restored({key: value for key, value in values.items() if key != "scale"})
+    return config_from_checkpoint({key: value for key, value in values.items() if key != "scale"})
 
 
 def size(family: str, depth: int, shortcut: str) -> dict[str, int]:

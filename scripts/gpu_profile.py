@@ -22,14 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_train import classic
-from resnet_train.build import compile_network
+from resnet_train.bench import baseline
+from resnet_train.bench.synthetic import SyntheticDataset
+from resnet_train.classification.load import compile_network
 from resnet_train.classification.run import build
 from resnet_train.classification.step import step
 from resnet_train.classification.train import ClassificationTask
-from resnet_train.compose import compose
-from resnet_train.config.training import check_train
-from resnet_train.data.made_up import MadeUp
+from resnet_train.config.compose import compose
+from resnet_train.config.train import check_train
 from resnet_train.engine.environment import environment_of
 from resnet_train.models import cifar_resnet
 
@@ -40,7 +40,7 @@ LR = 0.1
 def opened(depth: int, *, compiled: bool = True) -> ClassificationTask:
     """A run as resnet-train builds it, on random images."""
     config = check_train(compose("train", [f"depth={depth}", "device=cuda"]), needs_data=False)
-    run = build(config, MadeUp(family="cifar", size=32))
+    run = build(config, SyntheticDataset(family="cifar", size=32))
     if compiled:
         run.compiled = compile_network(run.model, depth, run.device)
     return run
@@ -94,7 +94,7 @@ def profile(depth: int) -> dict[str, Any]:
         found[name] = dict(zip(("step_ms", "host_ms"), timed(take, plain, 100), strict=True))
         found[name] |= dict(zip(("gpu_ms", "kernels"), kernels(take, plain)[:2], strict=True))
     images, labels = next(plain)
-    trainer, batch = classic.Trainer(cifar_resnet(depth), run.device), (images.contiguous(), labels)
+    trainer, batch = baseline.Trainer(cifar_resnet(depth), run.device), (images.contiguous(), labels)
     take = lambda images, labels, lr: trainer.step(images, labels)  # noqa: E731
     timed(take, itertools.repeat(batch), 10)
     found["conventional"] = {"step_ms": timed(take, itertools.repeat(batch), 100)[0]}

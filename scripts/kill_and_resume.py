@@ -19,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-from resnet_train import checkpoint
+from resnet_train.engine import checkpoint
 
 
 def reached(run: Path) -> int:

@@ -16,8 +16,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from resnet_train import cli
-from resnet_train.compose import compose
-from resnet_train.config.training import check_train
+from resnet_train.config.compose import compose
+from resnet_train.config.train import check_train
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data" / "unpack"
@@ -88,9 +88,9 @@ def command_here(tmp_path, monkeypatch, capsys):
 def trained(tmp_path_factory):
     """A checkpoint of a ResNet-8 after some steps on digits."""
     pytest.importorskip("sklearn")
-    from resnet_train import checkpoint
     from resnet_train.classification.run import build
     from resnet_train.classification.step import step
+    from resnet_train.engine import checkpoint
 
     words = ["data=digits", "depth=8", "batch_size=32", "precision=fp32", "device=cpu"]
     config = check_train(compose("train", words))

@@ -12,15 +12,15 @@ import hydra
 import torch
 from omegaconf import OmegaConf
 
-from resnet_train import checkpoint
-from resnet_train.build import exchanging
+from resnet_train.classification.evaluate import count_errors
+from resnet_train.classification.load import wrap_image_ddp
 from resnet_train.classification.run import build
 from resnet_train.classification.step import TrainMetrics, step
-from resnet_train.compose import CONFIG_DIR
-from resnet_train.config.training import check_train
-from resnet_train.distributed import joined, rank, world
+from resnet_train.config.compose import CONFIG_DIR
+from resnet_train.config.train import check_train
+from resnet_train.engine import checkpoint
+from resnet_train.engine.distributed import process_group, rank, world_size
 from resnet_train.errors import UserError
-from resnet_train.evaluate import count_errors
 
 CPU = torch.device("cpu")
 DIGITS = ["data=digits", "data.size=8", "augment.pad=1", "data.validation=137", "batch_size=128", "device=cpu"]
@@ -53,15 +53,15 @@ def batches(run):
         augment=dataclasses.asdict(run.config.augment),
         start=0,
         rank=rank(),
-        world=world(),
+        world=world_size(),
     )
 
 
 def trained(config):
     """Some steps: the gradients and running statistics of the first, and the state after the last."""
-    run = build(dataclasses.replace(config, devices=world()))
-    if world() > 1:
-        run.net = exchanging(run.model, run.precision, (run.share.images, 3, config.data.size, config.data.size))
+    run = build(dataclasses.replace(config, devices=world_size()))
+    if world_size() > 1:
+        run.net = wrap_image_ddp(run.model, run.precision, (run.share.images, 3, config.data.size, config.data.size))
     gradients, buffers = [], []
     run.optimizer.register_step_pre_hook(lambda *_: gradients.append([p.grad.clone() for p in run.model.parameters()]))
     for images, labels in itertools.islice(batches(run), STEPS):
@@ -77,7 +77,7 @@ def counted(config):
         f"{split} {size}": dataclasses.asdict(
             count_errors(
                 run.model,
-                run.sets.eval_batches(split, run.mean, run.device, size, rank(), world()),
+                run.sets.eval_batches(split, run.mean, run.device, size, rank(), world_size()),
                 run.precision,
                 run.sets.sizes[split],
             )
@@ -110,7 +110,7 @@ def refused(config):
 
 def work(folder, cases, plain, synchronised):
     """One process: what it finds, to FOLDER/RANK.pt."""
-    with joined(CPU, 300):
+    with process_group(CPU, 300):
         found = {name: trained(config) for name, config in cases.items()}
         found |= {"counts": counted(plain), "refused": refused(synchronised), "taken over": taken_over()}
         checkpoint.save(Path(folder) / f"{rank()}.pt", found)

@@ -13,10 +13,11 @@ import torch
 import yaml
 from PIL import Image
 
-from resnet_train import bench, classic, cli, timing
-from resnet_train.build import network
-from resnet_train.compose import compose, keys_asked
+from resnet_train import cli
+from resnet_train.bench import baseline, suite, timing
+from resnet_train.classification.load import build_network
 from resnet_train.config.commands import FIXED_BY_BENCH, BenchConfig, check_bench
+from resnet_train.config.compose import compose, keys_asked
 from resnet_train.data.images import ImageSet
 from resnet_train.data.pack import pack
 from resnet_train.errors import RunError, UserError
@@ -191,7 +192,7 @@ def test_a_step_of_an_imagenet_net_can_be_measured(tmp_path):
     words = "data=imagenet depth=18 data.size=32 augment.shorter_side=[32,32] batch_size=4 rounds=1 seconds=0.01"
     asked, training = checked("bench=step", *words.split(), "device=cpu", "compile=false", "precision=fp32")
     with timing.threads(1):
-        found = bench.steps(asked, training, tmp_path, CPU)
+        found = suite.steps(asked, training, tmp_path, CPU)
     assert [row["name"] for row in found.rows] == ["fp32 eager", "bf16 eager", "classic"]
 
 
@@ -277,7 +278,7 @@ def test_photographs_are_read_and_decoded_on_one_core(tmp_path, monkeypatch, cap
     pack(root=str(tmp_path / "tree"), out=tmp_path / "packed", **settings)
     words = [f"data.root={tmp_path / 'tree'}", f"packed={tmp_path / 'packed'}", f"out={tmp_path / 'found.json'}"]
     words += ["bench=loader", "data=imagenet", "depth=18", "data.size=32", "augment.shorter_side=[36,60]"]
-    bench.bench(*checked(*words, "batch_size=4", "rounds=2", "seconds=0.02", "device=cpu"))
+    suite.bench(*checked(*words, "batch_size=4", "rounds=2", "seconds=0.02", "device=cpu"))
     found = json.loads((tmp_path / "found.json").read_text())
     names = ["ours, files", "ours, packed", "classic, files", "decoding alone, files", "decoding alone, packed"]
     assert [row["name"] for row in found["rows"]] == names
@@ -296,23 +297,23 @@ def test_photographs_are_read_and_decoded_on_one_core(tmp_path, monkeypatch, cap
 
 
 def test_random_images_stand_in_for_data_that_have_no_place():
-    sets = bench.sets_of(checked("bench=loop")[1])
+    sets = suite.sets_of(checked("bench=loop")[1])
     assert (sets.sizes, len(sets.classes)) == ({"train": 50_000, "val": 0, "test": 10_000}, 10)
     assert sets.parts["train"].images.shape == (50_000, 32, 32, 3)
     assert set(sets.parts["test"].labels.tolist()) == set(range(10))
 
 
 def test_random_images_of_many_pixels_are_few():
-    sets = bench.sets_of(checked("bench=step", "data=imagenet", "depth=18")[1])
+    sets = suite.sets_of(checked("bench=step", "data=imagenet", "depth=18")[1])
     assert (sets.sizes["train"], len(sets.classes)) == (1020, 1000)
 
 
 def test_the_loop_runs_as_asked_logs_and_leaves_no_checkpoint(tmp_path):
     _, training = checked("bench=loop", *TINY)
-    run = bench.opened(training, bench.sets_of(training), tmp_path)
-    with bench.recording(run) as record:
+    run = suite.opened(training, suite.sets_of(training), tmp_path)
+    with suite.recording(run) as record:
         for count in (1, 6, 1):
-            bench.trained(run, record, count)
+            suite.trained(run, record, count)
     assert run.iteration == 8
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["split"], line["iteration"]) for line in lines] == [("train", 3), ("train", 6)]
@@ -321,9 +322,9 @@ def test_the_loop_runs_as_asked_logs_and_leaves_no_checkpoint(tmp_path):
 
 def test_bare_is_our_step_on_one_batch(tmp_path):
     _, training = checked("bench=loop", *TINY)
-    run = bench.opened(training, bench.sets_of(training), tmp_path)
-    images, labels = next(bench.batches_of(run))
-    work = bench.bare(run, images, labels)
+    run = suite.opened(training, suite.sets_of(training), tmp_path)
+    images, labels = next(suite.batches_of(run))
+    work = suite.bare(run, images, labels)
     work.do(3)
     assert work.images == 12
     assert (run.iteration, run.meters.seen) == (3, 36)
@@ -338,19 +339,19 @@ def pictures(count):
 
 def test_the_classic_pictures_are_torchvision_s():
     data = pictures(3)
-    image, label = classic.Pictures(data, train=False)[2]
-    mean, std = torch.tensor(classic.NORMALISE.mean), torch.tensor(classic.NORMALISE.std)
+    image, label = baseline.TransformedImages(data, train=False)[2]
+    mean, std = torch.tensor(baseline.NORMALISE.mean), torch.tensor(baseline.NORMALISE.std)
     expected = ((data.images[2] / 255 - mean) / std).permute(2, 0, 1)
     assert label == 2
     assert torch.allclose(image, expected, atol=1e-6)
-    names = [type(step).__name__ for step in classic.Pictures(data, train=True).transform.transforms]
+    names = [type(step).__name__ for step in baseline.TransformedImages(data, train=True).transform.transforms]
     assert names == ["RandomCrop", "RandomHorizontalFlip", "ToTensor", "Normalize"]
 
 
 def test_the_classic_trainer_trains_and_counts():
     data = pictures(20)
     _, training = checked("bench=loop", *TINY)
-    trainer = classic.Trainer(network(training, 10), CPU)
+    trainer = baseline.Trainer(build_network(training, 10), CPU)
     before = [p.clone() for p in trainer.net.parameters()]
     images, labels = data.images.permute(0, 3, 1, 2).float() / 255, data.labels
     trainer.steps(iter([(images, labels)] * 3), 3)
@@ -367,7 +368,7 @@ def test_the_classic_step_computes_as_pytorch_does_by_itself():
     """Also where our fp32 has switched TF32 off."""
     before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     try:
-        with classic.defaults():
+        with baseline.defaults():
             assert torch.backends.cudnn.allow_tf32
         assert not torch.backends.cudnn.allow_tf32
     finally:
@@ -444,7 +445,7 @@ def test_a_file_that_cannot_be_written_is_found_before_the_work(tmp_path):
     (tmp_path / "found.json.part" / "x").touch()
     asked, training = checked("bench=loop", f"out={tmp_path}/found.json")
     with pytest.raises(UserError, match=r"^out=.*found\.json: cannot be written"):
-        bench.bench(asked, training)
+        suite.bench(asked, training)
 
 
 def test_help_lists_the_six_and_each_is_a_command(command):

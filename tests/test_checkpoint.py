@@ -7,7 +7,7 @@ import zipfile
 import pytest
 import torch
 
-from resnet_train import checkpoint
+from resnet_train.engine import checkpoint
 from resnet_train.errors import RunError, UserError
 from resnet_train.models import cifar_resnet
 

@@ -7,15 +7,15 @@ import pytest
 import torch
 from PIL import Image
 
-from resnet_train import checkpoint
-from resnet_train.build import logits_of
-from resnet_train.classify import view
-from resnet_train.compose import compose
-from resnet_train.config.training import check_train
+from resnet_train.classification.load import compute_logits
+from resnet_train.classification.predict import view
+from resnet_train.config.compose import compose
+from resnet_train.config.train import check_train
+from resnet_train.data.augment import normalise
+from resnet_train.data.imagenet_classes import imagenet_classes
 from resnet_train.data.images import read_image
-from resnet_train.data.names import imagenet_classes
-from resnet_train.data.sets import MemorySets, StreamedSets
-from resnet_train.data.transforms import normalise
+from resnet_train.data.sets import MemoryDataset, StreamingDataset
+from resnet_train.engine import checkpoint
 from resnet_train.models import cifar_resnet, imagenet_resnet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -54,9 +54,9 @@ def test_the_views_are_those_of_the_evaluation(pictures, family, size, tmp_path,
     monkeypatch.setenv("RESNET_TRAIN_DATA", str(tmp_path))
     root, found, mean, cpu = str(pictures), configured(family, size), torch.full((1, 1, 3), 110.0), torch.device("cpu")
     if family == "imagenet":
-        sets = StreamedSets(root=root, size=size, validation=0, workers=0)
+        sets = StreamingDataset(root=root, size=size, validation=0, workers=0)
     else:
-        sets = MemorySets(name="imagefolder", root=root, size=size, validation=0)
+        sets = MemoryDataset(name="imagefolder", root=root, size=size, validation=0)
     wanted, _ = next(sets.eval_batches("test", mean, cpu, len(SIZES)))
     files = sorted(pictures.glob("val/*/*.png"))
     seen = torch.stack([view(read_image(file), found) for file in files])
@@ -70,7 +70,7 @@ def test_probabilities_are_the_softmax_in_order_and_named(pictures, tmp_path, co
     text = command_here("classify", *files, "checkpoint=net.pt", "out=found.json", "device=cpu").splitlines()
     views = torch.stack([view(read_image(file), found) for file in files])
     with torch.no_grad():
-        odds = logits_of(net.eval(), normalise(views, mean), "fp32").softmax(1)
+        odds = compute_logits(net.eval(), normalise(views, mean), "fp32").softmax(1)
     result = json.loads((tmp_path / "found.json").read_text())
     assert (result["net"], result["iteration"]) == ("resnet-18-B", 3)
     assert [item["image"] for item in result["images"]] == list(map(str, files))

@@ -17,7 +17,6 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import OverrideType, QuotedString
 
 from resnet_train import cli
-from resnet_train.compose import CONFIG_DIR, compose
 from resnet_train.config.commands import (
     BenchConfig,
     ClassifyConfig,
@@ -28,14 +27,24 @@ from resnet_train.config.commands import (
     WeightsConfig,
     check_eval,
 )
-from resnet_train.config.keys import ABOVE, BELOW, LISTS, RANGES, TEXTS, flat
-from resnet_train.config.runs import FREE_KEYS, check_run_dir, check_same_run, plain_word, run_directory, run_state
-from resnet_train.config.training import UNREAD, Augment, Config, Data, Schedule, check_depth, check_train, restored
-from resnet_train.data.places import class_folders
-from resnet_train.detection.config import DetectConfig, DetectData, PredictConfig
+from resnet_train.config.compose import CONFIG_DIR, compose
+from resnet_train.config.detection import DetectConfig, DetectData, PredictConfig
+from resnet_train.config.layout import class_folders
+from resnet_train.config.run_dir import FREE_KEYS, check_run_dir, check_same_run, plain_word, run_directory, run_state
+from resnet_train.config.schema import ABOVE, BELOW, LISTS, RANGES, TEXTS, flat
+from resnet_train.config.train import (
+    UNREAD,
+    Augment,
+    Config,
+    Data,
+    Schedule,
+    check_depth,
+    check_train,
+    config_from_checkpoint,
+)
 from resnet_train.dispatch import prepare
+from resnet_train.engine.schedule import Progress, learning_rate
 from resnet_train.errors import UserError, nearest
-from resnet_train.schedule import Progress, learning_rate
 
 PACKAGE = Path(cli.__file__).parent
 CONFIGS = Path(CONFIG_DIR)
@@ -272,7 +281,7 @@ def test_a_configuration_of_an_earlier_version_is_read():
     values = checked().plain()
     del values["normalise"], values["augment"]["area"], values["augment"]["colour_jitter"]
     del values["warmup"]["iterations"]
-    found = restored(values)
+    found = config_from_checkpoint(values)
     assert found.warmup.iterations == 0
     assert (found.normalise, found.augment.area, found.augment.colour_jitter) == ("channels", None, 0)
     check_same_run(values, found.plain(), "run")
@@ -414,14 +423,14 @@ def test_every_text_and_every_list_is_told_of():
 
 def test_a_configuration_survives_json():
     found = checked("schedule=plateau", "weight_decay=1", "warmup.error=70")
-    assert restored(json.loads(json.dumps(found.plain()))) == found
+    assert config_from_checkpoint(json.loads(json.dumps(found.plain()))) == found
 
 
 def test_a_configuration_of_another_version_is_named():
     plain = checked().plain()
     del plain["seed"]
     with pytest.raises(UserError, match=r"stored configuration.*seed: is missing"):
-        restored(plain)
+        config_from_checkpoint(plain)
 
 
 # --- Wrong values are named ------------------------------------------------------------------------------------------
@@ -459,7 +468,7 @@ def test_nor_is_such_a_depth_taken_from_a_checkpoint(family, depth, near):
     plain = checked().plain() | {"depth": depth}
     plain["data"]["family"] = family
     with pytest.raises(UserError, match=rf"stored configuration.*depth={depth}: .*nearest: {near}"):
-        restored(plain)
+        config_from_checkpoint(plain)
 
 
 # Command line, and what the message must hold beside the key and value of the last word.

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from resnet_train import curves
+from resnet_train.report import curves
 
 POINTS = [{"iteration": n, "split": split, "error": 90.0 / n} for n in (1, 2) for split in ("train", "test")]
 
@@ -18,7 +18,7 @@ def test_a_name_is_text_and_no_mathematics(name, tmp_path):
 
 
 def test_no_display_of_the_users_has_a_say(tmp_path):
-    code = f"from resnet_train.curves import *; draw({{'a': {POINTS}}}, 'a', Path({str(tmp_path / 'a.png')!r}))"
+    code = f"from resnet_train.report.curves import *; draw({{'a': {POINTS}}}, 'a', Path({str(tmp_path / 'a.png')!r}))"
     environment = os.environ | {"MPLBACKEND": "Qt4Agg"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

@@ -19,19 +19,19 @@ from PIL import Image
 from torch import nn
 from torchvision.models import vgg16
 
-from resnet_train import checkpoint, cli
-from resnet_train.compose import compose
-from resnet_train.detection.batches import mirrored, training_batches
-from resnet_train.detection.build import new_detector, restored_detector
-from resnet_train.detection.config import check_detect, restored
+from resnet_train import cli
+from resnet_train.config.compose import compose
+from resnet_train.config.detection import check_detect, config_from_checkpoint
+from resnet_train.detection.build import build_like_checkpoint, build_new
 from resnet_train.detection.data import read_voc
 from resnet_train.detection.evaluate import evaluate
+from resnet_train.detection.loader import mirrored, training_batches
 from resnet_train.detection.metrics import coco_map, voc_map
 from resnet_train.detection.run import build, read_examples
 from resnet_train.detection.run import detect as run_detector
 from resnet_train.detection.train import learning_rate, step
-from resnet_train.distributed import joined
-from resnet_train.distributed import main as is_main
+from resnet_train.engine import checkpoint
+from resnet_train.engine.distributed import is_main, process_group
 from resnet_train.errors import UserError
 from resnet_train.models import imagenet_resnet
 
@@ -182,11 +182,11 @@ def test_the_evaluation_of_two_processes_is_that_of_one(whole, tmp_path):
 
 def evaluated(folder, path):
     """One of two processes: the figures that it gets, to FOLDER/RANK.json."""
-    from resnet_train.distributed import rank
+    from resnet_train.engine.distributed import rank
 
-    with joined(CPU, 300):
+    with process_group(CPU, 300):
         state = checkpoint.load(Path(path), detector=True)
-        config = restored(state["config"])
+        config = config_from_checkpoint(state["config"])
         examples = read_examples(config)
         run = build(config, examples, CPU, state)
         measured, _ = evaluate(
@@ -280,7 +280,7 @@ def test_checkpoints_of_nets_and_of_detectors_are_told_apart(whole, pretrained, 
     told = command_here("detect", "predict", image, f"checkpoint={trained}", code=2)
     assert "is a checkpoint of resnet-train, not of resnet-detect" in told
     with pytest.raises(UserError, match="is a detector's"):
-        new_detector(configured(tree, f"init_from={last}"), 3)
+        build_new(configured(tree, f"init_from={last}"), 3)
 
 
 @pytest.mark.long
@@ -358,33 +358,33 @@ def test_the_papers_schedules():
 @pytest.mark.slow
 def test_a_checkpoint_that_declares_more_classes_than_it_has_weights_for_is_refused_before_a_detector_is_made(tree):
     config = configured(tree)
-    model, backbone = new_detector(config, 3)
+    model, backbone = build_new(config, 3)
     state = {"detector": dataclasses.asdict(backbone), "model": model.state_dict(), "classes": ["a", "b", "c"]}
-    restored_detector(config, state)
+    build_like_checkpoint(config, state)
     with pytest.raises(UserError, match=r"box_predictor\.cls_score\.weight is 4x512, not 1000001x512"):
-        restored_detector(config, state | {"classes": ["a"] * 1_000_000})
+        build_like_checkpoint(config, state | {"classes": ["a"] * 1_000_000})
 
 
 def test_vgg16_begins_with_torchvisions_weights_and_another_net_is_refused(tree, pretrained, tmp_path):
     torch.manual_seed(0)
     state = vgg16(weights=None).state_dict()
     torch.save(state, tmp_path / "vgg16.pth")
-    model, backbone = new_detector(configured(tree, "backbone=vgg16", f"init_from={tmp_path}/vgg16.pth"), 3)
+    model, backbone = build_new(configured(tree, "backbone=vgg16", f"init_from={tmp_path}/vgg16.pth"), 3)
     own = model.state_dict()
     for name, value in state.items():
         place = "backbone." if name.startswith("features") else "roi_heads.box_head."
         assert name.startswith("classifier.6") or torch.equal(own[place + name], value)
     assert backbone.pretrained == "VGG-16 of vgg16.pth"
     with pytest.raises(UserError, match="is not torchvision's vgg16"):
-        new_detector(configured(tree, "backbone=vgg16", f"init_from={pretrained}"), 3)
+        build_new(configured(tree, "backbone=vgg16", f"init_from={pretrained}"), 3)
 
 
 def test_weights_of_another_net_are_refused_and_leave_no_folder(tree, pretrained, tmp_path):
     with pytest.raises(UserError, match="holds ImageNet resnet-18-B; take depth=18"):
-        new_detector(configured(tree, f"init_from={pretrained}", "depth=34"), 3)
+        build_new(configured(tree, f"init_from={pretrained}", "depth=34"), 3)
     torch.save(imagenet_resnet(18, "none").state_dict(), tmp_path / "plain.pth")
     with pytest.raises(UserError, match="which may be a plain one; resnet-weights import FILE arch=resnet"):
-        new_detector(configured(tree, f"init_from={tmp_path / 'plain.pth'}"), 3)
+        build_new(configured(tree, f"init_from={tmp_path / 'plain.pth'}"), 3)
     with pytest.raises(UserError, match="take depth=18"):
         run_detector(configured(tree, f"init_from={pretrained}", "depth=34"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -392,14 +392,14 @@ def test_weights_of_another_net_are_refused_and_leave_no_folder(tree, pretrained
 
 def test_pixels_are_those_of_the_source(tree, pretrained):
     """torchvision's weights: images in 0 to 1 minus ImageNet's mean, over its standard deviation."""
-    model, _ = new_detector(configured(tree, f"init_from={pretrained}"), 3)
+    model, _ = build_new(configured(tree, f"init_from={pretrained}"), 3)
     assert model.transform.image_mean == pytest.approx([0.485, 0.456, 0.406])
     assert model.transform.image_std == pytest.approx([0.229, 0.224, 0.225])
 
 
 def test_batch_norm_is_fixed_with_weights_and_trained_without(tree, pretrained):
-    fixed, _ = new_detector(configured(tree, f"init_from={pretrained}"), 3)
-    free, _ = new_detector(configured(tree), 3)
+    fixed, _ = build_new(configured(tree, f"init_from={pretrained}"), 3)
+    free, _ = build_new(configured(tree), 3)
     for model, training in ((fixed.train(), False), (free.train(), True)):
         norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
         assert {module.training for module in norms} == {training}

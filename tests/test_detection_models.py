@@ -8,13 +8,13 @@ import torch
 from torch import nn
 from torchvision.models import vgg16
 
-from resnet_train.batchnorm import update_statistics
-from resnet_train.detection.models import Frame, Pool, resnet_detector, vgg_detector
+from resnet_train.detection.model import DetectorSettings, Pool, resnet_detector, vgg_detector
 from resnet_train.models import cifar_resnet, imagenet_resnet
+from resnet_train.models.batchnorm import update_statistics
 from resnet_train.models.resnet import parameters
 
-FRAME = Frame([16, 32, 64], 20, 8, 96, 128, [0.5, 0.4, 0.3], [0.2, 0.3, 0.4])
-LEVELS = Frame([16, 32, 64, 128, 256], 20, 8, 96, 128, [0.5, 0.4, 0.3], [0.2, 0.3, 0.4])
+FRAME = DetectorSettings([16, 32, 64], 20, 8, 96, 128, [0.5, 0.4, 0.3], [0.2, 0.3, 0.4])
+LEVELS = DetectorSettings([16, 32, 64, 128, 256], 20, 8, 96, 128, [0.5, 0.4, 0.3], [0.2, 0.3, 0.4])
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 

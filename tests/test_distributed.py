@@ -25,11 +25,11 @@ from several import CPU, DIGITS
 from test_sets import SHAPES, equal, photograph
 from torch import nn
 
-from resnet_train import checkpoint
-from resnet_train.batchnorm import BatchNorm2d, GroupBatchNorm2d, group_statistics, update_statistics
 from resnet_train.classification.run import build
-from resnet_train.data.sets import MemorySets, StreamedSets
+from resnet_train.data.sets import MemoryDataset, StreamingDataset
+from resnet_train.engine import checkpoint
 from resnet_train.models import cifar_resnet
+from resnet_train.models.batchnorm import BatchNorm2d, GroupBatchNorm2d, update_statistics, use_group_batch_norm
 
 needs("sklearn")
 pytestmark = [pytest.mark.timeout(1200), pytest.mark.usefixtures("one_thread")]
@@ -183,7 +183,7 @@ def test_one_group_of_the_whole_batch_is_plain_batch_norm():
     torch.manual_seed(0)
     plain = cifar_resnet(8, "B").double()
     grouped = cifar_resnet(8, "B").double()
-    group_statistics(grouped, 12)
+    use_group_batch_norm(grouped, 12)
     grouped.double().load_state_dict(plain.state_dict())
     norms = sum(isinstance(module, nn.BatchNorm2d) for module in plain.modules())
     assert sum(isinstance(module, GroupBatchNorm2d) for module in grouped.modules()) == norms == 9
@@ -301,7 +301,7 @@ def test_synchronised_batch_norm_is_refused_on_a_cpu_in_one_line(runs, alone):
 
 def test_training_images_depend_on_the_seed_and_not_on_the_processes():
     """Which images, their crops and their flips."""
-    sets = MemorySets(name="digits", root=None, size=16, validation=137)
+    sets = MemoryDataset(name="digits", root=None, size=16, validation=137)
     augment = {"pad": 4, "flip": True, "shorter_side": [0, 0], "colour_noise": 0.0}
     the_same_images(sets, augment)
 
@@ -309,7 +309,7 @@ def test_training_images_depend_on_the_seed_and_not_on_the_processes():
 @pytest.mark.parametrize("workers", [0, 1])
 def test_photographs_depend_on_the_seed_and_not_on_the_processes(photographs, workers):
     """Which images, their scales, crops, flips and colours."""
-    sets = StreamedSets(root=str(photographs), size=24, validation=0, workers=workers)
+    sets = StreamingDataset(root=str(photographs), size=24, validation=0, workers=workers)
     augment = {
         "pad": 0,
         "flip": True,
@@ -356,14 +356,14 @@ def photographs(tmp_path_factory):
 
 @pytest.mark.parametrize("batch_size", [50, 100, 200, 360, 500])
 def test_evaluation_batches_are_dealt_whole(batch_size):
-    sets = MemorySets(name="digits", root=None, size=8, validation=137)
+    sets = MemoryDataset(name="digits", root=None, size=8, validation=137)
     dealt_whole(sets, "test", batch_size, sets.parts["test"].labels.tolist())
     dealt_whole(sets, "val", batch_size, sets.parts["val"].labels.tolist())
 
 
 @pytest.mark.parametrize("batch_size", [2, 4, 9, 10])
 def test_evaluation_batches_of_photographs_are_dealt_whole(photographs, batch_size):
-    sets = StreamedSets(root=str(photographs), size=24, validation=0, workers=0)
+    sets = StreamingDataset(root=str(photographs), size=24, validation=0, workers=0)
     dealt_whole(sets, "test", batch_size, [label for _, label in sets.parts["test"]])
 
 

@@ -13,18 +13,18 @@ from several import composed
 from test_sets import SHAPES, photograph
 from torchvision.transforms.v2 import functional as TF
 
-from resnet_train import checkpoint
-from resnet_train.batchnorm import average_statistics, group_statistics
+from resnet_train.classification.evaluate import Count, count_errors, evaluate_checkpoint, probabilities, wrong_answers
 from resnet_train.classification.run import build
-from resnet_train.compose import CONFIG_DIR
 from resnet_train.config.commands import check_eval
-from resnet_train.config.training import restored
+from resnet_train.config.compose import CONFIG_DIR
+from resnet_train.config.train import config_from_checkpoint
+from resnet_train.data.augment import IMAGENET_MEAN
 from resnet_train.data.images import read_image
-from resnet_train.data.sets import StreamedSets, same_shape
-from resnet_train.data.transforms import IMAGENET_MEAN
+from resnet_train.data.sets import StreamingDataset, same_shape
+from resnet_train.engine import checkpoint
 from resnet_train.errors import UserError
-from resnet_train.evaluate import Count, count_errors, evaluate_checkpoint, probabilities, wrong_answers
 from resnet_train.models import cifar_resnet, imagenet_resnet
+from resnet_train.models.batchnorm import average_statistics, use_group_batch_norm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -78,7 +78,7 @@ def breaking():
 def test_training_mode_is_after_an_evaluation_what_it_was_before(was_training, last):
     """Of every module, the frozen ones too, however the evaluation ends; while it lasts, none trains."""
     model = cifar_resnet(8, "A")
-    group_statistics(model, 4)
+    use_group_batch_norm(model, 4)
     if last is not None:
         model.freeze(last)
     model.train(was_training)
@@ -114,7 +114,7 @@ def photographs(tmp_path_factory):
     for part, count in (("train", 8), ("val", 9)):
         for number in range(count):
             photograph(root / part / f"class-{number % 3}" / f"{number}.JPEG", SHAPES[number % len(SHAPES)], number)
-    return StreamedSets(root=str(root), size=32, validation=0, workers=0)
+    return StreamingDataset(root=str(root), size=32, validation=0, workers=0)
 
 
 def net(seed):
@@ -189,7 +189,7 @@ def test_true_averages_are_those_of_the_batches_alone():
     torch.manual_seed(0)
     model, batches = cifar_resnet(8, "B"), [torch.randn(6, 3, 16, 16) * (n + 1) for n in range(3)]
     plain = copy.deepcopy(model).train()
-    group_statistics(model, 6)
+    use_group_batch_norm(model, 6)
     average_statistics(model.eval(), (model(images) for images in batches), 3)
     assert not model.training
     means = {name: 0 for name, _ in plain.named_buffers() if "running" in name}
@@ -238,9 +238,9 @@ def test_an_ensemble_and_its_members_under_a_protocol(saved, photographs, monkey
     nets = []
     for name, arch in (("0", "B"), ("1", "none")):
         state = checkpoint.load(saved / name / "last.pt")
-        model, config = imagenet_resnet(18, arch, num_classes=3), restored(state["config"])
+        model, config = imagenet_resnet(18, arch, num_classes=3), config_from_checkpoint(state["config"])
         model.load_state_dict(state["model"])
-        group_statistics(model, 4)
+        use_group_batch_norm(model, 4)
         batches = photographs.train_batches(
             photographs.mean_image(),
             torch.device("cpu"),
@@ -268,9 +268,9 @@ def test_true_averages_are_over_groups_as_in_training(saved, photographs, monkey
         state = checkpoint.load(saved / "in groups of 2" / "last.pt")
         model = imagenet_resnet(18, num_classes=3)
         model.load_state_dict(state["model"])
-        group_statistics(model, group)
+        use_group_batch_norm(model, group)
         mean, device = photographs.mean_image(), torch.device("cpu")
-        augment = dataclasses.asdict(restored(state["config"]).augment)
+        augment = dataclasses.asdict(config_from_checkpoint(state["config"]).augment)
         batches = photographs.train_batches(mean, device, seed=0, batch_size=group, augment=augment, start=0)
         average_statistics(model, (model(images) for images, _ in itertools.islice(batches, 5)), 5)
         return count_errors(model, photographs.eval_batches("test", mean, device, 20), "fp32", 9).loss

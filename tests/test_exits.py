@@ -20,11 +20,12 @@ from conftest import start
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from resnet_train import checkpoint, sweep
-from resnet_train.distributed import _not_joined, joined
+from resnet_train import sweep
+from resnet_train.console import exit_code
+from resnet_train.engine import checkpoint
+from resnet_train.engine.distributed import _not_joined, process_group
 from resnet_train.engine.loop import check_finite
-from resnet_train.errors import RunError, UserError, of_a_peer, of_nccl, of_the_system
-from resnet_train.exits import exit_code
+from resnet_train.errors import RunError, UserError, from_nccl_error, from_os_error, is_peer_failure
 
 
 class Starved(Dataset):
@@ -116,7 +117,7 @@ def test_what_is_a_mistake_in_the_code_keeps_its_trace(capsys):
     ],
 )
 def test_the_way_out_is_that_of_the_fault(number, way):
-    told = str(of_the_system(OSError(number, os.strerror(number), "run/x")))
+    told = str(from_os_error(OSError(number, os.strerror(number), "run/x")))
     assert told.startswith(f"run/x: {os.strerror(number)}; {way}")
     assert told.endswith(", the same command goes on")
     assert ("room made" in told) == (number == errno.ENOSPC)
@@ -158,7 +159,7 @@ def test_a_checkpoint_that_cannot_be_written_is_told_with_the_way_out_and_with_w
 
 
 def test_a_checkpoint_that_there_is_no_memory_for_is_not_called_damaged():
-    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"), checkpoint.fitting("last.pt"):
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"), checkpoint.checkpoint_errors("last.pt"):
         torch.empty(1 << 50)
 
 
@@ -280,7 +281,7 @@ OF_GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:545] Read error
     ],
 )
 def test_only_an_error_that_says_so_is_taken_for_the_loss_of_a_process(text, gone):
-    assert (of_a_peer(RuntimeError(text)) is not None) == gone
+    assert (is_peer_failure(RuntimeError(text)) is not None) == gone
 
 
 def test_nccl_that_cannot_work_is_told_for_what_it_is(capsys):
@@ -293,7 +294,7 @@ def test_nccl_that_cannot_work_is_told_for_what_it_is(capsys):
     memory = _not_joined(RuntimeError(NO_ROOM), "they did not meet")
     assert type(memory) is RunError
     assert re.fullmatch(MEMORY, str(memory))
-    assert "NCCL cannot work here: Cuda failure 719" in str(of_nccl(RuntimeError(UNHANDLED)))
+    assert "NCCL cannot work here: Cuda failure 719" in str(from_nccl_error(RuntimeError(UNHANDLED)))
     assert str(_not_joined(RuntimeError(GONE), "they did not meet")).startswith("they did not meet (NCCL error in: ")
 
 
@@ -322,7 +323,7 @@ def test_processes_of_one_machine_use_its_loopback_unless_told_otherwise(two_of_
     """Those of several machines need a network."""
 
     def interfaces():
-        with pytest.raises(UserError, match=r"not meet|no such"), joined(torch.device("cpu"), 1):
+        with pytest.raises(UserError, match=r"not meet|no such"), process_group(torch.device("cpu"), 1):
             pass
         return os.environ.get("GLOO_SOCKET_IFNAME"), os.environ.get("NCCL_SOCKET_IFNAME")
 
@@ -338,5 +339,5 @@ def test_processes_of_one_machine_use_its_loopback_unless_told_otherwise(two_of_
 def test_an_interface_that_is_not_there_is_named(two_of_a_launcher, tmp_path):
     two_of_a_launcher(RESNET_TRAIN_STORE=str(tmp_path / "store"), GLOO_SOCKET_IFNAME="nosuch")
     message = "GLOO_SOCKET_IFNAME=nosuch: there is no such network interface; unset it, or name another"
-    with pytest.raises(UserError, match=f"^{message}$"), joined(torch.device("cpu"), 1):
+    with pytest.raises(UserError, match=f"^{message}$"), process_group(torch.device("cpu"), 1):
         pass

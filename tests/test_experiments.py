@@ -6,8 +6,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from resnet_train import cli
-from resnet_train.compose import CONFIG_DIR, compose, groups, jobs_of, with_jobs
-from resnet_train.config.training import scaled
+from resnet_train.config.compose import CONFIG_DIR, compose, groups, jobs_of, with_jobs
+from resnet_train.config.train import scaled
 from resnet_train.dispatch import prepare
 from resnet_train.errors import UserError
 

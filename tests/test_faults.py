@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import TINY, differences, needs, stamp, start
 
-from resnet_train import checkpoint
+from resnet_train.engine import checkpoint
 
 needs("sklearn")
 pytestmark = [

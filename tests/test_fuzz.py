@@ -18,8 +18,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from resnet_train import cli
-from resnet_train.compose import compose, groups
-from resnet_train.config.keys import RANGES, flat
+from resnet_train.config.compose import compose, groups
+from resnet_train.config.schema import RANGES, flat
 from resnet_train.dispatch import main
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 250))

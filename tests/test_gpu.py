@@ -13,12 +13,12 @@ import torch
 from conftest import metrics, needs, start
 from test_sets import photograph
 
-from resnet_train.build import compile_network, logits_of
+from resnet_train.classification.evaluate import count_errors
+from resnet_train.classification.load import compile_network, compute_logits
 from resnet_train.classification.run import build
 from resnet_train.classification.step import CapturedStep, step
-from resnet_train.compose import compose
-from resnet_train.config.training import check_train
-from resnet_train.evaluate import count_errors
+from resnet_train.config.compose import compose
+from resnet_train.config.train import check_train
 from resnet_train.models import imagenet_resnet
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -146,7 +146,7 @@ def test_no_two_logits_of_an_image_are_equal(tmp_path):
     run.model.eval()
     with torch.no_grad():
         for images, _ in run.sets.eval_batches("test", run.mean, run.device, 120):
-            best, second = logits_of(run.model, images, "bf16").topk(2).values.T
+            best, second = compute_logits(run.model, images, "bf16").topk(2).values.T
             assert (best > second).all()
 
 

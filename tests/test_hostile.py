@@ -27,9 +27,9 @@ from conftest import metrics, needs, start
 from PIL import Image
 from test_sets import photograph
 
-from resnet_train import checkpoint
+from resnet_train.config.layout import CIFAR_FOLDER
 from resnet_train.data.images import TEST_FILES, TRAIN_FILES
-from resnet_train.data.places import CIFAR_FOLDER
+from resnet_train.engine import checkpoint
 from resnet_train.engine.loop import check_finite
 from resnet_train.errors import RunError, UserError
 
@@ -421,7 +421,7 @@ def far_out(module, _, logits, batches=itertools.count()):
 def job(config, directory):
     if os.environ["RANK"] == "1":
         torch.nn.modules.module.register_module_forward_hook(far_out)
-    return call("resnet_train.run:train", config, directory)
+    return call("resnet_train.classification.run:train", config, directory)
 
 if __name__ == "__main__":
     config, directory = prepare(cli.COMMANDS["train"], compose("train", sys.argv[1:]), sys.argv[1:], sweep=False)

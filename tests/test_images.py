@@ -20,7 +20,17 @@ import torch
 from PIL import Image
 from torch.nn.functional import interpolate
 
+from resnet_train.config.layout import (
+    CIFAR_FOLDER,
+    check_source,
+    class_folders,
+    count_images,
+    describe_left_out,
+    is_official_cifar10,
+    left_out,
+)
 from resnet_train.data import images
+from resnet_train.data.imagefolder import cut, open_image_splits
 from resnet_train.data.images import (
     CIFAR10_FINGERPRINT,
     LONGEST,
@@ -41,17 +51,7 @@ from resnet_train.data.images import (
     whole_view,
 )
 from resnet_train.data.pack import packed_image
-from resnet_train.data.photographs import cut, open_photographs
-from resnet_train.data.places import (
-    CIFAR_FOLDER,
-    check_source,
-    class_folders,
-    count_images,
-    describe_left_out,
-    is_official_cifar10,
-    left_out,
-)
-from resnet_train.data.sets import MemorySets
+from resnet_train.data.sets import MemoryDataset
 from resnet_train.detection import data as detection
 from resnet_train.errors import UserError
 
@@ -372,7 +372,7 @@ def test_hidden_folders_are_no_classes(tree):
     check(tree)
     assert class_folders(tree) == (["cat", "dog"], "test")
     same(load("cifar10", str(tree), 32), first)
-    assert open_photographs(str(tree)).classes == ["cat", "dog"]
+    assert open_image_splits(str(tree)).classes == ["cat", "dog"]
     assert count_images(tree / "train") == 5
     (tree / "test").rename(tree / "val")
     (tree / "test" / ".ipynb_checkpoints").mkdir(parents=True)
@@ -387,11 +387,11 @@ def test_names_that_are_not_utf8_are_names(tree):
         (tree / part / name / "00.png").rename(tree / part / name / f"{name}.png")
     check(tree)
     for _ in range(2):  # then from the cache
-        data, photographs = load("imagefolder", str(tree), 32), open_photographs(str(tree))
+        data, photographs = load("imagefolder", str(tree), 32), open_image_splits(str(tree))
         assert data.classes == photographs.classes == [name, "dog"]
         assert torch.equal(data.train.images, expected(tree / "train"))
         assert Path(photographs.train.read(2)[0]) == tree / "train" / name / f"{name}.png"
-    sets = MemorySets(name="imagefolder", root=str(tree), size=32, validation=0)
+    sets = MemoryDataset(name="imagefolder", root=str(tree), size=32, validation=0)
     assert sets.classes == [name, "dog"]
 
 
@@ -405,7 +405,7 @@ def test_what_is_left_out_of_a_tree_is_counted(tree):
     wanted = {"in subfolders": 10, ".avif": 4, ".heic": 2, "without a suffix": 2, ".db": 2, ".t\\nxt": 1}
     assert +left_out("imagefolder", str(tree)) == wanted
     for _ in range(2):  # then from the kept listing
-        assert +Counter(open_photographs(str(tree)).left_out) == wanted
+        assert +Counter(open_image_splits(str(tree)).left_out) == wanted
     line = describe_left_out(wanted)
     assert line.startswith(
         "left out of the class folders: 10 in subfolders, 4 .avif, 2 .heic, 2 without a suffix, 2 .db, "
@@ -417,7 +417,7 @@ def test_what_is_left_out_of_a_tree_is_counted(tree):
 
 def test_where_nothing_is_left_out_nothing_is_said(tree):
     assert describe_left_out(left_out("cifar10", str(tree))) == ""
-    assert describe_left_out(open_photographs(str(tree)).left_out) == ""
+    assert describe_left_out(open_image_splits(str(tree)).left_out) == ""
     assert describe_left_out(left_out("digits", None)) == describe_left_out(left_out("cifar10", None)) == ""
 
 
@@ -688,7 +688,7 @@ def test_suffixes_count_in_any_case(suffix, tree):
     with Image.open(tree / "train" / "cat" / "00.png") as image:
         image.convert("L" if suffix == "PGM" else "RGB").save(path)
     assert len(load("cifar10", str(tree), 32).train) == 6
-    assert len(open_photographs(str(tree)).train) == 6
+    assert len(open_image_splits(str(tree)).train) == 6
 
 
 def tiff(**tags):
@@ -1110,7 +1110,7 @@ def test_cifar10_is_known_by_its_images_in_whatever_container(real_data, monkeyp
 
     other = _data_set(*(part.part(torch.randperm(len(part))) for part in (data.train, data.test)), CLASSES)
     same(other, data)
-    assert MemorySets(name="imagefolder", root=root, size=32, validation=0).label == "cifar10"
+    assert MemoryDataset(name="imagefolder", root=root, size=32, validation=0).label == "cifar10"
 
     data.train.images[0, 0, 0, 0] ^= 1  # one bit of one image: a look-alike
     assert _data_set(data.train, data.test, CLASSES).digest != CIFAR10_FINGERPRINT

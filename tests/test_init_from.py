@@ -11,17 +11,18 @@ import torch
 from conftest import needs
 from torch import nn
 
-from resnet_train import checkpoint, state_dicts
-from resnet_train.build import network
+from resnet_train.classification.load import build_network
 from resnet_train.classification.run import begin_from, build, train
 from resnet_train.classification.step import step
-from resnet_train.compose import compose
-from resnet_train.config.runs import check_run_dir
-from resnet_train.config.training import check_train
-from resnet_train.data.transforms import IMAGENET_STD
+from resnet_train.config.compose import compose
+from resnet_train.config.run_dir import check_run_dir
+from resnet_train.config.train import check_train
+from resnet_train.data.augment import IMAGENET_STD
+from resnet_train.engine import checkpoint
 from resnet_train.errors import SIGNALS, UserError
 from resnet_train.models import cifar_resnet, imagenet_resnet
-from resnet_train.weights import check_same_net, read_source
+from resnet_train.weights import state_dicts
+from resnet_train.weights.command import check_same_net, read_source
 
 needs("sklearn")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -207,7 +208,7 @@ def test_a_run_tells_what_it_assumes_of_its_source(tmp_path, capsys):
 @pytest.mark.usefixtures("_signals")
 def test_a_source_that_does_not_fit_leaves_nothing(tmp_path):
     (tmp_path / "source.pt").write_bytes(b"no checkpoint")
-    torch.save(network(configured("depth=14"), 10).state_dict(), tmp_path / "other.pth")
+    torch.save(build_network(configured("depth=14"), 10).state_dict(), tmp_path / "other.pth")
     for name in ("source.pt", "other.pth"):
         with pytest.raises(UserError, match=name):
             train(configured(f"init_from={tmp_path / name}", "iterations=2"), tmp_path / "run")

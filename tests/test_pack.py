@@ -20,13 +20,13 @@ from conftest import metrics, needs, stamp, start
 from PIL import Image
 
 from resnet_train import cli
+from resnet_train.config.layout import check_source, class_folders
 from resnet_train.data import pack as packing
+from resnet_train.data.imagefolder import cut, image_of, open_image_splits, scaled_box
 from resnet_train.data.images import decode
 from resnet_train.data.packed import Shard, open_packed, stored_order
-from resnet_train.data.photographs import cut, image_of, open_photographs, scaled_box
-from resnet_train.data.places import check_source, class_folders
 from resnet_train.data.sampler import WINDOW, permutation
-from resnet_train.data.sets import StreamedSets
+from resnet_train.data.sets import StreamingDataset
 from resnet_train.errors import RunError, UserError
 
 needs("litdata")
@@ -96,7 +96,7 @@ def test_litdata_reads_what_is_written(packed):
 
 def test_the_packed_images_are_those_of_the_tree(tree, packed):
     """Each once, with its label; no shorter side above the asked, no change of the shape, little of the pixels."""
-    files, shards = open_photographs(str(tree)), open_photographs(str(packed))
+    files, shards = open_image_splits(str(tree)), open_image_splits(str(packed))
     assert (files.classes, len(files.train), len(files.test)) == (shards.classes, len(shards.train), len(shards.test))
     for part in ("train", "test"):
         ours, theirs = getattr(shards, part), getattr(files, part)
@@ -114,14 +114,14 @@ def test_the_packed_images_are_those_of_the_tree(tree, packed):
 def test_the_test_part_is_packed_as_listed(tree, packed):
     """So that batches, and the sum of their losses, are those of the tree."""
     names = [open_packed(str(packed)).test.read(index)[0].split(": ")[1] for index in range(11)]
-    listed = open_photographs(str(tree)).test
+    listed = open_image_splits(str(tree)).test
     assert names == ["/".join(listed.entry(index)[0].split("/")[-2:]) for index in range(11)]
 
 
 @pytest.mark.parametrize("validation", [1, 13, 63])
 def test_the_same_images_are_held_out(validation, tree, packed):
     """Of the tree and of the packed folder; together with the rest they are all."""
-    kinds = [StreamedSets(root=str(root), size=32, validation=validation, workers=0) for root in (tree, packed)]
+    kinds = [StreamingDataset(root=str(root), size=32, validation=validation, workers=0) for root in (tree, packed)]
     for split in ("train", "val"):
         files, shards = (sets.parts[split] for sets in kinds)
         names = {"/".join(files.entry(index)[0].split("/")[-2:]) for index in range(len(files))}
@@ -233,7 +233,7 @@ def test_broken_images_stop_the_packing_or_are_left_out(tree, tmp_path, capsys):
         assert f"skipped: {tmp_path / 'photos' / name}: is not an image" in told.err
         (tmp_path / "photos" / name).unlink()
     kinds = [
-        StreamedSets(root=str(tmp_path / name), size=32, validation=20, workers=0) for name in ("photos", "skipped")
+        StreamingDataset(root=str(tmp_path / name), size=32, validation=20, workers=0) for name in ("photos", "skipped")
     ]
     assert kinds[0].sizes == kinds[1].sizes == {"train": 42, "val": 20, "test": 10}
     held = kinds[0].parts["val"]
@@ -273,7 +273,7 @@ def test_a_shard_cut_short_is_named_before_anything_begins(damage, packed, tmp_p
     shutil.copytree(packed, tmp_path / "copy")
     DAMAGES[damage][0](tmp_path / "copy" / "val" / "chunk-0-1.bin")
     with pytest.raises(UserError, match=r"val/chunk-0-1\.bin: "):
-        StreamedSets(root=str(tmp_path / "copy"), size=32, validation=0, workers=0)
+        StreamingDataset(root=str(tmp_path / "copy"), size=32, validation=0, workers=0)
 
 
 @pytest.mark.parametrize("size", [0, 3, 4, 30, 500])
@@ -512,7 +512,7 @@ def test_a_false_image_of_a_sealed_pack_is_named_in_training_and_by_the_check(da
     about = json.loads((packed / "pack.json").read_text())
     sealed(about, tmp_path / "copy")
     (tmp_path / "copy" / "pack.json").write_text(json.dumps(about))
-    sets = StreamedSets(root=str(tmp_path / "copy"), size=32, validation=0, workers=0)
+    sets = StreamingDataset(root=str(tmp_path / "copy"), size=32, validation=0, workers=0)
     for reading in (
         lambda: batches(tmp_path / "copy"),
         lambda: list(sets.eval_batches("test", sets.mean_image(), CPU, 4)),
@@ -686,7 +686,7 @@ def test_the_order_is_of_shards_and_of_images_within_windows():
 
 
 def batches(root, rank=0, world=1, start=0, workers=0, count=4):
-    sets = StreamedSets(root=str(root), size=32, validation=0, workers=workers)
+    sets = StreamingDataset(root=str(root), size=32, validation=0, workers=workers)
     found = sets.train_batches(
         sets.mean_image(), CPU, seed=3, batch_size=20, augment=AUGMENT, start=start, rank=rank, world=world
     )
@@ -743,7 +743,7 @@ def test_a_training_on_packed_data_that_is_killed_ends_as_the_undisturbed(packed
 
 def test_the_cut_is_the_part_resized(tree):
     """At a scale of 1 it is the part itself; a large photograph decoded at a fraction is near to the whole."""
-    part = open_photographs(str(tree)).train
+    part = open_image_splits(str(tree)).train
     for index in range(0, 64, 9):
         name, data, _ = part.read(index)
         image = decode(data, name)
@@ -776,17 +776,17 @@ def aged(root):
 def test_a_listing_is_kept_and_never_stale(tree, tmp_path, monkeypatch):
     """Files that come, go, change their names or their length in place are seen, by the listing or at their reading."""
     monkeypatch.setenv("RESNET_TRAIN_DATA", str(tmp_path / "cache"))
-    from resnet_train.data import photographs
+    from resnet_train.data import imagefolder
 
-    monkeypatch.setattr(photographs, "SETTLED", -1.0)
+    monkeypatch.setattr(imagefolder, "SETTLED", -1.0)
     root, listed = tmp_path / "photos", []
     shutil.copytree(tree, root)
-    real = photographs._listed
-    monkeypatch.setattr(photographs, "_listed", lambda *found: listed.append(1) or real(*found))
+    real = imagefolder._listed
+    monkeypatch.setattr(imagefolder, "_listed", lambda *found: listed.append(1) or real(*found))
 
     def opened(times):
         listed.clear()
-        found = open_photographs(str(root))
+        found = open_image_splits(str(root))
         assert len(listed) == times
         return found
 
@@ -808,7 +808,7 @@ def test_a_listing_is_kept_and_never_stale(tree, tmp_path, monkeypatch):
         [changed.train.read(n) for n in range(64)]
     os.utime(root / "train" / "cat")
     assert opened(2).digest not in (first.digest, renamed.digest)
-    monkeypatch.setattr(photographs, "SETTLED", 10.0)
+    monkeypatch.setattr(imagefolder, "SETTLED", 10.0)
     (root / "train" / "dog" / "zz.JPEG").write_bytes(b"x")
     opened(2)
     opened(2)  # the folder has changed just now: not kept
@@ -816,28 +816,28 @@ def test_a_listing_is_kept_and_never_stale(tree, tmp_path, monkeypatch):
 
 def test_a_folder_that_changed_and_has_its_old_time_again_is_listed_anew(tree, tmp_path, monkeypatch):
     """As copying programs leave it, which set the times of what they copy."""
-    from resnet_train.data import photographs
+    from resnet_train.data import imagefolder
 
     monkeypatch.setenv("RESNET_TRAIN_DATA", str(tmp_path / "cache"))
-    monkeypatch.setattr(photographs, "SETTLED", -1.0)
+    monkeypatch.setattr(imagefolder, "SETTLED", -1.0)
     root = tmp_path / "photos"
     shutil.copytree(tree, root)
-    assert len(open_photographs(str(root)).test) == 11
+    assert len(open_image_splits(str(root)).test) == 11
     before = (root / "val" / "eel").stat()
     shutil.copy(root / "val" / "eel" / "01.JPEG", root / "val" / "eel" / "02.JPEG")
     os.utime(root / "val" / "eel", ns=(before.st_atime_ns, before.st_mtime_ns))
     assert (root / "val" / "eel").stat().st_mtime_ns == before.st_mtime_ns
-    assert len(open_photographs(str(root)).test) == 12
+    assert len(open_image_splits(str(root)).test) == 12
 
 
 def test_a_tree_that_changes_while_it_is_listed_is_refused(tree, tmp_path, monkeypatch):
-    from resnet_train.data import photographs
+    from resnet_train.data import imagefolder
 
     monkeypatch.setenv("RESNET_TRAIN_DATA", str(tmp_path / "cache"))
-    monkeypatch.setattr(photographs, "SETTLED", -1.0)
+    monkeypatch.setattr(imagefolder, "SETTLED", -1.0)
     root = tmp_path / "photos"
     shutil.copytree(tree, root)
-    real = photographs._listed
+    real = imagefolder._listed
 
     def slowly(*arguments):
         found = real(*arguments)
@@ -845,11 +845,11 @@ def test_a_tree_that_changes_while_it_is_listed_is_refused(tree, tmp_path, monke
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(photographs, "_listed", slowly)
+        patch.setattr(imagefolder, "_listed", slowly)
         with pytest.raises(UserError, match="changed while it was listed; start again"):
-            open_photographs(str(root))
+            open_image_splits(str(root))
     assert not (tmp_path / "cache" / "listings").exists()
-    assert len(open_photographs(str(root)).test) == 12
+    assert len(open_image_splits(str(root)).test) == 12
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -863,7 +863,7 @@ def test_a_broken_training_image_is_skipped_where_asked(tree, tmp_path, capfd):
         batches(root, count=7)
 
     def skipping(workers):
-        sets = StreamedSets(root=str(root), size=32, validation=0, workers=workers, broken="skip")
+        sets = StreamingDataset(root=str(root), size=32, validation=0, workers=workers, broken="skip")
         found = sets.train_batches(sets.mean_image(), CPU, seed=3, batch_size=16, augment=AUGMENT, start=0)
         skipped = []
         with contextlib.closing(found):
@@ -879,7 +879,7 @@ def test_a_broken_training_image_is_skipped_where_asked(tree, tmp_path, capfd):
     told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("skipped: ")]
     assert len(told) == 4  # by each of the two sets, each file once
     (root / "val" / "eel" / "01.JPEG").write_bytes(b"no image")
-    sets = StreamedSets(root=str(root), size=32, validation=0, workers=0, broken="skip")
+    sets = StreamingDataset(root=str(root), size=32, validation=0, workers=0, broken="skip")
     with pytest.raises(UserError, match=r"eel/01\.JPEG"):
         list(sets.eval_batches("test", sets.mean_image(), CPU, 4))
 

@@ -17,14 +17,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from resnet_train import cli, curves, paper
-from resnet_train.compose import CONFIG_DIR, compose
-from resnet_train.config.keys import flat
-from resnet_train.config.training import check_train
+from resnet_train import cli, paper
+from resnet_train.config.compose import CONFIG_DIR, compose
+from resnet_train.config.schema import flat
+from resnet_train.config.train import check_train
 from resnet_train.engine.metrics import read_metrics
 from resnet_train.errors import UserError
-from resnet_train.report import command as report_command
-from resnet_train.report import detection, figures, page, runs, tables, values, verdict
+from resnet_train.report import curves, detection, figures, page, runs, tables, values, verdict
+from resnet_train.report import report as report_command
 from resnet_train.report.complexity import complexity_table
 
 ROOT = Path(__file__).resolve().parent.parent

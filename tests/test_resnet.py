@@ -8,9 +8,9 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from resnet_train.batchnorm import update_statistics
-from resnet_train.build import logits_of
+from resnet_train.classification.load import compute_logits
 from resnet_train.models import cifar_resnet, imagenet_resnet
+from resnet_train.models.batchnorm import update_statistics
 from resnet_train.models.resnet import BasicBlock, Bottleneck, BottleneckV1, PaddedIdentity, multiply_adds, parameters
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -323,7 +323,7 @@ def test_fan_in_is_the_default():
 def test_the_whole_net_compiles_into_one_graph(precision):
     """Each break costs a launch of a graph of its own, and a compilation for each block of a net in one process."""
     net = torch.compile(cifar_resnet(8), backend="eager", fullgraph=True)
-    logits = logits_of(net, torch.randn(2, 3, 32, 32), precision)
+    logits = compute_logits(net, torch.randn(2, 3, 32, 32), precision)
     assert logits.shape == (2, 10)
     assert logits.dtype == torch.float32
 
@@ -333,7 +333,7 @@ def test_logits_are_not_rounded_to_bf16(precision):
     """Rounded logits tie, and then topk decides which answers are wrong."""
     torch.manual_seed(0)
     net = cifar_resnet(8).double() if precision == "fp64" else cifar_resnet(8)
-    logits = logits_of(net.eval(), torch.randn(64, 3, 32, 32), precision)
+    logits = compute_logits(net.eval(), torch.randn(64, 3, 32, 32), precision)
     assert logits.dtype == (torch.float64 if precision == "fp64" else torch.float32)
     assert (logits.bfloat16().to(logits.dtype) == logits).float().mean() < 0.1
     assert cifar_resnet(8, init="fan_in").conv1.weight.std().item() == pytest.approx(math.sqrt(2 / 27), rel=0.2)

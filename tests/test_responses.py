@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from resnet_train import cli, responses
+from resnet_train import cli
+from resnet_train.classification import responses
 from resnet_train.models import cifar_resnet
 from resnet_train.models.resnet import BasicBlock
 

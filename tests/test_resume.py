@@ -18,16 +18,17 @@ import torch
 from conftest import metrics, needs, start
 from PIL import Image
 
-from resnet_train import checkpoint, cli
+from resnet_train import cli
 from resnet_train.classification.run import build, build_or_resume, open_data, train
-from resnet_train.compose import compose
-from resnet_train.config.runs import check_run_dir
-from resnet_train.config.training import check_train
+from resnet_train.config.compose import compose
+from resnet_train.config.run_dir import check_run_dir
+from resnet_train.config.train import check_train
 from resnet_train.data.images import ImageSet
+from resnet_train.engine import checkpoint
+from resnet_train.engine.logger import MetricsLogger
 from resnet_train.engine.loop import Clock, log_evaluation, save
 from resnet_train.engine.resume import begin_run, claim_run
 from resnet_train.errors import SIGNALS, UserError
-from resnet_train.record import Record
 
 needs("sklearn")
 pytestmark = pytest.mark.usefixtures("one_thread", "signals")
@@ -140,7 +141,7 @@ def test_no_metrics_line_too_many_after_a_resume(whole, tmp_path):
     for iteration in (4, 8):
         folder = cut(whole, tmp_path / f"run-{iteration}", iteration)
         kept = [m for m in metrics(whole) if m["iteration"] <= iteration]
-        with contextlib.ExitStack() as held, contextlib.closing(Record(folder, {}, iteration, 12)) as record:
+        with contextlib.ExitStack() as held, contextlib.closing(MetricsLogger(folder, {}, iteration, 12)) as record:
             opened(config_of(), folder, held)
             assert metrics(folder) == kept
             record.point("train", iteration + 1, error=1.0)
@@ -261,7 +262,7 @@ def test_the_best_is_chosen_by_the_validation_error_and_of_equal_ones_it_is_the_
         images, _ = next(run_.sets.eval_batches(split, run_.mean, run_.device, len(parts[split])))
         truth[split] = run_.model(images).argmax(1)
     run_.model.train()
-    with contextlib.closing(Record(tmp_path, {}, 0, 12)) as record:
+    with contextlib.closing(MetricsLogger(tmp_path, {}, 0, 12)) as record:
         wrong = {"val": [30, 20, 20, 25, 19, 19], "test": [9, 8, 7, 1, 200, 3]}
         for number in range(6):
             for split, labels in truth.items():
@@ -295,7 +296,7 @@ def test_what_is_written_is_on_disk_before_it_is_given_its_name(whole, tmp_path,
 
     with contextlib.ExitStack() as held:
         run_ = opened(config_of(), folder, held)
-        record = held.enter_context(contextlib.closing(Record(folder, {}, 8, 12)))
+        record = held.enter_context(contextlib.closing(MetricsLogger(folder, {}, 8, 12)))
         before = (folder / "checkpoints/last.pt").stat().st_ino
         monkeypatch.setattr(os, "fsync", noted("fsync", os.fsync))
         monkeypatch.setattr(os, "replace", noted("replace", os.replace))

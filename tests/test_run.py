@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import TINY, differences, metrics, needs, stamp, start
 
-from resnet_train import checkpoint
+from resnet_train.engine import checkpoint
 
 needs("sklearn")
 

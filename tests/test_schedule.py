@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from resnet_train.schedule import Progress, end_warmup, learning_rate, watch_plateau
+from resnet_train.engine.schedule import Progress, end_warmup, learning_rate, watch_plateau
 
 STEP = {"name": "step", "lr": 0.1, "warmup_lr": 0.01, "factor": 0.1, "drops": (0.5, 0.75)}
 PLATEAU = {"name": "plateau", "lr": 0.1, "warmup_lr": 0.01, "factor": 0.1}

@@ -12,12 +12,12 @@ from PIL import Image
 from several import composed
 from torchvision.transforms.v2 import functional as TF
 
-from resnet_train.build import open_sets
+from resnet_train.classification.load import open_dataset
 from resnet_train.data import sets as data_sets
+from resnet_train.data.augment import EIGENVECTORS, IMAGENET_MEAN
+from resnet_train.data.imagefolder import area_box
 from resnet_train.data.images import cache_folder, load, read_image
-from resnet_train.data.photographs import area_box
-from resnet_train.data.sets import MemorySets, StreamedSets, _RandomViews, split_sizes
-from resnet_train.data.transforms import EIGENVECTORS, IMAGENET_MEAN
+from resnet_train.data.sets import MemoryDataset, StreamingDataset, _RandomViews, split_sizes
 from resnet_train.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -34,7 +34,7 @@ def _own_cache(monkeypatch, tmp_path):
 @pytest.fixture(scope="module")
 def digits():
     """1,300 images to train, 137 held out, 360 to test."""
-    return MemorySets(name="digits", root=None, size=16, validation=137)
+    return MemoryDataset(name="digits", root=None, size=16, validation=137)
 
 
 # Height and width; none is a multiple of another.
@@ -63,7 +63,7 @@ def tree(tmp_path_factory):
 
 
 def streamed(root, validation=0, workers=0, size=24):
-    return StreamedSets(root=str(root), size=size, validation=validation, workers=workers)
+    return StreamingDataset(root=str(root), size=size, validation=validation, workers=workers)
 
 
 def training(sets, count, start=0, seed=3, batch_size=8, augment=AUGMENT):
@@ -116,7 +116,7 @@ def test_both_kinds_refuse_to_hold_out_everything(tree):
     with pytest.raises(UserError, match=r"data\.validation=13"):
         streamed(tree, validation=13)
     with pytest.raises(UserError, match=r"data\.validation=1437"):
-        MemorySets(name="digits", root=None, size=8, validation=1437)
+        MemoryDataset(name="digits", root=None, size=8, validation=1437)
 
 
 # In memory
@@ -144,7 +144,7 @@ def test_the_mean_is_of_the_training_part_only(digits):
 
 
 def test_without_validation_all_images_train():
-    sets = MemorySets(name="digits", root=None, size=8, validation=0)
+    sets = MemoryDataset(name="digits", root=None, size=8, validation=0)
     assert sets.sizes == {"train": 1437, "val": 0, "test": 360}
     assert evaluating(sets, "val", 10) == []
     assert torch.equal(sets.parts["train"].images, load("digits", None, 8).train.images)
@@ -381,11 +381,11 @@ def test_the_next_of_a_broken_last_image_is_the_first(tree, tmp_path):
     """Every pass then holds the first image twice."""
     shutil.copytree(tree, tmp_path / "copy")
     (tmp_path / "copy" / "train" / "eel" / "1.JPEG").write_bytes(b"no image")
-    sets = StreamedSets(root=str(tmp_path / "copy"), size=24, validation=0, workers=0, broken="skip")
+    sets = StreamingDataset(root=str(tmp_path / "copy"), size=24, validation=0, workers=0, broken="skip")
     batches = training(sets, 13, batch_size=1, augment=PLAIN)
     assert torch.cat([labels for _, labels in batches]).bincount().tolist() == [8, 4, 1]
     (tmp_path / "copy" / "train" / "cat" / "0.JPEG").write_bytes(b"no image")  # nor is this one
-    sets = StreamedSets(root=str(tmp_path / "copy"), size=24, validation=0, workers=0, broken="skip")
+    sets = StreamingDataset(root=str(tmp_path / "copy"), size=24, validation=0, workers=0, broken="skip")
     batches = training(sets, 13, batch_size=1, augment=PLAIN)
     assert torch.cat([labels for _, labels in batches]).bincount().tolist() == [8, 4, 1]
 
@@ -395,10 +395,10 @@ def test_an_image_that_is_a_pipe_is_a_broken_one(tree, tmp_path):
     pipe = tmp_path / "copy" / "train" / "eel" / "1.JPEG"
     pipe.unlink()
     os.mkfifo(pipe)
-    sets = StreamedSets(root=str(tmp_path / "copy"), size=24, validation=0, workers=0, broken="skip")
+    sets = StreamingDataset(root=str(tmp_path / "copy"), size=24, validation=0, workers=0, broken="skip")
     batches = training(sets, 13, batch_size=1, augment=PLAIN)
     assert torch.cat([labels for _, labels in batches]).bincount().tolist() == [8, 4, 1]
-    sets = StreamedSets(root=str(tmp_path / "copy"), size=24, validation=0, workers=0, broken="stop")
+    sets = StreamingDataset(root=str(tmp_path / "copy"), size=24, validation=0, workers=0, broken="stop")
     with pytest.raises(UserError, match=r"eel/1\.JPEG: is not an image that can be read \(not a regular file\)"):
         list(training(sets, 13, batch_size=1, augment=PLAIN))
     with pytest.raises(UserError, match=r"eel/1\.JPEG: is not an image that can be read \(not a regular file\)"):
@@ -409,7 +409,7 @@ def test_images_have_the_size_that_the_configuration_names(tree):
     """data.size, in training and in the test, of both kinds."""
     photographs = ["data=imagenet", f"data.root={tree}", "data.workers=0", "augment.shorter_side=[36,40]"]
     for size, words in ((23, ["data=digits"]), (32, photographs)):
-        sets = open_sets(composed(*words, f"data.size={size}", "data.validation=0", "device=cpu"))
+        sets = open_dataset(composed(*words, f"data.size={size}", "data.validation=0", "device=cpu"))
         assert training(sets, 1, batch_size=2)[0][0].shape == (2, 3, size, size)
         assert evaluating(sets, "test", 2)[0][0].shape == (2, 3, size, size)
 
@@ -441,7 +441,7 @@ def test_a_wrong_tree_is_refused_when_it_is_opened(tree, tmp_path):
 
 
 def test_the_mean_image_is_that_of_the_center_crops(tree):
-    sets = StreamedSets(root=str(tree), size=24, validation=3, workers=0, subtract="image")
+    sets = StreamingDataset(root=str(tree), size=24, validation=3, workers=0, subtract="image")
     crops = [
         TF.center_crop(TF.resize(read_image(path), [round(24 * 256 / 224)], antialias=True), [24, 24])
         for path, _ in sets.parts["train"]
@@ -451,14 +451,14 @@ def test_the_mean_image_is_that_of_the_center_crops(tree):
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
     shutil.rmtree(cache_folder() / "decoded", ignore_errors=True)
     assert torch.equal(sets.mean_image(), found)  # from the cache
-    whole = StreamedSets(root=str(tree), size=24, validation=0, workers=0, subtract="image").mean_image()
+    whole = StreamingDataset(root=str(tree), size=24, validation=0, workers=0, subtract="image").mean_image()
     assert not torch.equal(whole, found)
 
 
 def test_the_mean_of_some_images_is_of_such_from_all_classes(tree, monkeypatch):
     """Of 13 training images, sorted by class, four at even distances: the first, the last and two between."""
     monkeypatch.setattr(data_sets, "MEAN_OF", 4)
-    sets = StreamedSets(root=str(tree), size=24, validation=0, workers=0, subtract="image")
+    sets = StreamingDataset(root=str(tree), size=24, validation=0, workers=0, subtract="image")
     paths = [sets.parts["train"][index][0] for index in (0, 4, 8, 12)]
     assert [path.parent.name for path in paths] == ["cat", "cat", "dog", "eel"]
     crops = [TF.center_crop(TF.resize(read_image(path), [27], antialias=True), [24, 24]) for path in paths]
@@ -467,8 +467,8 @@ def test_the_mean_of_some_images_is_of_such_from_all_classes(tree, monkeypatch):
 
 
 def test_standard_input_is_over_the_std_after_all_else(tree):
-    plain = StreamedSets(root=str(tree), size=24, validation=0, workers=0)
-    divided = StreamedSets(root=str(tree), size=24, validation=0, workers=0, subtract="standard")
+    plain = StreamingDataset(root=str(tree), size=24, validation=0, workers=0)
+    divided = StreamingDataset(root=str(tree), size=24, validation=0, workers=0, subtract="standard")
     std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     pairs = [*zip(training(plain, 2), training(divided, 2), strict=True)]
     pairs += zip(evaluating(plain, "test", 5), evaluating(divided, "test", 5), strict=True)

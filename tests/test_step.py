@@ -14,14 +14,14 @@ from conftest import metrics
 from test_golden import golden
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from resnet_train import checkpoint
-from resnet_train.batchnorm import group_statistics, update_statistics
 from resnet_train.classification.run import build
 from resnet_train.classification.step import step
+from resnet_train.engine import checkpoint
+from resnet_train.engine.logger import MetricsLogger
 from resnet_train.engine.loop import Clock, Stop, loop
 from resnet_train.errors import SIGNALS
 from resnet_train.models import cifar_resnet, imagenet_resnet
-from resnet_train.record import Record
+from resnet_train.models.batchnorm import update_statistics, use_group_batch_norm
 
 # What makes the processor wait for a GPU: reading a value, and shapes that depend on values.
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
@@ -45,7 +45,7 @@ def test_gradients_and_statistics_are_those_of_a_net_that_keeps_all(make, size):
     """Bit for bit, and the running statistics are counted once."""
     torch.manual_seed(0)
     model = make()
-    group_statistics(model, 3)
+    use_group_batch_norm(model, 3)
     images, labels = torch.randn(12, 3, size, size), torch.arange(12) % 10
     kept, again = (stepped(model, images, labels, recompute) for recompute in (False, True))
     assert kept.keys() == again.keys()
@@ -76,7 +76,7 @@ def test_less_is_kept_for_the_backward_pass():
     """Counted in the bytes that autograd saves between the passes, the blocks' inputs aside."""
     torch.manual_seed(0)
     model = cifar_resnet(32, "A").train()
-    group_statistics(model, 4)
+    use_group_batch_norm(model, 4)
 
     def saved(recompute):
         model.recompute, found = recompute, {}
@@ -178,7 +178,7 @@ def test_the_plateau_drops_the_rate_in_training_and_a_resumed_run_goes_on_so(wat
         if state is not None:
             run.load(state)
         run.optimizer.register_step_pre_hook(lambda *_: used.append(run.optimizer.param_groups[0]["lr"]))
-        record = Record(tmp_path / name, {}, run.iteration, config.iterations)
+        record = MetricsLogger(tmp_path / name, {}, run.iteration, config.iterations)
         with contextlib.closing(record):
             loop(run, tmp_path / name, record, Clock(run.iteration), stop)
         return run.state(), used

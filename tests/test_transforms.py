@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as TF
 
-from resnet_train.data.transforms import (
+from resnet_train.data.augment import (
     EIGENVALUES,
     EIGENVECTORS,
     colour_jitter,

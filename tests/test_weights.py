@@ -17,15 +17,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from resnet_train import checkpoint, state_dicts
-from resnet_train.classify import view
-from resnet_train.compose import compose
-from resnet_train.config.training import check_train
+from resnet_train.classification.predict import view
+from resnet_train.config.compose import compose
+from resnet_train.config.train import check_train
+from resnet_train.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from resnet_train.data.images import read_image
-from resnet_train.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from resnet_train.engine import checkpoint
 from resnet_train.errors import UserError
 from resnet_train.models import cifar_resnet, imagenet_resnet
-from resnet_train.weights import load, read_source
+from resnet_train.weights import state_dicts
+from resnet_train.weights.command import load, read_source
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MEAN, STD = (torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (state_dicts.MEAN, IMAGENET_STD))
@@ -80,7 +81,7 @@ def test_logits_are_those_of_the_other_program_both_ways(name):
     make, depth = OTHERS[name]
     theirs, images = lived(make()), pictures(64)
     wanted = logits(theirs, (images - MEAN) / STD)
-    state, shape = state_dicts.ours(theirs.state_dict(), "auto", name)
+    state, shape = state_dicts.to_our_names(theirs.state_dict(), "auto", name)
     assert shape == state_dicts.Shape("imagenet", depth, "B", 1000)
     ours = imagenet_resnet(depth, "B", bottleneck_stride="3x3").double().eval()
     ours.load_state_dict(state_dicts.rescaled(state, IMAGENET_STD, state_dicts.UNDIVIDED))
@@ -128,7 +129,7 @@ def test_other_nets_are_named(make, told):
     with torch.device("meta"):
         state = make().state_dict()
     with pytest.raises(UserError, match=r"^file: ") as refused:
-        state_dicts.ours(state, "auto", "file")
+        state_dicts.to_our_names(state, "auto", "file")
     assert told in str(refused.value)
     assert "\n" not in str(refused.value)
     assert len(str(refused.value)) < 400
@@ -138,12 +139,12 @@ def test_what_is_missing_is_named():
     state = cifar_resnet(8).state_dict()
     del state["layer3.0.bn2.running_var"]
     with pytest.raises(UserError, match=r"CIFAR resnet-8-A, but is not: it lacks layer3\.0\.bn2\.running_var$"):
-        state_dicts.ours(state, "auto", "file")
+        state_dicts.to_our_names(state, "auto", "file")
 
 
 def test_old_files_without_counters_and_half_precision_are_taken():
     state = {k: v.bfloat16() for k, v in cifar_resnet(8).state_dict().items() if not k.endswith("num_batches_tracked")}
-    found, _ = state_dicts.ours(state, "auto", "file")
+    found, _ = state_dicts.to_our_names(state, "auto", "file")
     cifar_resnet(8).load_state_dict(found)
     assert {value.dtype for value in found.values()} == {torch.float32, torch.int64}
 
@@ -201,7 +202,7 @@ def test_option_a_padded_on_both_sides_gives_the_same_logits(n, option):
     theirs, images = lived(TheirNet(n, option)), pictures(32, 5)
     wanted = logits(theirs, (images - MEAN) / STD)
     state = {f"module.{name}": value for name, value in theirs.state_dict().items()}
-    state, shape = state_dicts.ours(state_dicts.tensors({"state_dict": state}, Path("x")), "auto", "x")
+    state, shape = state_dicts.to_our_names(state_dicts.tensors({"state_dict": state}, Path("x")), "auto", "x")
     assert shape == state_dicts.Shape("cifar", 6 * n + 2, option, 10)
     ours = cifar_resnet(6 * n + 2, option).double().eval()
     ours.load_state_dict(state_dicts.rescaled(state, IMAGENET_STD, state_dicts.UNDIVIDED))
@@ -425,7 +426,7 @@ def test_a_description_that_is_not_one_is_named(tmp_path):
 def test_weights_that_no_logits_come_from_are_named(name, value, told):
     state = cifar_resnet(8).state_dict() | {name: value}
     with pytest.raises(UserError, match=f"^file: {name} {told}"):
-        state_dicts.ours(state, "auto", "file")
+        state_dicts.to_our_names(state, "auto", "file")
 
 
 def test_a_classifier_of_a_million_rows_in_a_small_file_is_refused(tmp_path):

@@ -8,19 +8,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from resnet_train import checkpoint, state_dicts
-from resnet_train.batchnorm import group_statistics
-from resnet_train.build import compile_network, network, open_sets, pick_compile
+from resnet_train.classification.load import build_network, compile_network, open_dataset, pick_compile
 from resnet_train.classification.step import TrainMetrics
 from resnet_train.classification.train import ClassificationTask
-from resnet_train.config.training import Config, share
+from resnet_train.config.train import Config, split_batch
 from resnet_train.data.sampler import generator
-from resnet_train.data.sets import MemorySets, StreamedSets
-from resnet_train.distributed import one_after_all, together, world
-from resnet_train.engine.compute import check_synchronised, pick_device, pick_precision, placed, sgd
+from resnet_train.data.sets import MemoryDataset, StreamingDataset
+from resnet_train.engine import checkpoint
+from resnet_train.engine.compute import check_synchronised, pick_device, pick_precision, sgd, to_device
+from resnet_train.engine.distributed import local_rank_zero_first, raise_on_all_ranks, world_size
 from resnet_train.engine.run import run
-from resnet_train.schedule import Progress
-from resnet_train.weights import Source, check_same_net, divisor, read_source
+from resnet_train.engine.schedule import Progress
+from resnet_train.models.batchnorm import use_group_batch_norm
+from resnet_train.weights import state_dicts
+from resnet_train.weights.command import Source, check_same_net, divisor, read_source
 
 
 def train(config: Config, directory: Path) -> int:
@@ -28,21 +29,21 @@ def train(config: Config, directory: Path) -> int:
     return run(config, directory, command="resnet-train", open_data=open_data, build=build_or_resume)
 
 
-def open_data(config: Config) -> MemorySets | StreamedSets:
+def open_data(config: Config) -> MemoryDataset | StreamingDataset:
     """The images that the configuration names. Raises UserError."""
-    together(lambda: share(config, world()))  # before minutes of reading
-    sets = one_after_all(lambda: open_sets(config))
-    one_after_all(sets.mean_image)  # of photographs made once, then from the cache
+    raise_on_all_ranks(lambda: split_batch(config, world_size()))  # before minutes of reading
+    sets = local_rank_zero_first(lambda: open_dataset(config))
+    local_rank_zero_first(sets.mean_image)  # of photographs made once, then from the cache
     return sets
 
 
 def build_or_resume(
-    config: Config, sets: MemorySets | StreamedSets, device: torch.device, state: dict[str, Any] | None
+    config: Config, sets: MemoryDataset | StreamingDataset, device: torch.device, state: dict[str, Any] | None
 ) -> ClassificationTask:
     """The task as it begins, from the weights of `init_from` where given, or as the checkpoint `state` has it."""
     task = build(config, sets)
     if state is not None:
-        with checkpoint.fitting("the checkpoint to go on from"):
+        with checkpoint.checkpoint_errors("the checkpoint to go on from"):
             task.precision, task.compiled = state["measure"]["precision"], state["measure"]["compile"]
             task.load(state)
     elif config.init_from is not None:
@@ -52,23 +53,23 @@ def build_or_resume(
     return task
 
 
-def build(config: Config, sets: MemorySets | StreamedSets | None = None) -> ClassificationTask:
+def build(config: Config, sets: MemoryDataset | StreamingDataset | None = None) -> ClassificationTask:
     """Network and optimiser on the images of `sets`, by default those of the configuration. Raises UserError."""
     device = pick_device(config.device)
-    precision, part = pick_precision(config.precision, device), share(config, world())
+    precision, part = pick_precision(config.precision, device), split_batch(config, world_size())
     sets = sets or open_data(config)
     torch.backends.cudnn.benchmark = True  # shapes are fixed
     torch.manual_seed(generator(config.seed, "initialisation", 0).initial_seed())
-    model = network(config, len(sets.classes))
-    if config.bn_images == "all" and world() > 1:
+    model = build_network(config, len(sets.classes))
+    if config.bn_images == "all" and world_size() > 1:
         check_synchronised(device)
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    elif world() > 1 or part.passes > 1 or part.group < part.images or config.activation_checkpointing:
-        group_statistics(model, part.group)
+    elif world_size() > 1 or part.passes > 1 or part.group < part.images or config.activation_checkpointing:
+        use_group_batch_norm(model, part.group)
     model.recompute = config.activation_checkpointing
     if config.freeze is not None:
         model.freeze(config.freeze)
-    model = placed(model, device, precision)
+    model = to_device(model, device, precision)
     return ClassificationTask(
         config=config,
         device=device,
@@ -112,7 +113,7 @@ def begin_from(task: ClassificationTask, source: Source) -> None:
     state = state_dicts.rescaled(source.model, source.std, divisor(task.config))
     if not source.same_classes(task.sets.classes):
         state = state | {f"fc.{name}": value for name, value in task.model.fc.state_dict().items()}
-    with checkpoint.fitting(f"init_from={task.config.init_from}"):
+    with checkpoint.checkpoint_errors(f"init_from={task.config.init_from}"):
         task.model.load_state_dict(state)
     mean = source.mean.to(task.mean)
     task.mean = mean if mean.shape == task.mean.shape else mean.mean((0, 1)).expand_as(task.mean).contiguous()

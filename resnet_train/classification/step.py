@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnet_train.batchnorm import update_statistics
-from resnet_train.build import logits_of
-from resnet_train.config.training import Config, Share
-from resnet_train.distributed import rank, total, world
+from resnet_train.classification.evaluate import wrong_answers
+from resnet_train.classification.load import compute_logits
+from resnet_train.config.train import BatchSplit, Config
+from resnet_train.engine.distributed import all_reduce_sum, rank, world_size
 from resnet_train.engine.sums import restore_rank_sums
-from resnet_train.evaluate import wrong_answers
+from resnet_train.models.batchnorm import update_statistics
 from resnet_train.models.resnet import ResNet
 
 
@@ -29,7 +29,7 @@ class TrainState:
     precision: str  # bf16, fp16, fp32 or fp64
     model: ResNet
     net: nn.Module  # the model, or around it what averages gradients over processes
-    share: Share  # this process's part of a batch
+    share: BatchSplit  # this process's part of a batch
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     meters: TrainMetrics
@@ -45,9 +45,9 @@ def step(task: TrainState, images: Tensor, labels: Tensor, lr: float | Tensor) -
     _set_rate(task, lr)
     passes = task.share.passes
     for part, (some, truth) in enumerate(zip(images.chunk(passes), labels.chunk(passes), strict=True), 1):
-        with contextlib.nullcontext() if part == passes or world() == 1 else task.net.no_sync():  # type: ignore[operator]
+        with contextlib.nullcontext() if part == passes or world_size() == 1 else task.net.no_sync():  # type: ignore[operator]
             # Forward
-            logits = logits_of(task.net, some, task.precision)
+            logits = compute_logits(task.net, some, task.precision)
             loss = F.cross_entropy(logits, truth)
             # Backward
             task.scaler.scale(loss / passes).backward()
@@ -79,8 +79,8 @@ class TrainMetrics:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.loss = torch.zeros(world(), dtype=torch.float64, device=device)
-        self.wrong = torch.zeros(world(), 2, dtype=torch.int64, device=device)  # top-1, top-5
+        self.loss = torch.zeros(world_size(), dtype=torch.float64, device=device)
+        self.wrong = torch.zeros(world_size(), 2, dtype=torch.int64, device=device)  # top-1, top-5
         self.seen = 0  # in all processes
         self.skipped = 0  # broken images that others stood in for, in this process
 
@@ -97,8 +97,13 @@ class TrainMetrics:
 
     def state(self) -> dict[str, Any]:
         """For the checkpoint, and to read: the rows of all processes. All of them call this."""
-        loss, wrong = total(self.loss.clone()).cpu(), total(self.wrong.clone()).cpu()
-        return {"loss": loss, "wrong": wrong, "seen": self.seen, "skipped": int(total(torch.tensor(self.skipped)))}
+        loss, wrong = all_reduce_sum(self.loss.clone()).cpu(), all_reduce_sum(self.wrong.clone()).cpu()
+        return {
+            "loss": loss,
+            "wrong": wrong,
+            "seen": self.seen,
+            "skipped": int(all_reduce_sum(torch.tensor(self.skipped))),
+        }
 
     def load(self, state: dict[str, Any]) -> None:
         """From the checkpoint."""

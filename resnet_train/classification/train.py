@@ -10,20 +10,21 @@ from typing import Any
 
 from torch import Tensor
 
-from resnet_train import curves, paper
-from resnet_train.build import exchanging, network, pick_eval_batch
+from resnet_train import paper
+from resnet_train.classification.evaluate import count_errors
+from resnet_train.classification.load import build_network, pick_eval_batch, wrap_image_ddp
 from resnet_train.classification.step import CapturedStep, TrainState, step
-from resnet_train.config.runs import INDIFFERENT
-from resnet_train.config.training import Config
-from resnet_train.data.places import describe_left_out
-from resnet_train.data.sets import MemorySets, StreamedSets
-from resnet_train.distributed import rank, world
+from resnet_train.config.layout import describe_left_out
+from resnet_train.config.run_dir import INDIFFERENT
+from resnet_train.config.train import Config
+from resnet_train.data.sets import MemoryDataset, StreamingDataset
+from resnet_train.engine.distributed import rank, world_size
+from resnet_train.engine.logger import message
+from resnet_train.engine.schedule import Progress, end_warmup, learning_rate, watch_plateau
 from resnet_train.engine.task import Point
-from resnet_train.evaluate import count_errors
 from resnet_train.models.resnet import multiply_adds, parameters
-from resnet_train.record import message
-from resnet_train.schedule import Progress, end_warmup, learning_rate, watch_plateau
-from resnet_train.weights import Source
+from resnet_train.report import curves
+from resnet_train.weights.command import Source
 
 TABLE_6 = "He et al. 2015, table 6:"
 WINDOW = 100  # iterations whose training error may end the warm-up, or fewer if it need not last as long
@@ -49,7 +50,7 @@ class ClassificationTask(TrainState):
     """A classifier in training on its data."""
 
     compiled: bool
-    sets: MemorySets | StreamedSets
+    sets: MemoryDataset | StreamingDataset
     mean: Tensor  # what images have subtracted: (H, W, 3) or (1, 1, 3) in 0 to 255
     progress: Progress
     source: Source | None = None  # the weights that it began with
@@ -87,7 +88,7 @@ class ClassificationTask(TrainState):
     def wrap_ddp(self) -> None:
         """Average gradients over all processes from now on."""
         size = self.config.data.size
-        self.net = exchanging(self.model, self.precision, (self.share.images, 3, size, size))
+        self.net = wrap_image_ddp(self.model, self.precision, (self.share.images, 3, size, size))
 
     def batches(self) -> Iterator[tuple[Tensor, ...]]:
         """This process's part of the training batches from the next iteration on, as `step` takes them.
@@ -102,12 +103,12 @@ class ClassificationTask(TrainState):
             "start": self.iteration,
         }
         one_pass = self.share.passes == 1 and not self.scaler.is_enabled() and not self.model.recompute
-        if self.device.type == "cuda" and world() == 1 and isinstance(self.sets, MemorySets) and one_pass:
+        if self.device.type == "cuda" and world_size() == 1 and isinstance(self.sets, MemoryDataset) and one_pass:
             if self.captured is None:
                 make = self.sets.batch_maker(self.mean, self.device, self.config.augment.pad)
                 self.captured = CapturedStep(self, make)
             return ((draws,) for draws in self.sets.draw_batches(self.device, **options))
-        return self.sets.train_batches(self.mean, self.device, **options, rank=rank(), world=world())
+        return self.sets.train_batches(self.mean, self.device, **options, rank=rank(), world=world_size())
 
     def learning_rate(self) -> float:
         """Of the next step."""
@@ -151,7 +152,7 @@ class ClassificationTask(TrainState):
         """Errors on the part held out, which alone chooses the best checkpoint, and on the test set."""
         batch_size = pick_eval_batch(self.config, self.device)
         for split in self.splits:
-            batches = self.sets.eval_batches(split, self.mean, self.device, batch_size, rank(), world())
+            batches = self.sets.eval_batches(split, self.mean, self.device, batch_size, rank(), world_size())
             count = count_errors(self.model, batches, self.precision, self.sets.sizes[split])
             if split == "val":
                 if self.config.schedule.watch == "val":
@@ -238,8 +239,8 @@ class ClassificationTask(TrainState):
     def _describe_batch(self) -> str:
         """The batch size, and how the batch is divided."""
         part, details = self.share, []
-        if world() > 1:
-            details.append(f"{part.images * part.passes} in each of {world()} processes")
+        if world_size() > 1:
+            details.append(f"{part.images * part.passes} in each of {world_size()} processes")
         if part.passes > 1:
             details.append(f"{part.images} at once")
         if part.group != part.images:
@@ -279,7 +280,7 @@ class ClassificationTask(TrainState):
             "best": {"chosen_by": "lowest validation error", **best} if self.sets.sizes["val"] and best else None,
             "paper": {"source": TABLE_6, "test_error": self.reference} if self.reference is not None else None,
             "parameters": parameters(self.model),
-            "multiply_adds": multiply_adds(network(config, len(self.sets.classes)), config.data.size),
+            "multiply_adds": multiply_adds(build_network(config, len(self.sets.classes)), config.data.size),
         }
 
     def draw(self, metrics: list[dict[str, Any]], picture: Path) -> bool:

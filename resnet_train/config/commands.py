@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from resnet_train.config.keys import as_list, shown, typed
+from resnet_train.config.layout import PACKED, REMOTE, check_source, is_packed, is_remote
 from resnet_train.config.paths import (
     anchored,
     check_checkpoints,
@@ -18,8 +18,8 @@ from resnet_train.config.paths import (
     check_paths,
     writable,
 )
-from resnet_train.config.training import Config, check_train
-from resnet_train.data.places import PACKED, REMOTE, check_source, is_packed, is_remote
+from resnet_train.config.schema import as_list, format_value, from_dict
+from resnet_train.config.train import Config, check_train
 from resnet_train.errors import UserError, nearest
 from resnet_train.files import expand
 
@@ -160,7 +160,7 @@ FIXED_BY_BENCH = {
 
 def check_eval(values: Mapping[str, Any]) -> EvalConfig:
     """The checked configuration of an evaluation. Raises UserError."""
-    config = typed(EvalConfig, {**values, "checkpoint": as_list(values["checkpoint"])})
+    config = from_dict(EvalConfig, {**values, "checkpoint": as_list(values["checkpoint"])})
     check_paths({"data.root": config.data.root, "out": config.out})
     check_checkpoints(config.checkpoint)
     _check_other_data(config.data)
@@ -178,7 +178,7 @@ def _check_other_data(data: EvalData) -> None:
 
 def check_report(values: Mapping[str, Any]) -> ReportConfig:
     """The checked configuration of a report. Raises UserError."""
-    config = typed(ReportConfig, {**values, "runs": as_list(values["runs"])})
+    config = from_dict(ReportConfig, {**values, "runs": as_list(values["runs"])})
     if config.report == "complexity" and config.runs:
         raise UserError(f"resnet-report complexity: is about nets, not about runs; drop {config.runs[0]}")
     if config.report == "runs" and not config.runs:
@@ -193,7 +193,7 @@ def check_report(values: Mapping[str, Any]) -> ReportConfig:
 
 def check_responses(values: Mapping[str, Any]) -> ResponsesConfig:
     """The checked configuration of a measurement of layer responses. Raises UserError."""
-    config = typed(ResponsesConfig, {**values, "checkpoint": as_list(values["checkpoint"])})
+    config = from_dict(ResponsesConfig, {**values, "checkpoint": as_list(values["checkpoint"])})
     check_checkpoints(config.checkpoint)
     check_paths({"data.root": config.data.root})
     _check_other_data(config.data)
@@ -203,7 +203,7 @@ def check_responses(values: Mapping[str, Any]) -> ResponsesConfig:
 
 def check_pack(values: Mapping[str, Any]) -> PackConfig:
     """The checked configuration of a packing, or of the check of a packed folder. Raises UserError."""
-    config = typed(PackConfig, values)
+    config = from_dict(PackConfig, values)
     check_paths({"data.root": config.data.root, "out": config.out, "check": config.check})
     if config.check is not None:
         for key, value in (("data.root", config.data.root), ("out", config.out)):
@@ -243,7 +243,7 @@ def check_weights(values: Mapping[str, Any], asked: Collection[str] = ()) -> Wei
         raise UserError(f"name the file, as in resnet-weights {word} FILE out=…")
     if values["out"] is None:
         raise UserError("out: is needed; add out=…")
-    config = typed(WeightsConfig, values)
+    config = from_dict(WeightsConfig, values)
     check_paths({"file": config.file, "out": config.out, "classes": config.classes, "data.root": config.data.root})
     if config.format not in FORMATS[word]:
         allowed = ", ".join(FORMATS[word])
@@ -276,7 +276,7 @@ def check_weights(values: Mapping[str, Any], asked: Collection[str] = ()) -> Wei
 
 def check_classify(values: Mapping[str, Any], images: Collection[str]) -> ClassifyConfig:
     """The checked configuration of a classification of `images`. Raises UserError."""
-    config = typed(ClassifyConfig, values)
+    config = from_dict(ClassifyConfig, values)
     check_paths({"out": config.out})
     check_checkpoints([config.checkpoint])
     check_out(config.out)
@@ -297,14 +297,14 @@ def check_bench(values: Mapping[str, Any], asked: Collection[str] = ()) -> tuple
     names = typing.get_args(typing.get_type_hints(BenchConfig)["bench"])
     if values["bench"] is None:
         raise UserError(f"name what to measure: {', '.join(names)}; as in resnet-bench {names[1]}")
-    bench = typed(BenchConfig, {key: value for key, value in values.items() if key in own})
+    bench = from_dict(BenchConfig, {key: value for key, value in values.items() if key in own})
     check_paths({"out": bench.out})
     check_out(bench.out)
     for key in UNREAD_BY_BENCH:
         if key in asked:
             raise UserError(f"{key}: means nothing to resnet-bench; drop it")
     if values["devices"] != 1:
-        raise UserError(f"devices={shown(values['devices'])}: resnet-bench measures one; drop it")
+        raise UserError(f"devices={format_value(values['devices'])}: resnet-bench measures one; drop it")
     training = {key: value for key, value in values.items() if key not in own}
     config = check_train(training | FIXED_BY_BENCH, asked, needs_data=False)
     photographs = config.data.family == "imagenet" and bench.bench == "loader"

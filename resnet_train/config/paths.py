@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from resnet_train.config.keys import shown
-from resnet_train.data.places import is_remote
+from resnet_train.config.layout import is_remote
+from resnet_train.config.schema import format_value
 from resnet_train.errors import UserError
 from resnet_train.files import expand, nearest_existing
 
@@ -21,7 +21,7 @@ def check_paths(paths: Mapping[str, str | None]) -> None:
         try:
             Path(text or ".").expanduser().exists()
         except (OSError, RuntimeError) as error:
-            raise UserError(f"{key}={shown(text)}: {getattr(error, 'strerror', None) or error}") from error
+            raise UserError(f"{key}={format_value(text)}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def check_checkpoints(names: list[str]) -> None:

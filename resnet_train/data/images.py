@@ -30,9 +30,9 @@ from torchvision.datasets import CIFAR10
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
-from resnet_train import checkpoint
+from resnet_train.config.layout import CIFAR_FOLDER, class_folders, images_in, is_official_cifar10
 from resnet_train.data.download import download
-from resnet_train.data.places import CIFAR_FOLDER, class_folders, images_in, is_official_cifar10
+from resnet_train.engine import checkpoint
 from resnet_train.errors import UserError
 from resnet_train.files import expand, open_regular, read_regular
 from resnet_train.terminal import printable

@@ -30,7 +30,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from resnet_train.config.keys import shown, typed
+from resnet_train.config.layout import PACKED, PACKING, describe_left_out
+from resnet_train.config.schema import format_value, from_dict
+from resnet_train.data.imagefolder import Files, open_image_splits, read_file
 from resnet_train.data.images import ImageError, decode, jpeg_size
 from resnet_train.data.packed import (
     FORMAT,
@@ -52,10 +54,8 @@ from resnet_train.data.packed import (
     shard_name,
     stored_order,
 )
-from resnet_train.data.photographs import Files, open_photographs, read_file
-from resnet_train.data.places import PACKED, PACKING, describe_left_out
 from resnet_train.errors import SIGNALS, RunError, UserError
-from resnet_train.files import claimed, read_json, write_json
+from resnet_train.files import lock_directory, read_json, write_json
 from resnet_train.terminal import printable, say
 
 LONGEST_JPEG = 65_500  # pixels of a side, as libjpeg has it
@@ -69,14 +69,14 @@ def pack(*, root: str, out: Path, shorter_side: int, quality: int, images: int, 
     """
     if find_spec("litdata") is None:
         raise UserError("resnet-pack: needs litdata: pip install 'resnet-train[streaming]'")
-    found = open_photographs(root)
+    found = open_image_splits(root)
     assert isinstance(found.train, Files)  # check_pack has seen to it
     assert isinstance(found.test, Files)
     files = {"train": found.train, found.test.folder.name: found.test}
     check_classes(found.classes)
     source = PackSource(os.fsencode(Path(root).name).decode(errors="replace"), found.digest)
     settings = PackSettings(FORMAT, source, shorter_side, quality, images, typing.cast(Any, broken))
-    with claimed(out, "out", "packing"):
+    with lock_directory(out, "out", "packing"):
         if (out / PACKED).is_file():
             _check_same(out, read_about(out), settings)
             shutil.rmtree(out / PACKING, ignore_errors=True)
@@ -114,7 +114,7 @@ def _check_same(out: Path, before: PackSettings, settings: PackSettings) -> None
         value = getattr(before, field.name)
         if value != getattr(settings, field.name):
             word = "data.root" if field.name == "source" else field.name
-            raise UserError(f"{word}: {out} holds a pack with other values ({shown(value)}); take another out=")
+            raise UserError(f"{word}: {out} holds a pack with other values ({format_value(value)}); take another out=")
 
 
 def _begin(out: Path, settings: PackSettings, files: dict[str, Files]) -> None:
@@ -122,7 +122,7 @@ def _begin(out: Path, settings: PackSettings, files: dict[str, Files]) -> None:
     place = out / PACKING / "settings.json"
     if place.is_file():
         try:
-            before = typed(PackSettings, read_json(place))
+            before = from_dict(PackSettings, read_json(place))
         except (OSError, ValueError, RecursionError, UserError) as error:
             raise UserError(f"{place}: is damaged ({error}); remove {out}") from error
         _check_same(out, before, settings)
@@ -166,7 +166,7 @@ def _items(shard: _Planned) -> list[tuple[int, str, int, int]]:
 def _note_of(planned: _Planned) -> _Note | None:
     """What is noted of a shard that is on disk, or None: where note or file are not of this shard, it is made again."""
     try:
-        note = typed(_Note, read_json(planned.note))
+        note = from_dict(_Note, read_json(planned.note))
         if note.shard is not None:
             check_shard(planned.path, note.shard)
     except (OSError, ValueError, RecursionError, UserError):

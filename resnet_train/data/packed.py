@@ -34,10 +34,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from resnet_train.config.keys import shown, typed
+from resnet_train.config.layout import PACKED, is_remote
+from resnet_train.config.schema import format_value, from_dict
+from resnet_train.data.imagefolder import ImageSplits
 from resnet_train.data.images import cache_folder
-from resnet_train.data.photographs import Photographs
-from resnet_train.data.places import PACKED, is_remote
 from resnet_train.data.sampler import generator
 from resnet_train.errors import RunError, UserError
 from resnet_train.files import read_json
@@ -103,11 +103,11 @@ class Pack(PackSettings):
         """Raises UserError where one value contradicts another."""
         check_classes(self.classes)
         if list(self.parts) != ["train", self.test]:
-            raise UserError(f"parts: are {shown(', '.join(self.parts))} and must be train, {self.test}")
+            raise UserError(f"parts: are {format_value(', '.join(self.parts))} and must be train, {self.test}")
         for part, about in self.parts.items():
             _check_part(f"parts.{part}", about, self.images)
         if self.digest != digest_of(self.classes, self.parts):
-            raise UserError(f"digest={shown(self.digest)}: is not that of the classes and the shards")
+            raise UserError(f"digest={format_value(self.digest)}: is not that of the classes and the shards")
 
 
 def check_classes(names: list[str]) -> None:
@@ -124,7 +124,7 @@ def _check_part(key: str, part: PackPart, images: int) -> None:
     numbers = [re.fullmatch(r"chunk-0-(0|[1-9]\d{0,8})\.bin", name, re.ASCII) for name in names]
     for name, number in zip(names, numbers, strict=True):
         if number is None:
-            raise UserError(f"{key}.shards.name={shown(name)}: must be chunk-0-NUMBER.bin")
+            raise UserError(f"{key}.shards.name={format_value(name)}: must be chunk-0-NUMBER.bin")
     for (one, first), (other, second) in itertools.pairwise(zip(names, numbers, strict=True)):
         if int(first[1]) >= int(second[1]):  # type: ignore[index]
             raise UserError(f"{key}.shards.name={other}: comes after {one}")
@@ -132,7 +132,7 @@ def _check_part(key: str, part: PackPart, images: int) -> None:
         if shard.images > images or 8 + LEAST * shard.images > shard.bytes:
             raise UserError(f"{key}.shards.images={shard.images}: are too many for {shard.name}")
         if not re.fullmatch("[0-9a-f]{64}", shard.sha256):
-            raise UserError(f"{key}.shards.sha256={shown(shard.sha256)}: must be 64 digits of 0 to 9 and a to f")
+            raise UserError(f"{key}.shards.sha256={format_value(shard.sha256)}: must be 64 digits of 0 to 9 and a to f")
     if not 0 < part.images == sum(sizes):
         raise UserError(f"{key}.images={part.images}: must be the {sum(sizes)} of its shards, and one at least")
     if part.listed != part.images + len(part.skipped):
@@ -228,7 +228,7 @@ class Shards:
         return name, data, label
 
 
-def open_packed(root: str) -> Photographs:
+def open_packed(root: str) -> ImageSplits:
     """The parts of a packed folder; of one elsewhere, once its shards are all here. Raises UserError."""
     folder = located(root)
     pack = read_about(folder)
@@ -240,7 +240,7 @@ def open_packed(root: str) -> Photographs:
         # Only now, when there are as many images as pack.json says, is memory taken for their order.
         counts = [shard.images for shard in part.shards]
         parts[name] = Shards(paths, counts, len(pack.classes), _listed(name, part))
-    return Photographs(parts["train"], parts[pack.test], pack.classes, pack.digest)
+    return ImageSplits(parts["train"], parts[pack.test], pack.classes, pack.digest)
 
 
 def located(root: str) -> Path:
@@ -273,9 +273,11 @@ def read_about(folder: Path) -> Pack:
     try:
         found = read_json(path)
         if isinstance(found.get("format"), int) and found["format"] != FORMAT:
-            raise UserError(f"{folder}: is packed in format {shown(found['format'])}; this version reads {FORMAT}")
+            raise UserError(
+                f"{folder}: is packed in format {format_value(found['format'])}; this version reads {FORMAT}"
+            )
         try:
-            return typed(Pack, found)
+            return from_dict(Pack, found)
         except UserError as error:
             raise UserError(f"{path}: is damaged ({error}); pack it again") from error
     except OSError as error:

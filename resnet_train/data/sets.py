@@ -27,21 +27,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
-from resnet_train import checkpoint
-from resnet_train.data.images import (
-    CIFAR10_FINGERPRINT,
-    ImageError,
-    ImageSet,
-    cache_folder,
-    center_view,
-    keep,
-    load,
-    middle,
-)
-from resnet_train.data.photographs import Box, Part, area_box, cut, image_of, open_photographs, scaled_box
-from resnet_train.data.places import left_out, name_data
-from resnet_train.data.sampler import batch_indices, generator, held_out
-from resnet_train.data.transforms import (
+from resnet_train.config.layout import left_out, name_data
+from resnet_train.data.augment import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     colour_jitter,
@@ -54,6 +41,19 @@ from resnet_train.data.transforms import (
     normalise,
     pad_and_mirror,
 )
+from resnet_train.data.imagefolder import Box, ImageSource, area_box, cut, image_of, open_image_splits, scaled_box
+from resnet_train.data.images import (
+    CIFAR10_FINGERPRINT,
+    ImageError,
+    ImageSet,
+    cache_folder,
+    center_view,
+    keep,
+    load,
+    middle,
+)
+from resnet_train.data.sampler import batch_indices, generator, held_out
+from resnet_train.engine import checkpoint
 from resnet_train.errors import SIGNALS, UserError
 from resnet_train.terminal import printable
 
@@ -74,7 +74,7 @@ def split_sizes(train: int, validation: int) -> tuple[Tensor, Tensor]:
     return held_out(train, validation)
 
 
-def share_of(batch_size: int, rank: int, world: int) -> slice:
+def rank_slice(batch_size: int, rank: int, world: int) -> slice:
     """The part of a batch that process `rank` of `world` takes."""
     return slice(rank * batch_size // world, (rank + 1) * batch_size // world)
 
@@ -85,7 +85,7 @@ def single_views(batches: Batches) -> Iterator[Views]:
         yield [(images, torch.arange(len(labels), device=images.device))], labels
 
 
-class MemorySets:
+class MemoryDataset:
     """Images of one small size, as uint8 on the training device."""
 
     protocol = "single view"
@@ -150,7 +150,7 @@ class MemorySets:
 
         On the CPU, pinned for a GPU: one copy an iteration, which nobody waits for.
         """
-        part, size = share_of(batch_size, rank, world), self.sizes["train"]
+        part, size = rank_slice(batch_size, rank, world), self.sizes["train"]
         for iteration in itertools.count(start):
             indices = batch_indices(seed, iteration, batch_size, size)
             draws = draw_crops(generator(seed, "augment", iteration), batch_size, augment["pad"], augment["flip"])
@@ -188,7 +188,7 @@ class MemorySets:
         return single_views(self.eval_batches(split, mean, device, batch_size, rank, world))
 
 
-class StreamedSets:
+class StreamingDataset:
     """Photographs in class folders or packed, decoded in worker processes (section 3.4).
 
     A training image that is broken stops all with its name, or, with `broken="skip"`, is replaced by the next one of
@@ -209,7 +209,7 @@ class StreamedSets:
     ) -> None:
         self.size, self.workers, self.subtract, self.broken, self.skipped = size, workers, subtract, broken, 0
         self.told: set[str] = set()  # the broken images of which a line has been printed
-        found = open_photographs(root)
+        found = open_image_splits(root)
         self.left_out = found.left_out
         self.classes, self.digest, self.label = found.classes, found.digest, name_data("imagenet", root)
         self.top5 = len(self.classes) > 5  # of five, all are among the five
@@ -275,7 +275,7 @@ class StreamedSets:
 
         B is `batch_size`, of all processes, divided by `world`.
         """
-        part, std = share_of(batch_size, rank, world), self._divisor(device)
+        part, std = rank_slice(batch_size, rank, world), self._divisor(device)
         train = self.parts["train"]
         sampler = _RandomViews(seed, start, batch_size, self.size, augment, train, part)
         iteration = start
@@ -349,7 +349,7 @@ class StreamedSets:
     def _loader(
         self, data: Dataset[Any], views: Any, device: torch.device, collate: Callable[..., Any] | None = None
     ) -> Iterator[Any]:
-        return told(
+        return checked_batches(
             DataLoader(
                 data,
                 batch_sampler=views,
@@ -361,13 +361,15 @@ class StreamedSets:
         )
 
 
-def random_views(part: Part, size: int, seed: int, batch_size: int, augment: dict[str, Any], count: int) -> DataLoader:
+def random_views(
+    part: ImageSource, size: int, seed: int, batch_size: int, augment: dict[str, Any], count: int
+) -> DataLoader:
     """The first `count` batches of one worker as training takes them, before they go to the device; to measure."""
     sampler = _RandomViews(seed, 0, batch_size, size, augment, part, slice(None))
     return DataLoader(_Views(part, size), batch_sampler=list(itertools.islice(sampler, count)), num_workers=1)
 
 
-def told(loader: DataLoader) -> Iterator[Any]:
+def checked_batches(loader: DataLoader) -> Iterator[Any]:
     """What `loader` gives; the UserError of a worker as that worker raised it."""
     try:
         yield from loader
@@ -398,7 +400,7 @@ View = tuple[int, Callable[[int, int], Box] | None]
 class _Views(Dataset[tuple[Tensor, int, str]]):
     """Square uint8 crops (S, S, 3) of photographs, as each view says, their labels, and which were broken, if any."""
 
-    def __init__(self, part: Part, size: int, broken: str = "stop") -> None:
+    def __init__(self, part: ImageSource, size: int, broken: str = "stop") -> None:
         self.part, self.size, self.tries = part, size, min(len(part), TRIES) if broken == "skip" else 1
 
     def __getitem__(self, view: View) -> tuple[Tensor, int, str]:
@@ -422,7 +424,7 @@ class _Views(Dataset[tuple[Tensor, int, str]]):
 class _Wholes(Dataset[tuple[list[Tensor], int]]):
     """Photographs as uint8 (V, H, W, 3) at several shorter sides: whole, or corners and center of size `crop`."""
 
-    def __init__(self, part: Part, sides: list[int], crop: int | None) -> None:
+    def __init__(self, part: ImageSource, sides: list[int], crop: int | None) -> None:
         self.part, self.sides, self.crop = part, sides, crop
 
     def __getitem__(self, index: int) -> tuple[list[Tensor], int]:
@@ -452,7 +454,14 @@ class _RandomViews(Sampler[list[View]]):
     """Endless training batches of views of `part`, or the `share` of each, with a random scale or area and place."""
 
     def __init__(
-        self, seed: int, start: int, batch_size: int, size: int, augment: dict[str, Any], part: Part, share: slice
+        self,
+        seed: int,
+        start: int,
+        batch_size: int,
+        size: int,
+        augment: dict[str, Any],
+        part: ImageSource,
+        share: slice,
     ) -> None:
         self.seed, self.start, self.batch_size, self.size = seed, start, batch_size, size
         self.augment, self.count, self.blocks, self.share = augment, len(part), part.blocks, share

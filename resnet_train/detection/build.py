@@ -9,14 +9,15 @@ from typing import Any
 
 from torch import Tensor
 
-from resnet_train import checkpoint, state_dicts
-from resnet_train.data.transforms import IMAGENET_STD
-from resnet_train.detection.config import DetectConfig
-from resnet_train.detection.models import Detector, Frame, resnet_detector, vgg_detector
+from resnet_train.config.detection import DetectConfig
+from resnet_train.data.augment import IMAGENET_STD
+from resnet_train.detection.model import Detector, DetectorSettings, resnet_detector, vgg_detector
+from resnet_train.engine import checkpoint
 from resnet_train.engine.compute import DTYPES
 from resnet_train.errors import UserError
 from resnet_train.models import imagenet_resnet
-from resnet_train.weights import read_source
+from resnet_train.weights import state_dicts
+from resnet_train.weights.command import read_source
 
 
 @dataclass(frozen=True)
@@ -30,18 +31,18 @@ class Backbone:
     pretrained: str | None  # the net in words; None: random weights
 
 
-def new_detector(config: DetectConfig, classes: int) -> tuple[Detector, Backbone]:
+def build_new(config: DetectConfig, classes: int) -> tuple[Detector, Backbone]:
     """The detector as training begins: around the weights of `init_from`, else around random ones. Raises UserError.
 
     With weights, batch norm stays as they have it (appendix A); random ones could not do without it.
     """
     plain = Backbone("B", "1x1", list(state_dicts.MEAN), list(IMAGENET_STD), None)
     if config.init_from is None:
-        return _assembled(config, plain, classes)
+        return _assemble(config, plain, classes)
     path = Path(config.init_from)
     if config.backbone == "vgg16":
         backbone = dataclasses.replace(plain, pretrained=f"VGG-16 of {path.name}")
-        model, _ = _assembled(config, backbone, classes)
+        model, _ = _assemble(config, backbone, classes)
         _load_vgg(model, path)
         return model, backbone
     source = read_source(path)
@@ -64,7 +65,7 @@ def new_detector(config: DetectConfig, classes: int) -> tuple[Detector, Backbone
         std=list(source.std),
         pretrained=f"{source.name} of {path.name}",
     )
-    model, _ = _assembled(config, backbone, classes)
+    model, _ = _assemble(config, backbone, classes)
     _load_resnet(model, source.model, path)
     return model, backbone
 
@@ -77,16 +78,16 @@ def precision_of(state: dict[str, Any]) -> str:
     return precision
 
 
-def restored_detector(config: DetectConfig, state: dict[str, Any]) -> tuple[Detector, Backbone]:
+def build_like_checkpoint(config: DetectConfig, state: dict[str, Any]) -> tuple[Detector, Backbone]:
     """The detector that a checkpoint's `state` holds, its weights not yet in it. Raises UserError."""
-    with checkpoint.fitting("the checkpoint"):
+    with checkpoint.checkpoint_errors("the checkpoint"):
         backbone, classes = Backbone(**state["detector"]), len(state["classes"])
-        checkpoint.check_net(state["model"], lambda: _assembled(config, backbone, classes)[0], config.depth)
-        return _assembled(config, backbone, classes)
+        checkpoint.check_net(state["model"], lambda: _assemble(config, backbone, classes)[0], config.depth)
+        return _assemble(config, backbone, classes)
 
 
-def _assembled(config: DetectConfig, backbone: Backbone, classes: int) -> tuple[Detector, Backbone]:
-    frame = Frame(
+def _assemble(config: DetectConfig, backbone: Backbone, classes: int) -> tuple[Detector, Backbone]:
+    frame = DetectorSettings(
         anchors=config.anchors,
         proposals=config.proposals,
         regions=config.regions,
@@ -106,7 +107,7 @@ def _assembled(config: DetectConfig, backbone: Backbone, classes: int) -> tuple[
 
 def _load_resnet(model: Detector, weights: dict[str, Tensor], path: Path) -> None:
     """Put the weights of a net, but for its classifier, where the detector has them."""
-    with checkpoint.fitting(f"init_from={path}"):
+    with checkpoint.checkpoint_errors(f"init_from={path}"):
         places = [model.backbone, *([] if hasattr(model.backbone, "layer4") else [model.roi_heads.box_head])]
         for place in places:
             own = {name for name in place.state_dict() if not name.startswith("fpn.")}
@@ -118,6 +119,6 @@ def _load_vgg(model: Detector, path: Path) -> None:
     weights = state_dicts.tensors(state_dicts.read(path), path)
     if "features.0.weight" not in weights or "features.1.running_mean" in weights:
         raise UserError(f"init_from={path}: is not torchvision's vgg16 (features.0.weight, …, classifier.6.bias)")
-    with checkpoint.fitting(f"init_from={path}"):
+    with checkpoint.checkpoint_errors(f"init_from={path}"):
         for place in (model.backbone, model.roi_heads.box_head):
             place.load_state_dict({name: weights[name] for name in place.state_dict()})

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from resnet_train.config.detection_layout import list_file, lists_of
+from resnet_train.config.layout import is_image
 from resnet_train.data.images import LARGEST_IMAGE, ImageError, image_size, read_image
-from resnet_train.data.places import is_image
-from resnet_train.detection.places import list_file, lists_of
 from resnet_train.errors import UserError, nearest
 from resnet_train.files import open_regular, read_regular
 

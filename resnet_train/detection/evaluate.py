@@ -11,21 +11,21 @@ from torch import Tensor
 from torchvision.ops import clip_boxes_to_image
 from tqdm import tqdm
 
-from resnet_train.detection.batches import test_images
+from resnet_train.classification.evaluate import eval_mode
 from resnet_train.detection.data import Example
+from resnet_train.detection.loader import test_images
 from resnet_train.detection.metrics import coco_map, voc_map
-from resnet_train.detection.models import Detector
-from resnet_train.distributed import from_main, main, rank, world
+from resnet_train.detection.model import Detector
 from resnet_train.engine.compute import autocast
+from resnet_train.engine.distributed import is_main, on_rank_zero, rank, world_size
 from resnet_train.errors import UserError
-from resnet_train.evaluate import testing
 
 Found = dict[str, Tensor]  # boxes (n, 4) in pixels of the image, labels from 1, scores
 
 
 def detections(model: Detector, images: Iterable[Tensor], precision: str) -> Iterator[Found]:
     """What `model` finds in each image, (3, H, W) uint8 on its device; on the CPU."""
-    with testing(model):
+    with eval_mode(model):
         for image in images:
             with autocast(image.device, precision):
                 (found,) = model([image.float() / 255])
@@ -53,18 +53,18 @@ def evaluate(
 
     Of several processes each takes every so-manieth image, and all get the same figures, those of one process.
     """
-    mine = examples[rank() :: world()]
+    mine = examples[rank() :: world_size()]
     images = test_images(mine, workers=workers, device=device)
-    bar = tqdm(images, total=len(mine), desc="test", unit="image", leave=False, disable=None if main() else True)
+    bar = tqdm(images, total=len(mine), desc="test", unit="image", leave=False, disable=None if is_main() else True)
     found = list(detections(model, bar, precision))
     shares: list[list[Found]] = [found]
-    if world() > 1:
-        shares = [[] for _ in range(world())]
+    if world_size() > 1:
+        shares = [[] for _ in range(world_size())]
         dist.all_gather_object(shares, found)
     whole: list[Found] = [{} for _ in examples]
     for start, share in enumerate(shares):
-        whole[start :: world()] = share
-    return from_main(lambda: _measured(examples, whole, classes, category_ids)), found
+        whole[start :: world_size()] = share
+    return on_rank_zero(lambda: _measured(examples, whole, classes, category_ids)), found
 
 
 def _measured(

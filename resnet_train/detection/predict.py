@@ -8,13 +8,13 @@ from typing import Any
 
 from PIL import Image
 
-from resnet_train import checkpoint
+from resnet_train.config.detection import PredictConfig, config_from_checkpoint
 from resnet_train.data.images import read_image
-from resnet_train.detection.build import precision_of, restored_detector
-from resnet_train.detection.config import PredictConfig, restored
+from resnet_train.detection.build import build_like_checkpoint, precision_of
+from resnet_train.detection.draw import draw_detections
 from resnet_train.detection.evaluate import check_shape, detections
-from resnet_train.detection.pictures import drawn
-from resnet_train.engine.compute import pick_device, placed
+from resnet_train.engine import checkpoint
+from resnet_train.engine.compute import pick_device, to_device
 from resnet_train.files import expand, write_result, write_whole
 from resnet_train.terminal import say
 
@@ -23,12 +23,12 @@ def predict(asked: PredictConfig, images: list[str]) -> None:
     """Print what is found in each image, draw it, and write it as JSON. Raises UserError for a broken image."""
     device, path, out = pick_device(asked.device), expand(asked.checkpoint), expand(asked.out)
     state = checkpoint.load(path, detector=True)
-    config, classes = restored(state["config"]), state["classes"]
-    model, _ = restored_detector(config, state)
-    with checkpoint.fitting(path):
+    config, classes = config_from_checkpoint(state["config"]), state["classes"]
+    model, _ = build_like_checkpoint(config, state)
+    with checkpoint.checkpoint_errors(path):
         precision = precision_of(state)
         model.load_state_dict(state["model"])
-    model = placed(model, device, "fp32")
+    model = to_device(model, device, "fp32")
     told = []
     for name in images:
         image = read_image(expand(name))
@@ -46,7 +46,7 @@ def predict(asked: PredictConfig, images: list[str]) -> None:
         ]
         picture = out / f"{Path(name).stem}.png"
         png = io.BytesIO()
-        Image.fromarray(drawn(image, found, classes, asked.score).permute(1, 2, 0).numpy()).save(png, "PNG")
+        Image.fromarray(draw_detections(image, found, classes, asked.score).permute(1, 2, 0).numpy()).save(png, "PNG")
         write_whole(picture, png.getvalue())
         told.append({"image": name, "picture": str(picture), "found": rows})
         say(f"{name}: {len(rows)} found, {picture}")

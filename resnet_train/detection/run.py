@@ -7,16 +7,16 @@ from typing import Any
 
 import torch
 
-from resnet_train import checkpoint
-from resnet_train.config.training import check_dealt
+from resnet_train.config.detection import DetectConfig
+from resnet_train.config.train import check_divisible
 from resnet_train.data.sampler import generator
-from resnet_train.detection.build import new_detector, precision_of, restored_detector
-from resnet_train.detection.config import DetectConfig
+from resnet_train.detection.build import build_like_checkpoint, build_new, precision_of
 from resnet_train.detection.data import Examples, read_coco, read_voc
 from resnet_train.detection.evaluate import check_shape
 from resnet_train.detection.train import LOSSES, DetectionTask
-from resnet_train.distributed import together, world
-from resnet_train.engine.compute import pick_precision, placed, sgd
+from resnet_train.engine import checkpoint
+from resnet_train.engine.compute import pick_precision, sgd, to_device
+from resnet_train.engine.distributed import raise_on_all_ranks, world_size
 from resnet_train.engine.run import run
 
 
@@ -27,8 +27,8 @@ def detect(config: DetectConfig, directory: Path) -> int:
 
 def open_data(config: DetectConfig) -> Examples:
     """The pictures and boxes that the configuration names. Raises UserError."""
-    together(lambda: check_dealt(config.batch_size, world()))
-    return together(lambda: read_examples(config))
+    raise_on_all_ranks(lambda: check_divisible(config.batch_size, world_size()))
+    return raise_on_all_ranks(lambda: read_examples(config))
 
 
 def read_examples(config: DetectConfig) -> Examples:
@@ -52,12 +52,12 @@ def build(
     precision = pick_precision(config.precision, device)
     torch.manual_seed(generator(config.seed, "initialisation", 0).initial_seed())
     if state is not None:
-        model, backbone = restored_detector(config, state)
-        with checkpoint.fitting("the checkpoint to go on from"):
+        model, backbone = build_like_checkpoint(config, state)
+        with checkpoint.checkpoint_errors("the checkpoint to go on from"):
             precision = precision_of(state)
     else:
-        model, backbone = new_detector(config, len(examples.classes))
-    model = placed(model, device, precision)
+        model, backbone = build_new(config, len(examples.classes))
+    model = to_device(model, device, precision)
     trained = {"params": [p for p in model.parameters() if p.requires_grad], "weight_decay": config.weight_decay}
     task = DetectionTask(
         config=config,
@@ -69,9 +69,9 @@ def build(
         net=model,
         optimizer=sgd([trained], lr=config.lr, momentum=config.momentum, precision=precision),
         scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
-        losses=torch.zeros(world(), len(LOSSES), dtype=torch.float64, device=device),
+        losses=torch.zeros(world_size(), len(LOSSES), dtype=torch.float64, device=device),
     )
     if state is not None:
-        with checkpoint.fitting("the checkpoint to go on from"):
+        with checkpoint.checkpoint_errors("the checkpoint to go on from"):
             task.load(state)
     return task

@@ -12,22 +12,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from resnet_train import curves, schedule
-from resnet_train.batchnorm import update_statistics
-from resnet_train.config.runs import INDIFFERENT
+from resnet_train.config.detection import DetectConfig
+from resnet_train.config.run_dir import INDIFFERENT
 from resnet_train.data.sampler import generator
-from resnet_train.detection.batches import training_batches
 from resnet_train.detection.build import Backbone
-from resnet_train.detection.config import DetectConfig
 from resnet_train.detection.data import Examples, load
+from resnet_train.detection.draw import draw_detections
 from resnet_train.detection.evaluate import evaluate
-from resnet_train.detection.models import Detector
-from resnet_train.detection.pictures import drawn
-from resnet_train.distributed import main, rank, total, world
-from resnet_train.engine.compute import autocast, parallel
+from resnet_train.detection.loader import training_batches
+from resnet_train.detection.model import Detector
+from resnet_train.engine import schedule
+from resnet_train.engine.compute import autocast, wrap_ddp
+from resnet_train.engine.distributed import all_reduce_sum, is_main, rank, world_size
 from resnet_train.engine.sums import restore_rank_sums
 from resnet_train.engine.task import Point
+from resnet_train.models.batchnorm import update_statistics
 from resnet_train.models.resnet import parameters
+from resnet_train.report import curves
 
 LOSSES = ("loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg")  # torchvision's names
 PICTURES = 4  # test images that TensorBoard shows with what was found in them
@@ -115,7 +116,7 @@ class DetectionTask:
                 )
             return torch.stack([losses[name].float() for name in LOSSES]).sum()
 
-        self.net = parallel(self.model, first)
+        self.net = wrap_ddp(self.model, first)
 
     def batches(self) -> Iterator[tuple[list[Tensor], list[dict[str, Tensor]]]]:
         """This process's part of the training batches that are left."""
@@ -127,7 +128,7 @@ class DetectionTask:
             workers=self.config.data.workers,
             device=self.device,
             rank=rank(),
-            world=world(),
+            world=world_size(),
         )
 
     def learning_rate(self) -> float:
@@ -141,13 +142,13 @@ class DetectionTask:
     def train_point(self) -> dict[str, Any]:
         """The mean losses since the last point."""
         steps = (self.iteration - 1) % self.config.log_every + 1
-        means = (total(self.losses.clone()).sum(0) / (world() * steps)).tolist()
+        means = (all_reduce_sum(self.losses.clone()).sum(0) / (world_size() * steps)).tolist()
         self.losses.zero_()
         return {"loss": sum(means), **dict(zip(LOSSES, means, strict=True))}
 
     def _share_statistics(self) -> None:
         """Where batch norm is trained, each process has averages of its own images: take the first's."""
-        if world() > 1 and self.backbone.pretrained is None:
+        if world_size() > 1 and self.backbone.pretrained is None:
             for buffer in self.model.buffers():
                 dist.broadcast(buffer, 0)
 
@@ -165,8 +166,10 @@ class DetectionTask:
             workers=self.config.data.workers,
         )
         values = {name: value for name, value in self.measured.items() if isinstance(value, (int, float))}
-        shown = list(zip(examples.test[:: world()], found, strict=False))[:PICTURES] if main() else []
-        images = [(example.name, drawn(load(example), boxes, examples.classes, 0.5)) for example, boxes in shown]
+        shown = list(zip(examples.test[:: world_size()], found, strict=False))[:PICTURES] if is_main() else []
+        images = [
+            (example.name, draw_detections(load(example), boxes, examples.classes, 0.5)) for example, boxes in shown
+        ]
         yield Point("test", values | {"images": len(examples.test), "protocol": PROTOCOL}, images)
 
     def hyper_parameters(self) -> dict[str, str | bool | int | float]:
@@ -191,7 +194,7 @@ class DetectionTask:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "sums": total(self.losses.clone()).cpu(),
+            "sums": all_reduce_sum(self.losses.clone()).cpu(),
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -227,9 +230,11 @@ class DetectionTask:
     def describe_changes(self, state: dict[str, Any]) -> list[str]:
         """Whether the checkpoint `state` was written by another number of processes."""
         before = state["config"].get("devices")
-        if before == world():
+        if before == world_size():
             return []
-        return [f"note: begun on {before} devices; on {world()} other regions are sampled than there would have been"]
+        return [
+            f"note: begun on {before} devices; on {world_size()} other regions are sampled than there would have been"
+        ]
 
     def summary(self, metrics: list[dict[str, Any]]) -> dict[str, Any]:
         """What summary.json says of the finished run."""

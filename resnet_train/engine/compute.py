@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from resnet_train.allocator import keep_freed_memory
-from resnet_train.distributed import local_rank
+from resnet_train.engine.allocator import keep_freed_memory
+from resnet_train.engine.distributed import local_rank
 from resnet_train.errors import UserError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -52,7 +52,7 @@ def _cpu_has_bf16() -> bool:
 Net = TypeVar("Net", bound=nn.Module)
 
 
-def placed(model: Net, device: torch.device, precision: str) -> Net:
+def to_device(model: Net, device: torch.device, precision: str) -> Net:
     """`model` on `device`, channels last, its weights in float32, or in float64 for fp64."""
     dtype = torch.float64 if precision == "fp64" else torch.float32
     return model.to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -78,7 +78,7 @@ def check_synchronised(device: torch.device) -> None:
         raise UserError("bn_images=all: PyTorch's synchronised batch norm needs GPUs; take a number of images")
 
 
-def parallel(model: nn.Module, first: Callable[[nn.Module], Tensor]) -> nn.Module:
+def wrap_ddp(model: nn.Module, first: Callable[[nn.Module], Tensor]) -> nn.Module:
     """`model` with its gradients averaged over all processes; each keeps its own buffers.
 
     `first` is a first pass that nothing comes of: it gives a number to go backward from.

@@ -16,7 +16,7 @@ import torch
 import torchvision
 
 from resnet_train import __version__
-from resnet_train.distributed import world
+from resnet_train.engine.distributed import world_size
 
 
 def environment_of(command: str, device: torch.device, digest: str) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def environment_of(command: str, device: torch.device, digest: str) -> dict[str,
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "git_commit": git_commit(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
-        "processes": world(),
+        "processes": world_size(),
         "threads": torch.get_num_threads(),
         "launch": os.environ.get("TORCHELASTIC_RUN_ID"),
         "digest": digest,

@@ -14,16 +14,18 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from resnet_train import checkpoint
-from resnet_train.distributed import from_main, shared, total, world
+from resnet_train.engine import checkpoint
+from resnet_train.engine.distributed import all_reduce_sum, for_all_ranks, on_rank_zero, world_size
+from resnet_train.engine.logger import MetricsLogger, message
 from resnet_train.engine.task import Task
 from resnet_train.errors import PARENT, SIGNALS, RunError, leave_terminal
-from resnet_train.record import Record, message
 
 T = TypeVar("T")
 
 
-def loop(task: Task, directory: Path, record: Record, clock: Clock, stop: Stop, saved_at: int | None = None) -> None:
+def loop(
+    task: Task, directory: Path, record: MetricsLogger, clock: Clock, stop: Stop, saved_at: int | None = None
+) -> None:
     """All iterations that are left, or those until a signal; leaves a checkpoint of the last one in either case.
 
     `saved_at` is the iteration of the checkpoint that is there already. Raises RunError for a loss or a weight that is
@@ -35,7 +37,7 @@ def loop(task: Task, directory: Path, record: Record, clock: Clock, stop: Stop, 
         lr = task.learning_rate()
         task.step(batch, lr)
         record.bar.update()
-        if task.compiled and world() == 1 and task.iteration == first:
+        if task.compiled and world_size() == 1 and task.iteration == first:
             message(f"compiled in {time.perf_counter() - clock.mark:.0f} s")
 
         last = task.iteration == config.iterations
@@ -50,7 +52,7 @@ def loop(task: Task, directory: Path, record: Record, clock: Clock, stop: Stop, 
         save(task, directory, record, clock)
 
 
-def log_training(task: Task, directory: Path, record: Record, clock: Clock, lr: float) -> None:
+def log_training(task: Task, directory: Path, record: MetricsLogger, clock: Clock, lr: float) -> None:
     """A point of the training curve."""
     check_finite(task, directory)
     values = task.train_point()
@@ -68,7 +70,7 @@ def log_training(task: Task, directory: Path, record: Record, clock: Clock, lr: 
     clock.restart(task.iteration)
 
 
-def log_evaluation(task: Task, directory: Path, record: Record, clock: Clock) -> None:
+def log_evaluation(task: Task, directory: Path, record: MetricsLogger, clock: Clock) -> None:
     """A point of each other curve; keeps the best checkpoint, by the validation error alone, and the final figures."""
     clock.lap(training=True)
     for point in task.evaluate():
@@ -77,13 +79,13 @@ def log_evaluation(task: Task, directory: Path, record: Record, clock: Clock) ->
             record.picture(task.iteration, name, image)
         if point.split == "val" and task.best_at == task.iteration:
             check_finite(task, directory)
-            from_main(functools.partial(checkpoint.save, directory / "checkpoints" / "best.pt", task.state()))
+            on_rank_zero(functools.partial(checkpoint.save, directory / "checkpoints" / "best.pt", task.state()))
         if point.split == "test" and task.iteration == task.config.iterations:
             record.hyper_parameters(task.iteration, task.hyper_parameters(), point.values)
     clock.lap(training=False)
 
 
-def save(task: Task, directory: Path, record: Record, clock: Clock) -> None:
+def save(task: Task, directory: Path, record: MetricsLogger, clock: Clock) -> None:
     """Write last.pt (the one before becomes previous.pt) and, where asked, the checkpoint to keep for good."""
     clock.lap(training=True)
     check_finite(task, directory)
@@ -95,7 +97,7 @@ def save(task: Task, directory: Path, record: Record, clock: Clock) -> None:
             checkpoint.save(folder / f"iteration-{task.iteration:07d}.pt", state)
         checkpoint.save(folder / "last.pt", state, keep_as=folder / "previous.pt")
 
-    from_main(write)
+    on_rank_zero(write)
     clock.lap(training=False)
 
 
@@ -105,9 +107,9 @@ def _is_kept(task: Task) -> bool:
 
 def check_finite(task: Task, directory: Path) -> None:
     """Raise RunError if a loss since the last logged point or a weight is not finite, in any process."""
-    if total(count_not_finite(task.losses, task.model)):
+    if all_reduce_sum(count_not_finite(task.losses, task.model)):
         kept = (directory / "checkpoints" / "last.pt").exists()
-        raise shared(
+        raise for_all_ranks(
             RunError(
                 f"the loss is not finite at iteration {task.iteration} or shortly before;"
                 + (f" {directory}/checkpoints holds the last good state;" if kept else "")
@@ -151,7 +153,7 @@ class Stop:
         """
         if self.parent not in (None, os.getppid()):
             self.signal = self.signal or signal.SIGTERM
-        if world() == 1:
+        if world_size() == 1:
             return self.signal != 0
         if self.asked is not None:
             work, answer = self.asked

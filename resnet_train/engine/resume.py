@@ -11,12 +11,12 @@ from typing import Any, Literal
 
 from torch import nn
 
-from resnet_train import checkpoint
-from resnet_train.config.runs import check_same_data, check_same_run, run_state
+from resnet_train.config.run_dir import check_same_data, check_same_run, run_state
+from resnet_train.engine import checkpoint
 from resnet_train.engine.environment import environment_of
 from resnet_train.engine.task import Task, TaskConfig
 from resnet_train.errors import UserError
-from resnet_train.files import claimed, expand, nearest_existing, read_object, write_json
+from resnet_train.files import expand, lock_directory, nearest_existing, read_object, write_json
 from resnet_train.terminal import say
 
 
@@ -36,7 +36,7 @@ def claim_run(
     auto = config.resume == "auto"
     state = None if auto else _resume_state(config, directory, digest, detector)  # before a directory is made
     # Workers of a killed run hold on to it for some seconds.
-    held.enter_context(claimed(directory, "run_dir", "training", patience=20))
+    held.enter_context(lock_directory(directory, "run_dir", "training", patience=20))
     if run_state(directory) == "finished":
         raise UserError(f"run_dir={directory}: another process has finished the run there")
     if auto:  # only now: until they let go of the directory, workers of a killed run write there

@@ -14,16 +14,23 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from resnet_train.distributed import from_main, joined, main, together, total, world
 from resnet_train.engine.compute import pick_device
+from resnet_train.engine.distributed import (
+    all_reduce_sum,
+    is_main,
+    on_rank_zero,
+    process_group,
+    raise_on_all_ranks,
+    world_size,
+)
 from resnet_train.engine.environment import peak_memory
+from resnet_train.engine.logger import MetricsLogger
 from resnet_train.engine.loop import Clock, Stop, log_evaluation, loop
 from resnet_train.engine.metrics import read_metrics
 from resnet_train.engine.resume import before_restart, begin_run, claim_run
 from resnet_train.engine.task import Task, TaskConfig
-from resnet_train.errors import UserError, of_a_peer
+from resnet_train.errors import UserError, is_peer_failure
 from resnet_train.files import write_json
-from resnet_train.record import Record
 from resnet_train.terminal import say
 
 
@@ -53,28 +60,28 @@ def run(
     RunError. Several processes do this together, and the first alone writes and prints.
     """
     device = pick_device(config.device)
-    with joined(device, config.timeout), contextlib.ExitStack() as held:
-        restarts = int(total(torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))))
-        before = from_main(lambda: before_restart(directory, restarts))
+    with process_group(device, config.timeout), contextlib.ExitStack() as held:
+        restarts = int(all_reduce_sum(torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))))
+        before = on_rank_zero(lambda: before_restart(directory, restarts))
         if before == "finished":  # a process died after all was done
             return 0
         resume = config.resume if before == "new" else "auto"
-        config = dataclasses.replace(config, devices=world(), resume=resume)  # type: ignore[type-var]
+        config = dataclasses.replace(config, devices=world_size(), resume=resume)  # type: ignore[type-var]
         data = open_data(config)
-        state = from_main(lambda: claim_run(config, directory, data.digest, held, detector))
+        state = on_rank_zero(lambda: claim_run(config, directory, data.digest, held, detector))
         try:
-            task = together(lambda: build(config, data, device, state))
-            environment = from_main(lambda: begin_run(task, directory, state, command, data.digest))
+            task = raise_on_all_ranks(lambda: build(config, data, device, state))
+            environment = on_rank_zero(lambda: begin_run(task, directory, state, command, data.digest))
         except UserError:
             with contextlib.suppress(OSError):  # nothing is in it, if it was made for this run
                 directory.rmdir()
             raise
-        if world() > 1:
+        if world_size() > 1:
             task.wrap_ddp()
         _announce(task, directory, state)
         stop, start = Stop(), task.iteration
         names = {"data": task.label, "seed": config.seed}
-        record = Record(directory if main() else None, names, start, config.iterations)
+        record = MetricsLogger(directory if is_main() else None, names, start, config.iterations)
         clock = Clock(start, record.seconds)
         if task.reference is not None:
             record.reference(task.reference, config.iterations)
@@ -83,18 +90,18 @@ def run(
                 loop(task, directory, record, clock, stop, None if state is None else start)
                 if task.iteration < config.iterations:
                     return _stopped(task, stop)
-                if from_main(lambda: record.lacks(task.iteration, *task.splits)):
+                if on_rank_zero(lambda: record.lacks(task.iteration, *task.splits)):
                     log_evaluation(task, directory, record, clock)  # it was measured, and the record was lost
-            from_main(lambda: _summarise(task, directory, clock, environment))
+            on_rank_zero(lambda: _summarise(task, directory, clock, environment))
             return 0
         except RuntimeError as error:
             # Another has died, and the launcher, which names it, ends this one.
-            if world() > 1 and stop.signal and of_a_peer(error):
+            if world_size() > 1 and stop.signal and is_peer_failure(error):
                 sys.exit(1)
             if not (stop.signal and _of_the_compiler(error)):
                 raise
             # The signal was for the compiler's own processes as well. Nothing has come of this iteration.
-            if main():
+            if is_main():
                 begun = (directory / "checkpoints" / "last.pt").exists()
                 how = "goes on from the last checkpoint" if begun else "begins again"
                 say(f"stopped after iteration {task.iteration}, while compiling; the same command {how}")
@@ -102,7 +109,7 @@ def run(
 
 
 def _announce(task: Task, directory: Path, state: dict[str, Any] | None) -> None:
-    if not main():
+    if not is_main():
         return
     first, *more = task.describe()
     say(f"{first}; {directory}")
@@ -119,7 +126,7 @@ def _announce(task: Task, directory: Path, state: dict[str, Any] | None) -> None
 
 def _stopped(task: Task, stop: Stop) -> int:
     """The exit code of a run that a signal has stopped, which is told."""
-    if main():
+    if is_main():
         how = "the same command" if task.config.resume == "auto" else "the same command with resume=auto"
         say(f"stopped at iteration {task.iteration}, checkpoint written; {how} goes on from there")
     return 128 + stop.signal

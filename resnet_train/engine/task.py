@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from resnet_train.config.runs import RunConfig
+from resnet_train.config.run_dir import RunConfig
 
 
 class TaskConfig(RunConfig, Protocol):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from resnet_train.batchnorm import BatchNorm2d, uncounted
+from resnet_train.models.batchnorm import BatchNorm2d, preserve_statistics
 
 # Table 1: the kind of block and the number of blocks in each stage.
 IMAGENET = {
@@ -256,7 +256,7 @@ def _full_precision(device_type: str) -> AbstractContextManager[Any]:
 
 def _first_and_again(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """The contexts of a block's forward pass and of the same computed again: statistics are gathered in the first."""
-    return nullcontext(), uncounted(block)
+    return nullcontext(), preserve_statistics(block)
 
 
 def parameters(model: nn.Module) -> int:

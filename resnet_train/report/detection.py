@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from resnet_train import paper
-from resnet_train.curves import OTHERS, plain_matplotlib
 from resnet_train.files import read_if_object, read_object
+from resnet_train.report.curves import OTHERS, plain_matplotlib
 from resnet_train.report.figures import Picture
 from resnet_train.report.page import Section
 from resnet_train.report.runs import Begun

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from resnet_train import curves
-from resnet_train.curves import Point, colour, edges, interval_means, plain_matplotlib
+from resnet_train.report import curves
+from resnet_train.report.curves import Point, colour, edges, interval_means, plain_matplotlib
 from resnet_train.report.runs import Run, by_net, mean_and_std
 
 AXES = {"cifar": (0.0, 20.0), "imagenet": (20.0, 60.0)}  # the paper's, in %

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from resnet_train.curves import colour, edges, interval_means
+from resnet_train.report.curves import colour, edges, interval_means
 from resnet_train.report.figures import Picture, axis_limits, thinned
 from resnet_train.report.runs import Run
 from resnet_train.report.tables import NOTHING, Table

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from resnet_train import paper
-from resnet_train.curves import Point
 from resnet_train.errors import UserError
 from resnet_train.files import read_if_object, read_object
+from resnet_train.report.curves import Point
 from resnet_train.report.values import (
     escape_and_clip,
     metrics_in,

@@ -32,7 +32,7 @@ RATIOS = (0.5, 1.0, 2.0)  # of an anchor's height to its width
 NMS = 0.3  # Fast R-CNN's threshold of overlap among the detections of a class
 
 
-class Shared(nn.Module):
+class C4Backbone(nn.Module):
     """conv1 to conv4_x: images (N, 3, H, W) to (N, C, H/16, W/16), in float32, which coordinates need."""
 
     def __init__(self, net: ResNet) -> None:
@@ -46,7 +46,7 @@ class Shared(nn.Module):
         return self.layer3(self.layer2(self.layer1(x))).float()
 
 
-class PerRegion(nn.Module):
+class RoIHead(nn.Module):
     """conv5_x and global average pooling: regions (K, C, 14, 14) to (K, 2C)."""
 
     def __init__(self, net: ResNet) -> None:
@@ -155,7 +155,7 @@ class Detector(FasterRCNN):
 
 
 @dataclass(frozen=True)
-class Frame:
+class DetectorSettings:
     """What is the same around every backbone.
 
     `anchors`: the sides of square anchors, in pixels of the resized image; a pyramid takes one of five for each level.
@@ -173,7 +173,7 @@ class Frame:
     std: Sequence[float]
 
 
-def resnet_detector(net: ResNet, classes: int, frame: Frame, *, pyramid: bool = False) -> Detector:
+def resnet_detector(net: ResNet, classes: int, frame: DetectorSettings, *, pyramid: bool = False) -> Detector:
     """Faster R-CNN around the convolutions of `net`, an ImageNet net whose classifier is left out.
 
     `classes`: without the background. Raises ValueError for a CIFAR net, and for other than five anchors of a pyramid.
@@ -182,14 +182,14 @@ def resnet_detector(net: ResNet, classes: int, frame: Frame, *, pyramid: bool = 
         raise ValueError("a CIFAR net has no conv5_x; take an ImageNet net")
     if not pyramid:
         pool = Pool(14, 1 / STRIDE)
-        return _detector(Shared(net), pool, PerRegion(net), _channels(net, "layer4"), classes, frame)
+        return _detector(C4Backbone(net), pool, RoIHead(net), _channels(net, "layer4"), classes, frame)
     if len(frame.anchors) != 5:
         raise ValueError(f"a pyramid has five levels, and takes so many anchors, not {len(frame.anchors)}")
     align = MultiScaleRoIAlign(featmap_names=["0", "1", "2", "3"], output_size=7, sampling_ratio=2)
     return _detector(Pyramid(net), align, TwoMLPHead(PYRAMID * 7 * 7, 1024), 1024, classes, frame)
 
 
-def vgg_detector(classes: int, frame: Frame) -> Detector:
+def vgg_detector(classes: int, frame: DetectorSettings) -> Detector:
     """The baseline: the same frame around VGG-16 (Ren et al. 2015), initialised from torch's random state.
 
     Its names are torchvision's: `backbone.features.0.weight`, …, `roi_heads.box_head.classifier.3.bias`.
@@ -198,7 +198,9 @@ def vgg_detector(classes: int, frame: Frame) -> Detector:
     return _detector(SharedVGG(net.features), Pool(7, 1 / STRIDE), PerRegionVGG(net.classifier), 4096, classes, frame)
 
 
-def _detector(shared: Any, pool: nn.Module, head: nn.Module, width: int, classes: int, frame: Frame) -> Detector:
+def _detector(
+    shared: Any, pool: nn.Module, head: nn.Module, width: int, classes: int, frame: DetectorSettings
+) -> Detector:
     """The numbers of proposals are Faster R-CNN's (Ren et al. 2015, section 3.3), sampling is torchvision's."""
     levels = [(side,) for side in frame.anchors] if isinstance(shared, Pyramid) else [tuple(frame.anchors)]
     anchors = AnchorGenerator(tuple(levels), (RATIOS,) * len(levels))

@@ -17,19 +17,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnet_train import checkpoint, paper
-from resnet_train.build import logits_of, open_sets, pick_eval_batch, restored_net
+from resnet_train import paper
+from resnet_train.classification.evaluate import Member, eval_mode, with_data
+from resnet_train.classification.load import compute_logits, load_model, open_dataset, pick_eval_batch
 from resnet_train.config.commands import ResponsesConfig
-from resnet_train.config.training import restored
-from resnet_train.data.sets import MemorySets
+from resnet_train.config.train import config_from_checkpoint
+from resnet_train.data.sets import MemoryDataset
+from resnet_train.engine import checkpoint
 from resnet_train.engine.compute import pick_device
 from resnet_train.errors import UserError
-from resnet_train.evaluate import Member, testing, with_data
 from resnet_train.files import expand, put
 from resnet_train.models.resnet import ResNet
 from resnet_train.report import figures
 from resnet_train.terminal import say
-from resnet_train.weights import load
+from resnet_train.weights.command import load
 
 
 def layers(model: ResNet) -> dict[str, nn.Module]:
@@ -91,10 +92,10 @@ def response_stds(
     `batches` are images (N, 3, H, W) and labels (N,), -1 for what fills the last batch up. In evaluation mode.
     """
     left, real = images, 0
-    with testing(model), measured(model, lambda: real) as moments:
+    with eval_mode(model), measured(model, lambda: real) as moments:
         for batch, labels in batches:
             real = min(left, int((labels >= 0).sum()))
-            logits_of(model, batch, precision)
+            compute_logits(model, batch, precision)
             left -= real
             if not left:
                 break
@@ -136,7 +137,7 @@ def gradient_norms(
     squares, count = torch.zeros(2, len(norms), dtype=torch.float64), 0
     for images, labels in batches:
         seen.clear()
-        loss = F.cross_entropy(logits_of(model, images, precision), labels)
+        loss = F.cross_entropy(compute_logits(model, images, precision), labels)
         gradients = torch.autograd.grad(loss, [*seen, *weights])
         found = torch.stack([gradient.double().square().sum() for gradient in gradients]).view(2, -1).cpu()
         found[0] *= len(images)  # N^2 for a sum in place of the mean, over N images
@@ -221,7 +222,7 @@ def _opened(name: str, asked: ResponsesConfig) -> Member:
     """A checkpoint and its configuration, on the data that was asked for. Raises UserError for an ImageNet net."""
     path = expand(name)
     state = load(path)
-    config = restored(state["config"])
+    config = config_from_checkpoint(state["config"])
     if config.data.family != "cifar":
         raise UserError(f"checkpoint={name}: holds {config.net} for ImageNet; figure 7 is about CIFAR nets")
     return Member(path, with_data(config, asked.data), state)
@@ -229,15 +230,15 @@ def _opened(name: str, asked: ResponsesConfig) -> Member:
 
 def _measure(member: Member, asked: ResponsesConfig, device: torch.device) -> Signals:
     config, state = member.config, member.state
-    sets = open_sets(config)
-    assert isinstance(sets, MemorySets)
-    model, mean, precision, _ = restored_net(member.path, config, state, sets.classes, device)
+    sets = open_dataset(config)
+    assert isinstance(sets, MemoryDataset)
+    model, mean, precision, _ = load_model(member.path, config, state, sets.classes, device)
     size = sets.sizes[asked.split]
     if asked.images > size:
         raise UserError(f"images={asked.images}: {sets.label} {asked.split} has {size}; take fewer")
     batches = sets.eval_batches(asked.split, mean, device, min(pick_eval_batch(config, device), asked.images))
     stds = response_stds(model, batches, asked.images, precision)
-    with checkpoint.fitting(member.path):
+    with checkpoint.checkpoint_errors(member.path):
         batch = min(int(state["measure"]["bn_images"]), asked.images)  # the statistics are as in training
         if batch < 1:
             raise ValueError(f"bn_images {batch}")

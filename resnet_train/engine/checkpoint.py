@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resnet_train.errors import RunError, UserError, of_the_machine, remedy
+from resnet_train.errors import RunError, UserError, from_machine_error, remedy
 from resnet_train.terminal import say
 
 FORMAT = 1
@@ -98,7 +98,7 @@ def read(path: Path) -> Any:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     except Exception as error:  # the readers fail in many ways on what torch has not written
-        if of_the_machine(error):
+        if from_machine_error(error):
             raise
         raise UserError(f"{path}: is cut short or not a checkpoint") from error
 
@@ -184,12 +184,12 @@ def wrong_part(state: Mapping[str, Any], parts: Mapping[str, type]) -> str | Non
 
 
 @contextlib.contextmanager
-def fitting(name: Path | str) -> Iterator[None]:
+def checkpoint_errors(name: Path | str) -> Iterator[None]:
     """Make a UserError of what the reading of a checkpoint raises whose parts are not those of the net."""
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        if of_the_machine(error):
+        if from_machine_error(error):
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{name}: holds other things than a checkpoint of this net must ({reason})") from error

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from resnet_train.config.keys import as_list, flat, shown, typed
+from resnet_train.config.detection_layout import list_file, lists_of
 from resnet_train.config.paths import check_checkpoints, check_file, check_folder, check_paths
-from resnet_train.config.runs import FREE_KEYS, plain_word, run_name
-from resnet_train.config.training import check_dealt, check_depth
-from resnet_train.detection.places import list_file, lists_of
+from resnet_train.config.run_dir import FREE_KEYS, plain_word, run_name
+from resnet_train.config.schema import as_list, flat, format_value, from_dict
+from resnet_train.config.train import check_depth, check_divisible
 from resnet_train.errors import UserError, nearest
 from resnet_train.files import expand
 
@@ -99,11 +99,11 @@ def check_detect(values: Mapping[str, Any], asked: Collection[str] = ()) -> Dete
     Looks at the command line and at directory listings only. Raises UserError.
     """
     data = {**values["data"], "train": as_list(values["data"]["train"])}
-    config = typed(DetectConfig, {**values, "data": data})
+    config = from_dict(DetectConfig, {**values, "data": data})
     check_paths({"data.root": config.data.root, "run_dir": config.run_dir, "init_from": config.init_from})
     _check_backbone(config, asked)
     if config.devices != "auto":
-        check_dealt(config.batch_size, config.devices)
+        check_divisible(config.batch_size, config.devices)
     if config.drops != sorted(set(config.drops)):
         raise UserError(f"drops={config.drops}: must rise, as [0.5,0.75] does")
     if config.max_size < config.min_size:
@@ -124,7 +124,7 @@ def _check_backbone(config: DetectConfig, asked: Collection[str]) -> None:
     if config.backbone == "vgg16":
         for key in ("depth", "pyramid"):
             if key in asked:
-                raise UserError(f"{key}={shown(getattr(config, key))}: means nothing to backbone=vgg16; drop it")
+                raise UserError(f"{key}={format_value(getattr(config, key))}: means nothing to backbone=vgg16; drop it")
     else:
         check_depth(config.depth, "imagenet")
     if config.pyramid and len(config.anchors) != 5:
@@ -156,7 +156,7 @@ def _check_data(data: DetectData) -> None:
 
 def check_predict(values: Mapping[str, Any], images: Collection[str]) -> PredictConfig:
     """The checked configuration of a prediction for `images`. Raises UserError."""
-    config = typed(PredictConfig, values)
+    config = from_dict(PredictConfig, values)
     check_checkpoints([config.checkpoint])
     check_folder(config.out)
     if not images:
@@ -175,10 +175,10 @@ def check_predict(values: Mapping[str, Any], images: Collection[str]) -> Predict
     return config
 
 
-def restored(values: Any) -> DetectConfig:
+def config_from_checkpoint(values: Any) -> DetectConfig:
     """The configuration that a checkpoint holds. Raises UserError if it is of another version."""
     try:
-        config = typed(DetectConfig, values)
+        config = from_dict(DetectConfig, values)
         check_depth(config.depth, "imagenet")
         return config
     except UserError as error:

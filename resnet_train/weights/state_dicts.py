@@ -20,7 +20,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from resnet_train import checkpoint
+from resnet_train.engine import checkpoint
 from resnet_train.errors import UserError
 from resnet_train.files import open_regular, read_if_object
 from resnet_train.models import cifar_resnet, imagenet_resnet
@@ -148,7 +148,7 @@ def _safetensors_errors(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: is cut short or no safetensors file ({error})") from error
 
 
-def ours(state: Mapping[str, Tensor], form: str, where: str) -> tuple[dict[str, Tensor], Shape]:
+def to_our_names(state: Mapping[str, Tensor], form: str, where: str) -> tuple[dict[str, Tensor], Shape]:
     """A state dict of `form` (torchvision, akamaster, or auto to see by its names) in our form, but for the pixels.
 
     Weights come out in float32, or in float64 where they are. Raises UserError, beginning with `where`.

@@ -17,11 +17,11 @@ from resnet_train.errors import (
     SIGNALS,
     RunError,
     UserError,
-    of_a_launcher,
-    of_a_peer,
-    of_nccl,
-    of_the_machine,
+    from_machine_error,
+    from_nccl_error,
+    is_peer_failure,
     stop_early,
+    under_launcher,
 )
 from resnet_train.terminal import printable, say
 
@@ -31,11 +31,11 @@ def fail(error: UserError) -> NoReturn:
     if _rank() != "0" and os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(10)  # a launcher that saw this one's end first would end the one that tells before it has
     else:
-        tell(error)
+        print_error(error)
     sys.exit(error.code)
 
 
-def tell(error: UserError) -> None:
+def print_error(error: UserError) -> None:
     """One line on stderr; an error that all processes meet is the first one's to tell."""
     rank = _rank()
     if rank == "0" or not error.shared:
@@ -43,7 +43,7 @@ def tell(error: UserError) -> None:
         say(f"error: {who}{_line(str(error))}", file=sys.stderr)
 
 
-def leave() -> NoReturn:
+def exit_quietly() -> NoReturn:
     """End without a word: who read the output has gone, as in `resnet-train --help | head`."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(1)
@@ -58,12 +58,12 @@ def _line(text: str) -> str:
 
 def _rank() -> str:
     """The number of this process among those that a launcher has started, as the launcher spells it."""
-    return os.environ["RANK"] if of_a_launcher() else "0"
+    return os.environ["RANK"] if under_launcher() else "0"
 
 
-def launched() -> int:
+def launcher_world_size() -> int:
     """The number of processes that torchrun, Slurm or our own launcher has started; 0 outside of them."""
-    if not of_a_launcher():
+    if not under_launcher():
         return 0
     for name in ("RANK", "WORLD_SIZE"):
         if not os.environ[name].isdecimal():
@@ -71,7 +71,7 @@ def launched() -> int:
     return int(os.environ["WORLD_SIZE"])
 
 
-def start_tracker() -> None:
+def start_resource_tracker() -> None:
     """Start Python's helper of spawned processes, deaf to what Slurm or a terminal sends to all processes of a job.
 
     It ignores SIGINT and SIGTERM by itself; of the others it would die, fill stderr and leave semaphores behind.
@@ -83,7 +83,7 @@ def start_tracker() -> None:
 
 def check_restarts() -> None:
     """Refuse a torchrun whose restarts would not come off: with its store, the addresses of the dead outlive them."""
-    restarts = launched() > 1 and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    restarts = launcher_world_size() > 1 and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
     if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         raise UserError(
             "torchrun --max-restarts= needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment and"
@@ -122,7 +122,7 @@ def call(place: str, *arguments: Any) -> int:
 def say_start(name: str, devices: int | str = 1, file: TextIO | None = None) -> None:
     """Say at once what starts, in one of the processes: torch takes seconds to load, and the work longer."""
     if _rank() == "0":
-        several = "" if launched() or devices == 1 else f" on devices={devices}"
+        several = "" if launcher_world_size() or devices == 1 else f" on devices={devices}"
         say(_line(f"{name}: starting{several}"), file=file)
 
 
@@ -133,19 +133,19 @@ def finish(
 
     A job with a `name` says at once that it starts.
     """
-    if not launched():
+    if not launcher_world_size():
         for number in SIGNALS:
             signal.signal(number, stop_early)  # training, once it has something to keep, has a handler of its own
     if name:
         say_start(name, config.devices, file)
-    if launched():
+    if launcher_world_size():
         code = job()
         # torchrun takes another exit code for a failure: it would start all again, or end the whole job with 1.
         sys.exit(0 if code > 128 and "TORCHELASTIC_RUN_ID" in os.environ else code)
     if config.devices == 1 and not max_restarts:
         sys.exit(job())
-    start_tracker()
-    from resnet_train.launch import launch, pick_processes
+    start_resource_tracker()
+    from resnet_train.engine.launch import launch, pick_processes
 
     sys.exit(exit_code(lambda: launch(job, pick_processes(config.devices, config.device), max_restarts)))
 
@@ -161,17 +161,17 @@ def exit_code(job: Callable[[], int | None]) -> int:
     except UserError as error:
         told = error
     except BrokenPipeError:
-        leave()
+        exit_quietly()
     except KeyboardInterrupt:  # the second Ctrl-C
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
-        if launched():
+        if launcher_world_size():
             _lost(error)
-        told = of_the_machine(error) or of_nccl(error)
+        told = from_machine_error(error) or from_nccl_error(error)
         if told is None:
             traceback.print_exc()
             sys.exit(1)
-    tell(told)
+    print_error(told)
     if told.shared:
         return told.code
     sys.exit(told.code)
@@ -179,10 +179,12 @@ def exit_code(job: Callable[[], int | None]) -> int:
 
 def _lost(error: Exception) -> None:
     """Leave it to the launcher to end this process, if `error` came of the end of another, which it is to name."""
-    line = of_a_peer(error)
+    line = is_peer_failure(error)
     if line:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
         time.sleep(10)
-        tell(RunError(f"lost the other processes ({line[:200]}); the same command goes on from the last checkpoint"))
+        print_error(
+            RunError(f"lost the other processes ({line[:200]}); the same command goes on from the last checkpoint")
+        )
         sys.exit(1)

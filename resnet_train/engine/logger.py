@@ -16,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
-from resnet_train.distributed import main
+from resnet_train.engine.distributed import is_main
 from resnet_train.engine.metrics import SPLITS, read_metrics
 from resnet_train.errors import RunError, remedy
 from resnet_train.terminal import printable, say
@@ -42,12 +42,12 @@ def read_points(path: Path, iteration: int) -> list[dict[str, Any]]:
 
 def message(text: str) -> None:
     """A line of the first process that does not tear its progress bar."""
-    if main():
+    if is_main():
         tqdm.write(printable(text), file=sys.stdout)
         sys.stdout.flush()
 
 
-class Record:
+class MetricsLogger:
     """The open record of one run in `directory`, going on after `iteration`; None for a process that tells nothing.
 
     Metrics after `iteration` are cut, so that a resumed run leaves one seamless curve. `names` (data, seed) stand in

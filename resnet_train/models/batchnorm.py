@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnet_train.distributed import total
+from resnet_train.engine.distributed import all_reduce_sum
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -57,7 +57,7 @@ class GroupBatchNorm2d(BatchNorm2d):
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def group_statistics(model: nn.Module, images: int) -> None:
+def use_group_batch_norm(model: nn.Module, images: int) -> None:
     """Make every batch norm of a fresh `model` take its statistics over groups of `images`, in place."""
     for module in list(model.modules()):
         for name, child in module.named_children():
@@ -68,7 +68,7 @@ def group_statistics(model: nn.Module, images: int) -> None:
 
 
 @contextlib.contextmanager
-def uncounted(model: nn.Module) -> Iterator[None]:
+def preserve_statistics(model: nn.Module) -> Iterator[None]:
     """Leave the sums of `model` as they were: a forward pass that is computed again has already given its own.
 
     Compiled code is the same in both passes, as it would not be if they differed in what they do.
@@ -96,7 +96,7 @@ def update_statistics(model: nn.Module, groups: int) -> None:
     norms = [norm for norm in trained if isinstance(norm, GroupBatchNorm2d)]
     if not norms:
         return
-    found = total(torch.cat([norm.sums.flatten() for norm in norms])).div_(groups)
+    found = all_reduce_sum(torch.cat([norm.sums.flatten() for norm in norms])).div_(groups)
     running = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
     torch._foreach_lerp_(running, found.split([len(buffer) for buffer in running]), norms[0].momentum)
     torch._foreach_zero_([norm.sums for norm in norms])
@@ -120,6 +120,6 @@ def average_statistics(model: nn.Module, passes: Iterable[Tensor], count: int) -
         sums += torch.cat([norm.sums.flatten() for norm in norms])
         torch._foreach_zero_([norm.sums for norm in norms])
     running = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
-    for buffer, mean in zip(running, total(sums).div_(count).split([len(b) for b in running]), strict=True):
+    for buffer, mean in zip(running, all_reduce_sum(sums).div_(count).split([len(b) for b in running]), strict=True):
         buffer.copy_(mean)
     model.train(was_training)

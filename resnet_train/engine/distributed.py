@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from resnet_train.errors import Elsewhere, UserError, of_a_launcher, of_nccl, of_the_machine
+from resnet_train.errors import RemoteError, UserError, from_machine_error, from_nccl_error, under_launcher
 from resnet_train.terminal import say
 
 T = TypeVar("T")
@@ -28,7 +28,7 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world() -> int:
+def world_size() -> int:
     """The number of processes that train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
@@ -38,43 +38,43 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
-def main() -> bool:
+def is_main() -> bool:
     """Whether this is the process that writes and prints."""
     return rank() == 0
 
 
-def total(values: Tensor) -> Tensor:
+def all_reduce_sum(values: Tensor) -> Tensor:
     """The sum of `values` over all processes, in place."""
-    if world() > 1:
+    if world_size() > 1:
         dist.all_reduce(values)
     return values
 
 
-def together(job: Callable[[], T]) -> T:
+def raise_on_all_ranks(job: Callable[[], T]) -> T:
     """What `job` gives in this process, once it is done in all of them.
 
     A UserError that it raises in any of them, or what the machine refuses it, ends all; the first process raises it
     (the latter as RunError), the others Elsewhere.
     """
-    if world() == 1:
+    if world_size() == 1:
         return job()
     result, error = _attempt(job)
-    errors: list[UserError | None] = [None] * world()
+    errors: list[UserError | None] = [None] * world_size()
     dist.all_gather_object(errors, error)
     for found in errors:
         if found is not None:
-            raise shared(found)
+            raise for_all_ranks(found)
     return result  # type: ignore[return-value]
 
 
-def from_main(job: Callable[[], T]) -> T:
+def on_rank_zero(job: Callable[[], T]) -> T:
     """What `job` gives in the first process, where alone it runs. Errors as in `together`."""
-    if world() == 1:
+    if world_size() == 1:
         return job()
-    outcome: list[Any] = [*(_attempt(job) if main() else (None, None))]
+    outcome: list[Any] = [*(_attempt(job) if is_main() else (None, None))]
     dist.broadcast_object_list(outcome)
     if outcome[1] is not None:
-        raise shared(outcome[1])
+        raise for_all_ranks(outcome[1])
     return outcome[0]
 
 
@@ -84,34 +84,34 @@ def _attempt(job: Callable[[], T]) -> tuple[T | None, UserError | None]:
     except UserError as error:
         return None, error
     except (OSError, RuntimeError, MemoryError) as error:
-        told = of_the_machine(error)
+        told = from_machine_error(error)
         if told is None:
             raise
         return None, told
 
 
-def shared(error: UserError) -> UserError:
+def for_all_ranks(error: UserError) -> UserError:
     """An error that all processes meet, for each of them to raise: the first tells of it."""
-    error = error if main() else Elsewhere(error)
+    error = error if is_main() else RemoteError(error)
     error.shared = True
     return error
 
 
-def one_after_all(job: Callable[[], T]) -> T:
+def local_rank_zero_first(job: Callable[[], T]) -> T:
     """What `job` gives in this process; the first on each machine goes ahead, the others find what it has stored."""
-    first = together(lambda: job() if local_rank() == 0 else None)
-    return together(lambda: job() if local_rank() else first)  # type: ignore[return-value]
+    first = raise_on_all_ranks(lambda: job() if local_rank() == 0 else None)
+    return raise_on_all_ranks(lambda: job() if local_rank() else first)  # type: ignore[return-value]
 
 
 @contextlib.contextmanager
-def joined(device: torch.device, timeout: int) -> Iterator[None]:
+def process_group(device: torch.device, timeout: int) -> Iterator[None]:
     """The processes that torchrun, Slurm or `launch` has started, joined; nothing where this is the only one.
 
     Collectives of CPU tensors go through gloo, of CUDA tensors through NCCL. Where all processes are on one machine,
     nothing here listens anywhere but on loopback, unless GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME says so. Raises
     UserError where the others do not come within `timeout` seconds.
     """
-    if not expected():
+    if not launched_processes():
         yield
         return
     file = os.environ.get(STORE)
@@ -170,7 +170,7 @@ def _not_joined(error: Exception, unmet: str) -> UserError:
     if "GLOO_SOCKET_IFNAME" in os.environ and "address for:" in text:
         name = os.environ["GLOO_SOCKET_IFNAME"]
         return UserError(f"GLOO_SOCKET_IFNAME={name}: there is no such network interface; unset it, or name another")
-    told = of_nccl(error) or of_the_machine(error)
+    told = from_nccl_error(error) or from_machine_error(error)
     if told is not None:
         return told
     way = "see that every machine runs the same command and reaches that address"
@@ -198,12 +198,12 @@ def _end(message: str) -> None:
     os._exit(UserError.code)
 
 
-def expected() -> int:
+def launched_processes() -> int:
     """The number of processes that a launcher has started, this one included; 0 where it is alone."""
-    size = int(os.environ["WORLD_SIZE"]) if of_a_launcher() else 1
+    size = int(os.environ["WORLD_SIZE"]) if under_launcher() else 1
     return size if size > 1 else 0
 
 
-def share_cores(processes: int) -> None:
+def limit_threads(processes: int) -> None:
     """Take this process's part of the CPU's cores, on which `processes` run."""
     torch.set_num_threads(max(1, torch.get_num_threads() // processes))

@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from resnet_train import checkpoint
+from resnet_train.config.layout import IMAGE_SUFFIXES, class_folders, images_in, is_packed
 from resnet_train.data.images import ImageError, cache_folder, decode, jpeg_size, keep
-from resnet_train.data.places import IMAGE_SUFFIXES, class_folders, images_in, is_packed
+from resnet_train.engine import checkpoint
 from resnet_train.errors import UserError
 from resnet_train.files import NotRegular, read_regular
 
@@ -34,7 +34,7 @@ LISTERS = 16  # folders that are listed at once: on a file server each waits for
 SETTLED = 10.0  # seconds: a folder that changed less than these ago may change again without a new time
 
 
-class Part(Protocol):
+class ImageSource(Protocol):
     """Encoded images with labels, of any kind."""
 
     blocks: tuple[int, ...]  # how many images, in order, lie together in each shard; empty: each lies by itself
@@ -45,22 +45,22 @@ class Part(Protocol):
     def read(self, index: int) -> tuple[str, bytes, int]:
         """The name of an image, for errors, the image as it is stored, and its label. Raises UserError."""
 
-    def part(self, indices: Tensor) -> Part:
+    def part(self, indices: Tensor) -> ImageSource:
         """The images at `indices`, perhaps in another order."""
 
 
 @dataclass
-class Photographs:
+class ImageSplits:
     """A training and a test part with the names of their classes and a digest of both."""
 
-    train: Part
-    test: Part
+    train: ImageSource
+    test: ImageSource
     classes: list[str]
     digest: str
     left_out: dict[str, int] = field(default_factory=dict)  # files that are not taken, counted by kind
 
 
-def open_photographs(root: str) -> Photographs:
+def open_image_splits(root: str) -> ImageSplits:
     """What lies at `root`: a tree of class folders, or a packed one, which may be remote. Raises UserError."""
     if is_packed(root):
         from resnet_train.data.packed import open_packed
@@ -130,7 +130,7 @@ def read_file(path: str, size: int) -> bytes:
     return data
 
 
-def _open_tree(root: Path) -> Photographs:
+def _open_tree(root: Path) -> ImageSplits:
     """A train/<class>/*, val/<class>/* tree, listed once and then, as long as its folders stay as they are, known."""
     classes, test = class_folders(root)
     place = os.path.realpath(root)
@@ -154,7 +154,7 @@ def _open_tree(root: Path) -> Photographs:
         if time.time() - newest > SETTLED:
             keep(listing, found)
     train, tested = (Files(root / part, classes, found[part]) for part in ("train", test))
-    return Photographs(train, tested, classes, found["digest"], found["left_out"])
+    return ImageSplits(train, tested, classes, found["digest"], found["left_out"])
 
 
 def _stamp(folders: Sequence[Path]) -> tuple[str, float]:
@@ -206,7 +206,7 @@ def _compact(files: list[tuple[int, str, int]]) -> dict[str, Tensor]:
 # --- Cutting ---------------------------------------------------------------------------------------------------------
 
 
-def image_of(part: Part, index: int) -> tuple[Tensor, int]:
+def image_of(part: ImageSource, index: int) -> tuple[Tensor, int]:
     """An image of a part, whole and exact, as (3, H, W) uint8, and its label. Raises ImageError and UserError."""
     name, data, label = part.read(index)
     return decode(data, name).permute(2, 0, 1), label

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 
-from resnet_train.distributed import STORE, share_cores
+from resnet_train.engine.distributed import STORE, limit_threads
 from resnet_train.errors import SIGNALS, RunError, UserError, stop_early
 
 
@@ -91,7 +91,7 @@ def _work(job: Callable[[], int], processes: int, told: list[int]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to keep, as the others
     if told:
         os.kill(os.getpid(), told[0])
-    share_cores(processes)
+    limit_threads(processes)
     code = job()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's, where another has died: nothing is left to save
     threading.Thread(target=_end_with_launcher, daemon=True).start()

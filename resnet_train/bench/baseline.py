@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from resnet_train.data.imagefolder import ImageSource
 from resnet_train.data.images import FORMATS, ImageSet
-from resnet_train.data.photographs import Part
 
 NORMALISE = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-class Pictures(Dataset[tuple[Tensor, int]]):
+class TransformedImages(Dataset[tuple[Tensor, int]]):
     """An image set as torchvision.datasets.CIFAR10 gives it: a transformed PIL image at a time."""
 
     def __init__(self, data: ImageSet, *, train: bool) -> None:
@@ -38,10 +38,10 @@ class Pictures(Dataset[tuple[Tensor, int]]):
         return self.transform(Image.fromarray(self.images[index])), self.labels[index]
 
 
-class Photographs(Dataset[tuple[Tensor, int]]):
+class TransformedPhotographs(Dataset[tuple[Tensor, int]]):
     """Photographs through torchvision's recipe for ImageNet: one PIL image at a time, a random part of it resized."""
 
-    def __init__(self, part: Part, size: int) -> None:
+    def __init__(self, part: ImageSource, size: int) -> None:
         self.part = part
         random = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()]
         self.transform = transforms.Compose([*random, transforms.ToTensor(), NORMALISE])
@@ -57,7 +57,7 @@ class Photographs(Dataset[tuple[Tensor, int]]):
 def loader(data: ImageSet, batch_size: int, device: torch.device, *, train: bool) -> DataLoader:
     """Batches from a worker for each core; in training shuffled, and full ones only."""
     return DataLoader(
-        Pictures(data, train=train),
+        TransformedImages(data, train=train),
         batch_size,
         shuffle=train,
         drop_last=train,

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from resnet_train.data.sampler import batch_indices, generator
-from resnet_train.data.sets import leave_signals, told
+from resnet_train.data.sets import checked_batches, leave_signals
 from resnet_train.detection.data import Example, load
 
 Batch = tuple[list[Tensor], list[dict[str, Tensor]]]  # images (3, H, W) uint8, and the boxes and labels in each
@@ -85,7 +85,7 @@ def test_images(examples: Sequence[Example], *, workers: int, device: torch.devi
 
 def _loaded(data: Dataset[Any], order: range, workers: int, device: torch.device) -> Iterator[Any]:
     """The items of `data` as they are: images of different sizes make no tensor."""
-    return told(
+    return checked_batches(
         DataLoader(
             data,
             batch_size=None,

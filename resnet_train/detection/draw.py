@@ -12,7 +12,7 @@ from torchvision.utils import draw_bounding_boxes
 COLOURS = ("#00ff40", "#ff3030", "#30a0ff", "#ffd000", "#ff60ff")
 
 
-def drawn(image: Tensor, found: Mapping[str, Tensor], classes: Sequence[str], score: float) -> Tensor:
+def draw_detections(image: Tensor, found: Mapping[str, Tensor], classes: Sequence[str], score: float) -> Tensor:
     """An image (3, H, W) uint8 with the boxes of at least `score`, their classes and scores: the same shape.
 
     `found`: boxes (n, 4) in pixels, labels from 1 and scores.

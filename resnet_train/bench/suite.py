@@ -27,34 +27,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from resnet_train import classic
-from resnet_train.build import (
-    compile_network,
-    network,
-    open_sets,
-    pick_compile,
-    pick_eval_batch,
-)
-from resnet_train.classification.run import build
-from resnet_train.classification.step import step
-from resnet_train.classification.train import ClassificationTask
-from resnet_train.config.commands import BenchConfig
-from resnet_train.config.training import Config
-from resnet_train.data.images import decode
-from resnet_train.data.made_up import MadeUp
-from resnet_train.data.photographs import Part, open_photographs
-from resnet_train.data.places import is_packed
-from resnet_train.data.sampler import generator
-from resnet_train.data.sets import Batches, MemorySets, StreamedSets, random_views
-from resnet_train.engine.compute import pick_device, pick_precision
-from resnet_train.engine.environment import git_commit, memory_held, peak_memory, processor, versions
-from resnet_train.engine.loop import Clock, Stop, log_training, loop
-from resnet_train.errors import RunError
-from resnet_train.evaluate import count_errors
-from resnet_train.files import check_result, expand, write_result
-from resnet_train.record import Record
-from resnet_train.terminal import say
-from resnet_train.timing import (
+from resnet_train.bench import baseline
+from resnet_train.bench.synthetic import SyntheticDataset
+from resnet_train.bench.timing import (
     SPEED,
     Work,
     clocked,
@@ -68,6 +43,25 @@ from resnet_train.timing import (
     table,
     threads,
 )
+from resnet_train.classification.evaluate import count_errors
+from resnet_train.classification.load import build_network, compile_network, open_dataset, pick_compile, pick_eval_batch
+from resnet_train.classification.run import build
+from resnet_train.classification.step import step
+from resnet_train.classification.train import ClassificationTask
+from resnet_train.config.commands import BenchConfig
+from resnet_train.config.layout import is_packed
+from resnet_train.config.train import Config
+from resnet_train.data.imagefolder import ImageSource, open_image_splits
+from resnet_train.data.images import decode
+from resnet_train.data.sampler import generator
+from resnet_train.data.sets import Batches, MemoryDataset, StreamingDataset, random_views
+from resnet_train.engine.compute import pick_device, pick_precision
+from resnet_train.engine.environment import git_commit, memory_held, peak_memory, processor, versions
+from resnet_train.engine.logger import MetricsLogger
+from resnet_train.engine.loop import Clock, Stop, log_training, loop
+from resnet_train.errors import RunError
+from resnet_train.files import check_result, expand, write_result
+from resnet_train.terminal import say
 
 
 class Outcome(NamedTuple):
@@ -123,15 +117,19 @@ def _is_made_up(config: Config) -> bool:
     return config.data.root is None and config.data.name != "digits"
 
 
-def sets_of(config: Config) -> MemorySets | StreamedSets:
+def sets_of(config: Config) -> MemoryDataset | StreamingDataset:
     """The data that the configuration names, or random images where it names no place."""
-    return MadeUp(family=config.data.family, size=config.data.size) if _is_made_up(config) else open_sets(config)
+    return (
+        SyntheticDataset(family=config.data.family, size=config.data.size)
+        if _is_made_up(config)
+        else open_dataset(config)
+    )
 
 
-def in_memory(config: Config) -> MemorySets:
+def in_memory(config: Config) -> MemoryDataset:
     """The same; check_bench has seen to it that it is a set in memory."""
     sets = sets_of(config)
-    assert isinstance(sets, MemorySets)
+    assert isinstance(sets, MemoryDataset)
     return sets
 
 
@@ -140,7 +138,7 @@ def changed(config: Config, **changes: Any) -> Config:
     return dataclasses.replace(config, **changes)
 
 
-def opened(config: Config, sets: MemorySets | StreamedSets) -> ClassificationTask:
+def opened(config: Config, sets: MemoryDataset | StreamingDataset) -> ClassificationTask:
     """A task ready to train, as resnet-train would build it."""
     run = build(config, sets)
     run.compiled = pick_compile(config, run.device) and compile_network(run.model, config.depth, run.device)
@@ -175,17 +173,17 @@ class _Until(Stop):
         return self.run.iteration >= self.end
 
 
-def trained(run: ClassificationTask, folder: Path, record: Record, count: int) -> None:
+def trained(run: ClassificationTask, folder: Path, record: MetricsLogger, count: int) -> None:
     """So many iterations of the training loop, without a checkpoint."""
     with contextlib.redirect_stdout(io.StringIO()):
         loop(run, folder, record, Clock(run.iteration), _Until(run, count), saved_at=run.iteration + count)
 
 
 @contextlib.contextmanager
-def recording(run: ClassificationTask, folder: Path) -> Iterator[Record]:
+def recording(run: ClassificationTask, folder: Path) -> Iterator[MetricsLogger]:
     """The record of a run, as it is where there is no terminal."""
     with contextlib.redirect_stderr(io.StringIO()):
-        record = Record(folder, {"data": "bench", "seed": run.config.seed}, 0, run.config.iterations)
+        record = MetricsLogger(folder, {"data": "bench", "seed": run.config.seed}, 0, run.config.iterations)
     try:
         yield record
     finally:
@@ -204,7 +202,7 @@ def steps(asked: BenchConfig, config: Config, folder: Path, device: torch.device
         images, labels = next(batches_of(run))
         works[f"{precision} {'compiled' if run.compiled else 'eager'}"] = bare(run, images, labels)
     batch = images.contiguous(), labels
-    trainer = classic.Trainer(network(config, len(sets.classes)), device)
+    trainer = baseline.Trainer(build_network(config, len(sets.classes)), device)
     works["classic"] = Work(functools.partial(trainer.steps, itertools.repeat(batch)), len(images))
     # Empty ones; Triton's lies in the other's unless that has been used before.
     with environment("TORCHINDUCTOR_CACHE_DIR", str(folder)), environment("TRITON_CACHE_DIR", str(folder / "triton")):
@@ -218,8 +216,8 @@ def steps(asked: BenchConfig, config: Config, folder: Path, device: torch.device
 def whole_loop(asked: BenchConfig, config: Config, folder: Path, device: torch.device) -> Outcome:
     """The training loop with its record, evaluation and checkpoints aside, against `bare` and `classic`."""
     sets, batch = in_memory(config), config.batch_size
-    trainer = classic.Trainer(network(config, len(sets.classes)), device)
-    batches = classic.endless(classic.loader(sets.parts["train"], batch, device, train=True))
+    trainer = baseline.Trainer(build_network(config, len(sets.classes)), device)
+    batches = baseline.endless(baseline.loader(sets.parts["train"], batch, device, train=True))
     run = opened(config, sets)
     with recording(run, folder) as record:
         works = {
@@ -234,7 +232,7 @@ def whole_loop(asked: BenchConfig, config: Config, folder: Path, device: torch.d
     return Outcome(rows, {"shares": shares}, [f"of the loop, taken apart: {text}"])
 
 
-def _shares(run: ClassificationTask, folder: Path, record: Record) -> dict[str, float]:
+def _shares(run: ClassificationTask, folder: Path, record: MetricsLogger) -> dict[str, float]:
     """What the parts of the loop take of it, from one logged point to the next, each waited for."""
     batches, clock, spent = batches_of(run), Clock(run.iteration), dict.fromkeys(("data", "step", "record"), 0.0)
     lr, batch = run.learning_rate(), list(next(batches_of(run)))
@@ -256,7 +254,7 @@ def loader(asked: BenchConfig, config: Config, folder: Path, device: torch.devic
     if config.data.family == "imagenet":
         return decoding(asked, config)
     sets = in_memory(config)
-    pictures = classic.Pictures(sets.parts["train"], train=True)
+    pictures = baseline.TransformedImages(sets.parts["train"], train=True)
     places = itertools.cycle(range(len(pictures)))
     run = opened(config, sets)
     batches, batch = batches_of(run), config.batch_size
@@ -293,7 +291,7 @@ def decoding(asked: BenchConfig, config: Config) -> Outcome:
     size, batch, seed = config.data.size, config.batch_size, config.seed
     augment = dataclasses.asdict(config.augment)
     parts = {
-        "packed" if is_packed(root) else "files": open_photographs(root).train
+        "packed" if is_packed(root) else "files": open_image_splits(root).train
         for root in (config.data.root, asked.packed)
         if root is not None
     }
@@ -301,7 +299,7 @@ def decoding(asked: BenchConfig, config: Config) -> Outcome:
     loaders = {}
     for name, part in parts.items():
         loaders[f"ours, {name}"] = functools.partial(random_views, part, size, seed, batch, augment)
-    loaders[f"classic, {first}"] = functools.partial(_whole, classic.Photographs(parts[first], size), batch)
+    loaders[f"classic, {first}"] = functools.partial(_whole, baseline.TransformedPhotographs(parts[first], size), batch)
     for name, part in parts.items():
         loaders[f"decoding alone, {name}"] = functools.partial(_whole, _Decoded(part), batch)
     found = interleaved({name: _per_core(make, batch, asked.seconds) for name, make in loaders.items()}, asked.rounds)
@@ -330,7 +328,7 @@ def _per_core(make: Callable[[int], DataLoader], batch: int, seconds: float) -> 
 class _Decoded(Dataset[int]):
     """Decodes photographs and gives nothing."""
 
-    def __init__(self, part: Part) -> None:
+    def __init__(self, part: ImageSource) -> None:
         self.part = part
 
     def __len__(self) -> int:
@@ -360,8 +358,8 @@ def evaluation(asked: BenchConfig, config: Config, folder: Path, device: torch.d
     """A pass over the test images against the classic one."""
     sets = in_memory(config)
     size, batch = sets.sizes["test"], pick_eval_batch(config, device)
-    trainer = classic.Trainer(network(config, len(sets.classes)), device)
-    theirs = classic.loader(sets.parts["test"], batch, device, train=False)
+    trainer = baseline.Trainer(build_network(config, len(sets.classes)), device)
+    theirs = baseline.loader(sets.parts["test"], batch, device, train=False)
     run = opened(config, sets)
 
     def ours(count: int) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from resnet_train.config.keys import RANGES, convert, shown, typed
+from resnet_train.config.layout import check_source, count_images, is_official_cifar10, name_data
 from resnet_train.config.paths import anchored, check_paths
-from resnet_train.data.places import check_source, count_images, is_official_cifar10, name_data
+from resnet_train.config.schema import RANGES, coerce, format_value, from_dict
 from resnet_train.errors import UserError
 from resnet_train.files import expand
 
@@ -150,7 +150,7 @@ def check_train(values: Mapping[str, Any], asked: Collection[str] = (), *, needs
     `needs_data`: data.root= must be there where the data set has no other place.
     Looks at the command line and at directory listings only. Raises UserError.
     """
-    config = typed(Config, {key: value for key, value in values.items() if key != "scale"})
+    config = from_dict(Config, {key: value for key, value in values.items() if key != "scale"})
     config = scaled(config, values.get("scale", 1))
     check_paths({"data.root": config.data.root, "run_dir": config.run_dir, "resume": config.resume})
     check_paths({"init_from": config.init_from})
@@ -164,7 +164,7 @@ def check_train(values: Mapping[str, Any], asked: Collection[str] = (), *, needs
         if key in asked:
             raise UserError(f"{key}: means nothing to {config.data.family} data; drop it")
     if config.devices != "auto":
-        share(config, config.devices)
+        split_batch(config, config.devices)
     if config.precision == "fp16" and config.device == "cpu":
         raise UserError("precision=fp16: is for GPUs; on a CPU take bf16 or fp32")
     if config.arch == "plain" and config.zero_gamma:
@@ -207,13 +207,13 @@ def check_train(values: Mapping[str, Any], asked: Collection[str] = (), *, needs
 
 def scaled(config: Config, scale: Any) -> Config:
     """`config` with all that counts iterations multiplied by `scale`. Raises UserError."""
-    factor = convert("scale", scale, float)
+    factor = coerce("scale", scale, float)
     counts = {key: getattr(config, key) for key in COUNTED}
     return dataclasses.replace(config, **{key: max(1, round(n * factor)) for key, n in counts.items() if n})
 
 
 @dataclass(frozen=True)
-class Share:
+class BatchSplit:
     """How one batch is dealt: `images` per device and forward pass, `passes` per step, batch norm over `group`."""
 
     images: int
@@ -221,9 +221,9 @@ class Share:
     group: int
 
 
-def share(config: Config, devices: int) -> Share:
+def split_batch(config: Config, devices: int) -> BatchSplit:
     """The share of each of `devices` in a batch. Raises UserError for what does not divide, naming the nearest."""
-    check_dealt(config.batch_size, devices)
+    check_divisible(config.batch_size, devices)
     each = config.batch_size // devices
     images = min(config.device_batch_size or each, each)
     if each % images:
@@ -238,7 +238,7 @@ def share(config: Config, devices: int) -> Share:
             f" maps of 1x1; nearest: {2 if each > 1 else 2 * devices}"
         )
     if config.bn_images == "device":
-        return Share(images, passes, images)
+        return BatchSplit(images, passes, images)
     if config.bn_images == "all":
         if config.activation_checkpointing:
             raise UserError(
@@ -248,17 +248,17 @@ def share(config: Config, devices: int) -> Share:
             raise UserError("bn_images=all: a batch taken in parts has no common statistics; drop device_batch_size=")
         if config.compile is True:
             raise UserError("bn_images=all: PyTorch does not compile its synchronised batch norm; add compile=false")
-        return Share(images, passes, config.batch_size)
+        return BatchSplit(images, passes, config.batch_size)
     if config.bn_images > images or images % config.bn_images:
         fits = _nearest_divisor(images, config.bn_images, at_least=2) if images > 1 else "device"
         raise UserError(
             f"bn_images={config.bn_images}: does not divide the {images} images that a device takes at once;"
             f" nearest: {fits}"
         )
-    return Share(images, passes, config.bn_images)
+    return BatchSplit(images, passes, config.bn_images)
 
 
-def check_dealt(batch_size: int, devices: int) -> None:
+def check_divisible(batch_size: int, devices: int) -> None:
     """Refuse a batch that does not divide by the devices. Raises UserError, which names the nearest that is allowed."""
     if batch_size % devices or batch_size < devices:
         most = int(RANGES["batch_size"][1] or batch_size)
@@ -283,10 +283,10 @@ def completed(values: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def restored(values: Mapping[str, Any]) -> Config:
+def config_from_checkpoint(values: Mapping[str, Any]) -> Config:
     """The configuration that a checkpoint or a run directory holds. Raises UserError if it is of another version."""
     try:
-        config = typed(Config, completed(values))
+        config = from_dict(Config, completed(values))
         check_depth(config.depth, config.data.family)
         return config
     except UserError as error:
@@ -298,7 +298,7 @@ def _check_crops(augment: Augment, size: int) -> None:
     sides, area = augment.shorter_side, augment.area
     if (sides is None) == (area is None):
         raise UserError(
-            f"augment.shorter_side={shown(sides)}: and augment.area={shown(area)} are two ways to cut; give one, and"
+            f"augment.shorter_side={format_value(sides)}: and augment.area={format_value(area)} are two ways to cut; give one, and"
             " null for the other"
         )
     if sides is not None and (len(sides) != 2 or sides[0] > sides[1] or sides[0] < size):

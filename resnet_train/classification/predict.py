@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_train.build import logits_of, restored_net
+from resnet_train.classification.load import compute_logits, load_model
 from resnet_train.config.commands import ClassifyConfig
-from resnet_train.config.training import Config, restored
+from resnet_train.config.train import Config, config_from_checkpoint
+from resnet_train.data.augment import normalise
+from resnet_train.data.imagenet_classes import imagenet_classes
 from resnet_train.data.images import center_view, read_image, whole_view
-from resnet_train.data.names import imagenet_classes
-from resnet_train.data.transforms import normalise
 from resnet_train.engine.compute import pick_device
 from resnet_train.files import expand, write_result
 from resnet_train.terminal import say
-from resnet_train.weights import divisor, load
+from resnet_train.weights.command import divisor, load
 
 AT_ONCE = 32
 
@@ -26,8 +26,8 @@ def classify(asked: ClassifyConfig, images: list[str]) -> None:
     device = pick_device(asked.device)
     path = expand(asked.checkpoint)
     state = load(path)
-    config, classes = restored(state["config"]), state["classes"]
-    net, mean, precision, _ = restored_net(path, config, state, classes, device)
+    config, classes = config_from_checkpoint(state["config"]), state["classes"]
+    net, mean, precision, _ = load_model(path, config, state, classes, device)
     std = torch.tensor(divisor(config), dtype=torch.float64, device=device).view(1, 3, 1, 1)
     net.eval()
     words, found = imagenet_classes(), []
@@ -35,7 +35,7 @@ def classify(asked: ClassifyConfig, images: list[str]) -> None:
         some = images[start : start + AT_ONCE]
         views = torch.stack([view(read_image(expand(name)), config) for name in some]).to(device)
         with torch.no_grad():
-            odds = logits_of(net, normalise(views, mean, std), precision).softmax(1)
+            odds = compute_logits(net, normalise(views, mean, std), precision).softmax(1)
         top, which = (values.tolist() for values in odds.topk(min(5, len(classes))))
         for name, probabilities, numbers in zip(some, top, which, strict=True):
             rows = [_row(classes[n], p, words) for p, n in zip(probabilities, numbers, strict=True)]

@@ -6,10 +6,10 @@ import torch
 
 from resnet_train.data.images import ImageSet
 from resnet_train.data.sampler import generator
-from resnet_train.data.sets import MemorySets
+from resnet_train.data.sets import MemoryDataset
 
 
-class MadeUp(MemorySets):
+class SyntheticDataset(MemoryDataset):
     """Random images: 50,000 and 10,000 of 32 px, fewer of more pixels."""
 
     def __init__(self, *, family: str, size: int) -> None:

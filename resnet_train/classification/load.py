@@ -10,14 +10,14 @@ from typing import Any, get_args, get_type_hints
 import torch
 from torch import Tensor, nn
 
-from resnet_train import checkpoint
-from resnet_train.batchnorm import group_statistics
-from resnet_train.config.training import Config
-from resnet_train.data.sets import MemorySets, StreamedSets
-from resnet_train.distributed import main
-from resnet_train.engine.compute import autocast, parallel, placed
+from resnet_train.config.train import Config
+from resnet_train.data.sets import MemoryDataset, StreamingDataset
+from resnet_train.engine import checkpoint
+from resnet_train.engine.compute import autocast, to_device, wrap_ddp
+from resnet_train.engine.distributed import is_main
 from resnet_train.errors import UserError
 from resnet_train.models import cifar_resnet, imagenet_resnet
+from resnet_train.models.batchnorm import use_group_batch_norm
 from resnet_train.models.resnet import ResNet
 from resnet_train.terminal import say
 
@@ -25,7 +25,7 @@ COMPILED_FROM = 1000  # iterations
 WHOLE = 110  # deeper nets are compiled block by block: compiling the whole takes time in proportion to its depth
 
 
-def network(config: Config, num_classes: int) -> ResNet:
+def build_network(config: Config, num_classes: int) -> ResNet:
     """The network that the configuration names, initialised from torch's random state."""
     if config.data.family == "cifar":
         return cifar_resnet(
@@ -41,13 +41,13 @@ def network(config: Config, num_classes: int) -> ResNet:
     )
 
 
-def open_sets(config: Config) -> MemorySets | StreamedSets:
+def open_dataset(config: Config) -> MemoryDataset | StreamingDataset:
     """The data sets that the configuration names. Raises UserError for data that are not what they should be."""
     data = config.data
     if data.family == "cifar":
-        return MemorySets(name=data.name, root=data.root, size=data.size, validation=data.validation)
+        return MemoryDataset(name=data.name, root=data.root, size=data.size, validation=data.validation)
     assert data.root is not None  # check_train has seen to it
-    return StreamedSets(
+    return StreamingDataset(
         root=data.root,
         size=data.size,
         validation=data.validation,
@@ -65,7 +65,7 @@ def pick_compile(config: Config, device: torch.device) -> bool:
     if config.compile != "auto":
         return config.compile
     long = config.iterations >= COMPILED_FROM
-    if device.type != "cuda" and not long and main():
+    if device.type != "cuda" and not long and is_main():
         say(f"compile=auto: {config.iterations} iterations are too few to earn the time of compiling")
     return config.bn_images != "all" and (long or device.type == "cuda")
 
@@ -91,11 +91,11 @@ def pick_workers(config: Config) -> int:
 
 def check_net(config: Config, state: dict[str, Any]) -> None:
     """Raise ValueError where a checkpoint's `state` does not hold the net that its `config` declares; makes none."""
-    checkpoint.check_net(state["model"], lambda: network(config, len(state["classes"])), config.depth)
+    checkpoint.check_net(state["model"], lambda: build_network(config, len(state["classes"])), config.depth)
     checkpoint.check_mean(state["mean"])
 
 
-def restored_net(
+def load_model(
     path: Path,
     config: Config,
     state: dict[str, Any],
@@ -114,29 +114,29 @@ def restored_net(
             f"data: {config.data_label} has the classes {', '.join(classes)[:60]}…, the checkpoint was trained on"
             f" {', '.join(map(str, state['classes']))[:60]}…"
         )
-    with checkpoint.fitting(path):
+    with checkpoint.checkpoint_errors(path):
         precision = str(state["measure"]["precision"])
         if precision not in get_args(get_type_hints(Config)["precision"]):
             raise ValueError(f"precision {precision}")
         check_net(config, state)
-        model = network(config, len(classes))
+        model = build_network(config, len(classes))
         if precise_bn:
-            group_statistics(model, state["measure"]["bn_images"])
+            use_group_batch_norm(model, state["measure"]["bn_images"])
         if config.freeze is not None:
             model.freeze(config.freeze)
-        model = placed(model, device, precision)
+        model = to_device(model, device, precision)
         model.load_state_dict(state["model"])
         return model, state["mean"].to(device), precision, state["measure"]["compile"]
 
 
-def exchanging(model: nn.Module, precision: str, shape: tuple[int, ...]) -> nn.Module:
+def wrap_image_ddp(model: nn.Module, precision: str, shape: tuple[int, ...]) -> nn.Module:
     """`parallel` for a net; `shape` is that of its batches. All move its buffers alike: batchnorm.update_statistics."""
     device = next(model.parameters()).device
     images = torch.zeros(shape, device=device).contiguous(memory_format=torch.channels_last)
-    return parallel(model, lambda net: logits_of(net, images, precision).sum())
+    return wrap_ddp(model, lambda net: compute_logits(net, images, precision).sum())
 
 
-def logits_of(net: nn.Module, images: Tensor, precision: str) -> Tensor:
+def compute_logits(net: nn.Module, images: Tensor, precision: str) -> Tensor:
     """A forward pass in `precision`; logits in float32, or in float64 for fp64."""
     if precision == "fp64":
         return net(images.double())
@@ -155,7 +155,7 @@ def compile_network(model: ResNet, depth: int, device: torch.device) -> bool:
         torch.compile(torch.neg, dynamic=False)(torch.zeros(8, device=device))
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
-        if main():
+        if is_main():
             say(f"compile=true: there is no working compiler ({reason}); going on without, slower")
         return False
     if depth <= WHOLE and not model.recompute:

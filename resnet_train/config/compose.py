@@ -21,10 +21,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from resnet_train.config.commands import FIXED_BY_BENCH, UNREAD_BY_BENCH
-from resnet_train.config.keys import LISTS, TEXTS, flat
+from resnet_train.config.schema import LISTS, TEXTS, flat
 from resnet_train.errors import UserError, closest, nearest
 
-_PACKAGE = Path(__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parent.parent
 CONFIG_DIR = str(next(p for p in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if p.is_dir()))
 DETECTION = ("detect", "predict")  # the commands whose configurations lie in a folder of their own, with its groups
 GROUPED = ("train", "bench", "detect")  # the commands that choose options of groups

@@ -16,19 +16,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from resnet_train import __version__, checkpoint, state_dicts
-from resnet_train.build import check_net, network
+from resnet_train import __version__
+from resnet_train.classification.load import build_network, check_net
 from resnet_train.config.commands import WeightsConfig
-from resnet_train.config.training import Config, check_train, restored
+from resnet_train.config.layout import class_folders, is_official_cifar10, is_packed
+from resnet_train.config.train import Config, check_train, config_from_checkpoint
+from resnet_train.data.augment import IMAGENET_STD
+from resnet_train.data.imagenet_classes import imagenet_classes
 from resnet_train.data.images import CLASSES
-from resnet_train.data.names import imagenet_classes
 from resnet_train.data.packed import open_packed
-from resnet_train.data.places import class_folders, is_official_cifar10, is_packed
-from resnet_train.data.transforms import IMAGENET_STD
+from resnet_train.engine import checkpoint
 from resnet_train.errors import RunError, UserError
 from resnet_train.files import expand, read_regular, write_result, write_whole
 from resnet_train.models.resnet import ResNet
 from resnet_train.terminal import say
+from resnet_train.weights import state_dicts
 
 BN_IMAGES = {"cifar": 64, "imagenet": 32}
 FAMILIES = {"cifar": "CIFAR", "imagenet": "ImageNet"}
@@ -98,9 +100,9 @@ def read_source(
     if checkpoint.is_ours(found):
         if "detector" in found:
             raise UserError(f"{path}: is a detector's, which resnet-detect reads")
-        with checkpoint.fitting(path):
+        with checkpoint.checkpoint_errors(path):
             return _of_checkpoint(found)
-    state, shape = state_dicts.ours(state_dicts.tensors(found, path), form, str(path))
+    state, shape = state_dicts.to_our_names(state_dicts.tensors(found, path), form, str(path))
     if double:
         state = {name: value.double() if value.is_floating_point() else value for name, value in state.items()}
     told = _description(path) or {}
@@ -146,8 +148,8 @@ def load(path: Path) -> dict[str, Any]:
             f" {shlex.quote(str(path))} out=net.pt makes a checkpoint of them"
         )
     source = read_source(path)
-    with checkpoint.fitting(path):
-        config = restored(told["config"])
+    with checkpoint.checkpoint_errors(path):
+        config = config_from_checkpoint(told["config"])
         state = {name: told[name] for name in HEADER_PARTS if name != "data"} | {"label": told["data"]}
         double = state["measure"]["precision"] == "fp64"
         state["mean"] = source.mean if double else source.mean.float()
@@ -161,7 +163,7 @@ def divisor(config: Config) -> tuple[float, ...]:
 
 
 def _of_checkpoint(state: dict[str, Any]) -> Source:
-    config = restored(state["config"])
+    config = config_from_checkpoint(state["config"])
     check_net(config, state)
     return Source(
         family=config.data.family,
@@ -219,8 +221,8 @@ def import_weights(asked: WeightsConfig, bases: dict[str, dict[str, Any]]) -> No
         "iteration": 0,
         "model": state_dicts.rescaled(source.model, source.std, divisor(config)),
     }
-    with checkpoint.fitting(path):
-        network(config, len(classes)).load_state_dict(source.model)
+    with checkpoint.checkpoint_errors(path):
+        build_network(config, len(classes)).load_state_dict(source.model)
     checkpoint.save(out, state)
     shown = [round(value, 4) for value in (source.mean.mean((0, 1)) / 255).tolist()]
     stride = f", stride in the {config.bottleneck_stride}" if source.has_bottlenecks else ""
@@ -324,10 +326,10 @@ def export(asked: WeightsConfig) -> None:
     """The command `resnet-weights export`: the file, and beside it in JSON what is to be done to images."""
     path, out = expand(asked.file), expand(asked.out)
     state = load(path)
-    with checkpoint.fitting(path):
-        config = restored(state["config"])
+    with checkpoint.checkpoint_errors(path):
+        config = config_from_checkpoint(state["config"])
         check_net(config, state)
-        net = network(config, len(state["classes"]))
+        net = build_network(config, len(state["classes"]))
         net = net.double() if state["measure"]["precision"] == "fp64" else net
         net.load_state_dict(state["model"])
         mean = (state["mean"].double() / 255).view(-1, 3)

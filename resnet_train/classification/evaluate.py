@@ -15,18 +15,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnet_train.batchnorm import average_statistics
-from resnet_train.build import compile_network, logits_of, open_sets, pick_eval_batch, restored_net
+from resnet_train.classification.load import compile_network, compute_logits, load_model, open_dataset, pick_eval_batch
 from resnet_train.config.commands import EvalConfig, EvalData
-from resnet_train.config.training import Config, restored
-from resnet_train.data.places import check_source
-from resnet_train.data.sets import PROTOCOLS, MemorySets, StreamedSets, Views
-from resnet_train.distributed import from_main, joined, main, one_after_all, rank, together, total, world
+from resnet_train.config.layout import check_source
+from resnet_train.config.train import Config, config_from_checkpoint
+from resnet_train.data.sets import PROTOCOLS, MemoryDataset, StreamingDataset, Views
 from resnet_train.engine.compute import pick_device
+from resnet_train.engine.distributed import (
+    all_reduce_sum,
+    is_main,
+    local_rank_zero_first,
+    on_rank_zero,
+    process_group,
+    raise_on_all_ranks,
+    rank,
+    world_size,
+)
 from resnet_train.errors import UserError
 from resnet_train.files import expand, write_result
+from resnet_train.models.batchnorm import average_statistics
 from resnet_train.terminal import say
-from resnet_train.weights import load
+from resnet_train.weights.command import load
 
 
 @dataclass
@@ -62,7 +71,7 @@ def wrong_answers(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def testing(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """`model` in evaluation mode, without gradients; after it in training mode or not, as it was."""
     was_training = model.training
     model.eval()
@@ -79,8 +88,8 @@ def count_errors(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], pre
     Of several processes each takes its own share of the batches, and all get the same count, that of one process.
     """
     device = next(model.parameters()).device
-    with testing(model):
-        return count(((logits_of(model, images, precision), labels) for images, labels in batches), size, device)
+    with eval_mode(model):
+        return count(((compute_logits(model, images, precision), labels) for images, labels in batches), size, device)
 
 
 def count(outcomes: Iterable[tuple[Tensor, Tensor]], size: int, device: torch.device) -> Count:
@@ -90,21 +99,21 @@ def count(outcomes: Iterable[tuple[Tensor, Tensor]], size: int, device: torch.de
     for logits, labels in outcomes:
         mine.append(F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum").double())
         counts += torch.cat([wrong_answers(logits, labels), (labels >= 0).sum()[None]])
-    wrong, wrong5, seen = total(counts).tolist()
+    wrong, wrong5, seen = all_reduce_sum(counts).tolist()
     assert seen == size, f"{seen} images counted of {size}"
-    losses = torch.zeros(int(total(torch.tensor(len(mine)))), dtype=torch.float64, device=device)
+    losses = torch.zeros(int(all_reduce_sum(torch.tensor(len(mine)))), dtype=torch.float64, device=device)
     if mine:  # each loss in its batch's place, so that their sum does not depend on the number of processes
-        losses[rank() :: world()] = torch.stack(mine)
-    return Count(wrong, wrong5, seen, total(losses).sum().item())
+        losses[rank() :: world_size()] = torch.stack(mine)
+    return Count(wrong, wrong5, seen, all_reduce_sum(losses).sum().item())
 
 
 def probabilities(model: nn.Module, batches: Iterable[Views], precision: str) -> Iterator[tuple[Tensor, Tensor]]:
     """The softmax of `model`, averaged over the views of each image (section 3.4), with the labels: (N, K), (N,)."""
-    with testing(model):
+    with eval_mode(model):
         for views, labels in batches:
             sums: Tensor | None = None
             for images, whose in views:
-                found = logits_of(model, images, precision).softmax(1)
+                found = compute_logits(model, images, precision).softmax(1)
                 sums = found.new_zeros(len(labels), found.shape[1]) if sums is None else sums
                 sums[whose] += found.view(-1, len(whose), found.shape[1]).sum(0)
             assert sums is not None
@@ -117,7 +126,7 @@ def evaluate_checkpoint(asked: EvalConfig) -> None:
     Under the protocol of training, the count that training reported, from the file alone.
     """
     device = pick_device(asked.device)
-    with joined(device, asked.timeout):
+    with process_group(device, asked.timeout):
         _evaluate(asked, device)
 
 
@@ -143,12 +152,12 @@ class Member:
 def _evaluate(asked: EvalConfig, device: torch.device) -> None:
     members = [_member(expand(name), asked) for name in asked.checkpoint]
     config = members[0].config
-    together(lambda: _check_members(members, asked))
-    sets = one_after_all(lambda: open_sets(config))
+    raise_on_all_ranks(lambda: _check_members(members, asked))
+    sets = local_rank_zero_first(lambda: open_dataset(config))
     known = {member.state["digest"] for member in members} - {""}  # of imported weights nobody knows it
-    if known - {sets.digest} and asked.data.name == "same" and main():
+    if known - {sets.digest} and asked.data.name == "same" and is_main():
         print("note: these are not the images that the checkpoint was trained on", flush=True)
-    together(lambda: _check_split(sets, asked))
+    raise_on_all_ranks(lambda: _check_split(sets, asked))
     counted, precision, compiled = _counted(members, sets, asked, device)
     one = len(members) == 1
     result = {
@@ -168,7 +177,7 @@ def _evaluate(asked: EvalConfig, device: torch.device) -> None:
         "compile": compiled,
         "device": str(device),
     }
-    if not main():
+    if not is_main():
         return
     out = expand(asked.out) if asked.out else _default_out(members, sets, asked)
     write_result(out, result)
@@ -183,8 +192,10 @@ def _evaluate(asked: EvalConfig, device: torch.device) -> None:
 
 
 def _member(path: Path, asked: EvalConfig) -> Member:
-    state = from_main(lambda: load(path))
-    return Member(path, together(lambda: with_data(restored(state["config"]), asked.data)), state)
+    state = on_rank_zero(lambda: load(path))
+    return Member(
+        path, raise_on_all_ranks(lambda: with_data(config_from_checkpoint(state["config"]), asked.data)), state
+    )
 
 
 def _check_members(members: list[Member], asked: EvalConfig) -> None:
@@ -202,13 +213,13 @@ def _check_members(members: list[Member], asked: EvalConfig) -> None:
         raise UserError(f"protocol={asked.protocol}: is for ImageNet nets; nets for CIFAR see each image once: center")
 
 
-def _check_split(sets: MemorySets | StreamedSets, asked: EvalConfig) -> None:
+def _check_split(sets: MemoryDataset | StreamingDataset, asked: EvalConfig) -> None:
     if sets.sizes[asked.split] == 0:
         raise UserError(f"split={asked.split}: no part of the training set was held out; take split=test")
 
 
 def _counted(
-    members: list[Member], sets: MemorySets | StreamedSets, asked: EvalConfig, device: torch.device
+    members: list[Member], sets: MemoryDataset | StreamingDataset, asked: EvalConfig, device: torch.device
 ) -> tuple[Count, str, bool]:
     """The count of all members together, their precision, and whether all were compiled."""
     sums: list[tuple[Tensor, Tensor]] = []
@@ -216,14 +227,14 @@ def _counted(
     torch.backends.cudnn.benchmark = asked.protocol != "multiscale"  # whose shapes vary
     for member in members:
         of = member.path, member.config, member.state, sets.classes, device
-        restore = functools.partial(restored_net, *of, precise_bn=asked.precise_bn > 0)
-        model, mean, precision, compile = together(restore)
+        restore = functools.partial(load_model, *of, precise_bn=asked.precise_bn > 0)
+        model, mean, precision, compile = raise_on_all_ranks(restore)
         precisions.add(precision)
         if asked.precise_bn:
             _true_averages(model, mean, member, sets, asked.precise_bn, precision)
         compile = compile and compile_network(model, member.config.depth, device)
         compiled = compiled and compile
-        deal = (asked.split, mean, device, pick_eval_batch(member.config, device), rank(), world())
+        deal = (asked.split, mean, device, pick_eval_batch(member.config, device), rank(), world_size())
         if len(members) == 1 and asked.protocol == "center":
             return count_errors(model, sets.eval_batches(*deal), precision, size), precision, compiled
         found = probabilities(model, sets.eval_views(asked.protocol, *deal), precision)
@@ -236,11 +247,11 @@ def _counted(
 
 
 def _true_averages(
-    model: nn.Module, mean: Tensor, member: Member, sets: MemorySets | StreamedSets, count: int, precision: str
+    model: nn.Module, mean: Tensor, member: Member, sets: MemoryDataset | StreamingDataset, count: int, precision: str
 ) -> None:
     """Batch norm's statistics as true averages over `count` training batches, dealt to the processes."""
     config, images = member.config, member.state["measure"]["bn_images"]
-    start, stop = rank() * count // world(), (rank() + 1) * count // world()
+    start, stop = rank() * count // world_size(), (rank() + 1) * count // world_size()
     batches = sets.train_batches(
         mean,
         mean.device,
@@ -249,11 +260,11 @@ def _true_averages(
         augment=dataclasses.asdict(config.augment),
         start=start,
     )
-    passes = (logits_of(model, images, precision) for images, _ in islice(batches, stop - start))
+    passes = (compute_logits(model, images, precision) for images, _ in islice(batches, stop - start))
     average_statistics(model, passes, count)
 
 
-def _default_out(members: list[Member], sets: MemorySets | StreamedSets, asked: EvalConfig) -> Path:
+def _default_out(members: list[Member], sets: MemoryDataset | StreamingDataset, asked: EvalConfig) -> Path:
     """Beside the first checkpoint, named after what was measured."""
     first = members[0]
     words = [first.path.stem] if len(members) == 1 else [f"ensemble-of-{len(members)}"]

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from resnet_train.config.keys import RESUME, flat, shown
 from resnet_train.config.paths import check_file, writable
-from resnet_train.config.training import EARLIER, Config, completed
+from resnet_train.config.schema import RESUME, flat, format_value
+from resnet_train.config.train import EARLIER, Config, completed
 from resnet_train.errors import UserError, nearest
 from resnet_train.files import expand, nearest_existing, read_object
 
@@ -78,7 +78,7 @@ def check_same_run(
     for key in sorted(was.keys() | now.keys()):
         if key not in FREE_KEYS and was.get(key) != now.get(key):
             raise UserError(
-                f"{key}={shown(now.get(key))}: the run in {where} has {key}={shown(was.get(key))};"
+                f"{key}={format_value(now.get(key))}: the run in {where} has {key}={format_value(was.get(key))};"
                 f" take that, or {otherwise}"
             )
 

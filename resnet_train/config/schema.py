@@ -82,26 +82,28 @@ RESUME = "auto, never or a checkpoint's file"  # what resume= may be
 T = TypeVar("T")
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value as it is typed, if not too long."""
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def convert(key: str, value: Any, hint: Any, bounds: Any = None) -> Any:
+def coerce(key: str, value: Any, hint: Any, bounds: Any = None) -> Any:
     """`value` as the type `hint`, or UserError.
 
     What a number may be stands in `bounds`, where the hint is Annotated[int, (least, most)], and else in RANGES.
     """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        return convert(key, value, *arguments)
+        return coerce(key, value, *arguments)
     if hint is Any:
         return value
     if origin is Literal:
         if value in arguments and not isinstance(value, bool):
             return value
-        raise UserError(f"{key}={shown(value)}: allowed are {', '.join(arguments)}{nearest(str(value), arguments)}")
+        raise UserError(
+            f"{key}={format_value(value)}: allowed are {', '.join(arguments)}{nearest(str(value), arguments)}"
+        )
     if origin in (typing.Union, types.UnionType):
         literals = [option for option in arguments if typing.get_origin(option) is Literal]
         words = [word for option in literals for word in typing.get_args(option)]
@@ -109,19 +111,21 @@ def convert(key: str, value: Any, hint: Any, bounds: Any = None) -> Any:
             return value
         kind = {int: "a whole number", bool: "true, false"}.get(arguments[0])
         if words and kind and isinstance(value, str):
-            raise UserError(f"{key}={shown(value)}: must be {kind} or {' or '.join(words)}{nearest(value, words)}")
-        return convert(key, value, arguments[0], bounds)
+            raise UserError(
+                f"{key}={format_value(value)}: must be {kind} or {' or '.join(words)}{nearest(value, words)}"
+            )
+        return coerce(key, value, arguments[0], bounds)
     if origin is list:
         if not isinstance(value, list):
             example = {int: "[256,480]", float: "[0.5,0.75]", str: "[one,two]"}.get(arguments[0])
-            raise UserError(f"{key}={shown(value)}: must be a list{f', such as {example}' if example else ''}")
-        return [convert(key, item, arguments[0], bounds) for item in value]
+            raise UserError(f"{key}={format_value(value)}: must be a list{f', such as {example}' if example else ''}")
+        return [coerce(key, item, arguments[0], bounds) for item in value]
     if origin is dict:
         if not isinstance(value, Mapping):
-            raise UserError(f"{key}={shown(value)}: must hold values of its own")
-        return {name: convert(f"{key}.{name}", item, arguments[1]) for name, item in value.items()}
+            raise UserError(f"{key}={format_value(value)}: must hold values of its own")
+        return {name: coerce(f"{key}.{name}", item, arguments[1]) for name, item in value.items()}
     if dataclasses.is_dataclass(hint):
-        return typed(typing.cast(type, hint), value, key + ".")
+        return from_dict(typing.cast(type, hint), value, key + ".")
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is int and number and (isinstance(value, int) or value.is_integer()):
         return _in_range(key, int(value), bounds)
@@ -135,12 +139,12 @@ def convert(key: str, value: Any, hint: Any, bounds: Any = None) -> Any:
             return text
     kind = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}[hint]
     kind = RESUME if key == "resume" else kind
-    raise UserError(f"{key}={shown(value)}: must be {kind}")
+    raise UserError(f"{key}={format_value(value)}: must be {kind}")
 
 
 def _in_range(key: str, value: float, bounds: tuple[float | None, float | None] | None) -> float:
     low, high = bounds or RANGES.get(key, (None, None))
-    text = f"{value:g}" if isinstance(value, float) else shown(value)
+    text = f"{value:g}" if isinstance(value, float) else format_value(value)
     if low is not None and (value < low or (value == low and key in ABOVE)):
         raise UserError(f"{key}={text}: must be {'above' if key in ABOVE else 'at least'} {low}")
     if high is not None and (value > high or (value == high and key in BELOW)):
@@ -148,10 +152,12 @@ def _in_range(key: str, value: float, bounds: tuple[float | None, float | None] 
     return value
 
 
-def typed(kind: type[T], values: Any, prefix: str = "") -> T:
+def from_dict(kind: type[T], values: Any, prefix: str = "") -> T:
     """The dataclass `kind` from nested plain `values`; unknown, missing and mistyped keys are refused by name."""
     if not isinstance(values, Mapping):
-        raise UserError(f"{prefix[:-1]}={shown(values)}: holds values of its own; set one, as in {prefix}KEY=VALUE")
+        raise UserError(
+            f"{prefix[:-1]}={format_value(values)}: holds values of its own; set one, as in {prefix}KEY=VALUE"
+        )
     hints, fields = _fields(typing.cast(Any, kind))
     for name in values:
         if name not in fields:
@@ -159,7 +165,7 @@ def typed(kind: type[T], values: Any, prefix: str = "") -> T:
     found = {}
     for name, field in fields.items():
         if name in values:
-            found[name] = convert(prefix + name, values[name], hints[name])
+            found[name] = coerce(prefix + name, values[name], hints[name])
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise UserError(f"{prefix}{name}: is missing")
     return kind(**found)

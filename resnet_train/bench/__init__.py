@@ -1,0 +1,1 @@
+"""Timings beside a conventional PyTorch loop."""
