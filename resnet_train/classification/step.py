@@ -15,7 +15,7 @@ from resnet_train.classification.evaluate import wrong_answers
 from resnet_train.classification.load import compute_logits
 from resnet_train.config.train import BatchSplit, Config
 from resnet_train.engine.distributed import all_reduce_sum, rank, world_size
-from resnet_train.engine.sums import restore_rank_sums
+from resnet_train.engine.distributed import restore_rank_sums
 from resnet_train.models.batchnorm import update_statistics
 from resnet_train.models.resnet import ResNet
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from resnet_train.config.detection_layout import list_file, lists_of
+from resnet_train.config.layout import list_file, lists_of
 from resnet_train.config.paths import check_checkpoints, check_file, check_folder, check_paths
 from resnet_train.config.run_dir import FREE_KEYS, plain_word, run_name
 from resnet_train.config.schema import as_list, flat, format_value, from_dict

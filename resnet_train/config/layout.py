@@ -11,6 +11,7 @@ from resnet_train.errors import UserError
 from resnet_train.files import expand
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
+LISTS = "ImageSets/Main"  # of VOC
 CIFAR_FOLDER = "cifar-10-batches-py"
 PACKED = "pack.json"  # in a folder that resnet-pack has written, once it is whole
 PACKING = "packing"  # in one where it is not: what is done so far
@@ -153,3 +154,20 @@ def class_folders(root: Path) -> tuple[list[str], str]:
 def is_image(name: str) -> bool:
     """Whether a file name looks like an image's."""
     return not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def list_file(root: Path, kind: str, name: str) -> Path:
+    """The file that says which images are in the list `name`: 2007_trainval, or in one folder trainval; train2014."""
+    if kind == "coco":
+        return root / "annotations" / f"instances_{name}.json"
+    year, _, rest = name.partition("_")
+    folder = root / f"VOC{year}"
+    return folder / LISTS / f"{rest}.txt" if rest and folder.is_dir() else root / LISTS / f"{name}.txt"
+
+
+def lists_of(root: Path, kind: str) -> list[str]:
+    """The names of the lists that there are."""
+    if kind == "coco":
+        return sorted(path.stem.removeprefix("instances_") for path in root.glob("annotations/instances_*.json"))
+    years = (f"{path.parts[-4].removeprefix('VOC')}_{path.stem}" for path in root.glob(f"VOC*/{LISTS}/*.txt"))
+    return sorted([*years, *(path.stem for path in root.glob(f"{LISTS}/*.txt"))])

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from resnet_train.config.detection_layout import list_file, lists_of
+from resnet_train.config.layout import list_file, lists_of
 from resnet_train.config.layout import is_image
 from resnet_train.data.images import LARGEST_IMAGE, ImageError, image_size, read_image
 from resnet_train.errors import UserError, nearest

@@ -24,7 +24,7 @@ from resnet_train.detection.model import Detector
 from resnet_train.engine import schedule
 from resnet_train.engine.compute import autocast, wrap_ddp
 from resnet_train.engine.distributed import all_reduce_sum, is_main, rank, world_size
-from resnet_train.engine.sums import restore_rank_sums
+from resnet_train.engine.distributed import restore_rank_sums
 from resnet_train.engine.task import Point
 from resnet_train.models.batchnorm import update_statistics
 from resnet_train.models.resnet import parameters

@@ -50,6 +50,15 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     return values
 
 
+def restore_rank_sums(rows: Tensor, stored: Tensor) -> None:
+    """Put this process's row of sums in its place; if there are now other processes than then, all in the first's."""
+    rows.zero_()
+    if len(stored) == world_size():
+        rows[rank()] = stored[rank()]
+    elif rank() == 0:
+        rows[0] = stored.sum(0)
+
+
 def raise_on_all_ranks(job: Callable[[], T]) -> T:
     """What `job` gives in this process, once it is done in all of them.
 
