@@ -84,7 +84,7 @@ def losses() -> list[float]:
     torch.set_num_threads(THREADS)
     try:
         run = build(config)
-        batches = run.sets.train_batches(
+        batches = run.dataset.train_batches(
             run.mean,
             run.device,
             seed=config.seed,
@@ -93,9 +93,9 @@ def losses() -> list[float]:
             start=0,
         )
         for images, labels in itertools.islice(batches, config.iterations):
-            run.meters.reset()
+            run.metrics.reset()
             step(run, images, labels, run.learning_rate())
-            found.append(run.meters.loss.item() / run.meters.seen)
+            found.append(run.metrics.loss.item() / run.metrics.seen)
     finally:
         torch.set_num_threads(threads)
     return found

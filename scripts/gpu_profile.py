@@ -24,7 +24,6 @@ from torch import Tensor
 
 from resnet_train.bench import baseline
 from resnet_train.bench.synthetic import SyntheticDataset
-from resnet_train.classification.load import compile_network
 from resnet_train.classification.run import build
 from resnet_train.classification.step import step
 from resnet_train.classification.train import ClassificationTask
@@ -32,6 +31,7 @@ from resnet_train.config.compose import compose
 from resnet_train.config.train import check_train
 from resnet_train.engine.environment import environment_of
 from resnet_train.models import cifar_resnet
+from resnet_train.models.compile import compile_network
 
 STEPS = 300
 LR = 0.1
@@ -87,7 +87,7 @@ def profile(depth: int) -> dict[str, Any]:
     found["captured"] |= {"gpu_ms": busy, "kernels": count, "longest": longest}
 
     options = {"seed": 0, "batch_size": 128, "augment": dataclasses.asdict(run.config.augment), "start": 0}
-    plain = run.sets.train_batches(run.mean, run.device, **options)
+    plain = run.dataset.train_batches(run.mean, run.device, **options)
     for name, one in (("compiled", run), ("eager", opened(depth, compiled=False))):
         take = functools.partial(step, one)
         timed(take, plain, 5)

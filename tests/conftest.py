@@ -97,7 +97,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     found = build(config)
     augment = dataclasses.asdict(config.augment)
-    batches = found.sets.train_batches(found.mean, found.device, seed=0, batch_size=32, augment=augment, start=0)
+    batches = found.dataset.train_batches(found.mean, found.device, seed=0, batch_size=32, augment=augment, start=0)
     for images, labels in itertools.islice(batches, 20):
         step(found, images, labels, 0.05)
     checkpoint.save(folder / "last.pt", found.state())

@@ -13,7 +13,6 @@ import torch
 from omegaconf import OmegaConf
 
 from resnet_train.classification.evaluate import count_errors
-from resnet_train.classification.load import wrap_image_ddp
 from resnet_train.classification.run import build
 from resnet_train.classification.step import TrainMetrics, step
 from resnet_train.config.compose import CONFIG_DIR
@@ -45,7 +44,7 @@ def composed(*overrides):
 
 def batches(run):
     """The training batches of this process."""
-    return run.sets.train_batches(
+    return run.dataset.train_batches(
         run.mean,
         run.device,
         seed=run.config.seed,
@@ -61,7 +60,7 @@ def trained(config):
     """Some steps: the gradients and running statistics of the first, and the state after the last."""
     run = build(dataclasses.replace(config, devices=world_size()))
     if world_size() > 1:
-        run.net = wrap_image_ddp(run.model, run.precision, (run.share.images, 3, config.data.size, config.data.size))
+        run.wrap_ddp()
     gradients, buffers = [], []
     run.optimizer.register_step_pre_hook(lambda *_: gradients.append([p.grad.clone() for p in run.model.parameters()]))
     for images, labels in itertools.islice(batches(run), STEPS):
@@ -77,9 +76,9 @@ def counted(config):
         f"{split} {size}": dataclasses.asdict(
             count_errors(
                 run.model,
-                run.sets.eval_batches(split, run.mean, run.device, size, rank(), world_size()),
+                run.dataset.eval_batches(split, run.mean, run.device, size, rank(), world_size()),
                 run.precision,
-                run.sets.sizes[split],
+                run.dataset.sizes[split],
             )
         )
         for split in ("test", "val")
@@ -91,10 +90,10 @@ def taken_over():
     """The sums of meters that other numbers of processes have left in a checkpoint."""
     found = {}
     for rows in (1, 2, 3, 4):
-        meters = TrainMetrics(CPU)
+        metrics = TrainMetrics(CPU)
         wrong = torch.arange(2 * rows).view(rows, 2)
-        meters.load({"loss": torch.arange(rows).double(), "wrong": wrong, "seen": 100 * rows})
-        state = meters.state()
+        metrics.load({"loss": torch.arange(rows).double(), "wrong": wrong, "seen": 100 * rows})
+        state = metrics.state()
         found[str(rows)] = [state["loss"].sum().item(), *state["wrong"].sum(0).tolist(), state["seen"]]
     return found
 

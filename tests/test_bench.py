@@ -15,12 +15,12 @@ from PIL import Image
 
 from resnet_train import cli
 from resnet_train.bench import baseline, suite, timing
-from resnet_train.classification.load import build_network
 from resnet_train.config.commands import FIXED_BY_BENCH, BenchConfig, check_bench
 from resnet_train.config.compose import compose, keys_asked
-from resnet_train.data.images import ImageSet
+from resnet_train.data.image_set import ImageSet
 from resnet_train.data.pack import pack
 from resnet_train.errors import RunError, UserError
+from resnet_train.models.build import build_network
 
 NAMES = ["step", "loop", "loader", "eval", "startup", "memory"]
 TINY = ["depth=8", "data=imagefolder", "data.size=8", "batch_size=12", "log_every=3", "compile=false", "device=cpu"]
@@ -327,7 +327,7 @@ def test_bare_is_our_step_on_one_batch(tmp_path):
     work = suite.bare(run, images, labels)
     work.do(3)
     assert work.images == 12
-    assert (run.iteration, run.meters.seen) == (3, 36)
+    assert (run.iteration, run.metrics.seen) == (3, 36)
 
 
 def pictures(count):

@@ -7,15 +7,16 @@ import pytest
 import torch
 from PIL import Image
 
-from resnet_train.classification.load import compute_logits
 from resnet_train.classification.predict import view
 from resnet_train.config.compose import compose
 from resnet_train.config.train import check_train
 from resnet_train.data.augment import normalise
+from resnet_train.data.decode import read_image
 from resnet_train.data.imagenet_classes import imagenet_classes
-from resnet_train.data.images import read_image
-from resnet_train.data.sets import MemoryDataset, StreamingDataset
+from resnet_train.data.memory import MemoryDataset
+from resnet_train.data.streaming import StreamingDataset
 from resnet_train.engine import checkpoint
+from resnet_train.engine.compute import compute_logits
 from resnet_train.models import cifar_resnet, imagenet_resnet
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -23,13 +23,13 @@ from resnet_train import cli
 from resnet_train.config.compose import compose
 from resnet_train.config.detection import check_detect, config_from_checkpoint
 from resnet_train.detection.build import build_like_checkpoint, build_new
-from resnet_train.detection.data import read_voc
 from resnet_train.detection.evaluate import evaluate
 from resnet_train.detection.loader import mirrored, training_batches
 from resnet_train.detection.metrics import coco_map, voc_map
 from resnet_train.detection.run import build, read_examples
 from resnet_train.detection.run import detect as run_detector
 from resnet_train.detection.train import learning_rate, step
+from resnet_train.detection.voc import read_voc
 from resnet_train.engine import checkpoint
 from resnet_train.engine.distributed import is_main, process_group
 from resnet_train.errors import UserError

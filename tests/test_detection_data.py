@@ -14,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from resnet_train.detection.data import VOC_CLASSES, load, read_coco, read_voc
+from resnet_train.detection.annotations import load
+from resnet_train.detection.coco import read_coco
+from resnet_train.detection.voc import VOC_CLASSES, read_voc
 from resnet_train.errors import UserError
 
 WIDTH, HEIGHT = 40, 30

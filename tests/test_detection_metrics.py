@@ -13,7 +13,7 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from resnet_train.detection.data import Example
+from resnet_train.detection.annotations import Example
 from resnet_train.detection.metrics import COCO_FIGURES, coco_map, voc_ap, voc_curve, voc_map
 from resnet_train.errors import RunError, UserError
 

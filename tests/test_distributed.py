@@ -26,7 +26,8 @@ from test_sets import SHAPES, equal, photograph
 from torch import nn
 
 from resnet_train.classification.run import build
-from resnet_train.data.sets import MemoryDataset, StreamingDataset
+from resnet_train.data.memory import MemoryDataset
+from resnet_train.data.streaming import StreamingDataset
 from resnet_train.engine import checkpoint
 from resnet_train.models import cifar_resnet
 from resnet_train.models.batchnorm import BatchNorm2d, GroupBatchNorm2d, update_statistics, use_group_batch_norm
@@ -267,9 +268,9 @@ def test_all_processes_hold_the_same_state(runs, processes, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 def test_meters_hold_the_sums_of_all_processes(runs, alone, processes):
-    theirs = alone["fp64"]["state"]["meters"]
+    theirs = alone["fp64"]["state"]["metrics"]
     for case in ("fp64", "fp64 in parts"):
-        mine = found(runs, processes)[0][case]["state"]["meters"]
+        mine = found(runs, processes)[0][case]["state"]["metrics"]
         assert mine["wrong"].sum(0).tolist() == theirs["wrong"].sum(0).tolist()
         assert mine["seen"] == theirs["seen"] == 128 * several.STEPS
         assert mine["loss"].sum().item() == pytest.approx(theirs["loss"].sum().item(), rel=1e-12)

@@ -14,12 +14,13 @@ from conftest import metrics, needs, start
 from test_sets import photograph
 
 from resnet_train.classification.evaluate import count_errors
-from resnet_train.classification.load import compile_network, compute_logits
 from resnet_train.classification.run import build
 from resnet_train.classification.step import CapturedStep, step
 from resnet_train.config.compose import compose
 from resnet_train.config.train import check_train
+from resnet_train.engine.compute import compute_logits
 from resnet_train.models import imagenet_resnet
+from resnet_train.models.compile import compile_network
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 needs("sklearn")
@@ -44,16 +45,16 @@ def trained(run, take, batches, count, lr=0.01):
     """The loss of each of `count` steps."""
     losses = []
     for batch in itertools.islice(batches, count):
-        run.meters.reset()
+        run.metrics.reset()
         take(*batch, lr)
-        losses.append(run.meters.loss.item() / run.config.batch_size)
+        losses.append(run.metrics.loss.item() / run.config.batch_size)
     return losses
 
 
 def plainly(run, count):
     """The losses of steps that are launched kernel by kernel, or as one CPU runs them."""
     augment = {"pad": run.config.augment.pad, "flip": run.config.augment.flip}
-    batches = run.sets.train_batches(
+    batches = run.dataset.train_batches(
         run.mean, run.device, seed=0, batch_size=run.config.batch_size, augment=augment, start=run.iteration
     )
     return trained(run, lambda *batch: step(run, *batch), batches, count)
@@ -88,7 +89,7 @@ def test_nothing_waits_for_the_gpu_within_a_step(tmp_path, words):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert run.iteration == 9
-    assert run.meters.state()["seen"] == 9 * 64
+    assert run.metrics.state()["seen"] == 9 * 64
     assert all(group["lr"] == 0.01 for group in run.optimizer.param_groups)
 
 
@@ -122,7 +123,7 @@ def test_an_evaluation_between_replays_disturbs_nothing(tmp_path, compiled):
         for _ in range(4):
             trained(run, take, batches, 5)
             if tested:
-                views = run.sets.eval_batches("test", run.mean, run.device, 120)
+                views = run.dataset.eval_batches("test", run.mean, run.device, 120)
                 counts.append(count_errors(run.model, views, run.precision, 360))
         states.append({name: value.clone() for name, value in run.model.state_dict().items()})
     for name, value in states[0].items():
@@ -145,7 +146,7 @@ def test_no_two_logits_of_an_image_are_equal(tmp_path):
     trained(run, take, batches, 100, lr=0.05)
     run.model.eval()
     with torch.no_grad():
-        for images, _ in run.sets.eval_batches("test", run.mean, run.device, 120):
+        for images, _ in run.dataset.eval_batches("test", run.mean, run.device, 120):
             best, second = compute_logits(run.model, images, "bf16").topk(2).values.T
             assert (best > second).all()
 

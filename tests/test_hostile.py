@@ -28,7 +28,7 @@ from PIL import Image
 from test_sets import photograph
 
 from resnet_train.config.layout import CIFAR_FOLDER
-from resnet_train.data.images import TEST_FILES, TRAIN_FILES
+from resnet_train.data.cifar10 import TEST_FILES, TRAIN_FILES
 from resnet_train.engine import checkpoint
 from resnet_train.engine.loop import check_finite
 from resnet_train.errors import RunError, UserError
@@ -457,5 +457,5 @@ def test_a_loss_that_is_not_finite_in_one_process_ends_all(tmp_path):
         state = checkpoint.load(tmp_path / "run/checkpoints" / name)
         assert state["iteration"] == iteration
         assert all(value.isfinite().all() for value in state["model"].values())
-        assert state["meters"]["loss"].isfinite().all()
+        assert state["metrics"]["loss"].isfinite().all()
     assert not (tmp_path / "run/summary.json").exists()

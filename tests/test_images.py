@@ -30,28 +30,15 @@ from resnet_train.config.layout import (
     left_out,
 )
 from resnet_train.data import images
-from resnet_train.data.imagefolder import cut, open_image_splits
-from resnet_train.data.images import (
-    CIFAR10_FINGERPRINT,
-    LONGEST,
-    TEST_FILES,
-    TRAIN_FILES,
-    ImageError,
-    ImageSet,
-    _data_set,
-    cache_folder,
-    center_view,
-    check_pixels,
-    decode,
-    image_size,
-    jpeg_size,
-    load,
-    read_image,
-    read_official,
-    whole_view,
-)
+from resnet_train.data.cache import cache_folder
+from resnet_train.data.cifar10 import TEST_FILES, TRAIN_FILES, read_official
+from resnet_train.data.crops import LONGEST, center_view, cut, whole_view
+from resnet_train.data.decode import ImageError, check_pixels, decode, image_size, jpeg_size, read_image
+from resnet_train.data.image_set import CIFAR10_FINGERPRINT, ImageSet, make_data_set
+from resnet_train.data.imagefolder import open_image_splits
+from resnet_train.data.memory import MemoryDataset
 from resnet_train.data.pack import packed_image
-from resnet_train.data.sets import MemoryDataset
+from resnet_train.data.source import load
 from resnet_train.detection import data as detection
 from resnet_train.errors import UserError
 
@@ -1108,12 +1095,12 @@ def test_cifar10_is_known_by_its_images_in_whatever_container(real_data, monkeyp
     assert (means - torch.tensor([0.4914, 0.4822, 0.4465])).abs().max() < 1e-4
     assert data.digest == CIFAR10_FINGERPRINT
 
-    other = _data_set(*(part.part(torch.randperm(len(part))) for part in (data.train, data.test)), CLASSES)
+    other = make_data_set(*(part.part(torch.randperm(len(part))) for part in (data.train, data.test)), CLASSES)
     same(other, data)
     assert MemoryDataset(name="imagefolder", root=root, size=32, validation=0).label == "cifar10"
 
     data.train.images[0, 0, 0, 0] ^= 1  # one bit of one image: a look-alike
-    assert _data_set(data.train, data.test, CLASSES).digest != CIFAR10_FINGERPRINT
+    assert make_data_set(data.train, data.test, CLASSES).digest != CIFAR10_FINGERPRINT
     swapped = other.train.labels.clone()
     swapped[[0, 1]] = swapped[[1, 0]] if swapped[0] != swapped[1] else (swapped[[0, 1]] + 1) % 10
-    assert _data_set(ImageSet(other.train.images, swapped), other.test, CLASSES).digest != CIFAR10_FINGERPRINT
+    assert make_data_set(ImageSet(other.train.images, swapped), other.test, CLASSES).digest != CIFAR10_FINGERPRINT

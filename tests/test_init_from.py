@@ -11,7 +11,6 @@ import torch
 from conftest import needs
 from torch import nn
 
-from resnet_train.classification.load import build_network
 from resnet_train.classification.run import begin_from, build, train
 from resnet_train.classification.step import step
 from resnet_train.config.compose import compose
@@ -21,8 +20,9 @@ from resnet_train.data.augment import IMAGENET_STD
 from resnet_train.engine import checkpoint
 from resnet_train.errors import SIGNALS, UserError
 from resnet_train.models import cifar_resnet, imagenet_resnet
+from resnet_train.models.build import build_network
 from resnet_train.weights import state_dicts
-from resnet_train.weights.command import check_same_net, read_source
+from resnet_train.weights.source import check_same_net, read_source
 
 needs("sklearn")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -44,7 +44,7 @@ def steps(run, count, look=lambda _: None):
     """Take steps; `look` sees the run between the gradients and the update of each."""
     run.optimizer.register_step_pre_hook(lambda *_: look(run))
     augment = dataclasses.asdict(run.config.augment)
-    batches = run.sets.train_batches(run.mean, run.device, seed=0, batch_size=32, augment=augment, start=0)
+    batches = run.dataset.train_batches(run.mean, run.device, seed=0, batch_size=32, augment=augment, start=0)
     for images, labels in itertools.islice(batches, count):
         step(run, images, labels, 0.05)
 

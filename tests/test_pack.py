@@ -22,11 +22,12 @@ from PIL import Image
 from resnet_train import cli
 from resnet_train.config.layout import check_source, class_folders
 from resnet_train.data import pack as packing
-from resnet_train.data.imagefolder import cut, image_of, open_image_splits, scaled_box
-from resnet_train.data.images import decode
+from resnet_train.data.crops import cut, scaled_box
+from resnet_train.data.decode import decode
+from resnet_train.data.imagefolder import image_of, open_image_splits
 from resnet_train.data.packed import Shard, open_packed, stored_order
 from resnet_train.data.sampler import WINDOW, permutation
-from resnet_train.data.sets import StreamingDataset
+from resnet_train.data.streaming import StreamingDataset
 from resnet_train.errors import RunError, UserError
 
 needs("litdata")

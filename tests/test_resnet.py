@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from resnet_train.classification.load import compute_logits
+from resnet_train.engine.compute import compute_logits
 from resnet_train.models import cifar_resnet, imagenet_resnet
 from resnet_train.models.batchnorm import update_statistics
 from resnet_train.models.resnet import BasicBlock, Bottleneck, BottleneckV1, PaddedIdentity, multiply_adds, parameters

@@ -23,7 +23,7 @@ from resnet_train.classification.run import build, build_or_resume, open_data, t
 from resnet_train.config.compose import compose
 from resnet_train.config.run_dir import check_run_dir
 from resnet_train.config.train import check_train
-from resnet_train.data.images import ImageSet
+from resnet_train.data.image_set import ImageSet
 from resnet_train.engine import checkpoint
 from resnet_train.engine.logger import MetricsLogger
 from resnet_train.engine.loop import Clock, log_evaluation, save
@@ -144,7 +144,7 @@ def test_no_metrics_line_too_many_after_a_resume(whole, tmp_path):
         with contextlib.ExitStack() as held, contextlib.closing(MetricsLogger(folder, {}, iteration, 12)) as record:
             opened(config_of(), folder, held)
             assert metrics(folder) == kept
-            record.point("train", iteration + 1, error=1.0)
+            record.log("train", iteration + 1, error=1.0)
         assert len(metrics(folder)) == len(kept) + 1
 
 
@@ -257,9 +257,9 @@ def test_the_best_is_chosen_by_the_validation_error_and_of_equal_ones_it_is_the_
     """Labels are made up so that validation and test errors are known and do not fall together."""
     run_ = build(config_of())
     run_.model.eval()
-    parts, truth = run_.sets.parts, {}
+    parts, truth = run_.dataset.parts, {}
     for split in ("val", "test"):
-        images, _ = next(run_.sets.eval_batches(split, run_.mean, run_.device, len(parts[split])))
+        images, _ = next(run_.dataset.eval_batches(split, run_.mean, run_.device, len(parts[split])))
         truth[split] = run_.model(images).argmax(1)
     run_.model.train()
     with contextlib.closing(MetricsLogger(tmp_path, {}, 0, 12)) as record:

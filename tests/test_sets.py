@@ -15,9 +15,13 @@ from torchvision.transforms.v2 import functional as TF
 from resnet_train.classification.load import open_dataset
 from resnet_train.data import sets as data_sets
 from resnet_train.data.augment import EIGENVECTORS, IMAGENET_MEAN
-from resnet_train.data.imagefolder import area_box
-from resnet_train.data.images import cache_folder, load, read_image
-from resnet_train.data.sets import MemoryDataset, StreamingDataset, _RandomViews, split_sizes
+from resnet_train.data.cache import cache_folder
+from resnet_train.data.crops import area_box
+from resnet_train.data.decode import read_image
+from resnet_train.data.memory import MemoryDataset
+from resnet_train.data.source import load
+from resnet_train.data.streaming import StreamingDataset, _RandomViews
+from resnet_train.data.views import split_sizes
 from resnet_train.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -110,7 +110,7 @@ class Waits(TorchDispatchMode):
 def training(run):
     """The training batches of a run."""
     config = run.config
-    return run.sets.train_batches(
+    return run.dataset.train_batches(
         run.mean, run.device, seed=0, batch_size=config.batch_size, augment=asdict(config.augment), start=0
     )
 

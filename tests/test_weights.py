@@ -21,12 +21,12 @@ from resnet_train.classification.predict import view
 from resnet_train.config.compose import compose
 from resnet_train.config.train import check_train
 from resnet_train.data.augment import IMAGENET_MEAN, IMAGENET_STD
-from resnet_train.data.images import read_image
+from resnet_train.data.decode import read_image
 from resnet_train.engine import checkpoint
 from resnet_train.errors import UserError
 from resnet_train.models import cifar_resnet, imagenet_resnet
 from resnet_train.weights import state_dicts
-from resnet_train.weights.command import load, read_source
+from resnet_train.weights.source import load, read_source
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MEAN, STD = (torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (state_dicts.MEAN, IMAGENET_STD))

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from resnet_train.data.decode import FORMATS
+from resnet_train.data.image_set import ImageSet
 from resnet_train.data.imagefolder import ImageSource
-from resnet_train.data.images import FORMATS, ImageSet
 
 NORMALISE = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 

@@ -44,23 +44,27 @@ from resnet_train.bench.timing import (
     threads,
 )
 from resnet_train.classification.evaluate import count_errors
-from resnet_train.classification.load import build_network, compile_network, open_dataset, pick_compile, pick_eval_batch
+from resnet_train.classification.load import open_dataset, pick_compile, pick_eval_batch
 from resnet_train.classification.run import build
 from resnet_train.classification.step import step
 from resnet_train.classification.train import ClassificationTask
 from resnet_train.config.commands import BenchConfig
 from resnet_train.config.layout import is_packed
 from resnet_train.config.train import Config
+from resnet_train.data.decode import decode
 from resnet_train.data.imagefolder import ImageSource, open_image_splits
-from resnet_train.data.images import decode
+from resnet_train.data.memory import MemoryDataset
 from resnet_train.data.sampler import generator
-from resnet_train.data.sets import Batches, MemoryDataset, StreamingDataset, random_views
+from resnet_train.data.streaming import StreamingDataset, random_views
+from resnet_train.data.views import Batches
 from resnet_train.engine.compute import pick_device, pick_precision
 from resnet_train.engine.environment import git_commit, memory_held, peak_memory, processor, versions
 from resnet_train.engine.logger import MetricsLogger
 from resnet_train.engine.loop import Clock, Stop, log_training, loop
 from resnet_train.errors import RunError
 from resnet_train.files import check_result, expand, write_result
+from resnet_train.models.build import build_network
+from resnet_train.models.compile import compile_network
 from resnet_train.terminal import say
 
 
@@ -128,9 +132,9 @@ def sets_of(config: Config) -> MemoryDataset | StreamingDataset:
 
 def in_memory(config: Config) -> MemoryDataset:
     """The same; check_bench has seen to it that it is a set in memory."""
-    sets = sets_of(config)
-    assert isinstance(sets, MemoryDataset)
-    return sets
+    dataset = sets_of(config)
+    assert isinstance(dataset, MemoryDataset)
+    return dataset
 
 
 def changed(config: Config, **changes: Any) -> Config:
@@ -138,9 +142,9 @@ def changed(config: Config, **changes: Any) -> Config:
     return dataclasses.replace(config, **changes)
 
 
-def opened(config: Config, sets: MemoryDataset | StreamingDataset) -> ClassificationTask:
+def opened(config: Config, dataset: MemoryDataset | StreamingDataset) -> ClassificationTask:
     """A task ready to train, as resnet-train would build it."""
-    run = build(config, sets)
+    run = build(config, dataset)
     run.compiled = pick_compile(config, run.device) and compile_network(run.model, config.depth, run.device)
     return run
 
@@ -148,7 +152,7 @@ def opened(config: Config, sets: MemoryDataset | StreamingDataset) -> Classifica
 def batches_of(run: ClassificationTask) -> Batches:
     """The run's augmented batches, without end."""
     augment = dataclasses.asdict(run.config.augment)
-    return run.sets.train_batches(
+    return run.dataset.train_batches(
         run.mean, run.device, seed=run.config.seed, batch_size=run.config.batch_size, augment=augment, start=0
     )
 
@@ -173,21 +177,21 @@ class _Until(Stop):
         return self.run.iteration >= self.end
 
 
-def trained(run: ClassificationTask, folder: Path, record: MetricsLogger, count: int) -> None:
+def trained(run: ClassificationTask, folder: Path, logger: MetricsLogger, count: int) -> None:
     """So many iterations of the training loop, without a checkpoint."""
     with contextlib.redirect_stdout(io.StringIO()):
-        loop(run, folder, record, Clock(run.iteration), _Until(run, count), saved_at=run.iteration + count)
+        loop(run, folder, logger, Clock(run.iteration), _Until(run, count), saved_at=run.iteration + count)
 
 
 @contextlib.contextmanager
 def recording(run: ClassificationTask, folder: Path) -> Iterator[MetricsLogger]:
     """The record of a run, as it is where there is no terminal."""
     with contextlib.redirect_stderr(io.StringIO()):
-        record = MetricsLogger(folder, {"data": "bench", "seed": run.config.seed}, 0, run.config.iterations)
+        logger = MetricsLogger(folder, {"data": "bench", "seed": run.config.seed}, 0, run.config.iterations)
     try:
-        yield record
+        yield logger
     finally:
-        record.close()
+        logger.close()
 
 
 # --- The six ---------------------------------------------------------------------------------------------------------
@@ -196,13 +200,13 @@ def recording(run: ClassificationTask, folder: Path) -> Iterator[MetricsLogger]:
 def steps(asked: BenchConfig, config: Config, folder: Path, device: torch.device) -> Outcome:
     """The step on one batch, as configured and in other precisions, against the classic step; first steps apart."""
     kinds = [(config.precision, config.compile), ("fp32", False), ("bf16", False), ("bf16", config.compile)]
-    sets, works = sets_of(config), {}
+    dataset, works = sets_of(config), {}
     for precision, compiled in dict.fromkeys(kinds):
-        run = opened(changed(config, precision=precision, compile=compiled), sets)
+        run = opened(changed(config, precision=precision, compile=compiled), dataset)
         images, labels = next(batches_of(run))
         works[f"{precision} {'compiled' if run.compiled else 'eager'}"] = bare(run, images, labels)
     batch = images.contiguous(), labels
-    trainer = baseline.Trainer(build_network(config, len(sets.classes)), device)
+    trainer = baseline.Trainer(build_network(config, len(dataset.classes)), device)
     works["classic"] = Work(functools.partial(trainer.steps, itertools.repeat(batch)), len(images))
     # Empty ones; Triton's lies in the other's unless that has been used before.
     with environment("TORCHINDUCTOR_CACHE_DIR", str(folder)), environment("TRITON_CACHE_DIR", str(folder / "triton")):
@@ -215,24 +219,24 @@ def steps(asked: BenchConfig, config: Config, folder: Path, device: torch.device
 
 def whole_loop(asked: BenchConfig, config: Config, folder: Path, device: torch.device) -> Outcome:
     """The training loop with its record, evaluation and checkpoints aside, against `bare` and `classic`."""
-    sets, batch = in_memory(config), config.batch_size
-    trainer = baseline.Trainer(build_network(config, len(sets.classes)), device)
-    batches = baseline.endless(baseline.loader(sets.parts["train"], batch, device, train=True))
-    run = opened(config, sets)
-    with recording(run, folder) as record:
+    dataset, batch = in_memory(config), config.batch_size
+    trainer = baseline.Trainer(build_network(config, len(dataset.classes)), device)
+    batches = baseline.endless(baseline.loader(dataset.parts["train"], batch, device, train=True))
+    run = opened(config, dataset)
+    with recording(run, folder) as logger:
         works = {
-            "loop": Work(functools.partial(trained, run, folder, record), batch, config.log_every),
+            "loop": Work(functools.partial(trained, run, folder, logger), batch, config.log_every),
             "bare": bare(run, *next(batches_of(run))),
             "classic": Work(functools.partial(trainer.steps, batches), batch),
         }
         found = speeds(works, asked.seconds, asked.rounds, device)
-        shares = _shares(run, folder, record)
+        shares = _shares(run, folder, logger)
     rows = compared(found, "classic", "bare")
     text = ", ".join(f"{name} {share:.2%}" for name, share in shares.items())
     return Outcome(rows, {"shares": shares}, [f"of the loop, taken apart: {text}"])
 
 
-def _shares(run: ClassificationTask, folder: Path, record: MetricsLogger) -> dict[str, float]:
+def _shares(run: ClassificationTask, folder: Path, logger: MetricsLogger) -> dict[str, float]:
     """What the parts of the loop take of it, from one logged point to the next, each waited for."""
     batches, clock, spent = batches_of(run), Clock(run.iteration), dict.fromkeys(("data", "step", "record"), 0.0)
     lr, batch = run.learning_rate(), list(next(batches_of(run)))
@@ -243,9 +247,9 @@ def _shares(run: ClassificationTask, folder: Path, record: MetricsLogger) -> dic
     for _ in range(run.config.log_every):
         spent["data"] += clocked(fetch, run.device)
         spent["step"] += clocked(lambda: step(run, batch[0], batch[1], lr), run.device)
-        spent["record"] += clocked(record.bar.update, run.device)
+        spent["record"] += clocked(logger.bar.update, run.device)
     with contextlib.redirect_stdout(io.StringIO()):
-        spent["record"] += clocked(lambda: log_training(run, folder, record, clock, lr), run.device)
+        spent["record"] += clocked(lambda: log_training(run, folder, logger, clock, lr), run.device)
     return {name: seconds / sum(spent.values()) for name, seconds in spent.items()}
 
 
@@ -253,10 +257,10 @@ def loader(asked: BenchConfig, config: Config, folder: Path, device: torch.devic
     """Augmentation on one core against torchvision's transforms of one image at a time, and its share of a step."""
     if config.data.family == "imagenet":
         return decoding(asked, config)
-    sets = in_memory(config)
-    pictures = baseline.TransformedImages(sets.parts["train"], train=True)
+    dataset = in_memory(config)
+    pictures = baseline.TransformedImages(dataset.parts["train"], train=True)
     places = itertools.cycle(range(len(pictures)))
-    run = opened(config, sets)
+    run = opened(config, dataset)
     batches, batch = batches_of(run), config.batch_size
 
     def augment(count: int) -> None:
@@ -356,15 +360,15 @@ def _on_one_thread(work: Work) -> Work:
 
 def evaluation(asked: BenchConfig, config: Config, folder: Path, device: torch.device) -> Outcome:
     """A pass over the test images against the classic one."""
-    sets = in_memory(config)
-    size, batch = sets.sizes["test"], pick_eval_batch(config, device)
-    trainer = baseline.Trainer(build_network(config, len(sets.classes)), device)
-    theirs = baseline.loader(sets.parts["test"], batch, device, train=False)
-    run = opened(config, sets)
+    dataset = in_memory(config)
+    size, batch = dataset.sizes["test"], pick_eval_batch(config, device)
+    trainer = baseline.Trainer(build_network(config, len(dataset.classes)), device)
+    theirs = baseline.loader(dataset.parts["test"], batch, device, train=False)
+    run = opened(config, dataset)
 
     def ours(count: int) -> None:
         for _ in range(count):
-            count_errors(run.model, sets.eval_batches("test", run.mean, device, batch), run.precision, size)
+            count_errors(run.model, dataset.eval_batches("test", run.mean, device, batch), run.precision, size)
 
     def classically(count: int) -> None:
         for _ in range(count):
@@ -431,8 +435,8 @@ def memory(asked: BenchConfig, config: Config, folder: Path, device: torch.devic
         "plain": changed(config, activation_checkpointing=False),
     }
     held = {name: in_new_process(_memory, way, asked.steps) for name, way in ways.items()}
-    sets = sets_of(config)
-    runs = {name: opened(way, sets) for name, way in ways.items()}
+    dataset = sets_of(config)
+    runs = {name: opened(way, dataset) for name, way in ways.items()}
     batch = next(batches_of(runs["plain"]))
     found = speeds({name: bare(run, *batch) for name, run in runs.items()}, asked.seconds, asked.rounds, device)
     rows = [
@@ -456,10 +460,10 @@ def _memory(config: Config, count: int) -> dict[str, int]:
     start = memory_held(device)
     with tempfile.TemporaryDirectory(prefix="resnet-bench-") as folder:
         run = opened(config, sets_of(config))
-        with recording(run, Path(folder)) as record:
-            trained(run, Path(folder), record, early)
+        with recording(run, Path(folder)) as logger:
+            trained(run, Path(folder), logger, early)
             then = memory_held(device)
-            trained(run, Path(folder), record, count - early)
+            trained(run, Path(folder), logger, count - early)
             now = memory_held(device)
     most = max(peak_memory(device), then, now)  # the system counts its peak a little late
     return {"peak": most - start, f"step {early}": then - start, f"step {count}": now - start}

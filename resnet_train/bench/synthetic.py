@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from resnet_train.data.images import ImageSet
+from resnet_train.data.image_set import ImageSet
+from resnet_train.data.memory import MemoryDataset
 from resnet_train.data.sampler import generator
-from resnet_train.data.sets import MemoryDataset
 
 
 class SyntheticDataset(MemoryDataset):

@@ -15,12 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnet_train.classification.load import compile_network, compute_logits, load_model, open_dataset, pick_eval_batch
+from resnet_train.classification.load import load_model, open_dataset, pick_eval_batch
 from resnet_train.config.commands import EvalConfig, EvalData
 from resnet_train.config.layout import check_source
 from resnet_train.config.train import Config, config_from_checkpoint
-from resnet_train.data.sets import PROTOCOLS, MemoryDataset, StreamingDataset, Views
-from resnet_train.engine.compute import pick_device
+from resnet_train.data.memory import MemoryDataset
+from resnet_train.data.streaming import StreamingDataset
+from resnet_train.data.views import PROTOCOLS, Views
+from resnet_train.engine.compute import compute_logits, pick_device
 from resnet_train.engine.distributed import (
     all_reduce_sum,
     is_main,
@@ -34,8 +36,9 @@ from resnet_train.engine.distributed import (
 from resnet_train.errors import UserError
 from resnet_train.files import expand, write_result
 from resnet_train.models.batchnorm import average_statistics
+from resnet_train.models.compile import compile_network
 from resnet_train.terminal import say
-from resnet_train.weights.command import load
+from resnet_train.weights.source import load
 
 
 @dataclass
@@ -153,25 +156,25 @@ def _evaluate(asked: EvalConfig, device: torch.device) -> None:
     members = [_member(expand(name), asked) for name in asked.checkpoint]
     config = members[0].config
     raise_on_all_ranks(lambda: _check_members(members, asked))
-    sets = local_rank_zero_first(lambda: open_dataset(config))
+    dataset = local_rank_zero_first(lambda: open_dataset(config))
     known = {member.state["digest"] for member in members} - {""}  # of imported weights nobody knows it
-    if known - {sets.digest} and asked.data.name == "same" and is_main():
+    if known - {dataset.digest} and asked.data.name == "same" and is_main():
         print("note: these are not the images that the checkpoint was trained on", flush=True)
-    raise_on_all_ranks(lambda: _check_split(sets, asked))
-    counted, precision, compiled = _counted(members, sets, asked, device)
+    raise_on_all_ranks(lambda: _check_split(dataset, asked))
+    counted, precision, compiled = _counted(members, dataset, asked, device)
     one = len(members) == 1
     result = {
         **(members[0].told() if one else {"net": f"ensemble of {len(members)}"}),
         **({} if one else {"members": [member.told() for member in members]}),
-        "data": sets.label,
+        "data": dataset.label,
         "split": asked.split,
-        "protocol": PROTOCOLS.get(asked.protocol, sets.protocol),
+        "protocol": PROTOCOLS.get(asked.protocol, dataset.protocol),
         "image_size": config.data.size,
         "batch_norm": f"averages over {asked.precise_bn} training batches" if asked.precise_bn else "moving averages",
         "wrong": counted.wrong,
         "seen": counted.seen,
         "error": counted.error,
-        **({"wrong5": counted.wrong5, "error5": counted.error5} if sets.top5 else {}),
+        **({"wrong5": counted.wrong5, "error5": counted.error5} if dataset.top5 else {}),
         "loss": counted.loss,
         "precision": precision,
         "compile": compiled,
@@ -179,14 +182,14 @@ def _evaluate(asked: EvalConfig, device: torch.device) -> None:
     }
     if not is_main():
         return
-    out = expand(asked.out) if asked.out else _default_out(members, sets, asked)
+    out = expand(asked.out) if asked.out else _default_out(members, dataset, asked)
     write_result(out, result)
     what = " + ".join(f"{m.config.net} (seed {m.config.seed}, iteration {m.state['iteration']})" for m in members)
     say(
-        f"{what} on {sets.label} {asked.split}, {result['protocol']}"
+        f"{what} on {dataset.label} {asked.split}, {result['protocol']}"
         + (f", batch norm over {asked.precise_bn} batches" if asked.precise_bn else "")
         + f": {counted.wrong} of {counted.seen} wrong, error {counted.error:.2f} %"
-        + (f", top-5 {counted.error5:.2f} %" if sets.top5 else "")
+        + (f", top-5 {counted.error5:.2f} %" if dataset.top5 else "")
         + f"; {out}"
     )
 
@@ -213,31 +216,31 @@ def _check_members(members: list[Member], asked: EvalConfig) -> None:
         raise UserError(f"protocol={asked.protocol}: is for ImageNet nets; nets for CIFAR see each image once: center")
 
 
-def _check_split(sets: MemoryDataset | StreamingDataset, asked: EvalConfig) -> None:
-    if sets.sizes[asked.split] == 0:
+def _check_split(dataset: MemoryDataset | StreamingDataset, asked: EvalConfig) -> None:
+    if dataset.sizes[asked.split] == 0:
         raise UserError(f"split={asked.split}: no part of the training set was held out; take split=test")
 
 
 def _counted(
-    members: list[Member], sets: MemoryDataset | StreamingDataset, asked: EvalConfig, device: torch.device
+    members: list[Member], dataset: MemoryDataset | StreamingDataset, asked: EvalConfig, device: torch.device
 ) -> tuple[Count, str, bool]:
     """The count of all members together, their precision, and whether all were compiled."""
     sums: list[tuple[Tensor, Tensor]] = []
-    precisions, compiled, size = set(), True, sets.sizes[asked.split]
+    precisions, compiled, size = set(), True, dataset.sizes[asked.split]
     torch.backends.cudnn.benchmark = asked.protocol != "multiscale"  # whose shapes vary
     for member in members:
-        of = member.path, member.config, member.state, sets.classes, device
+        of = member.path, member.config, member.state, dataset.classes, device
         restore = functools.partial(load_model, *of, precise_bn=asked.precise_bn > 0)
         model, mean, precision, compile = raise_on_all_ranks(restore)
         precisions.add(precision)
         if asked.precise_bn:
-            _true_averages(model, mean, member, sets, asked.precise_bn, precision)
+            _true_averages(model, mean, member, dataset, asked.precise_bn, precision)
         compile = compile and compile_network(model, member.config.depth, device)
         compiled = compiled and compile
         deal = (asked.split, mean, device, pick_eval_batch(member.config, device), rank(), world_size())
         if len(members) == 1 and asked.protocol == "center":
-            return count_errors(model, sets.eval_batches(*deal), precision, size), precision, compiled
-        found = probabilities(model, sets.eval_views(asked.protocol, *deal), precision)
+            return count_errors(model, dataset.eval_batches(*deal), precision, size), precision, compiled
+        found = probabilities(model, dataset.eval_views(asked.protocol, *deal), precision)
         if not sums:
             sums = [(p.cpu(), labels.cpu()) for p, labels in found]
         else:
@@ -247,12 +250,17 @@ def _counted(
 
 
 def _true_averages(
-    model: nn.Module, mean: Tensor, member: Member, sets: MemoryDataset | StreamingDataset, count: int, precision: str
+    model: nn.Module,
+    mean: Tensor,
+    member: Member,
+    dataset: MemoryDataset | StreamingDataset,
+    count: int,
+    precision: str,
 ) -> None:
     """Batch norm's statistics as true averages over `count` training batches, dealt to the processes."""
     config, images = member.config, member.state["measure"]["bn_images"]
     start, stop = rank() * count // world_size(), (rank() + 1) * count // world_size()
-    batches = sets.train_batches(
+    batches = dataset.train_batches(
         mean,
         mean.device,
         seed=config.seed,
@@ -264,11 +272,11 @@ def _true_averages(
     average_statistics(model, passes, count)
 
 
-def _default_out(members: list[Member], sets: MemoryDataset | StreamingDataset, asked: EvalConfig) -> Path:
+def _default_out(members: list[Member], dataset: MemoryDataset | StreamingDataset, asked: EvalConfig) -> Path:
     """Beside the first checkpoint, named after what was measured."""
     first = members[0]
     words = [first.path.stem] if len(members) == 1 else [f"ensemble-of-{len(members)}"]
-    words += [] if sets.digest == first.state["digest"] else [sets.label]
+    words += [] if dataset.digest == first.state["digest"] else [dataset.label]
     words += [] if asked.protocol == "center" else [asked.protocol]
     words += [f"precise-bn-{asked.precise_bn}"] if asked.precise_bn else []
     return first.path.with_name("-".join([*words, asked.split]) + ".json")

@@ -2,43 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from resnet_train.config.train import Config
-from resnet_train.data.sets import MemoryDataset, StreamingDataset
+from resnet_train.data.memory import MemoryDataset
+from resnet_train.data.streaming import StreamingDataset
 from resnet_train.engine import checkpoint
-from resnet_train.engine.compute import autocast, to_device, wrap_ddp
+from resnet_train.engine.compute import to_device
 from resnet_train.engine.distributed import is_main
 from resnet_train.errors import UserError
-from resnet_train.models import cifar_resnet, imagenet_resnet
 from resnet_train.models.batchnorm import use_group_batch_norm
+from resnet_train.models.build import build_network, check_net
 from resnet_train.models.resnet import ResNet
 from resnet_train.terminal import say
 
 COMPILED_FROM = 1000  # iterations
-WHOLE = 110  # deeper nets are compiled block by block: compiling the whole takes time in proportion to its depth
-
-
-def build_network(config: Config, num_classes: int) -> ResNet:
-    """The network that the configuration names, initialised from torch's random state."""
-    if config.data.family == "cifar":
-        return cifar_resnet(
-            config.depth, config.shortcut, num_classes=num_classes, init=config.init, zero_gamma=config.zero_gamma
-        )
-    return imagenet_resnet(
-        config.depth,
-        config.shortcut,
-        num_classes=num_classes,
-        bottleneck_stride=config.bottleneck_stride,
-        init=config.init,
-        zero_gamma=config.zero_gamma,
-    )
 
 
 def open_dataset(config: Config) -> MemoryDataset | StreamingDataset:
@@ -89,12 +72,6 @@ def pick_workers(config: Config) -> int:
     return share if torch.cuda.is_available() and config.device != "cpu" else min(4, share)
 
 
-def check_net(config: Config, state: dict[str, Any]) -> None:
-    """Raise ValueError where a checkpoint's `state` does not hold the net that its `config` declares; makes none."""
-    checkpoint.check_net(state["model"], lambda: build_network(config, len(state["classes"])), config.depth)
-    checkpoint.check_mean(state["mean"])
-
-
 def load_model(
     path: Path,
     config: Config,
@@ -127,42 +104,3 @@ def load_model(
         model = to_device(model, device, precision)
         model.load_state_dict(state["model"])
         return model, state["mean"].to(device), precision, state["measure"]["compile"]
-
-
-def wrap_image_ddp(model: nn.Module, precision: str, shape: tuple[int, ...]) -> nn.Module:
-    """`parallel` for a net; `shape` is that of its batches. All move its buffers alike: batchnorm.update_statistics."""
-    device = next(model.parameters()).device
-    images = torch.zeros(shape, device=device).contiguous(memory_format=torch.channels_last)
-    return wrap_ddp(model, lambda net: compute_logits(net, images, precision).sum())
-
-
-def compute_logits(net: nn.Module, images: Tensor, precision: str) -> Tensor:
-    """A forward pass in `precision`; logits in float32, or in float64 for fp64."""
-    if precision == "fp64":
-        return net(images.double())
-    with autocast(images.device, precision):
-        return net(images).float()
-
-
-def compile_network(model: ResNet, depth: int, device: torch.device) -> bool:
-    """Compile in place, the whole net or block by block; False where there is no compiler.
-
-    Block by block above 110 layers, and where activations are computed again, which is done between blocks.
-
-    Shapes are fixed: the same batch gives the same kernels, in training and in every later evaluation.
-    """
-    try:
-        torch.compile(torch.neg, dynamic=False)(torch.zeros(8, device=device))
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        if is_main():
-            say(f"compile=true: there is no working compiler ({reason}); going on without, slower")
-        return False
-    if depth <= WHOLE and not model.recompute:
-        model.compile(dynamic=False)
-        return True
-    with contextlib.suppress(AttributeError):  # one kernel set for each shape and mode, however many blocks share it
-        torch._dynamo.config.recompile_limit = 64
-    for block in model.blocks():
-        block.compile(dynamic=False)
-    return True

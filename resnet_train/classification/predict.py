@@ -7,16 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_train.classification.load import compute_logits, load_model
+from resnet_train.classification.load import load_model
 from resnet_train.config.commands import ClassifyConfig
 from resnet_train.config.train import Config, config_from_checkpoint
 from resnet_train.data.augment import normalise
+from resnet_train.data.crops import center_view, whole_view
+from resnet_train.data.decode import read_image
 from resnet_train.data.imagenet_classes import imagenet_classes
-from resnet_train.data.images import center_view, read_image, whole_view
-from resnet_train.engine.compute import pick_device
+from resnet_train.engine.compute import compute_logits, pick_device
 from resnet_train.files import expand, write_result
 from resnet_train.terminal import say
-from resnet_train.weights.command import divisor, load
+from resnet_train.weights.source import divisor, load
 
 AT_ONCE = 32
 

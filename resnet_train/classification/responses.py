@@ -19,18 +19,18 @@ from torch import Tensor, nn
 
 from resnet_train import paper
 from resnet_train.classification.evaluate import Member, eval_mode, with_data
-from resnet_train.classification.load import compute_logits, load_model, open_dataset, pick_eval_batch
+from resnet_train.classification.load import load_model, open_dataset, pick_eval_batch
 from resnet_train.config.commands import ResponsesConfig
 from resnet_train.config.train import config_from_checkpoint
-from resnet_train.data.sets import MemoryDataset
+from resnet_train.data.memory import MemoryDataset
 from resnet_train.engine import checkpoint
-from resnet_train.engine.compute import pick_device
+from resnet_train.engine.compute import compute_logits, pick_device
 from resnet_train.errors import UserError
 from resnet_train.files import expand, put
 from resnet_train.models.resnet import ResNet
 from resnet_train.report import figures
 from resnet_train.terminal import say
-from resnet_train.weights.command import load
+from resnet_train.weights.source import load
 
 
 def layers(model: ResNet) -> dict[str, nn.Module]:
@@ -230,28 +230,28 @@ def _opened(name: str, asked: ResponsesConfig) -> Member:
 
 def _measure(member: Member, asked: ResponsesConfig, device: torch.device) -> Signals:
     config, state = member.config, member.state
-    sets = open_dataset(config)
-    assert isinstance(sets, MemoryDataset)
-    model, mean, precision, _ = load_model(member.path, config, state, sets.classes, device)
-    size = sets.sizes[asked.split]
+    dataset = open_dataset(config)
+    assert isinstance(dataset, MemoryDataset)
+    model, mean, precision, _ = load_model(member.path, config, state, dataset.classes, device)
+    size = dataset.sizes[asked.split]
     if asked.images > size:
-        raise UserError(f"images={asked.images}: {sets.label} {asked.split} has {size}; take fewer")
-    batches = sets.eval_batches(asked.split, mean, device, min(pick_eval_batch(config, device), asked.images))
+        raise UserError(f"images={asked.images}: {dataset.label} {asked.split} has {size}; take fewer")
+    batches = dataset.eval_batches(asked.split, mean, device, min(pick_eval_batch(config, device), asked.images))
     stds = response_stds(model, batches, asked.images, precision)
     with checkpoint.checkpoint_errors(member.path):
         batch = min(int(state["measure"]["bn_images"]), asked.images)  # the statistics are as in training
         if batch < 1:
             raise ValueError(f"bn_images {batch}")
-    full = itertools.islice(sets.eval_batches(asked.split, mean, device, batch), asked.images // batch)
+    full = itertools.islice(dataset.eval_batches(asked.split, mean, device, batch), asked.images // batch)
     exact = "fp64" if precision == "fp64" else "fp32"  # small gradients vanish in 16 bits
     by_response, by_weights = gradient_norms(model, full, exact)
     return Signals(
         net=config.net,
-        data=sets.label,
+        data=dataset.label,
         seed=config.seed,
         iteration=state["iteration"],
         finished=state["iteration"] == config.iterations,
-        note=paper.shortened(sets.label, config.iterations),
+        note=paper.shortened(dataset.label, config.iterations),
         stds=stds,
         by_response=by_response,
         by_weights=by_weights,

@@ -8,20 +8,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from resnet_train.classification.load import build_network, compile_network, open_dataset, pick_compile
+from resnet_train.classification.load import open_dataset, pick_compile
 from resnet_train.classification.step import TrainMetrics
 from resnet_train.classification.train import ClassificationTask
 from resnet_train.config.train import Config, split_batch
+from resnet_train.data.memory import MemoryDataset
 from resnet_train.data.sampler import generator
-from resnet_train.data.sets import MemoryDataset, StreamingDataset
+from resnet_train.data.streaming import StreamingDataset
 from resnet_train.engine import checkpoint
 from resnet_train.engine.compute import check_synchronised, pick_device, pick_precision, sgd, to_device
 from resnet_train.engine.distributed import local_rank_zero_first, raise_on_all_ranks, world_size
 from resnet_train.engine.run import run
 from resnet_train.engine.schedule import Progress
 from resnet_train.models.batchnorm import use_group_batch_norm
+from resnet_train.models.build import build_network
+from resnet_train.models.compile import compile_network
 from resnet_train.weights import state_dicts
-from resnet_train.weights.command import Source, check_same_net, divisor, read_source
+from resnet_train.weights.source import Source, check_same_net, divisor, read_source
 
 
 def train(config: Config, directory: Path) -> int:
@@ -32,16 +35,16 @@ def train(config: Config, directory: Path) -> int:
 def open_data(config: Config) -> MemoryDataset | StreamingDataset:
     """The images that the configuration names. Raises UserError."""
     raise_on_all_ranks(lambda: split_batch(config, world_size()))  # before minutes of reading
-    sets = local_rank_zero_first(lambda: open_dataset(config))
-    local_rank_zero_first(sets.mean_image)  # of photographs made once, then from the cache
-    return sets
+    dataset = local_rank_zero_first(lambda: open_dataset(config))
+    local_rank_zero_first(dataset.mean_image)  # of photographs made once, then from the cache
+    return dataset
 
 
 def build_or_resume(
-    config: Config, sets: MemoryDataset | StreamingDataset, device: torch.device, state: dict[str, Any] | None
+    config: Config, dataset: MemoryDataset | StreamingDataset, device: torch.device, state: dict[str, Any] | None
 ) -> ClassificationTask:
     """The task as it begins, from the weights of `init_from` where given, or as the checkpoint `state` has it."""
-    task = build(config, sets)
+    task = build(config, dataset)
     if state is not None:
         with checkpoint.checkpoint_errors("the checkpoint to go on from"):
             task.precision, task.compiled = state["measure"]["precision"], state["measure"]["compile"]
@@ -53,14 +56,14 @@ def build_or_resume(
     return task
 
 
-def build(config: Config, sets: MemoryDataset | StreamingDataset | None = None) -> ClassificationTask:
+def build(config: Config, dataset: MemoryDataset | StreamingDataset | None = None) -> ClassificationTask:
     """Network and optimiser on the images of `sets`, by default those of the configuration. Raises UserError."""
     device = pick_device(config.device)
     precision, part = pick_precision(config.precision, device), split_batch(config, world_size())
-    sets = sets or open_data(config)
+    dataset = dataset or open_data(config)
     torch.backends.cudnn.benchmark = True  # shapes are fixed
     torch.manual_seed(generator(config.seed, "initialisation", 0).initial_seed())
-    model = build_network(config, len(sets.classes))
+    model = build_network(config, len(dataset.classes))
     if config.bn_images == "all" and world_size() > 1:
         check_synchronised(device)
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -75,14 +78,14 @@ def build(config: Config, sets: MemoryDataset | StreamingDataset | None = None) 
         device=device,
         precision=precision,
         compiled=False,
-        sets=sets,
-        mean=sets.mean_image().to(device),
+        dataset=dataset,
+        mean=dataset.mean_image().to(device),
         model=model,
         net=model,
         share=part,
         optimizer=sgd_of(model, config, precision),
         scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
-        meters=TrainMetrics(device),
+        metrics=TrainMetrics(device),
         progress=Progress(warm=0 < config.warmup.depth <= config.depth),
     )
 
@@ -111,7 +114,7 @@ def begin_from(task: ClassificationTask, source: Source) -> None:
     At another size of images the mean image's channel averages take its place.
     """
     state = state_dicts.rescaled(source.model, source.std, divisor(task.config))
-    if not source.same_classes(task.sets.classes):
+    if not source.same_classes(task.dataset.classes):
         state = state | {f"fc.{name}": value for name, value in task.model.fc.state_dict().items()}
     with checkpoint.checkpoint_errors(f"init_from={task.config.init_from}"):
         task.model.load_state_dict(state)

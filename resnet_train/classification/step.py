@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resnet_train.classification.evaluate import wrong_answers
-from resnet_train.classification.load import compute_logits
 from resnet_train.config.train import BatchSplit, Config
-from resnet_train.engine.distributed import all_reduce_sum, rank, world_size
-from resnet_train.engine.distributed import restore_rank_sums
+from resnet_train.engine.compute import compute_logits
+from resnet_train.engine.distributed import all_reduce_sum, rank, restore_rank_sums, world_size
 from resnet_train.models.batchnorm import update_statistics
 from resnet_train.models.resnet import ResNet
 
@@ -32,7 +31,7 @@ class TrainState:
     share: BatchSplit  # this process's part of a batch
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    meters: TrainMetrics
+    metrics: TrainMetrics
     iteration: int = 0  # steps taken
 
 
@@ -52,7 +51,7 @@ def step(task: TrainState, images: Tensor, labels: Tensor, lr: float | Tensor) -
             # Backward
             task.scaler.scale(loss / passes).backward()
         # Sums for the log
-        task.meters.add(loss.detach(), logits.detach(), truth)
+        task.metrics.add(loss.detach(), logits.detach(), truth)
     # Update: the weights by SGD, the running statistics by the mean over all parts of the batch
     task.scaler.step(task.optimizer)
     task.scaler.update()
@@ -67,7 +66,7 @@ def _set_rate(task: TrainState, lr: float | Tensor) -> None:
 
 
 def _count(task: TrainState) -> None:
-    task.meters.seen += task.config.batch_size
+    task.metrics.seen += task.config.batch_size
     task.iteration += 1
 
 

@@ -8,23 +8,27 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from resnet_train import paper
 from resnet_train.classification.evaluate import count_errors
-from resnet_train.classification.load import build_network, pick_eval_batch, wrap_image_ddp
+from resnet_train.classification.load import pick_eval_batch
 from resnet_train.classification.step import CapturedStep, TrainState, step
 from resnet_train.config.layout import describe_left_out
 from resnet_train.config.run_dir import INDIFFERENT
 from resnet_train.config.train import Config
-from resnet_train.data.sets import MemoryDataset, StreamingDataset
+from resnet_train.data.memory import MemoryDataset
+from resnet_train.data.streaming import StreamingDataset
+from resnet_train.engine.compute import compute_logits, wrap_ddp
 from resnet_train.engine.distributed import rank, world_size
 from resnet_train.engine.logger import message
 from resnet_train.engine.schedule import Progress, end_warmup, learning_rate, watch_plateau
 from resnet_train.engine.task import Point
+from resnet_train.models.build import build_network
 from resnet_train.models.resnet import multiply_adds, parameters
 from resnet_train.report import curves
-from resnet_train.weights.command import Source
+from resnet_train.weights.source import Source
 
 TABLE_6 = "He et al. 2015, table 6:"
 WINDOW = 100  # iterations whose training error may end the warm-up, or fewer if it need not last as long
@@ -50,7 +54,7 @@ class ClassificationTask(TrainState):
     """A classifier in training on its data."""
 
     compiled: bool
-    sets: MemoryDataset | StreamingDataset
+    dataset: MemoryDataset | StreamingDataset
     mean: Tensor  # what images have subtracted: (H, W, 3) or (1, 1, 3) in 0 to 255
     progress: Progress
     source: Source | None = None  # the weights that it began with
@@ -62,22 +66,22 @@ class ClassificationTask(TrainState):
     @property
     def label(self) -> str:
         """The name of the data in every record."""
-        return self.sets.label
+        return self.dataset.label
 
     @property
     def splits(self) -> tuple[str, ...]:
         """Those that `evaluate` measures: the part held out, if any, and the test set."""
-        return ("val", "test") if self.sets.sizes["val"] else ("test",)
+        return ("val", "test") if self.dataset.sizes["val"] else ("test",)
 
     @property
     def losses(self) -> Tensor:
         """Sums of the losses since the last logged point, of every process."""
-        return self.meters.loss
+        return self.metrics.loss
 
     @property
     def epoch(self) -> float:
         """Passes over the training part so far."""
-        return self.iteration * self.config.batch_size / self.sets.sizes["train"]
+        return self.iteration * self.config.batch_size / self.dataset.sizes["train"]
 
     @property
     def reference(self) -> float | None:
@@ -87,8 +91,11 @@ class ClassificationTask(TrainState):
 
     def wrap_ddp(self) -> None:
         """Average gradients over all processes from now on."""
+        # All move the buffers alike: batchnorm.update_statistics.
         size = self.config.data.size
-        self.net = wrap_image_ddp(self.model, self.precision, (self.share.images, 3, size, size))
+        images = torch.zeros(self.share.images, 3, size, size, device=self.device)
+        images = images.contiguous(memory_format=torch.channels_last)
+        self.net = wrap_ddp(self.model, lambda net: compute_logits(net, images, self.precision).sum())
 
     def batches(self) -> Iterator[tuple[Tensor, ...]]:
         """This process's part of the training batches from the next iteration on, as `step` takes them.
@@ -103,12 +110,12 @@ class ClassificationTask(TrainState):
             "start": self.iteration,
         }
         one_pass = self.share.passes == 1 and not self.scaler.is_enabled() and not self.model.recompute
-        if self.device.type == "cuda" and world_size() == 1 and isinstance(self.sets, MemoryDataset) and one_pass:
+        if self.device.type == "cuda" and world_size() == 1 and isinstance(self.dataset, MemoryDataset) and one_pass:
             if self.captured is None:
-                make = self.sets.batch_maker(self.mean, self.device, self.config.augment.pad)
+                make = self.dataset.batch_maker(self.mean, self.device, self.config.augment.pad)
                 self.captured = CapturedStep(self, make)
-            return ((draws,) for draws in self.sets.draw_batches(self.device, **options))
-        return self.sets.train_batches(self.mean, self.device, **options, rank=rank(), world=world_size())
+            return ((draws,) for draws in self.dataset.draw_batches(self.device, **options))
+        return self.dataset.train_batches(self.mean, self.device, **options, rank=rank(), world=world_size())
 
     def learning_rate(self) -> float:
         """Of the next step."""
@@ -116,7 +123,7 @@ class ClassificationTask(TrainState):
 
     def step(self, batch: tuple[Tensor, ...], lr: float) -> None:
         """One iteration with a batch of `batches`."""
-        self.meters.skipped += self.sets.skipped
+        self.metrics.skipped += self.dataset.skipped
         if self.captured is not None:
             (draws,) = batch
             self.captured(draws, lr)
@@ -128,22 +135,22 @@ class ClassificationTask(TrainState):
 
     def train_point(self) -> dict[str, Any]:
         """Error and loss of the augmented batches in training mode since the last point. Here the plateau drops."""
-        config, sums = self.config, self.meters.state()
+        config, sums = self.config, self.metrics.state()
         (wrong, wrong5), loss, seen = sums["wrong"].sum(0).tolist(), sums["loss"].sum().item(), sums["seen"]
         error = 100 * wrong / seen
         if self.progress.warm:
             self.progress.recent += wrong
         if config.schedule.watch == "train":
             self._watch_plateau(error)
-        chance = 100 - 100 / len(self.sets.classes)
+        chance = 100 - 100 / len(self.dataset.classes)
         tenth = config.iterations / 10
         if error > 0.98 * chance and self.iteration - config.log_every < tenth <= self.iteration:
             message(f"warning: a tenth of the run is over and the training error is still at chance ({chance:.1f} %)")
-        self.meters.reset()
+        self.metrics.reset()
         return {
             "loss": loss / seen,
             "error": error,
-            **({"error5": 100 * wrong5 / seen} if self.sets.top5 else {}),
+            **({"error5": 100 * wrong5 / seen} if self.dataset.top5 else {}),
             **({"skipped": sums["skipped"]} if config.data.broken == "skip" else {}),
             "protocol": "augmented batches in training mode",
         }
@@ -152,16 +159,16 @@ class ClassificationTask(TrainState):
         """Errors on the part held out, which alone chooses the best checkpoint, and on the test set."""
         batch_size = pick_eval_batch(self.config, self.device)
         for split in self.splits:
-            batches = self.sets.eval_batches(split, self.mean, self.device, batch_size, rank(), world_size())
-            count = count_errors(self.model, batches, self.precision, self.sets.sizes[split])
+            batches = self.dataset.eval_batches(split, self.mean, self.device, batch_size, rank(), world_size())
+            count = count_errors(self.model, batches, self.precision, self.dataset.sizes[split])
             if split == "val":
                 if self.config.schedule.watch == "val":
                     self._watch_plateau(count.error)
                 if count.error < self.best:
                     self.best, self.best_at = count.error, self.iteration
-            error5 = {"error5": count.error5} if self.sets.top5 else {}
+            error5 = {"error5": count.error5} if self.dataset.top5 else {}
             values = {"loss": count.loss, "error": count.error, **error5, "wrong": count.wrong, "seen": count.seen}
-            yield Point(split, values | {"protocol": self.sets.protocol})
+            yield Point(split, values | {"protocol": self.dataset.protocol})
 
     def _watch_plateau(self, error: float) -> None:
         schedule, iterations = self.config.schedule, self.config.iterations
@@ -186,16 +193,16 @@ class ClassificationTask(TrainState):
         """A checkpoint's content: tensors and plain values only. All processes call this."""
         return {
             "config": self.config.plain() | INDIFFERENT,  # the same file in any directory, however often it was cut
-            "classes": self.sets.classes,
-            "label": self.sets.label,
-            "digest": self.sets.digest,
+            "classes": self.dataset.classes,
+            "label": self.dataset.label,
+            "digest": self.dataset.digest,
             "measure": {"precision": self.precision, "compile": self.compiled, "bn_images": self.share.group},
             "mean": self.mean.cpu(),
             "iteration": self.iteration,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "meters": self.meters.state(),
+            "metrics": self.metrics.state(),
             "progress": dataclasses.asdict(self.progress),
             "best": [self.best, self.best_at],
         }
@@ -206,28 +213,28 @@ class ClassificationTask(TrainState):
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        self.meters.load(state["meters"])
+        self.metrics.load(state["metrics"])
         self.progress = Progress(**state["progress"])
         self.best, self.best_at = state["best"]
         self.iteration = state["iteration"]
 
     def begin_files(self) -> dict[str, Any]:
         """Which training images are held out."""
-        return {"split.json": {"val": self.sets.val_indices.tolist()}} if self.sets.sizes["val"] else {}
+        return {"split.json": {"val": self.dataset.val_indices.tolist()}} if self.dataset.sizes["val"] else {}
 
     def describe(self) -> list[str]:
         """What is about to be trained, in lines to print."""
-        config, sizes = self.config, self.sets.sizes
+        config, sizes = self.config, self.dataset.sizes
         held_out = f", {sizes['val']} held out" if sizes["val"] else ""
         lines = [
             f"{config.net} on {self.label}: {sizes['train']} training images{held_out}, {sizes['test']} for the"
             f" test; {config.iterations} iterations of {self._describe_batch()}; {self.precision} on {self.device}"
             + ("; compiling" if self.compiled else "")
         ]
-        if left_out := describe_left_out(self.sets.left_out):
+        if left_out := describe_left_out(self.dataset.left_out):
             lines.append(f"note: {left_out}")
         if self.source is not None:
-            classes, kept = len(self.sets.classes), self.source.same_classes(self.sets.classes)
+            classes, kept = len(self.dataset.classes), self.source.same_classes(self.dataset.classes)
             fresh = f", but for fc, which is fresh, for {classes} classes in place of its {self.source.count}"
             lines.append(f"begins with the weights of {config.init_from} ({self.source.name}){'' if kept else fresh}")
             if self.source.assumed:
@@ -270,17 +277,17 @@ class ClassificationTask(TrainState):
         return {
             "net": config.net,
             "data": self.label,
-            "images": self.sets.sizes,
+            "images": self.dataset.sizes,
             "recipe": config.recipe,
             "seed": config.seed,
             "iterations": config.iterations,
             "init_from": config.init_from,
             "freeze": config.freeze,
             "last": errors(config.iterations),
-            "best": {"chosen_by": "lowest validation error", **best} if self.sets.sizes["val"] and best else None,
+            "best": {"chosen_by": "lowest validation error", **best} if self.dataset.sizes["val"] and best else None,
             "paper": {"source": TABLE_6, "test_error": self.reference} if self.reference is not None else None,
             "parameters": parameters(self.model),
-            "multiply_adds": multiply_adds(build_network(config, len(self.sets.classes)), config.data.size),
+            "multiply_adds": multiply_adds(build_network(config, len(self.dataset.classes)), config.data.size),
         }
 
     def draw(self, metrics: list[dict[str, Any]], picture: Path) -> bool:
@@ -311,7 +318,7 @@ def watch_warmup(task: ClassificationTask) -> None:
     window = min(WINDOW, warmup.iterations or WINDOW)
     if iteration % window:
         return
-    wrong = int(task.meters.state()["wrong"][:, 0].sum())
+    wrong = int(task.metrics.state()["wrong"][:, 0].sum())
     error = 100 * (task.progress.recent + wrong) / (window * task.config.batch_size)
     task.progress.recent = -wrong  # these are not of the next window, though the next logged point counts them
     end_warmup(task.progress, iteration, error, below=warmup.error, at_least=warmup.iterations)

@@ -298,8 +298,8 @@ def _check_crops(augment: Augment, size: int) -> None:
     sides, area = augment.shorter_side, augment.area
     if (sides is None) == (area is None):
         raise UserError(
-            f"augment.shorter_side={format_value(sides)}: and augment.area={format_value(area)} are two ways to cut; give one, and"
-            " null for the other"
+            f"augment.shorter_side={format_value(sides)}: and augment.area={format_value(area)} are two ways to cut;"
+            " give one, and null for the other"
         )
     if sides is not None and (len(sides) != 2 or sides[0] > sides[1] or sides[0] < size):
         raise UserError(f"augment.shorter_side={sides}: must be [LOW,HIGH], LOW at least data.size={size}")

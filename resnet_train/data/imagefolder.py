@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,12 +19,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from resnet_train.config.layout import IMAGE_SUFFIXES, class_folders, images_in, is_packed
-from resnet_train.data.images import ImageError, cache_folder, decode, jpeg_size, keep
+from resnet_train.data.cache import cache_folder, keep
+from resnet_train.data.decode import ImageError, decode
 from resnet_train.engine import checkpoint
 from resnet_train.errors import UserError
 from resnet_train.files import NotRegular, read_regular
@@ -67,9 +66,6 @@ def open_image_splits(root: str) -> ImageSplits:
 
         return open_packed(root)
     return _open_tree(Path(root))
-
-
-# --- A tree of class folders -----------------------------------------------------------------------------------------
 
 
 class Files:
@@ -203,56 +199,7 @@ def _compact(files: list[tuple[int, str, int]]) -> dict[str, Tensor]:
     }
 
 
-# --- Cutting ---------------------------------------------------------------------------------------------------------
-
-
 def image_of(part: ImageSource, index: int) -> tuple[Tensor, int]:
     """An image of a part, whole and exact, as (3, H, W) uint8, and its label. Raises ImageError and UserError."""
     name, data, label = part.read(index)
     return decode(data, name).permute(2, 0, 1), label
-
-
-Box = tuple[int, int, int, int]  # top, left, height, width, in pixels of the photograph
-
-
-def scaled_box(height: int, width: int, *, size: int, side: int, place: Sequence[float]) -> Box:
-    """What becomes the crop of `size` at `place` when the shorter side is brought to `side`.
-
-    `place`: down and across, from 0 to below 1. Every offset is as likely, the first and the last included.
-    """
-    edge = max(1, min(round(size * min(height, width) / side), height, width))
-    down, across = place
-    return int(down * (height - edge + 1)), int(across * (width - edge + 1)), edge, edge
-
-
-def area_box(
-    height: int, width: int, *, area: Sequence[float], tries: Sequence[Sequence[float]], place: Sequence[float]
-) -> Box:
-    """A part of the photograph's `area` (the least and the most, of 1), its sides from 3:4 to 4:3, at `place`.
-
-    As torchvision's RandomResizedCrop: of ten `tries`, each an area and a ratio from 0 to below 1, the first that lies
-    inside; else the largest such part in the middle.
-    """
-    for size, shape in tries:
-        pixels = height * width * (area[0] + size * (area[1] - area[0]))
-        ratio = (3 / 4) ** (1 - 2 * shape)  # uniform in its logarithm
-        across, down = round(math.sqrt(pixels * ratio)), round(math.sqrt(pixels / ratio))
-        if 0 < across <= width and 0 < down <= height:
-            return int(place[0] * (height - down + 1)), int(place[1] * (width - across + 1)), down, across
-    down, across = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
-    return (height - down) // 2, (width - across) // 2, down, across
-
-
-def cut(data: bytes, name: str, size: int, box_of: Callable[[int, int], Box]) -> Tensor:
-    """The part `box_of(height, width)` of an encoded image, brought to `size`: (S, S, 3) uint8. Raises ImageError.
-
-    Only the part is resized. A JPEG (see `jpeg_size`) whose part is twice `size` or more is decoded at a half, a
-    quarter or an eighth, never below `size`.
-    """
-    whole = jpeg_size(data)
-    shorter = min(box_of(*whole)[2:]) if whole else 0
-    image = decode(data, name, max(factor for factor in (1, 2, 4, 8) if factor == 1 or shorter >= factor * size))
-    top, left, height, width = box_of(*image.shape[:2])
-    part = image[top : top + height, left : left + width].permute(2, 0, 1)[None]
-    part = part.contiguous(memory_format=torch.channels_last)  # of one image torch does not see it, and is slower
-    return F.interpolate(part, (size, size), mode="bilinear", antialias=True)[0].permute(1, 2, 0)

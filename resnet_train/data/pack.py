@@ -32,8 +32,8 @@ from tqdm import tqdm
 
 from resnet_train.config.layout import PACKED, PACKING, describe_left_out
 from resnet_train.config.schema import format_value, from_dict
+from resnet_train.data.decode import ImageError, decode, jpeg_size
 from resnet_train.data.imagefolder import Files, open_image_splits, read_file
-from resnet_train.data.images import ImageError, decode, jpeg_size
 from resnet_train.data.packed import (
     FORMAT,
     LARGEST,

@@ -36,8 +36,8 @@ from tqdm import tqdm
 
 from resnet_train.config.layout import PACKED, is_remote
 from resnet_train.config.schema import format_value, from_dict
+from resnet_train.data.cache import cache_folder
 from resnet_train.data.imagefolder import ImageSplits
-from resnet_train.data.images import cache_folder
 from resnet_train.data.sampler import generator
 from resnet_train.errors import RunError, UserError
 from resnet_train.files import read_json

@@ -17,7 +17,7 @@ from resnet_train.engine.compute import DTYPES
 from resnet_train.errors import UserError
 from resnet_train.models import imagenet_resnet
 from resnet_train.weights import state_dicts
-from resnet_train.weights.command import read_source
+from resnet_train.weights.source import read_source
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torchvision.ops import clip_boxes_to_image
 from tqdm import tqdm
 
 from resnet_train.classification.evaluate import eval_mode
-from resnet_train.detection.data import Example
+from resnet_train.detection.annotations import Example
 from resnet_train.detection.loader import test_images
 from resnet_train.detection.metrics import coco_map, voc_map
 from resnet_train.detection.model import Detector

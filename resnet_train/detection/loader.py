@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from resnet_train.data.loader import checked_batches, leave_signals
 from resnet_train.data.sampler import batch_indices, generator
-from resnet_train.data.sets import checked_batches, leave_signals
-from resnet_train.detection.data import Example, load
+from resnet_train.detection.annotations import Example, load
 
 Batch = tuple[list[Tensor], list[dict[str, Tensor]]]  # images (3, H, W) uint8, and the boxes and labels in each
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from resnet_train.detection.data import Example
+from resnet_train.detection.annotations import Example
 from resnet_train.errors import RunError, UserError
 
 Detections = Sequence[Mapping[str, Tensor]]

@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from resnet_train.config.detection import PredictConfig, config_from_checkpoint
-from resnet_train.data.images import read_image
+from resnet_train.data.decode import read_image
 from resnet_train.detection.build import build_like_checkpoint, precision_of
 from resnet_train.detection.draw import draw_detections
 from resnet_train.detection.evaluate import check_shape, detections

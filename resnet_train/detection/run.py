@@ -10,10 +10,12 @@ import torch
 from resnet_train.config.detection import DetectConfig
 from resnet_train.config.train import check_divisible
 from resnet_train.data.sampler import generator
+from resnet_train.detection.annotations import Examples
 from resnet_train.detection.build import build_like_checkpoint, build_new, precision_of
-from resnet_train.detection.data import Examples, read_coco, read_voc
+from resnet_train.detection.coco import read_coco
 from resnet_train.detection.evaluate import check_shape
 from resnet_train.detection.train import LOSSES, DetectionTask
+from resnet_train.detection.voc import read_voc
 from resnet_train.engine import checkpoint
 from resnet_train.engine.compute import pick_precision, sgd, to_device
 from resnet_train.engine.distributed import raise_on_all_ranks, world_size

@@ -15,16 +15,15 @@ from torch import Tensor, nn
 from resnet_train.config.detection import DetectConfig
 from resnet_train.config.run_dir import INDIFFERENT
 from resnet_train.data.sampler import generator
+from resnet_train.detection.annotations import Examples, load
 from resnet_train.detection.build import Backbone
-from resnet_train.detection.data import Examples, load
 from resnet_train.detection.draw import draw_detections
 from resnet_train.detection.evaluate import evaluate
 from resnet_train.detection.loader import training_batches
 from resnet_train.detection.model import Detector
 from resnet_train.engine import schedule
 from resnet_train.engine.compute import autocast, wrap_ddp
-from resnet_train.engine.distributed import all_reduce_sum, is_main, rank, world_size
-from resnet_train.engine.distributed import restore_rank_sums
+from resnet_train.engine.distributed import all_reduce_sum, is_main, rank, restore_rank_sums, world_size
 from resnet_train.engine.task import Point
 from resnet_train.models.batchnorm import update_statistics
 from resnet_train.models.resnet import parameters

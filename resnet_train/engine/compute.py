@@ -104,3 +104,11 @@ def wrap_ddp(model: nn.Module, first: Callable[[nn.Module], Tensor]) -> nn.Modul
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """The context in which a forward pass computes in `precision`, bf16, fp16 or fp32."""
     return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
+
+
+def compute_logits(net: nn.Module, images: Tensor, precision: str) -> Tensor:
+    """A forward pass in `precision`; logits in float32, or in float64 for fp64."""
+    if precision == "fp64":
+        return net(images.double())
+    with autocast(images.device, precision):
+        return net(images).float()

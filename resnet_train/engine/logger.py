@@ -102,10 +102,10 @@ class MetricsLogger:
             self.writers[split] = SummaryWriter(str(self.board / split), purge_step=self.purge)
         return self.writers[split]
 
-    def point(self, split: str, iteration: int, **values: float | int | str) -> None:
+    def log(self, split: str, iteration: int, **values: float | int | str) -> None:
         """One point of a curve: a metrics line, TensorBoard scalars and, where there is no bar, a printed line.
 
-        Raises RunError where it cannot be written, as do the opening, `reference` and `flush`.
+        Raises RunError where it cannot be written, as do the opening, `log_reference` and `flush`.
         """
         if self.silent:
             return
@@ -139,7 +139,7 @@ class MetricsLogger:
         """Whether the last points of these splits are not all of `iteration`."""
         return any(self.last.get(split) != iteration for split in splits)
 
-    def hyper_parameters(
+    def log_hyper_parameters(
         self, iteration: int, values: dict[str, str | bool | int | float], results: Iterable[str]
     ) -> None:
         """A row of TensorBoard's HPARAMS tab, with those of the final `results` that are errors or mAP.
@@ -156,13 +156,13 @@ class MetricsLogger:
             for summary in hparams(values, dict.fromkeys(names)):
                 writer._get_file_writer().add_summary(summary, iteration)
 
-    def picture(self, iteration: int, name: str, image: Tensor) -> None:
+    def log_image(self, iteration: int, name: str, image: Tensor) -> None:
         """A picture (3, H, W) uint8 of the test, for TensorBoard."""
         if not self.silent:
             with self._writing():
                 self._writer("test").add_image(name, image, iteration)
 
-    def reference(self, error: float, iterations: int) -> None:
+    def log_reference(self, error: float, iterations: int) -> None:
         """The paper's final error as a line across TensorBoard's error chart, once in the life of a run."""
         if not self.silent and not (self.board / "paper").exists():
             with self._writing(), SummaryWriter(str(self.board / "paper")) as writer:

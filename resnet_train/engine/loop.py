@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 def loop(
-    task: Task, directory: Path, record: MetricsLogger, clock: Clock, stop: Stop, saved_at: int | None = None
+    task: Task, directory: Path, logger: MetricsLogger, clock: Clock, stop: Stop, saved_at: int | None = None
 ) -> None:
     """All iterations that are left, or those until a signal; leaves a checkpoint of the last one in either case.
 
@@ -36,28 +36,28 @@ def loop(
         batch = clock.next_of(batches)
         lr = task.learning_rate()
         task.step(batch, lr)
-        record.bar.update()
+        logger.bar.update()
         if task.compiled and world_size() == 1 and task.iteration == first:
             message(f"compiled in {time.perf_counter() - clock.mark:.0f} s")
 
         last = task.iteration == config.iterations
         if last or task.iteration % config.log_every == 0:
-            log_training(task, directory, record, clock, lr)
+            log_training(task, directory, logger, clock, lr)
         if last or task.iteration % config.eval_every == 0:
-            log_evaluation(task, directory, record, clock)
+            log_evaluation(task, directory, logger, clock)
         if last or task.iteration % config.checkpoint_every == 0 or _is_kept(task):
-            save(task, directory, record, clock)
+            save(task, directory, logger, clock)
             saved_at = task.iteration
     if saved_at != task.iteration:
-        save(task, directory, record, clock)
+        save(task, directory, logger, clock)
 
 
-def log_training(task: Task, directory: Path, record: MetricsLogger, clock: Clock, lr: float) -> None:
+def log_training(task: Task, directory: Path, logger: MetricsLogger, clock: Clock, lr: float) -> None:
     """A point of the training curve."""
     check_finite(task, directory)
     values = task.train_point()
     clock.lap(training=True)
-    record.point(
+    logger.log(
         "train",
         task.iteration,
         epoch=task.epoch,
@@ -70,29 +70,29 @@ def log_training(task: Task, directory: Path, record: MetricsLogger, clock: Cloc
     clock.restart(task.iteration)
 
 
-def log_evaluation(task: Task, directory: Path, record: MetricsLogger, clock: Clock) -> None:
+def log_evaluation(task: Task, directory: Path, logger: MetricsLogger, clock: Clock) -> None:
     """A point of each other curve; keeps the best checkpoint, by the validation error alone, and the final figures."""
     clock.lap(training=True)
     for point in task.evaluate():
-        record.point(point.split, task.iteration, epoch=task.epoch, **point.values)
+        logger.log(point.split, task.iteration, epoch=task.epoch, **point.values)
         for name, image in point.images:
-            record.picture(task.iteration, name, image)
+            logger.log_image(task.iteration, name, image)
         if point.split == "val" and task.best_at == task.iteration:
             check_finite(task, directory)
             on_rank_zero(functools.partial(checkpoint.save, directory / "checkpoints" / "best.pt", task.state()))
         if point.split == "test" and task.iteration == task.config.iterations:
-            record.hyper_parameters(task.iteration, task.hyper_parameters(), point.values)
+            logger.log_hyper_parameters(task.iteration, task.hyper_parameters(), point.values)
     clock.lap(training=False)
 
 
-def save(task: Task, directory: Path, record: MetricsLogger, clock: Clock) -> None:
+def save(task: Task, directory: Path, logger: MetricsLogger, clock: Clock) -> None:
     """Write last.pt (the one before becomes previous.pt) and, where asked, the checkpoint to keep for good."""
     clock.lap(training=True)
     check_finite(task, directory)
     state, folder = task.state(), directory / "checkpoints"
 
     def write() -> None:
-        record.flush()
+        logger.flush()
         if _is_kept(task):  # before last.pt: a run that is killed in between makes it again
             checkpoint.save(folder / f"iteration-{task.iteration:07d}.pt", state)
         checkpoint.save(folder / "last.pt", state, keep_as=folder / "previous.pt")

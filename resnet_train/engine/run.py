@@ -81,17 +81,17 @@ def run(
         _announce(task, directory, state)
         stop, start = Stop(), task.iteration
         names = {"data": task.label, "seed": config.seed}
-        record = MetricsLogger(directory if is_main() else None, names, start, config.iterations)
-        clock = Clock(start, record.seconds)
+        logger = MetricsLogger(directory if is_main() else None, names, start, config.iterations)
+        clock = Clock(start, logger.seconds)
         if task.reference is not None:
-            record.reference(task.reference, config.iterations)
+            logger.log_reference(task.reference, config.iterations)
         try:
-            with contextlib.closing(record):
-                loop(task, directory, record, clock, stop, None if state is None else start)
+            with contextlib.closing(logger):
+                loop(task, directory, logger, clock, stop, None if state is None else start)
                 if task.iteration < config.iterations:
                     return _stopped(task, stop)
-                if on_rank_zero(lambda: record.lacks(task.iteration, *task.splits)):
-                    log_evaluation(task, directory, record, clock)  # it was measured, and the record was lost
+                if on_rank_zero(lambda: logger.lacks(task.iteration, *task.splits)):
+                    log_evaluation(task, directory, logger, clock)  # it was measured, and the record was lost
             on_rank_zero(lambda: _summarise(task, directory, clock, environment))
             return 0
         except RuntimeError as error:

@@ -1,22 +1,11 @@
-"""The training, validation and test parts of a data set, as batches on the device. Two kinds with one face.
-
-`MemorySets` holds small images on the device and changes whole batches there; `StreamedSets` decodes files in worker
-processes as it trains. Both have `classes`, `digest`, `label` (the data's name in every record), `sizes` (images of
-train, val and test), `protocol`, `top5`, `skipped`, `left_out`, `mean_image()`, `train_batches()` and `eval_batches()`.
-
-Processes that train together each take a contiguous part of every training batch, and every so-many-th evaluation
-batch: `rank` of `world`. Which images these are, and how they are changed, depends on neither.
-"""
+"""A data set of photographs, decoded by worker processes as it is trained on."""
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import functools
 import hashlib
 import itertools
-import multiprocessing
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -27,165 +16,31 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
-from resnet_train.config.layout import left_out, name_data
+from resnet_train.config.layout import name_data
 from resnet_train.data.augment import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     colour_jitter,
     colour_noise,
-    crop_and_normalise,
     draw_crops,
     draw_jitter,
     flip_some,
-    mean_image,
     normalise,
-    pad_and_mirror,
 )
-from resnet_train.data.imagefolder import Box, ImageSource, area_box, cut, image_of, open_image_splits, scaled_box
-from resnet_train.data.images import (
-    CIFAR10_FINGERPRINT,
-    ImageError,
-    ImageSet,
-    cache_folder,
-    center_view,
-    keep,
-    load,
-    middle,
-)
-from resnet_train.data.sampler import batch_indices, generator, held_out
+from resnet_train.data.cache import cache_folder, keep
+from resnet_train.data.crops import Box, area_box, center_view, cut, middle, scaled_box
+from resnet_train.data.decode import ImageError
+from resnet_train.data.imagefolder import ImageSource, image_of, open_image_splits
+from resnet_train.data.loader import checked_batches, leave_signals
+from resnet_train.data.sampler import batch_indices, generator
+from resnet_train.data.views import Batches, Views, rank_slice, single_views, split_sizes
 from resnet_train.engine import checkpoint
-from resnet_train.errors import SIGNALS, UserError
+from resnet_train.errors import UserError
 from resnet_train.terminal import printable
 
-Batches = Iterator[tuple[Tensor, Tensor]]
-# Of a batch of images: views of them (V times N, 3, H, W), which N images of the batch these show, V times over, and
-# the labels of all.
-Views = tuple[list[tuple[Tensor, Tensor]], Tensor]
-PROTOCOLS = {"tencrop": "10-crop", "multiscale": "multi-scale, fully convolutional"}
 TRIES = 100  # broken images in a row after which nothing is skipped any more
 MEAN_OF = 10_000  # training images that the mean image is the mean of
 SCALES = (224, 256, 384, 480, 640)  # shorter sides of the fully convolutional test (section 3.4)
-
-
-def split_sizes(train: int, validation: int) -> tuple[Tensor, Tensor]:
-    """The indices of the training part and of the part held out. Raises UserError if nothing would be left."""
-    if validation >= train:
-        raise UserError(f"data.validation={validation}: the training set has {train} images; hold out fewer")
-    return held_out(train, validation)
-
-
-def rank_slice(batch_size: int, rank: int, world: int) -> slice:
-    """The part of a batch that process `rank` of `world` takes."""
-    return slice(rank * batch_size // world, (rank + 1) * batch_size // world)
-
-
-def single_views(batches: Batches) -> Iterator[Views]:
-    """Batches as views: of each image one."""
-    for images, labels in batches:
-        yield [(images, torch.arange(len(labels), device=images.device))], labels
-
-
-class MemoryDataset:
-    """Images of one small size, as uint8 on the training device."""
-
-    protocol = "single view"
-    top5 = False
-    skipped = 0
-
-    def __init__(self, *, name: str, root: str | None, size: int, validation: int) -> None:
-        found = load(name, root, size)
-        self.left_out = left_out(name, root)
-        self.classes, self.digest = found.classes, found.digest
-        self.label = "cifar10" if found.digest == CIFAR10_FINGERPRINT else name_data(name, root)
-        train, self.val_indices = split_sizes(len(found.train), validation)
-        self.parts = {
-            "train": found.train.part(train) if validation else found.train,
-            "val": found.train.part(self.val_indices),
-            "test": found.test,
-        }
-        self.sizes = {split: len(part) for split, part in self.parts.items()}
-
-    def mean_image(self) -> Tensor:
-        """The per-pixel mean of the training part (section 4.2): (H, W, 3) in 0 to 255."""
-        return mean_image(self.parts["train"].images)
-
-    def _on(self, device: torch.device, split: str) -> ImageSet:
-        self.parts[split] = self.parts[split].to(device)
-        return self.parts[split]
-
-    def train_batches(
-        self,
-        mean: Tensor,
-        device: torch.device,
-        *,
-        seed: int,
-        batch_size: int,
-        augment: dict[str, Any],
-        start: int,
-        rank: int = 0,
-        world: int = 1,
-    ) -> Batches:
-        """Augmented batches without end, from iteration `start`: (B, 3, H, W) float32 channels last, (B,) int64.
-
-        B is `batch_size`, of all processes, divided by `world`.
-        """
-        make = self.batch_maker(mean, device, augment["pad"])
-        for draws in self.draw_batches(
-            device, seed=seed, batch_size=batch_size, augment=augment, start=start, rank=rank, world=world
-        ):
-            yield make(draws.to(device, non_blocking=True))
-
-    def draw_batches(
-        self,
-        device: torch.device,
-        *,
-        seed: int,
-        batch_size: int,
-        augment: dict[str, Any],
-        start: int,
-        rank: int = 0,
-        world: int = 1,
-    ) -> Iterator[Tensor]:
-        """What training batches are made of: (4, B) int64, the indices of images, offsets from top and left, flips.
-
-        On the CPU, pinned for a GPU: one copy an iteration, which nobody waits for.
-        """
-        part, size = rank_slice(batch_size, rank, world), self.sizes["train"]
-        for iteration in itertools.count(start):
-            indices = batch_indices(seed, iteration, batch_size, size)
-            draws = draw_crops(generator(seed, "augment", iteration), batch_size, augment["pad"], augment["flip"])
-            rows = torch.stack([indices, *draws])[:, part]
-            yield rows.pin_memory() if device.type == "cuda" else rows
-
-    def batch_maker(self, mean: Tensor, device: torch.device, pad: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        """The function that makes images and labels of such draws, once these are on the device."""
-        data, padded_mean = self._on(device, "train"), pad_and_mirror(mean[None], pad)
-
-        def make(draws: Tensor) -> tuple[Tensor, Tensor]:
-            indices, tops, lefts, flips = draws
-            images = data.images.index_select(0, indices)  # many times as fast as data.images[indices]
-            labels = data.labels.index_select(0, indices)
-            return crop_and_normalise(images, padded_mean, tops, lefts, flips.bool(), pad), labels
-
-        return make
-
-    def eval_batches(
-        self, split: str, mean: Tensor, device: torch.device, batch_size: int, rank: int = 0, world: int = 1
-    ) -> Batches:
-        """Every image once, unchanged but for the mean. All batches are full: what fills the last has label -1."""
-        data = self._on(device, split)
-        for start in range(rank * batch_size, len(data), world * batch_size):
-            indices = torch.arange(start, start + batch_size, device=device)
-            inside = indices < len(data)
-            indices = indices.clamp(max=len(data) - 1)
-            images = normalise(data.images.index_select(0, indices), mean)
-            yield images, torch.where(inside, data.labels[indices], -1)
-
-    def eval_views(
-        self, _: str, split: str, mean: Tensor, device: torch.device, batch_size: int, rank: int = 0, world: int = 1
-    ) -> Iterator[Views]:
-        """`eval_batches`, each image as its only view."""
-        return single_views(self.eval_batches(split, mean, device, batch_size, rank, world))
 
 
 class StreamingDataset:
@@ -367,30 +222,6 @@ def random_views(
     """The first `count` batches of one worker as training takes them, before they go to the device; to measure."""
     sampler = _RandomViews(seed, 0, batch_size, size, augment, part, slice(None))
     return DataLoader(_Views(part, size), batch_sampler=list(itertools.islice(sampler, count)), num_workers=1)
-
-
-def checked_batches(loader: DataLoader) -> Iterator[Any]:
-    """What `loader` gives; the UserError of a worker as that worker raised it."""
-    try:
-        yield from loader
-    except UserError as error:  # it comes wrapped in that worker's traceback
-        error.__traceback__ = None  # its frames would keep the workers until they time out
-        raise UserError(str(error).strip().splitlines()[-1].split(f".{type(error).__name__}: ")[-1]) from None
-
-
-def leave_signals(_: int) -> None:
-    """Signals that reach all processes of a job are for those that train; their end is the worker's end."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-@atexit.register
-def _end_workers() -> None:
-    """End workers whose loader an error has left: they ignore what Python would send them, and it would wait."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for a worker that is killed
-    for child in multiprocessing.active_children():
-        if child.daemon:
-            child.kill()
 
 
 # An index, and what to cut: the part that a function of height and width gives, or for a test the center.

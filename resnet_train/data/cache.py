@@ -1,0 +1,71 @@
+"""What was made of images, kept in a folder of the user's."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from resnet_train.data.image_set import DataSet, ImageSet
+from resnet_train.engine import checkpoint
+from resnet_train.errors import UserError
+from resnet_train.files import expand
+from resnet_train.terminal import printable
+
+FORMAT = 2  # of the decoded sets in the cache folder
+
+
+def cache_folder() -> Path:
+    """Where downloads and decoded sets are kept: $RESNET_TRAIN_DATA, else ~/.cache/resnet-train/data."""
+    return expand(os.environ.get("RESNET_TRAIN_DATA") or Path.home() / ".cache" / "resnet-train" / "data")
+
+
+def load_cached(name: str, files: list[Path], key: str, make: Callable[[], DataSet]) -> DataSet:
+    """`make()`, kept in the cache folder for as long as the files' sizes and times stay as they are."""
+    stamp = hashlib.sha256(f"{FORMAT} {key}".encode())
+    try:
+        for file in files:
+            status = file.stat()
+            stamp.update(os.fsencode(f"{file} {status.st_size} {status.st_mtime_ns}\n"))
+    except OSError as error:
+        raise UserError(f"data.root: {error.filename}: {error.strerror}") from error
+    path = cache_folder() / "decoded" / f"{name}-{stamp.hexdigest()[:16]}.pt"
+    try:
+        kept = checkpoint.read(path)
+        return DataSet(ImageSet(*kept["train"]), ImageSet(*kept["test"]), kept["classes"], kept["digest"])
+    except (UserError, TypeError, KeyError):
+        pass  # not there yet, or damaged, or something else: made again
+    found = make()
+    keep(
+        path,
+        {
+            "train": [found.train.images, found.train.labels],
+            "test": [found.test.images, found.test.labels],
+            "classes": found.classes,
+            "digest": found.digest,
+        },
+    )
+    return found
+
+
+def keep(path: Path, values: Any) -> None:
+    """Write what was made to the cache folder, whole or not at all; where that cannot be done, say so and go on."""
+    part = path.with_suffix(f".{os.getpid()}.part")
+    try:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(values, part)
+        part.replace(path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        tqdm.write(
+            printable(
+                f"{path.parent}: what was made of the images cannot be kept there ({error}); set RESNET_TRAIN_DATA"
+            )
+        )

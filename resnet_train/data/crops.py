@@ -1,0 +1,80 @@
+"""What is cut from an image of any size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms.v2 import functional as TF
+
+from resnet_train.data.decode import decode, jpeg_size
+
+LONGEST = 16  # times its width: only the middle of a longer image is scaled, or the result could fill the memory
+
+
+def middle(image: Tensor) -> Tensor:
+    """An image (3, H, W), or the middle of one that is more than `LONGEST` times as long as it is wide."""
+    height, width = image.shape[-2:]
+    longest = LONGEST * min(height, width)
+    longest += (max(height, width) - longest) % 2  # as many pixels are left out at either end
+    return TF.center_crop(image, [min(height, longest), min(width, longest)])
+
+
+def whole_view(image: Tensor, size: int) -> Tensor:
+    """The view of a small image (3, H, W) that is kept in memory: its shorter side at `size`, the center cropped."""
+    resized = TF.resize(middle(image).float(), [size], antialias=True).round().to(torch.uint8)  # as for the digits
+    return TF.center_crop(resized, [size, size])
+
+
+def center_view(image: Tensor, size: int) -> Tensor:
+    """The center crop of a photograph (3, H, W), as in figure 4: the shorter side at 256 for crops of 224."""
+    return TF.center_crop(TF.resize(middle(image), [round(size * 256 / 224)], antialias=True), [size, size])
+
+
+Box = tuple[int, int, int, int]  # top, left, height, width, in pixels of the photograph
+
+
+def scaled_box(height: int, width: int, *, size: int, side: int, place: Sequence[float]) -> Box:
+    """What becomes the crop of `size` at `place` when the shorter side is brought to `side`.
+
+    `place`: down and across, from 0 to below 1. Every offset is as likely, the first and the last included.
+    """
+    edge = max(1, min(round(size * min(height, width) / side), height, width))
+    down, across = place
+    return int(down * (height - edge + 1)), int(across * (width - edge + 1)), edge, edge
+
+
+def area_box(
+    height: int, width: int, *, area: Sequence[float], tries: Sequence[Sequence[float]], place: Sequence[float]
+) -> Box:
+    """A part of the photograph's `area` (the least and the most, of 1), its sides from 3:4 to 4:3, at `place`.
+
+    As torchvision's RandomResizedCrop: of ten `tries`, each an area and a ratio from 0 to below 1, the first that lies
+    inside; else the largest such part in the middle.
+    """
+    for size, shape in tries:
+        pixels = height * width * (area[0] + size * (area[1] - area[0]))
+        ratio = (3 / 4) ** (1 - 2 * shape)  # uniform in its logarithm
+        across, down = round(math.sqrt(pixels * ratio)), round(math.sqrt(pixels / ratio))
+        if 0 < across <= width and 0 < down <= height:
+            return int(place[0] * (height - down + 1)), int(place[1] * (width - across + 1)), down, across
+    down, across = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
+    return (height - down) // 2, (width - across) // 2, down, across
+
+
+def cut(data: bytes, name: str, size: int, box_of: Callable[[int, int], Box]) -> Tensor:
+    """The part `box_of(height, width)` of an encoded image, brought to `size`: (S, S, 3) uint8. Raises ImageError.
+
+    Only the part is resized. A JPEG (see `jpeg_size`) whose part is twice `size` or more is decoded at a half, a
+    quarter or an eighth, never below `size`.
+    """
+    whole = jpeg_size(data)
+    shorter = min(box_of(*whole)[2:]) if whole else 0
+    image = decode(data, name, max(factor for factor in (1, 2, 4, 8) if factor == 1 or shorter >= factor * size))
+    top, left, height, width = box_of(*image.shape[:2])
+    part = image[top : top + height, left : left + width].permute(2, 0, 1)[None]
+    part = part.contiguous(memory_format=torch.channels_last)  # of one image torch does not see it, and is slower
+    return F.interpolate(part, (size, size), mode="bilinear", antialias=True)[0].permute(1, 2, 0)

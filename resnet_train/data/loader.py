@@ -1,0 +1,37 @@
+"""Worker processes that read images, their errors and their end."""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from resnet_train.errors import SIGNALS, UserError
+
+
+def checked_batches(loader: DataLoader) -> Iterator[Any]:
+    """What `loader` gives; the UserError of a worker as that worker raised it."""
+    try:
+        yield from loader
+    except UserError as error:  # it comes wrapped in that worker's traceback
+        error.__traceback__ = None  # its frames would keep the workers until they time out
+        raise UserError(str(error).strip().splitlines()[-1].split(f".{type(error).__name__}: ")[-1]) from None
+
+
+def leave_signals(_: int) -> None:
+    """Signals that reach all processes of a job are for those that train; their end is the worker's end."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """End workers whose loader an error has left: they ignore what Python would send them, and it would wait."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for a worker that is killed
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()

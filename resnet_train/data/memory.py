@@ -1,0 +1,126 @@
+"""A data set of small images that lies on the training device, where whole batches are changed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resnet_train.config.layout import left_out, name_data
+from resnet_train.data.augment import (
+    crop_and_normalise,
+    draw_crops,
+    mean_image,
+    normalise,
+    pad_and_mirror,
+)
+from resnet_train.data.image_set import CIFAR10_FINGERPRINT, ImageSet
+from resnet_train.data.sampler import batch_indices, generator
+from resnet_train.data.source import load
+from resnet_train.data.views import Batches, Views, rank_slice, single_views, split_sizes
+
+
+class MemoryDataset:
+    """Images of one small size, as uint8 on the training device."""
+
+    protocol = "single view"
+    top5 = False
+    skipped = 0
+
+    def __init__(self, *, name: str, root: str | None, size: int, validation: int) -> None:
+        found = load(name, root, size)
+        self.left_out = left_out(name, root)
+        self.classes, self.digest = found.classes, found.digest
+        self.label = "cifar10" if found.digest == CIFAR10_FINGERPRINT else name_data(name, root)
+        train, self.val_indices = split_sizes(len(found.train), validation)
+        self.parts = {
+            "train": found.train.part(train) if validation else found.train,
+            "val": found.train.part(self.val_indices),
+            "test": found.test,
+        }
+        self.sizes = {split: len(part) for split, part in self.parts.items()}
+
+    def mean_image(self) -> Tensor:
+        """The per-pixel mean of the training part (section 4.2): (H, W, 3) in 0 to 255."""
+        return mean_image(self.parts["train"].images)
+
+    def _on(self, device: torch.device, split: str) -> ImageSet:
+        self.parts[split] = self.parts[split].to(device)
+        return self.parts[split]
+
+    def train_batches(
+        self,
+        mean: Tensor,
+        device: torch.device,
+        *,
+        seed: int,
+        batch_size: int,
+        augment: dict[str, Any],
+        start: int,
+        rank: int = 0,
+        world: int = 1,
+    ) -> Batches:
+        """Augmented batches without end, from iteration `start`: (B, 3, H, W) float32 channels last, (B,) int64.
+
+        B is `batch_size`, of all processes, divided by `world`.
+        """
+        make = self.batch_maker(mean, device, augment["pad"])
+        for draws in self.draw_batches(
+            device, seed=seed, batch_size=batch_size, augment=augment, start=start, rank=rank, world=world
+        ):
+            yield make(draws.to(device, non_blocking=True))
+
+    def draw_batches(
+        self,
+        device: torch.device,
+        *,
+        seed: int,
+        batch_size: int,
+        augment: dict[str, Any],
+        start: int,
+        rank: int = 0,
+        world: int = 1,
+    ) -> Iterator[Tensor]:
+        """What training batches are made of: (4, B) int64, the indices of images, offsets from top and left, flips.
+
+        On the CPU, pinned for a GPU: one copy an iteration, which nobody waits for.
+        """
+        part, size = rank_slice(batch_size, rank, world), self.sizes["train"]
+        for iteration in itertools.count(start):
+            indices = batch_indices(seed, iteration, batch_size, size)
+            draws = draw_crops(generator(seed, "augment", iteration), batch_size, augment["pad"], augment["flip"])
+            rows = torch.stack([indices, *draws])[:, part]
+            yield rows.pin_memory() if device.type == "cuda" else rows
+
+    def batch_maker(self, mean: Tensor, device: torch.device, pad: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        """The function that makes images and labels of such draws, once these are on the device."""
+        data, padded_mean = self._on(device, "train"), pad_and_mirror(mean[None], pad)
+
+        def make(draws: Tensor) -> tuple[Tensor, Tensor]:
+            indices, tops, lefts, flips = draws
+            images = data.images.index_select(0, indices)  # many times as fast as data.images[indices]
+            labels = data.labels.index_select(0, indices)
+            return crop_and_normalise(images, padded_mean, tops, lefts, flips.bool(), pad), labels
+
+        return make
+
+    def eval_batches(
+        self, split: str, mean: Tensor, device: torch.device, batch_size: int, rank: int = 0, world: int = 1
+    ) -> Batches:
+        """Every image once, unchanged but for the mean. All batches are full: what fills the last has label -1."""
+        data = self._on(device, split)
+        for start in range(rank * batch_size, len(data), world * batch_size):
+            indices = torch.arange(start, start + batch_size, device=device)
+            inside = indices < len(data)
+            indices = indices.clamp(max=len(data) - 1)
+            images = normalise(data.images.index_select(0, indices), mean)
+            yield images, torch.where(inside, data.labels[indices], -1)
+
+    def eval_views(
+        self, _: str, split: str, mean: Tensor, device: torch.device, batch_size: int, rank: int = 0, world: int = 1
+    ) -> Iterator[Views]:
+        """`eval_batches`, each image as its only view."""
+        return single_views(self.eval_batches(split, mean, device, batch_size, rank, world))

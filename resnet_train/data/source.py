@@ -1,0 +1,95 @@
+"""Whole data sets in memory: CIFAR-10, class-folder trees and scikit-learn's digits, as uint8."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchvision.datasets import CIFAR10
+from torchvision.transforms.v2 import functional as TF
+from tqdm import tqdm
+
+from resnet_train.config.layout import class_folders, images_in, is_official_cifar10
+from resnet_train.data.cache import cache_folder, load_cached
+from resnet_train.data.cifar10 import ARCHIVE_SIZE, MIRRORS, TEST_FILES, TRAIN_FILES, batch_folder, read_official
+from resnet_train.data.crops import whole_view
+from resnet_train.data.decode import read_image
+from resnet_train.data.download import download
+from resnet_train.data.image_set import DataSet, ImageSet, make_data_set
+from resnet_train.errors import UserError
+from resnet_train.files import expand
+
+
+def load(name: str, root: str | None, size: int) -> DataSet:
+    """The data set `name` (cifar10, digits or imagefolder) at `root`; decoded on the first call, then from a cache.
+
+    Images come out `size` pixels square. Raises UserError for data that are not what they should be.
+    """
+    if name == "digits":
+        return _digits(size)
+    path = expand(root) if root else None
+    if name == "cifar10" and (path is None or is_official_cifar10(path)):
+        source = path or download(MIRRORS, cache_folder() / "cifar-10-python.tar.gz", CIFAR10.tgz_md5, ARCHIVE_SIZE)
+        files = [source] if source.is_file() else [batch_folder(source) / f for f in {**TRAIN_FILES, **TEST_FILES}]
+        return load_cached("cifar10", files, "", lambda: read_official(source))
+    assert path is not None
+    classes, test = class_folders(path)
+    files_of = {part: listing(path / part, classes) for part in ("train", test)}
+    files = [file for part in files_of.values() for file, _ in part]
+    exact = name == "cifar10"
+
+    def decode() -> DataSet:
+        sets = [_decode(part, size, exact) for part in files_of.values()]
+        return make_data_set(sets[0], sets[1], classes)
+
+    return load_cached(path.name, files, f"{size} {exact}", decode)
+
+
+def listing(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
+    """The image files below `folder`/<class>/ with their labels, in order."""
+    return [
+        (folder / name / entry.name, label)
+        for label, name in enumerate(classes)
+        for entry in images_in(folder / name)[0]
+    ]
+
+
+def _decode(files: list[tuple[Path, int]], size: int, exact: bool) -> ImageSet:
+    """Decode all files; `exact` refuses images of another size, otherwise they are resized and center-cropped."""
+
+    def one(item: tuple[Path, int]) -> Tensor:
+        image = read_image(item[0])
+        if image.shape[1:] != (size, size):
+            if exact:
+                found = f"{image.shape[2]}x{image.shape[1]}"
+                raise UserError(f"{item[0]}: is {found}; data=cifar10 takes {size}x{size}, data=imagefolder any size")
+            image = whole_view(image, size)
+        return image.permute(1, 2, 0)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        images = torch.empty(len(files), size, size, 3, dtype=torch.uint8)
+        bar = tqdm(pool.map(one, files), total=len(files), desc=f"decoding {files[0][0].parts[-3]}", disable=None)
+        for index, image in enumerate(bar):
+            images[index] = image
+    return ImageSet(images, torch.tensor([label for _, label in files]))
+
+
+def _digits(size: int) -> DataSet:
+    """scikit-learn's 1,797 digits, 8x8, enlarged; a fixed fifth is the test set."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise UserError("data=digits: needs scikit-learn: pip install 'resnet-train[digits]'") from error
+    from resnet_train.data.sampler import held_out
+
+    digits = load_digits()
+    grey = torch.from_numpy(digits.images).mul(255 / 16).round().float()[:, None]
+    # In float and rounded after: resizing uint8 rounds otherwise on other processors, and the digest would differ.
+    large = TF.resize(grey, [size, size], antialias=True).round().to(torch.uint8)
+    images = large.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous()
+    both = ImageSet(images, torch.from_numpy(digits.target).long())
+    train, test = held_out(len(both), 360)
+    return make_data_set(both.part(train), both.part(test), [str(digit) for digit in range(10)])
