@@ -29,17 +29,17 @@ from resnet_train.config.layout import (
     is_official_cifar10,
     left_out,
 )
-from resnet_train.data import images
+from resnet_train.data import crops
 from resnet_train.data.cache import cache_folder
 from resnet_train.data.cifar10 import TEST_FILES, TRAIN_FILES, read_official
 from resnet_train.data.crops import LONGEST, center_view, cut, whole_view
-from resnet_train.data.decode import ImageError, check_pixels, decode, image_size, jpeg_size, read_image
+from resnet_train.data.decode import ImageError, _decoding, check_pixels, decode, image_size, jpeg_size, read_image
 from resnet_train.data.image_set import CIFAR10_FINGERPRINT, ImageSet, make_data_set
 from resnet_train.data.imagefolder import open_image_splits
 from resnet_train.data.memory import MemoryDataset
 from resnet_train.data.pack import packed_image
 from resnet_train.data.source import load
-from resnet_train.detection import data as detection
+from resnet_train.detection import annotations as detection
 from resnet_train.errors import UserError
 
 
@@ -784,14 +784,14 @@ def test_a_line_is_not_blown_up(view):
 def test_the_middle_of_a_long_image_is_that_of_the_whole(view, length, monkeypatch):
     image = pixels(2, 3, length, 1)
     seen = view(image, 32).int()
-    monkeypatch.setattr(images, "LONGEST", 10**6)
+    monkeypatch.setattr(crops, "LONGEST", 10**6)
     assert (view(image, 32).int() - seen).abs().max() <= 1
 
 
 @pytest.mark.parametrize("shape", [(3, 1, LONGEST), (3, 40, 1), (3, 7, 7 * LONGEST), (3, 7, 9), (3, 2, 60_001)])
 def test_the_middle_leaves_out_as_much_at_either_end(shape):
     image = torch.arange(shape[1] * shape[2]).expand(3, -1).reshape(shape)
-    found = images.middle(image)
+    found = crops.middle(image)
     short, long = sorted(shape[1:])
     assert max(found.shape[1:]) in (long,) if long <= LONGEST * short else (LONGEST * short, LONGEST * short + 1)
     assert found[0, 0, 0] + found[0, -1, -1] == image[0, 0, 0] + image[0, -1, -1]
@@ -849,13 +849,13 @@ def test_whatever_a_decoder_raises_names_the_file(make):
 
 @pytest.mark.parametrize("error", [RuntimeError("a\nb"), NotImplementedError(), KeyError("k"), struct.error("s")])
 def test_an_exception_of_any_kind_is_an_image_error(error):
-    with pytest.raises(ImageError, match=r"^x: is not an image that can be read") as caught, images._decoding("x"):
+    with pytest.raises(ImageError, match=r"^x: is not an image that can be read") as caught, _decoding("x"):
         raise error
     one_line(caught)
 
 
 def test_a_lack_of_memory_is_not_the_images_fault():
-    with pytest.raises(MemoryError), images._decoding("x"):
+    with pytest.raises(MemoryError), _decoding("x"):
         raise MemoryError
 
 

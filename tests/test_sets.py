@@ -13,7 +13,7 @@ from several import composed
 from torchvision.transforms.v2 import functional as TF
 
 from resnet_train.classification.load import open_dataset
-from resnet_train.data import sets as data_sets
+from resnet_train.data import streaming
 from resnet_train.data.augment import EIGENVECTORS, IMAGENET_MEAN
 from resnet_train.data.cache import cache_folder
 from resnet_train.data.crops import area_box
@@ -461,7 +461,7 @@ def test_the_mean_image_is_that_of_the_center_crops(tree):
 
 def test_the_mean_of_some_images_is_of_such_from_all_classes(tree, monkeypatch):
     """Of 13 training images, sorted by class, four at even distances: the first, the last and two between."""
-    monkeypatch.setattr(data_sets, "MEAN_OF", 4)
+    monkeypatch.setattr(streaming, "MEAN_OF", 4)
     sets = StreamingDataset(root=str(tree), size=24, validation=0, workers=0, subtract="image")
     paths = [sets.parts["train"][index][0] for index in (0, 4, 8, 12)]
     assert [path.parent.name for path in paths] == ["cat", "cat", "dog", "eel"]
