@@ -30,9 +30,7 @@ def check_place(directory: Path, config: RunConfig, data: str, sweep: bool) -> N
     check_run_dir(directory, config, may_be_finished=sweep)
     if run_state(directory) != "finished":
         return
-    was = read_object(directory / "summary.json").get("digest")
-    if not isinstance(was, str):  # of an earlier version
-        return
+    was = str(read_object(directory / "summary.json").get("digest"))
     values = config.plain()["data"]
     key = json.dumps(values)
     if key not in DIGESTS:

@@ -45,7 +45,7 @@ def classify(asked: ClassifyConfig, images: list[str]) -> None:
             for row in rows:
                 say(f"  {100 * row['probability']:6.2f} %  {' '.join([row['class'], *row.get('words', '').split()])}")
     if asked.out is not None:
-        named = {"checkpoint": str(path.absolute()), "net": config.net, "data": state.get("label", config.data_label)}
+        named = {"checkpoint": str(path.absolute()), "net": config.net, "data": state["label"]}
         write_result(expand(asked.out), {**named, "iteration": state["iteration"], "images": found})
 
 

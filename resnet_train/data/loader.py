@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import multiprocessing
 import signal
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from resnet_train.errors import SIGNALS, UserError
 
 def checked_batches(loader: DataLoader) -> Iterator[Any]:
     """What `loader` gives; the UserError of a worker as that worker raised it."""
+    _end_workers_at_exit()
     try:
         yield from loader
     except UserError as error:  # it comes wrapped in that worker's traceback
@@ -28,7 +30,12 @@ def leave_signals(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-@atexit.register
+@functools.cache
+def _end_workers_at_exit() -> None:
+    """Have the workers that are left at the end of this process ended; called before the first is started."""
+    atexit.register(_end_workers)
+
+
 def _end_workers() -> None:
     """End workers whose loader an error has left: they ignore what Python would send them, and it would wait."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for a worker that is killed

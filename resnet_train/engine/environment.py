@@ -9,19 +9,22 @@ import shlex
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 
 from resnet_train import __version__
 from resnet_train.engine.distributed import world_size
+
+FORMAT = 1  # of config.json, environment.json, metrics.jsonl and summary.json of a run
 
 
 def environment_of(command: str, device: torch.device, digest: str) -> dict[str, Any]:
     """Where, by what `command` and on data of which `digest` a run is made, for environment.json."""
     return {
+        "format": FORMAT,
         "command": shlex.join([command, *sys.argv[1:]]),
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "git_commit": git_commit(),
@@ -45,7 +48,7 @@ def versions(device: torch.device) -> dict[str, str]:
         "resnet_train": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
+        "torchvision": version("torchvision"),
     }
     if device.type == "cuda":
         found["cudnn"] = str(torch.backends.cudnn.version())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -21,16 +22,25 @@ from resnet_train.engine.metrics import SPLITS, read_metrics
 from resnet_train.errors import RunError, remedy
 from resnet_train.terminal import printable, say
 
-tqdm.set_lock(threading.RLock())  # the default is a semaphore of the system, which a killed process leaves behind
+
+def _is_of_tensorboard(thread: threading.Thread | None) -> bool:
+    return type(thread).__module__.startswith("tensorboard")
 
 
-def _hook(told: threading.ExceptHookArgs, before: Any = threading.excepthook) -> None:
-    """Not a word of what a writing thread of TensorBoard's could not write: the next call to it raises that again."""
-    if not (isinstance(told.exc_value, OSError) and type(told.thread).__module__.startswith("tensorboard")):
-        before(told)
+@functools.cache
+def prepare_process() -> None:
+    """Once in a process that trains, before the first progress bar: see the two comments."""
+    tqdm.set_lock(threading.RLock())  # the default is a semaphore of the system, which a killed process leaves behind
+    before = threading.excepthook
 
+    def silence_tensorboard(arguments: threading.ExceptHookArgs) -> None:
+        # What a writing thread of TensorBoard could not write, the next call to it raises again.
+        if not (
+            isinstance(arguments.exc_value, OSError) and type(arguments.thread).__module__.startswith("tensorboard")
+        ):
+            before(arguments)
 
-threading.excepthook = _hook
+    threading.excepthook = silence_tensorboard
 
 
 def read_points(path: Path, iteration: int) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from resnet_train.engine.distributed import (
     world_size,
 )
 from resnet_train.engine.environment import peak_memory
-from resnet_train.engine.logger import MetricsLogger
+from resnet_train.engine.logger import MetricsLogger, prepare_process
 from resnet_train.engine.loop import Clock, Stop, log_evaluation, loop
 from resnet_train.engine.metrics import read_metrics
 from resnet_train.engine.resume import before_restart, begin_run, claim_run
@@ -59,6 +59,7 @@ def run(
     other process. 0: finished; 128 and a signal's number: stopped by it, with a checkpoint. Raises UserError and
     RunError. Several processes do this together, and the first alone writes and prints.
     """
+    prepare_process()
     device = pick_device(config.device)
     with process_group(device, config.timeout), contextlib.ExitStack() as held:
         restarts = int(all_reduce_sum(torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))))

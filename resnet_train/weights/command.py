@@ -45,6 +45,7 @@ def import_weights(asked: WeightsConfig, bases: dict[str, dict[str, Any]]) -> No
     state = {
         "config": config.plain(),
         "classes": classes,
+        "label": config.data_label,
         "digest": "",  # of the images that it was trained on, which nobody knows
         # How batch norm's statistics were taken, nobody knows either; for precise_bn, the paper's groups.
         "measure": {"precision": asked.precision, "compile": False, "bn_images": BN_IMAGES[source.family]},
@@ -141,6 +142,7 @@ def export(asked: WeightsConfig) -> None:
         note = f"; logits as PyTorch's to {difference:.1g} by onnxruntime"
     described = {
         "written_by": f"resnet-train {__version__}",
+        "format": checkpoint.FORMAT,
         "checkpoint": asked.file,
         "net": config.net,
         "family": config.data.family,
@@ -148,7 +150,7 @@ def export(asked: WeightsConfig) -> None:
         "depth": config.depth,
         "shortcut": config.shortcut,
         "bottleneck_stride": config.bottleneck_stride,
-        "data": state.get("label", config.data_label),
+        "data": state["label"],
         "size": config.data.size,
         "seed": config.seed,
         "iteration": state["iteration"],

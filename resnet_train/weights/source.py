@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resnet_train import __version__
 from resnet_train.config.train import Config, config_from_checkpoint
 from resnet_train.data.augment import IMAGENET_STD
 from resnet_train.engine import checkpoint
@@ -24,7 +25,8 @@ from resnet_train.weights import state_dicts
 FAMILIES = {"cifar": "CIFAR", "imagenet": "ImageNet"}
 # In the header of a .safetensors file of ours: what else its checkpoint holds, and what is to be done to images. JSON.
 HEADER = "resnet_train"
-HEADER_PARTS = {name: kind for name, kind in checkpoint.PARTS.items() if name not in ("model", "mean")} | {"data": str}
+HEADER_PARTS = {name: kind for name, kind in checkpoint.PARTS.items() if name not in ("model", "mean", "label")}
+HEADER_PARTS |= {"data": str}
 
 
 @dataclass(frozen=True)
@@ -196,6 +198,10 @@ def read_description(path: Path) -> dict[str, Any] | None:
         found = json.loads(read_regular(beside) if header is None else header)
         if header is None and not str(found["written_by"]).startswith("resnet-train"):
             return None
+        if found.get("format") != checkpoint.FORMAT:
+            raise ValueError(
+                f"format {found.get('format')}; resnet-train {__version__} reads {checkpoint.FORMAT} alone"
+            )
         parts = {name: kind for name, kind in HEADER_PARTS.items() if "config" in found or name in found}
         wrong = checkpoint.wrong_part(found, {"classes": list} | parts)
         mean, std = (torch.tensor(found[key], dtype=torch.float64) for key in ("mean", "std"))
