@@ -88,7 +88,7 @@ def pack_or_check(config: PackConfig) -> None:
     """What `resnet-pack` does: it packs, or with check= reads what was packed."""
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     if config.check is not None:
-        return load("resnet_train.data.pack:check_packed")(config.check, config.workers)
+        return load("resnet_train.data.pack_check:check_packed")(config.check, config.workers)
     return load("resnet_train.data.pack:pack")(
         root=config.data.root,
         out=expand(config.out or ""),  # check_pack has seen to it that there is one

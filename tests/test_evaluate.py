@@ -20,7 +20,8 @@ from resnet_train.config.compose import CONFIG_DIR
 from resnet_train.config.train import config_from_checkpoint
 from resnet_train.data.augment import IMAGENET_MEAN
 from resnet_train.data.decode import read_image
-from resnet_train.data.streaming import StreamingDataset, same_shape
+from resnet_train.data.streaming import StreamingDataset
+from resnet_train.data.views import same_shape
 from resnet_train.engine import checkpoint
 from resnet_train.errors import UserError
 from resnet_train.models import cifar_resnet, imagenet_resnet

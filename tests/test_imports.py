@@ -36,6 +36,8 @@ LAYERS = [
     ["dispatch"],
     ["sweep"],
     ["bench.suite", "report.report", "classification.responses", "detection.predict"],
+    ["bench.loader", "bench.startup", "bench.memory"],
+    ["bench.subject"],
     ["detection.run", "classification.run"],
     ["detection.train", "classification.train"],
     ["classification.step", "detection.build", "detection.evaluate"],

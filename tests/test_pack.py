@@ -25,6 +25,7 @@ from resnet_train.data import pack as packing
 from resnet_train.data.crops import cut, scaled_box
 from resnet_train.data.decode import decode
 from resnet_train.data.imagefolder import image_of, open_image_splits
+from resnet_train.data.pack_check import check_packed
 from resnet_train.data.packed import Shard, open_packed, stored_order
 from resnet_train.data.sampler import WINDOW, permutation
 from resnet_train.data.streaming import StreamingDataset
@@ -264,8 +265,8 @@ def test_the_check_finds_a_damaged_shard(damage, words, packed, tmp_path, capsys
     shutil.copytree(packed, tmp_path / "copy")
     damage(tmp_path / "copy" / "train" / "chunk-0-7.bin")
     with pytest.raises(RunError, match=f"chunk-0-7.bin: .*{words}"):
-        packing.check_packed(str(tmp_path / "copy"), workers=0)
-    packing.check_packed(str(packed), workers=0)
+        check_packed(str(tmp_path / "copy"), workers=0)
+    check_packed(str(packed), workers=0)
     assert "75 images in 16 shards, all as they were packed" in capsys.readouterr().out
 
 
@@ -414,7 +415,7 @@ def test_a_pack_json_that_cannot_be_is_named_before_anything_is_read(change, wor
     about = json.loads((packed / "pack.json").read_text())
     change(about)
     (tmp_path / "pack.json").write_text(json.dumps(about))
-    for reading in (lambda: open_packed(str(tmp_path)), lambda: packing.check_packed(str(tmp_path), workers=0)):
+    for reading in (lambda: open_packed(str(tmp_path)), lambda: check_packed(str(tmp_path), workers=0)):
         with pytest.raises(UserError, match=words) as caught:
             reading()
         assert str(tmp_path) in str(caught.value)
@@ -521,7 +522,7 @@ def test_a_false_image_of_a_sealed_pack_is_named_in_training_and_by_the_check(da
         with pytest.raises(UserError, match=words):
             reading()
     with pytest.raises(RunError, match="2 things are wrong"):
-        packing.check_packed(str(tmp_path / "copy"), workers=0)
+        check_packed(str(tmp_path / "copy"), workers=0)
 
 
 def test_shards_that_are_no_files_are_named(packed, tmp_path):

@@ -7,25 +7,18 @@ each shard that is whole and on disk; at the end the notes become pack.json, and
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import io
-import itertools
-import multiprocessing
 import os
 import shutil
-import signal
 import sys
 import tempfile
-import threading
 import typing
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -34,7 +27,7 @@ from resnet_train.config.layout import PACKED, PACKING, describe_left_out
 from resnet_train.config.schema import format_value, from_dict
 from resnet_train.data.decode import ImageError, decode, jpeg_size
 from resnet_train.data.imagefolder import Files, open_image_splits, read_file
-from resnet_train.data.packed import (
+from resnet_train.data.pack_schema import (
     FORMAT,
     LARGEST,
     LEAST,
@@ -43,18 +36,16 @@ from resnet_train.data.packed import (
     PackSettings,
     PackShard,
     PackSource,
-    Shard,
     check_classes,
-    check_label,
     check_shard,
     checksum,
     digest_of,
-    located,
     read_about,
     shard_name,
-    stored_order,
 )
-from resnet_train.errors import SIGNALS, RunError, UserError
+from resnet_train.data.packed import stored_order
+from resnet_train.data.pool import work_in_processes
+from resnet_train.errors import RunError, UserError
 from resnet_train.files import lock_directory, read_json, write_json
 from resnet_train.terminal import printable, say
 
@@ -95,7 +86,7 @@ def pack(*, root: str, out: Path, shorter_side: int, quality: int, images: int, 
         bar = tqdm(total=total, desc="packing", unit=" images", disable=None)
         with bar:
             bar.update(total - sum(len(shard.places) for shard in missing))
-            for job, lines in _worked(_write_shard, jobs, workers):
+            for job, lines in work_in_processes(_write_shard, jobs, workers):
                 bar.update(len(job["items"]))
                 for line in lines:
                     tqdm.write(printable(f"skipped: {line}"), file=sys.stderr)
@@ -260,86 +251,3 @@ def _finish(
     write_json(out / PACKED, dataclasses.asdict(pack))
     shutil.rmtree(out / PACKING)
     return pack
-
-
-# --- The check -------------------------------------------------------------------------------------------------------
-
-
-def check_packed(root: str, workers: int) -> None:
-    """Read all shards of a packed folder and decode every image. Raises UserError and, naming them, RunError."""
-    folder = located(root)
-    pack = read_about(folder)
-    jobs = [
-        {"path": folder / name / shard.name, "classes": len(pack.classes), "shard": shard}
-        for name, part in pack.parts.items()
-        for shard in part.shards
-    ]
-    total, wrong = sum(part.images for part in pack.parts.values()), []
-    with tqdm(total=total, desc="checking", unit=" images", disable=None) as bar:
-        for job, errors in _worked(_check_shard, jobs, workers):
-            bar.update(job["shard"].images)
-            wrong += errors
-    for line in wrong:
-        say(f"wrong: {line}", file=sys.stderr)
-    if wrong:
-        raise RunError(f"check={root}: {len(wrong)} things are wrong, the first: {wrong[0]}")
-    say(f"{root}: {total} images in {len(jobs)} shards, all as they were packed")
-
-
-def _check_shard(job: dict[str, Any]) -> list[str]:
-    """What is wrong with a shard, as lines."""
-    try:
-        check_shard(job["path"], job["shard"])
-        shard = Shard(job["path"])
-    except UserError as error:
-        return [str(error)]
-    wrong = [] if checksum(job["path"]) == job["shard"].sha256 else [f"{job['path']}: its checksum does not hold"]
-    for place in range(len(shard)):
-        try:
-            name, data, label = shard.item(place)
-            check_label(name, label, job["classes"])
-            decode(data, name)
-        except UserError as error:
-            wrong.append(str(error))
-    return wrong
-
-
-# --- Processes -------------------------------------------------------------------------------------------------------
-
-
-def _worked(work: Callable[[Any], Any], jobs: Iterable[Any], workers: int) -> Iterator[tuple[Any, Any]]:
-    """Each job and what `work` makes of it in one of `workers` processes, as they finish. Raises what it raises.
-
-    Jobs are taken from `jobs` when there is room. The processes end with this one, however that ends; 0 is this one.
-    """
-    if not workers:
-        yield from ((job, work(job)) for job in jobs)
-        return
-    waiting = iter(jobs)
-    with concurrent.futures.ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), initializer=_begin_worker
-    ) as pool:
-        try:
-            running = {pool.submit(work, job): job for job in itertools.islice(waiting, 2 * workers)}
-            while running:
-                done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
-                for future in done:
-                    yield running.pop(future), future.result()
-                    running |= {pool.submit(work, job): job for job in itertools.islice(waiting, 1)}
-        except BrokenProcessPool as error:
-            raise RunError("a process was killed (out of memory?); the same command resumes") from error
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _begin_worker() -> None:
-    """Leave signals to the parent, compute with one thread, and end where the parent is no more."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    torch.set_num_threads(1)
-    threading.Thread(target=_follow_parent, daemon=True).start()
-
-
-def _follow_parent() -> None:
-    multiprocessing.parent_process().join()  # type: ignore[union-attr]
-    os._exit(1)

@@ -27,19 +27,27 @@ from resnet_train.data.augment import (
     normalise,
 )
 from resnet_train.data.cache import cache_folder, keep
-from resnet_train.data.crops import Box, area_box, center_view, cut, middle, scaled_box
-from resnet_train.data.decode import ImageError
-from resnet_train.data.imagefolder import ImageSource, image_of, open_image_splits
+from resnet_train.data.crops import Box, area_box, scaled_box
+from resnet_train.data.imagefolder import ImageSource, open_image_splits
 from resnet_train.data.loader import checked_batches, leave_signals
 from resnet_train.data.sampler import batch_indices, generator
-from resnet_train.data.views import Batches, Views, rank_slice, single_views, split_sizes
+from resnet_train.data.views import (
+    SCALES,
+    Batches,
+    CroppedViews,
+    View,
+    Views,
+    WholeViews,
+    rank_slice,
+    same_shape,
+    single_views,
+    split_sizes,
+)
 from resnet_train.engine import checkpoint
 from resnet_train.errors import UserError
 from resnet_train.terminal import printable
 
-TRIES = 100  # broken images in a row after which nothing is skipped any more
 MEAN_OF = 10_000  # training images that the mean image is the mean of
-SCALES = (224, 256, 384, 480, 640)  # shorter sides of the fully convolutional test (section 3.4)
 
 
 class StreamingDataset:
@@ -102,7 +110,7 @@ class StreamingDataset:
             [(index, None) for index in indices[start : start + 100]] for start in range(0, len(indices), 100)
         ]
         total = torch.zeros(self.size, self.size, 3, dtype=torch.int64)
-        loader = self._loader(_Views(part, self.size, self.broken), views, torch.device("cpu"))
+        loader = self._loader(CroppedViews(part, self.size, self.broken), views, torch.device("cpu"))
         for images, _, broken in tqdm(loader, total=len(views), desc="mean image", disable=None):
             self._tell(broken)
             total += images.sum(0, dtype=torch.int64)
@@ -135,7 +143,7 @@ class StreamingDataset:
         train = self.parts["train"]
         sampler = _RandomViews(seed, start, batch_size, self.size, augment, train, part)
         iteration = start
-        for images, labels, broken in self._loader(_Views(train, self.size, self.broken), sampler, device):
+        for images, labels, broken in self._loader(CroppedViews(train, self.size, self.broken), sampler, device):
             self._tell(broken)
             draw = generator(seed, "device augment", iteration)
             flips = draw_crops(draw, batch_size, 0, augment["flip"])[2][part].to(device, non_blocking=True)
@@ -157,7 +165,7 @@ class StreamingDataset:
         starts = range(rank * batch_size, len(part), world * batch_size)
         views: list[list[View]] = [[(min(i, len(part) - 1), None) for i in range(s, s + batch_size)] for s in starts]
         place, std = torch.arange(batch_size), self._divisor(device)
-        loader = self._loader(_Views(part, self.size), views, device)
+        loader = self._loader(CroppedViews(part, self.size), views, device)
         for start, (images, labels, _) in zip(starts, loader, strict=True):
             labels = torch.where(place + start < len(part), labels, -1).to(device, non_blocking=True)
             yield normalise(images.to(device, non_blocking=True), mean, std), labels
@@ -185,7 +193,7 @@ class StreamingDataset:
         sides = (256,) if protocol == "tencrop" else SCALES
         wholes = [round(self.size * side / 224) for side in sides]
         batches = [range(s, min(s + count, len(part))) for s in range(rank * count, len(part), world * count)]
-        data = _Wholes(part, wholes, self.size if protocol == "tencrop" else None)
+        data = WholeViews(part, wholes, self.size if protocol == "tencrop" else None)
         std = self._divisor(device)
         for found in self._loader(data, batches, device, collate=list):
             labels = torch.tensor([label for _, label in found], device=device)
@@ -222,66 +230,7 @@ def random_views(
 ) -> DataLoader:
     """The first `count` batches of one worker as training takes them, before they go to the device; to measure."""
     sampler = _RandomViews(seed, 0, batch_size, size, augment, part, slice(None))
-    return DataLoader(_Views(part, size), batch_sampler=list(itertools.islice(sampler, count)), num_workers=1)
-
-
-# An index, and what to cut: the part that a function of height and width gives, or for a test the center.
-View = tuple[int, Callable[[int, int], Box] | None]
-
-
-class _Views(Dataset[tuple[Tensor, int, str]]):
-    """Square uint8 crops (S, S, 3) of photographs, as each view says, their labels, and which were broken, if any."""
-
-    def __init__(self, part: ImageSource, size: int, broken: str = "stop") -> None:
-        self.part, self.size, self.tries = part, size, min(len(part), TRIES) if broken == "skip" else 1
-
-    def __getitem__(self, view: View) -> tuple[Tensor, int, str]:
-        index, what = view
-        broken: list[str] = []
-        for step in range(self.tries):
-            try:
-                return *self._cut((index + step) % len(self.part), what), "\n".join(broken)
-            except ImageError as error:
-                broken.append(str(error))
-        raise ImageError(broken[0] if self.tries == 1 else f"{broken[0]}; and so are the {self.tries - 1} after it")
-
-    def _cut(self, index: int, what: Callable[[int, int], Box] | None) -> tuple[Tensor, int]:
-        if what is None:  # as exact as can be
-            image, label = image_of(self.part, index)
-            return center_view(image, self.size).permute(1, 2, 0).contiguous(), label
-        name, data, label = self.part.read(index)
-        return cut(data, name, self.size, what), label
-
-
-class _Wholes(Dataset[tuple[list[Tensor], int]]):
-    """Photographs as uint8 (V, H, W, 3) at several shorter sides: whole, or corners and center of size `crop`."""
-
-    def __init__(self, part: ImageSource, sides: list[int], crop: int | None) -> None:
-        self.part, self.sides, self.crop = part, sides, crop
-
-    def __getitem__(self, index: int) -> tuple[list[Tensor], int]:
-        from torchvision.transforms.v2 import functional as TF
-
-        (image, label), found = image_of(self.part, index), []
-        for side in self.sides:
-            resized = TF.resize(middle(image), [side], antialias=True)
-            views = TF.five_crop(resized, [self.crop, self.crop]) if self.crop else (resized,)
-            found.append(torch.stack(views).permute(0, 2, 3, 1).contiguous())
-        return found, label
-
-
-def same_shape(found: list[list[Tensor]], pixels: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Views of one shape together, at most `pixels` of them: (V times N, H, W, 3) and which N images they show.
-
-    `found` holds for each image its (V, H, W, 3) at each scale. Images keep their order.
-    """
-    for scale in zip(*found, strict=True):
-        for shape in dict.fromkeys(views.shape for views in scale):
-            whose = [number for number, views in enumerate(scale) if views.shape == shape]
-            at_once = max(1, pixels // (2 * shape[0] * shape[1] * shape[2]))
-            for start in range(0, len(whose), at_once):
-                some = whose[start : start + at_once]
-                yield torch.stack([scale[number] for number in some], 1).flatten(0, 1), torch.tensor(some)
+    return DataLoader(CroppedViews(part, size), batch_sampler=list(itertools.islice(sampler, count)), num_workers=1)
 
 
 class _RandomViews(Sampler[list[View]]):

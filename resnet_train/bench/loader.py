@@ -1,0 +1,138 @@
+"""The loader beside torchvision's transforms."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from resnet_train.bench import baseline
+from resnet_train.bench.subject import Outcome, bare, batches_of, in_memory, opened
+from resnet_train.bench.timing import (
+    SPEED,
+    Work,
+    interleaved,
+    row,
+    speeds,
+    spread,
+    threads,
+)
+from resnet_train.config.commands import BenchConfig
+from resnet_train.config.layout import is_packed
+from resnet_train.config.train import Config
+from resnet_train.data.decode import decode
+from resnet_train.data.imagefolder import ImageSource, open_image_splits
+from resnet_train.data.sampler import generator
+from resnet_train.data.streaming import random_views
+
+
+def loader(asked: BenchConfig, config: Config, folder: Path, device: torch.device) -> Outcome:
+    """Augmentation on one core against torchvision's transforms of one image at a time, and its share of a step."""
+    if config.data.family == "imagenet":
+        return decoding(asked, config)
+    dataset = in_memory(config)
+    pictures = baseline.TransformedImages(dataset.parts["train"], train=True)
+    places = itertools.cycle(range(len(pictures)))
+    run = opened(config, dataset)
+    batches, batch = batches_of(run), config.batch_size
+
+    def augment(count: int) -> None:
+        for _ in range(count):
+            next(batches)
+
+    def transform(count: int) -> None:
+        for _ in range(count * batch):
+            pictures[next(places)]
+
+    ours, theirs = Work(augment, batch), Work(transform, batch)
+    works = {"ours, one thread": _on_one_thread(ours), "classic, one thread": _on_one_thread(theirs)}
+    works |= {"ours": ours, "bare": bare(run, *next(batches))}
+    found = speeds(works, asked.seconds, asked.rounds, device)
+    one, other, all_threads, step_ = found.values()
+    rows = [
+        row("ours, one thread", SPEED, one, classic=other),
+        row("classic, one thread", SPEED, other),
+        row("ours, all threads", SPEED, all_threads, bare=step_),
+        row("bare", SPEED, step_),
+    ]
+    share = spread([slow / fast for slow, fast in zip(step_, all_threads, strict=True)])
+    note = f"share of a step: {share['median']:.2%} ({share['min']:.2%} to {share['max']:.2%})"
+    return Outcome(rows, {"share_of_step": share["median"]}, [note])
+
+
+def decoding(asked: BenchConfig, config: Config) -> Outcome:
+    """Photographs in a DataLoader's worker, from files and packed, against torchvision's recipe and decoding alone.
+
+    Images per second of one core: of the worker's own time, whatever else the machine does.
+    """
+    size, batch, seed = config.data.size, config.batch_size, config.seed
+    augment = dataclasses.asdict(config.augment)
+    parts = {
+        "packed" if is_packed(root) else "files": open_image_splits(root).train
+        for root in (config.data.root, asked.packed)
+        if root is not None
+    }
+    first = next(iter(parts))
+    loaders = {}
+    for name, part in parts.items():
+        loaders[f"ours, {name}"] = functools.partial(random_views, part, size, seed, batch, augment)
+    loaders[f"classic, {first}"] = functools.partial(_whole, baseline.TransformedPhotographs(parts[first], size), batch)
+    for name, part in parts.items():
+        loaders[f"decoding alone, {name}"] = functools.partial(_whole, _Decoded(part), batch)
+    found = interleaved({name: _per_core(make, batch, asked.seconds) for name, make in loaders.items()}, asked.rounds)
+    reference, alone = found[f"classic, {first}"], found[f"decoding alone, {first}"]
+    rows = [row(name, SPEED, values, classic=reference, decoding=alone) for name, values in found.items()]
+    values = {f"ratio_of_{name}": r["ratios"]["classic"]["median"] for name, r in zip(parts, rows, strict=False)}
+    images = ", ".join(f"{len(part)} ({name})" for name, part in parts.items())
+    return Outcome(rows, values, [f"of one core, a worker's own time, batches of {batch}; images: {images}"])
+
+
+def _per_core(make: Callable[[int], DataLoader], batch: int, seconds: float) -> Callable[[], float]:
+    """Measures images per second of a worker process' own time, over about `seconds` of it."""
+
+    def spent(count: int) -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        for _ in make(count):
+            pass
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)  # of those that have ended: the loader's worker
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    spent(1)
+    count = max(1, round(seconds / (spent(3) - spent(1)) * 2))
+    return lambda: count * batch / spent(count)
+
+
+class _Decoded(Dataset[int]):
+    """Decodes photographs and gives nothing."""
+
+    def __init__(self, part: ImageSource) -> None:
+        self.part = part
+
+    def __len__(self) -> int:
+        return len(self.part)
+
+    def __getitem__(self, index: int) -> int:
+        name, data, label = self.part.read(index)
+        decode(data, name)
+        return label
+
+
+def _whole(data: Dataset[Any], batch: int, count: int) -> DataLoader:
+    """`count` batches of a data set, shuffled, over and over."""
+    order = torch.randint(len(data), (count, batch), generator=generator(0, "bench", count))  # type: ignore[arg-type]
+    return DataLoader(data, batch_sampler=order.tolist(), num_workers=1)
+
+
+def _on_one_thread(work: Work) -> Work:
+    def do(count: int) -> None:
+        with threads(1):
+            work.do(count)
+
+    return work._replace(do=do)

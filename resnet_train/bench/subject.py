@@ -1,0 +1,114 @@
+"""What is measured: a task as resnet-train builds it, its step and its loop."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from resnet_train.bench.synthetic import SyntheticDataset
+from resnet_train.bench.timing import (
+    Work,
+)
+from resnet_train.classification.load import open_dataset, pick_compile
+from resnet_train.classification.run import build
+from resnet_train.classification.step import step
+from resnet_train.classification.train import ClassificationTask
+from resnet_train.config.train import Config
+from resnet_train.data.memory import MemoryDataset
+from resnet_train.data.streaming import StreamingDataset
+from resnet_train.data.views import Batches
+from resnet_train.engine.logger import MetricsLogger
+from resnet_train.engine.loop import Clock, Stop, loop
+from resnet_train.models.compile import compile_network
+
+
+class Outcome(NamedTuple):
+    """What a sub-benchmark found: rows of the table, the first of which is ours, further values, and lines to read."""
+
+    rows: list[dict[str, Any]]
+    values: dict[str, Any]
+    notes: list[str]
+
+
+def is_synthetic(config: Config) -> bool:
+    """Whether the configuration names no data, so that random images are measured."""
+    return config.data.root is None and config.data.name != "digits"
+
+
+def sets_of(config: Config) -> MemoryDataset | StreamingDataset:
+    """The data that the configuration names, or random images where it names no place."""
+    return (
+        SyntheticDataset(family=config.data.family, size=config.data.size)
+        if is_synthetic(config)
+        else open_dataset(config)
+    )
+
+
+def in_memory(config: Config) -> MemoryDataset:
+    """The same; check_bench has seen to it that it is a set in memory."""
+    dataset = sets_of(config)
+    assert isinstance(dataset, MemoryDataset)
+    return dataset
+
+
+def changed(config: Config, **changes: Any) -> Config:
+    """The configuration with other values."""
+    return dataclasses.replace(config, **changes)
+
+
+def opened(config: Config, dataset: MemoryDataset | StreamingDataset) -> ClassificationTask:
+    """A task ready to train, as resnet-train would build it."""
+    run = build(config, dataset)
+    run.compiled = pick_compile(config, run.device) and compile_network(run.model, config.depth, run.device)
+    return run
+
+
+def batches_of(run: ClassificationTask) -> Batches:
+    """The run's augmented batches, without end."""
+    augment = dataclasses.asdict(run.config.augment)
+    return run.dataset.train_batches(
+        run.mean, run.device, seed=run.config.seed, batch_size=run.config.batch_size, augment=augment, start=0
+    )
+
+
+def bare(run: ClassificationTask, images: Tensor, labels: Tensor) -> Work:
+    """Our step on one batch."""
+
+    def do(count: int) -> None:
+        for _ in range(count):
+            step(run, images, labels, run.learning_rate())
+
+    return Work(do, len(images))
+
+
+class _Until(Stop):
+    """Ends the loop after so many iterations."""
+
+    def __init__(self, run: ClassificationTask, count: int) -> None:
+        self.run, self.end = run, run.iteration + count
+
+    def agreed(self) -> bool:
+        return self.run.iteration >= self.end
+
+
+def trained(run: ClassificationTask, folder: Path, logger: MetricsLogger, count: int) -> None:
+    """So many iterations of the training loop, without a checkpoint."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        loop(run, folder, logger, Clock(run.iteration), _Until(run, count), saved_at=run.iteration + count)
+
+
+@contextlib.contextmanager
+def recording(run: ClassificationTask, folder: Path) -> Iterator[MetricsLogger]:
+    """The record of a run, as it is where there is no terminal."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        logger = MetricsLogger(folder, {"data": "bench", "seed": run.config.seed}, 0, run.config.iterations)
+    try:
+        yield logger
+    finally:
+        logger.close()
