@@ -13,6 +13,7 @@ import ctypes
 import functools
 import gc
 import importlib
+import io
 import json
 import os
 import signal
@@ -27,9 +28,11 @@ from pathlib import Path
 
 # The beginnings of variables that are read at an import: with others than the server's, a command is a new process.
 AT_IMPORT = ("OMP_", "MKL_", "OPENBLAS_", "TORCH", "PYTHON", "MPL", "LD_", "LC_", "LANG", "HOME", "PATH", "CUDA_")
-NEEDED = ["run", "evaluate", "launch", "curves", "responses", "weights", "classify", "bench", "data.pack"]
-NEEDED += ["detection.train", "detection.predict"]
+NEEDED = ["bench.suite", "classification.evaluate", "classification.predict", "classification.responses"]
+NEEDED += ["classification.run", "data.pack", "detection.predict", "detection.run", "engine.launch", "report.report"]
+NEEDED += ["weights.command"]
 OTHERS = ["sklearn.datasets", "matplotlib.backends.backend_agg", "torch.utils.tensorboard"]
+OTHERS += ["torchvision.transforms.v2.functional"]
 LOCK = threading.Lock()
 
 
@@ -70,7 +73,9 @@ def run(words, *, input=None, capture_output=False, timeout=None, check=False, *
 
 
 def at_import(environment):
-    return {name: value for name, value in environment.items() if name.startswith(AT_IMPORT)}
+    """What an import may have read of an environment; torch sets its compiler's folder itself and reads it later."""
+    free = "TORCHINDUCTOR_CACHE_DIR"
+    return {name: value for name, value in environment.items() if name.startswith(AT_IMPORT) and name != free}
 
 
 def fork(request, streams):
@@ -177,15 +182,12 @@ def do(text):
 
 
 def again(stream, mode):
-    """A standard stream as Python opens it at its start: a terminal's by lines, and stderr always."""
-    lines = mode == "w" and (stream.fileno() == 2 or os.isatty(stream.fileno()))
-    return open(
-        stream.fileno(),
-        mode,
-        buffering=1 if lines else -1,
-        encoding=stream.encoding,
-        errors=stream.errors,
-        closefd=False,
+    """A standard stream as Python opens it at its start: a terminal's by lines, stderr always, or with no buffer."""
+    number, direct = stream.fileno(), mode == "w" and stream.write_through
+    file = open(number, mode + "b", buffering=0 if direct else -1, closefd=False)  # noqa: SIM115
+    lines = mode == "w" and not direct and (number == 2 or os.isatty(number))
+    return io.TextIOWrapper(
+        file, encoding=stream.encoding, errors=stream.errors, line_buffering=lines, write_through=direct
     )
 
 

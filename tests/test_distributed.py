@@ -14,14 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import count, islice, takewhile
 from pathlib import Path
 
+import distributed_worker
 import forked
 import pytest
-import several
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import as_one_of, metrics, needs, start
-from several import CPU, DIGITS
+from distributed_worker import CPU, DIGITS
 from test_sets import SHAPES, equal, photograph
 from torch import nn
 
@@ -82,8 +82,8 @@ JOBS = {
     "one": finished(*start(*LONG)),
     "parts": finished(*start(*LONG, "device_batch_size=32")),
     "four": finished(*TORCHRUN, str(Path(sys.executable).parent / "resnet-train"), *LONG),
-    "several 2": lambda folder: as_one_of(2, folder, "import several; several.job('.')()"),
-    "several 4": lambda folder: as_one_of(4, folder, "import several; several.job('.')()"),
+    "several 2": lambda folder: as_one_of(2, folder, "import distributed_worker; distributed_worker.job('.')()"),
+    "several 4": lambda folder: as_one_of(4, folder, "import distributed_worker; distributed_worker.job('.')()"),
 }
 
 
@@ -115,7 +115,7 @@ def runs(tmp_path_factory):
 def alone(tmp_path_factory):
     """What one process finds of what several are to find."""
     folder = tmp_path_factory.mktemp("alone")
-    several.job(folder)()
+    distributed_worker.job(folder)()
     return checkpoint.read(folder / "0.pt")
 
 
@@ -208,10 +208,10 @@ def test_one_group_of_the_whole_batch_is_plain_batch_norm():
 
 def by_hand(group):
     """Gradients and running statistics of the first step, from a plain net that takes one group after another."""
-    run = build(several.composed(*DIGITS, "precision=fp64"))
+    run = build(distributed_worker.composed(*DIGITS, "precision=fp64"))
     norms = [module for module in run.model.modules() if isinstance(module, nn.BatchNorm2d)]
     assert {type(norm) for norm in norms} == {BatchNorm2d}
-    images, labels = next(several.batches(run))
+    images, labels = next(distributed_worker.batches(run))
     stats = []
     for norm in norms:
         norm.momentum = 1.0  # keeps nothing of the group before
@@ -235,7 +235,7 @@ def test_the_first_step_is_that_of_plain_batch_norms_written_out(runs, alone, pr
         assert apart(mine[case]["gradients"], gradients) < 1e-12
         assert apart(list(mine[case]["statistics"].values()), statistics) < 1e-12
         tracked = [v for name, v in mine[case]["state"]["model"].items() if name.endswith("num_batches_tracked")]
-        assert tracked == [several.STEPS] * 7
+        assert tracked == [distributed_worker.STEPS] * 7
 
 
 @pytest.mark.slow
@@ -259,7 +259,7 @@ def test_gradients_of_an_accumulated_batch_are_those_of_the_whole(alone):
 def test_all_processes_hold_the_same_state(runs, processes, tmp_path):
     """Weights, running statistics, momentum and meters, to the last bit: any of them could write the checkpoint."""
     many = found(runs, processes)
-    for case in several.CASES:
+    for case in distributed_worker.CASES:
         for rank, mine in enumerate(many):
             checkpoint.save(tmp_path / f"{rank}.pt", mine[case]["state"])
             assert (tmp_path / f"{rank}.pt").read_bytes() == (tmp_path / "0.pt").read_bytes()
@@ -272,7 +272,7 @@ def test_meters_hold_the_sums_of_all_processes(runs, alone, processes):
     for case in ("fp64", "fp64 in parts"):
         mine = found(runs, processes)[0][case]["state"]["metrics"]
         assert mine["wrong"].sum(0).tolist() == theirs["wrong"].sum(0).tolist()
-        assert mine["seen"] == theirs["seen"] == 128 * several.STEPS
+        assert mine["seen"] == theirs["seen"] == 128 * distributed_worker.STEPS
         assert mine["loss"].sum().item() == pytest.approx(theirs["loss"].sum().item(), rel=1e-12)
 
 

@@ -8,8 +8,8 @@ import json
 import hydra
 import pytest
 import torch
+from distributed_worker import composed
 from omegaconf import OmegaConf
-from several import composed
 from test_sets import SHAPES, photograph
 from torchvision.transforms.v2 import functional as TF
 

@@ -8,8 +8,8 @@ import shutil
 
 import pytest
 import torch
+from distributed_worker import composed
 from PIL import Image
-from several import composed
 from torchvision.transforms.v2 import functional as TF
 
 from resnet_train.classification.load import open_dataset
