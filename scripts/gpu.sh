@@ -105,7 +105,7 @@ part_b() {
   say "images: $(find "$WORK/cifar10" -name '*.png' | wc -l)"
   gpu_tests & # while the runs compile
   share_gpu
-  python3 -c "from resnet_train.data.images import load; print(load('cifar10', '$WORK/cifar10', 32).digest)"
+  python3 -c "from resnet_train.data.source import load; print(load('cifar10', '$WORK/cifar10', 32).digest)"
   say "decoded"
   declare -gA PID=()
   for net in "$@"; do begin "$net"; done

@@ -14,7 +14,7 @@ import yaml
 from PIL import Image
 
 from resnet_train import cli
-from resnet_train.bench import baseline, suite, timing
+from resnet_train.bench import baseline, subject, suite, timing
 from resnet_train.config.commands import FIXED_BY_BENCH, BenchConfig, check_bench
 from resnet_train.config.compose import compose, keys_asked
 from resnet_train.data.image_set import ImageSet
@@ -257,7 +257,7 @@ def test_environment_is_given_back(monkeypatch):
 def test_a_process_that_is_killed_is_told_of():
     """As the system kills one that takes too much memory."""
     code = (
-        "import os, signal\nfrom resnet_train import errors, timing\n"
+        "import os, signal\nfrom resnet_train import errors\nfrom resnet_train.bench import timing\n"
         "if __name__ == '__main__':\n    try: timing.in_new_process(os.abort)\n"
         "    except errors.RunError as error: print(error)\n"
     )
@@ -297,23 +297,23 @@ def test_photographs_are_read_and_decoded_on_one_core(tmp_path, monkeypatch, cap
 
 
 def test_random_images_stand_in_for_data_that_have_no_place():
-    sets = suite.sets_of(checked("bench=loop")[1])
+    sets = subject.sets_of(checked("bench=loop")[1])
     assert (sets.sizes, len(sets.classes)) == ({"train": 50_000, "val": 0, "test": 10_000}, 10)
     assert sets.parts["train"].images.shape == (50_000, 32, 32, 3)
     assert set(sets.parts["test"].labels.tolist()) == set(range(10))
 
 
 def test_random_images_of_many_pixels_are_few():
-    sets = suite.sets_of(checked("bench=step", "data=imagenet", "depth=18")[1])
+    sets = subject.sets_of(checked("bench=step", "data=imagenet", "depth=18")[1])
     assert (sets.sizes["train"], len(sets.classes)) == (1020, 1000)
 
 
 def test_the_loop_runs_as_asked_logs_and_leaves_no_checkpoint(tmp_path):
     _, training = checked("bench=loop", *TINY)
-    run = suite.opened(training, suite.sets_of(training), tmp_path)
-    with suite.recording(run) as record:
+    run = subject.opened(training, subject.sets_of(training))
+    with subject.recording(run, tmp_path) as record:
         for count in (1, 6, 1):
-            suite.trained(run, record, count)
+            subject.trained(run, tmp_path, record, count)
     assert run.iteration == 8
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["split"], line["iteration"]) for line in lines] == [("train", 3), ("train", 6)]
@@ -322,9 +322,9 @@ def test_the_loop_runs_as_asked_logs_and_leaves_no_checkpoint(tmp_path):
 
 def test_bare_is_our_step_on_one_batch(tmp_path):
     _, training = checked("bench=loop", *TINY)
-    run = suite.opened(training, suite.sets_of(training), tmp_path)
-    images, labels = next(suite.batches_of(run))
-    work = suite.bare(run, images, labels)
+    run = subject.opened(training, subject.sets_of(training))
+    images, labels = next(subject.batches_of(run))
+    work = subject.bare(run, images, labels)
     work.do(3)
     assert work.images == 12
     assert (run.iteration, run.metrics.seen) == (3, 36)
@@ -393,11 +393,11 @@ def test_the_classic_step_computes_as_pytorch_does_by_itself():
         ("loop rounds=x", ["rounds=x", "whole number"]),
         ("memory steps=1", ["steps=1", "at least 2"]),
         ("loop devices=2", ["devices=2", "one"]),
-        ("loop run_dir=x", ["run_dir=x", "means nothing"]),
-        ("loop resume=never", ["resume=never", "means nothing"]),
-        ("loop iterations=100", ["iterations", "means nothing"]),
-        ("loop eval_every=100", ["eval_every", "means nothing"]),
-        ("loop data.validation=5000", ["data.validation", "means nothing"]),
+        ("loop run_dir=x", ["run_dir=x", "is not used by"]),
+        ("loop resume=never", ["resume=never", "is not used by"]),
+        ("loop iterations=100", ["iterations", "is not used by"]),
+        ("loop eval_every=100", ["eval_every", "is not used by"]),
+        ("loop data.validation=5000", ["data.validation", "is not used by"]),
         ("loop data.root=nosuch", ["data.root=nosuch", "no such file"]),
         ("loop packed=x", ["packed=x", "loader data=imagenet"]),
         ("loader packed=x", ["packed=x", "loader data=imagenet"]),

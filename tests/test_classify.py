@@ -123,7 +123,7 @@ def test_a_wrong_command_line_is_one_line_and_leaves_nothing(pictures, tmp_path,
         ([good], "checkpoint: is needed; add checkpoint=…"),
         ([good, "checkpoint=text.jpg"], "checkpoint=text.jpg: is cut short or not a checkpoint"),
         ([good, "chekpoint=net.pt"], "did you mean checkpoint?"),
-        ([good, "checkpoint=net.pt", "-m"], "take it without -m"),
+        ([good, "checkpoint=net.pt", "-m"], "use it without -m"),
         ([good, "checkpoint=net.pt", "--nosuch"], "--help shows what there is"),
     ]:
         assert told in command_here("classify", *words, code=2), words

@@ -217,7 +217,7 @@ def test_a_limit_of_open_files_that_a_worker_would_meet_is_named_before_the_star
 # Starts a process that finds its input wrong, and would be started again twice.
 WRONG_INPUT = """
 import sys
-from resnet_train.launch import launch
+from resnet_train.engine.launch import launch
 
 def job():
     print("begun", flush=True)

@@ -188,7 +188,7 @@ def test_both_backends_and_the_first_pass_of_ddp_in_one_process(tmp_path):
 import os
 import torch
 import torch.distributed as dist
-from resnet_train.build import exchanging
+from resnet_train.engine.compute import compute_logits, wrap_ddp
 from resnet_train.models import cifar_resnet
 os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT="29511")
 torch.cuda.set_device(0)
@@ -200,8 +200,8 @@ for device in ("cpu", "cuda"):
 found = [None]
 dist.all_gather_object(found, {"a": 1})
 model = cifar_resnet(8).cuda().to(memory_format=torch.channels_last)
-net = exchanging(model, "bf16", (64, 3, 32, 32))
 images = torch.randn(64, 3, 32, 32, device="cuda")
+net = wrap_ddp(model, lambda net: compute_logits(net, images, "bf16").sum())
 net(images).sum().backward()
 torch.nn.SyncBatchNorm.convert_sync_batchnorm(cifar_resnet(8)).cuda()(images)
 print(found, all(p.grad is not None for p in model.parameters()))
@@ -214,8 +214,9 @@ dist.destroy_process_group()
 TWO_ON_ONE = """
 import sys
 import torch
-from resnet_train import build, cli
-build.local_rank = lambda: 0
+from resnet_train import cli
+from resnet_train.engine import compute
+compute.local_rank = lambda: 0
 start = torch.distributed.init_process_group
 def over_gloo(backend, **options):
     options.pop("device_id", None)

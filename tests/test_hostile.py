@@ -409,7 +409,7 @@ FAR_OUT = """
 import functools, itertools, os, sys
 import torch
 from resnet_train import cli
-from resnet_train.compose import compose
+from resnet_train.config.compose import compose
 from resnet_train.dispatch import prepare
 from resnet_train.exits import call, finish
 from resnet_train.models.resnet import ResNet

@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,27 @@ def test_a_room_imports_from_its_own_floor_and_below(name):
     floor = FLOOR[name.split(".")[1]]
     below = {other for other in own(TREES[name]) if other != "resnet_train"}
     assert [other for other in below if FLOOR[other.split(".")[1]] < floor] == []
+
+
+IMPORT = re.compile(r"from (resnet_train[\w.]*) import ([a-z_A-Z][\w, ]*)")
+TEXTS = [
+    path
+    for pattern in ("tests/*.py", "scripts/*", "docs/*.md", "*.md", "Makefile")
+    for path in PACKAGE.parent.glob(pattern)
+]
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
+def test_what_texts_import_is_there(path):
+    """Also in strings, shell scripts and documentation, which no import and no type checker looks at."""
+    for module, names in IMPORT.findall(path.read_text()):
+        assert module in TREES, module
+        tree = TREES[module]
+        known = {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        known |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        known |= {name for _, name in imports(tree)}
+        for name in re.split(r",\s*", names.strip(", ")):
+            assert name.split(" as ")[0] in known or f"{module}.{name.split(' as ')[0]}" in TREES, f"{module}: {name}"
 
 
 def test_every_layer_exists():

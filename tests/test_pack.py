@@ -938,7 +938,7 @@ def test_rotation_is_not_applied_and_palettes_may_be_transparent():
         ("data.root=s3://bucket/x out=x", ["is packed already"]),
         ("check=TREE", ["no packed folder", "pack.json"]),
         ("check=ftp://host/x", ["ftp://host/x", "s3://"]),
-        ("check=PACKED out=x", ["out=x", "means nothing"]),
+        ("check=PACKED out=x", ["out=x", "is not used by"]),
         ("check=PACKED workers=1,2 -m", ["-m", "one tree at a time"]),
         ("data=cifar10 out=x", ["'data'"]),
         ("data=imagenet out=x", ["data.root=TREE", "out=FOLDER"]),

@@ -635,7 +635,7 @@ def test_wrong_words_are_one_line(tmp_path, monkeypatch, capsys):
         "run out=run/report": "out=run/report: lies in the run run",
         "run out=/proc/x": "out=/proc/x: ",
         "run outt=x": "did you mean out?",
-        "complexity run": "drop run",
+        "complexity run": "remove run",
         "-m run": "-m: resnet-report takes all runs at once",
     }.items():
         monkeypatch.setattr("sys.argv", ["resnet-report", *words.split()])
