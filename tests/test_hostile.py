@@ -411,7 +411,7 @@ import torch
 from resnet_train import cli
 from resnet_train.config.compose import compose
 from resnet_train.dispatch import prepare
-from resnet_train.exits import call, finish
+from resnet_train.console import call, finish
 from resnet_train.models.resnet import ResNet
 
 def far_out(module, _, logits, batches=itertools.count()):
