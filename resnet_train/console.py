@@ -96,7 +96,7 @@ def check_open_files(workers: int | str) -> None:
 
     A worker that meets it would not end: Python's thread that hands on its tensors tries again for good.
     """
-    need = 64 + 8 * (4 if workers == "auto" else int(workers))
+    need = 64 + 8 * ((os.cpu_count() or 1) if workers == "auto" else int(workers))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if workers == 0 or soft == resource.RLIM_INFINITY or soft >= need:
         return
@@ -104,12 +104,12 @@ def check_open_files(workers: int | str) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (need, hard))
         return
     raise RunError(
-        f"data.workers={workers}: need {need} open files, and the limit is {soft}; raise it (ulimit -n), or take fewer"
+        f"data.workers={workers}: need {need} open files, and the limit is {soft}; raise it (ulimit -n), or use fewer"
     )
 
 
 def load(place: str) -> Any:
-    """What an import path names, as `resnet_train.run:train` does."""
+    """What an import path names, as `resnet_train.classification.run:train` does."""
     module, _, name = place.partition(":")
     return getattr(importlib.import_module(module), name)
 

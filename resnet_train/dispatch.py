@@ -179,10 +179,12 @@ def _prepare_all(
 def prepare(command: Command, values: Values, overrides: list[str], sweep: bool, show: Any = None) -> tuple[Any, ...]:
     """What one job is run with, checked; its directory as well, unless it is only to be shown. Raises UserError."""
     arguments = command.check(values, keys_asked(overrides))
-    if command.data and not show and os.environ.get("RANK", "0") == "0":
+    if command.data and not show:
         config, directory = arguments
-        check_place(directory, config, command.data, sweep)
-        check_open_files(config.data.workers)
+        if os.environ.get("RANK", "0") == "0":
+            check_place(directory, config, command.data, sweep)
+        if getattr(config.data, "family", None) != "cifar":  # whose images lie in memory
+            check_open_files(config.data.workers)
     return arguments
 
 

@@ -120,7 +120,7 @@ def from_machine_error(error: BaseException) -> RunError | None:
     """
     text = str(error)
     if _line_with("Too many open files|ancdata", text):
-        return RunError(f"too many open files; raise the limit (ulimit -n, now {_open_files()}), or take fewer workers")
+        return RunError(f"too many open files; raise the limit (ulimit -n, now {_open_files()}), or use fewer workers")
     if isinstance(error, RuntimeError) and (line := _line_with(r"shared memory|/torch_\d+", text)):
         return RunError(
             "/dev/shm, the memory that processes share, is full; make it larger (docker run --shm-size=8g), or take"
@@ -128,7 +128,7 @@ def from_machine_error(error: BaseException) -> RunError | None:
         )
     if isinstance(error, MemoryError) or _line_with(NO_MEMORY, text):
         line = re.sub(r".*err == 0\. ", "", _line_with(NO_MEMORY, text) or type(error).__name__)
-        return RunError(f"out of memory; take a smaller batch_size= (or device_batch_size=) ({line})")
+        return RunError(f"out of memory; use a smaller batch_size= (or device_batch_size=) ({line})")
     if "DataLoader worker" in text and (line := _line_with("killed by signal|exited unexpectedly", text)):
         return RunError(f"{line.rstrip('.')}; if it was killed for want of memory, take fewer workers")
     return from_os_error(error) if isinstance(error, OSError) else None

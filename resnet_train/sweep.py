@@ -30,7 +30,9 @@ def check_place(directory: Path, config: RunConfig, data: str, sweep: bool) -> N
     check_run_dir(directory, config, may_be_finished=sweep)
     if run_state(directory) != "finished":
         return
-    was = str(read_object(directory / "summary.json").get("digest"))
+    was = read_object(directory / "summary.json").get("digest")
+    if not isinstance(was, str):
+        raise UserError(f"run_dir={directory}: holds a finished run that names no data; use another run_dir=")
     values = config.plain()["data"]
     key = json.dumps(values)
     if key not in DIGESTS:

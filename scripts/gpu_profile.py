@@ -2,7 +2,7 @@
 
 For each CIFAR-10 net, batch 128, bf16, compiled, on random images: milliseconds of a step as the product makes it
 (captured), of the same kernels launched one by one, and of the eager net; the GPU's own time and the number of kernels;
-the time of the first steps, compilation included. Beside them the step of the conventional loop (`classic.py`: eager,
+the time of the first steps, compilation included. Beside them the step of the conventional loop (`bench/baseline.py`: eager,
 TF32, channels first, it waits for each loss), on a batch that lies on the GPU already.
 """
 
@@ -110,7 +110,7 @@ def main() -> None:
         print(json.dumps(results[-1], indent=1), flush=True)
     if out:
         Path(out).write_text(
-            json.dumps({"nets": results, **environment_of("gpu_profile", torch.device("cuda"))}, indent=1)
+            json.dumps({"nets": results, **environment_of("gpu_profile", torch.device("cuda"), digest="")}, indent=1)
         )
 
 

@@ -18,7 +18,7 @@ from resnet_train.classification.step import TrainMetrics, step
 from resnet_train.config.compose import CONFIG_DIR
 from resnet_train.config.train import check_train
 from resnet_train.engine import checkpoint
-from resnet_train.engine.distributed import process_group, rank, world_size
+from resnet_train.engine.distributed import process_group, raise_on_all_ranks, rank, world_size
 from resnet_train.errors import UserError
 
 CPU = torch.device("cpu")
@@ -101,7 +101,7 @@ def taken_over():
 def refused(config):
     """The error that building a run raises here, and whether another process tells of it."""
     try:
-        build(config)
+        raise_on_all_ranks(lambda: build(config))
     except UserError as error:
         return f"{type(error).__name__}: {error}", error.shared
     return None

@@ -46,7 +46,9 @@ def saved(path, net, found, classes):
     """A checkpoint of a net of random weights."""
     mean = torch.full((1, 1, 3), 110.0)
     values = {"config": found.plain(), "iteration": 3, "model": net.state_dict(), "mean": mean, "classes": classes}
-    checkpoint.save(path, values | {"label": "photos", "digest": "", "measure": {"precision": "fp32", "compile": False}})
+    checkpoint.save(
+        path, values | {"label": "photos", "digest": "", "measure": {"precision": "fp32", "compile": False}}
+    )
     return mean
 
 

@@ -236,7 +236,7 @@ def test_pictures_of_one_name_are_refused_before_any_is_written(command_here, tm
         Image.new("RGB", (8, 8)).save(tmp_path / name)
     torch.save({}, tmp_path / "last.pt")
     told = command_here("detect", "predict", "one/x.png", "two/x.jpg", "checkpoint=last.pt", "out=found", code=2)
-    assert "two/x.jpg: its picture and that of one/x.png would have one name; take them apart" in told
+    assert "two/x.jpg: its picture and that of one/x.png would have one name; give them one each" in told
     assert not (tmp_path / "found").exists()
 
 

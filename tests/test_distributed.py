@@ -294,7 +294,7 @@ def test_synchronised_batch_norm_is_refused_on_a_cpu_in_one_line(runs, alone):
     message = "UserError: bn_images=all: PyTorch's synchronised batch norm needs GPUs; use a number of images"
     first, second = (mine["refused"] for mine in found(runs, 2))
     assert first == (message, True)
-    assert second == (message.replace("UserError", "Elsewhere"), True)  # which is left to the first to tell
+    assert second == (message.replace("UserError", "RemoteError"), True)  # which is left to the first to tell
 
 
 # The same images

@@ -65,8 +65,8 @@ def with_no_file_left(job):
         job()
 
 
-MEMORY = r"out of memory; take a smaller batch_size= \(or device_batch_size=\) \(.+\)"
-FILES = r"too many open files; raise the limit \(ulimit -n, now \d+\), or take fewer workers"
+MEMORY = r"out of memory; use a smaller batch_size= \(or device_batch_size=\) \(.+\)"
+FILES = r"too many open files; raise the limit \(ulimit -n, now \d+\), or use fewer workers"
 MISSING = "/no/such: No such file or directory; with it there again, the same command resumes"
 WORKER = r"DataLoader worker \(.+\) exited unexpectedly; if it was killed for want of memory, take fewer workers"
 
@@ -207,7 +207,7 @@ def test_a_limit_of_open_files_that_a_worker_would_meet_is_named_before_the_star
 
     assert told("ulimit -n 24", 1) == (
         1,
-        "error: data.workers=1: need 72 open files, and the limit is 24; raise it (ulimit -n), or take fewer\n",
+        "error: data.workers=1: need 72 open files, and the limit is 24; raise it (ulimit -n), or use fewer\n",
     )
     assert not (tmp_path / "run").exists()
     code, error = told("ulimit -S -n 24", 1)

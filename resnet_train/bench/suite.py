@@ -65,6 +65,7 @@ def bench(asked: BenchConfig, config: Config) -> None:
     out = expand(asked.out) if asked.out is not None else None
     if out is not None:
         check_result(out)
+    prepare_process()
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # takes the temporary folder along
     device = pick_device(config.device)
     config = changed(config, precision=pick_precision(config.precision, device))

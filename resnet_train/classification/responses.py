@@ -235,7 +235,7 @@ def _measure(member: Member, asked: ResponsesConfig, device: torch.device) -> Si
     model, mean, precision, _ = load_model(member.path, config, state, dataset.classes, device)
     size = dataset.sizes[asked.split]
     if asked.images > size:
-        raise UserError(f"images={asked.images}: {dataset.label} {asked.split} has {size}; take fewer")
+        raise UserError(f"images={asked.images}: {dataset.label} {asked.split} has {size}; use fewer")
     batches = dataset.eval_batches(asked.split, mean, device, min(pick_eval_batch(config, device), asked.images))
     stds = response_stds(model, batches, asked.images, precision)
     with checkpoint.checkpoint_errors(member.path):

@@ -34,10 +34,16 @@ def train(config: Config, directory: Path) -> int:
 
 def open_data(config: Config) -> MemoryDataset | StreamingDataset:
     """The images that the configuration names. Raises UserError."""
-    raise_on_all_ranks(lambda: split_batch(config, world_size()))  # before minutes of reading
+    raise_on_all_ranks(lambda: _check_compute(config))  # before minutes of reading
     dataset = local_rank_zero_first(lambda: open_dataset(config))
     local_rank_zero_first(dataset.mean_image)  # of photographs made once, then from the cache
     return dataset
+
+
+def _check_compute(config: Config) -> None:
+    """Refuse a division of the batch or a precision that cannot be had here. Raises UserError."""
+    split_batch(config, world_size())
+    pick_precision(config.precision, pick_device(config.device))
 
 
 def build_or_resume(
@@ -46,7 +52,7 @@ def build_or_resume(
     """The task as it begins, from the weights of `init_from` where given, or as the checkpoint `state` has it."""
     task = build(config, dataset)
     if state is not None:
-        with checkpoint.checkpoint_errors("the checkpoint to resume from"):
+        with checkpoint.checkpoint_errors(state["path"]):
             task.precision, task.compiled = state["measure"]["precision"], state["measure"]["compile"]
             task.load(state)
     elif config.init_from is not None:
@@ -57,7 +63,7 @@ def build_or_resume(
 
 
 def build(config: Config, dataset: MemoryDataset | StreamingDataset | None = None) -> ClassificationTask:
-    """Network and optimiser on the images of `sets`, by default those of the configuration. Raises UserError."""
+    """Network and optimiser on the images of `dataset`, by default those of the configuration. Raises UserError."""
     device = pick_device(config.device)
     precision, part = pick_precision(config.precision, device), split_batch(config, world_size())
     dataset = dataset or open_data(config)
@@ -120,4 +126,4 @@ def begin_from(task: ClassificationTask, source: Source) -> None:
         task.model.load_state_dict(state)
     mean = source.mean.to(task.mean)
     task.mean = mean if mean.shape == task.mean.shape else mean.mean((0, 1)).expand_as(task.mean).contiguous()
-    task.source = source
+    task.source = dataclasses.replace(source, model={"fc.weight": source.model["fc.weight"]})  # not all of it twice

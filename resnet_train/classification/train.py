@@ -209,7 +209,7 @@ class ClassificationTask(TrainState):
 
     def load(self, state: dict[str, Any]) -> None:
         """Resume from a checkpoint."""
-        self.mean = state["mean"].to(self.device)
+        self.mean, _ = state["mean"].to(self.device), int(state["measure"]["bn_images"])
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])

@@ -87,7 +87,8 @@ def name_words(keys: tuple[str, ...], overrides: list[str]) -> tuple[list[str], 
     if keys == ("bench",):  # the first word says what to measure
         first = [f"bench={word}" for word in overrides[:1] if "=" not in word]
         return first + overrides[len(first) :], []
-    words = [item for item in overrides if not PAIR.match(item) or os.path.exists(item)] if keys else []
+    is_there = os.path.exists if keys == ("runs",) else os.path.isfile
+    words = [item for item in overrides if not PAIR.match(item) or is_there(item)] if keys else []
     pairs = [item for item in overrides if item not in words]
     if not words or keys == ("images",):
         return pairs, words
@@ -96,7 +97,7 @@ def name_words(keys: tuple[str, ...], overrides: list[str]) -> tuple[list[str], 
     if len(keys) > 1:
         return [*pairs, *(f"{key}={quoted(word)}" for key, word in zip(keys, words, strict=False))], []
     if any(item.startswith(f"{keys[0]}=") for item in pairs):
-        raise UserError(f"{words[0]}: and {keys[0]}= are two ways to say the same; take one of them")
+        raise UserError(f"{words[0]}: and {keys[0]}= are two ways to say the same; use one of them")
     named = ",".join(map(quoted, words))
     return [*pairs, f"{keys[0]}={named if len(words) == 1 else f'[{named}]'}"], []
 
@@ -108,7 +109,7 @@ def check_hydras(words: list[str], multirun: bool) -> None:
         if key == "hydra.searchpath":
             raise UserError(f"{item}: the configurations are this command's own; remove it")
         if key == "hydra.mode" and (multirun or item not in ("hydra.mode=RUN", "hydra.mode=MULTIRUN")):
-            raise UserError(f"{item}: drop it; -m makes a sweep")
+            raise UserError(f"{item}: remove it; -m makes a sweep")
 
 
 def plain(composed: DictConfig) -> Any:

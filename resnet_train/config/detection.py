@@ -167,7 +167,7 @@ def check_predict(values: Mapping[str, Any], images: Collection[str]) -> Predict
         check_file("image", image)
         stem = Path(image).stem
         if stem in seen:
-            raise UserError(f"{image}: its picture and that of {seen[stem]} would have one name; take them apart")
+            raise UserError(f"{image}: its picture and that of {seen[stem]} would have one name; give them one each")
         seen[stem] = image
         picture = expand(config.out) / f"{stem}.png"
         if picture.exists() and picture.samefile(expand(image)):

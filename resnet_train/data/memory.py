@@ -29,6 +29,7 @@ class MemoryDataset:
     protocol = "single view"
     top5 = False
     skipped = 0
+    _mean: Tensor | None = None
 
     def __init__(self, *, name: str, root: str | None, size: int, validation: int) -> None:
         found = load(name, root, size)
@@ -45,7 +46,9 @@ class MemoryDataset:
 
     def mean_image(self) -> Tensor:
         """The per-pixel mean of the training part (section 4.2): (H, W, 3) in 0 to 255."""
-        return mean_image(self.parts["train"].images)
+        if self._mean is None:
+            self._mean = mean_image(self.parts["train"].images)
+        return self._mean
 
     def _on(self, device: torch.device, split: str) -> ImageSet:
         self.parts[split] = self.parts[split].to(device)

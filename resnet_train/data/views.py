@@ -18,6 +18,10 @@ Batches = Iterator[tuple[Tensor, Tensor]]
 # Of a batch of images: views of them (V times N, 3, H, W), which N images of the batch these show, V times over, and
 # the labels of all.
 Views = tuple[list[tuple[Tensor, Tensor]], Tensor]
+# An index, and what to cut: the part that a function of height and width gives, or for a test the center.
+View = tuple[int, Callable[[int, int], Box] | None]
+TRIES = 100  # broken images in a row after which nothing is skipped any more
+SCALES = (224, 256, 384, 480, 640)  # shorter sides of the fully convolutional test (section 3.4)
 PROTOCOLS = {"tencrop": "10-crop", "multiscale": "multi-scale, fully convolutional"}
 
 
@@ -37,16 +41,6 @@ def single_views(batches: Batches) -> Iterator[Views]:
     """Batches as views: of each image one."""
     for images, labels in batches:
         yield [(images, torch.arange(len(labels), device=images.device))], labels
-
-
-TRIES = 100  # broken images in a row after which nothing is skipped any more
-
-
-SCALES = (224, 256, 384, 480, 640)  # shorter sides of the fully convolutional test (section 3.4)
-
-
-# An index, and what to cut: the part that a function of height and width gives, or for a test the center.
-View = tuple[int, Callable[[int, int], Box] | None]
 
 
 class CroppedViews(Dataset[tuple[Tensor, int, str]]):

@@ -17,7 +17,7 @@ from resnet_train.detection.evaluate import check_shape
 from resnet_train.detection.train import LOSSES, DetectionTask
 from resnet_train.detection.voc import read_voc
 from resnet_train.engine import checkpoint
-from resnet_train.engine.compute import pick_precision, sgd, to_device
+from resnet_train.engine.compute import pick_device, pick_precision, sgd, to_device
 from resnet_train.engine.distributed import raise_on_all_ranks, world_size
 from resnet_train.engine.run import run
 
@@ -29,8 +29,14 @@ def detect(config: DetectConfig, directory: Path) -> int:
 
 def open_data(config: DetectConfig) -> Examples:
     """The pictures and boxes that the configuration names. Raises UserError."""
-    raise_on_all_ranks(lambda: check_divisible(config.batch_size, world_size()))
+    raise_on_all_ranks(lambda: _check_compute(config))
     return raise_on_all_ranks(lambda: read_examples(config))
+
+
+def _check_compute(config: DetectConfig) -> None:
+    """Refuse a division of the batch or a precision that cannot be had here. Raises UserError."""
+    check_divisible(config.batch_size, world_size())
+    pick_precision(config.precision, pick_device(config.device))
 
 
 def read_examples(config: DetectConfig) -> Examples:
@@ -55,7 +61,7 @@ def build(
     torch.manual_seed(generator(config.seed, "initialisation", 0).initial_seed())
     if state is not None:
         model, backbone = build_like_checkpoint(config, state)
-        with checkpoint.checkpoint_errors("the checkpoint to resume from"):
+        with checkpoint.checkpoint_errors(state["path"]):
             precision = precision_of(state)
     else:
         model, backbone = build_new(config, len(examples.classes))
@@ -74,6 +80,6 @@ def build(
         losses=torch.zeros(world_size(), len(LOSSES), dtype=torch.float64, device=device),
     )
     if state is not None:
-        with checkpoint.checkpoint_errors("the checkpoint to resume from"):
+        with checkpoint.checkpoint_errors(state["path"]):
             task.load(state)
     return task

@@ -63,7 +63,7 @@ def raise_on_all_ranks(job: Callable[[], T]) -> T:
     """What `job` gives in this process, once it is done in all of them.
 
     A UserError that it raises in any of them, or what the machine refuses it, ends all; the first process raises it
-    (the latter as RunError), the others Elsewhere.
+    (the latter as RunError), the others RemoteError.
     """
     if world_size() == 1:
         return job()
@@ -77,7 +77,7 @@ def raise_on_all_ranks(job: Callable[[], T]) -> T:
 
 
 def on_rank_zero(job: Callable[[], T]) -> T:
-    """What `job` gives in the first process, where alone it runs. Errors as in `together`."""
+    """What `job` gives in the first process, where alone it runs. Errors as in `raise_on_all_ranks`."""
     if world_size() == 1:
         return job()
     outcome: list[Any] = [*(_attempt(job) if is_main() else (None, None))]

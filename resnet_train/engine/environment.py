@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +48,22 @@ def versions(device: torch.device) -> dict[str, str]:
         "resnet_train": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "torchvision": version("torchvision"),
+        "torchvision": _torchvision_version(),
     }
     if device.type == "cuda":
         found["cudnn"] = str(torch.backends.cudnn.version())
         found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
         found["driver"] = _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
     return found
+
+
+def _torchvision_version() -> str:
+    try:
+        return version("torchvision")
+    except PackageNotFoundError:  # built from source
+        import torchvision
+
+        return torchvision.__version__
 
 
 def _output_of(*command: str) -> str:

@@ -29,15 +29,13 @@ def _is_of_tensorboard(thread: threading.Thread | None) -> bool:
 
 @functools.cache
 def prepare_process() -> None:
-    """Once in a process that trains, before the first progress bar: see the two comments."""
+    """Once in a process that trains, before the first progress bar: no semaphore, and no trace of TensorBoard's threads."""
     tqdm.set_lock(threading.RLock())  # the default is a semaphore of the system, which a killed process leaves behind
     before = threading.excepthook
 
     def silence_tensorboard(arguments: threading.ExceptHookArgs) -> None:
         # What a writing thread of TensorBoard could not write, the next call to it raises again.
-        if not (
-            isinstance(arguments.exc_value, OSError) and type(arguments.thread).__module__.startswith("tensorboard")
-        ):
+        if not (isinstance(arguments.exc_value, OSError) and _is_of_tensorboard(arguments.thread)):
             before(arguments)
 
     threading.excepthook = silence_tensorboard
@@ -76,7 +74,7 @@ class MetricsLogger:
             smoothing=0.1,
         )
         self.writers: dict[str, SummaryWriter] = {}
-        self.train_error = 0.0  # of the last logged point
+        self.train_error: float | None = None  # of the last logged point
         if directory is None:
             return
         self.path = directory / "metrics.jsonl"
@@ -85,6 +83,8 @@ class MetricsLogger:
             kept = read_points(self.path, iteration)
         self.last = {point["split"]: point["iteration"] for point in kept}
         self.seconds = max((line.get("seconds", 0.0) for line in kept), default=0.0)
+        errors = [line["error"] for line in kept if line["split"] == "train" and "error" in line]
+        self.train_error = errors[-1] if errors else None
         part = directory / "metrics.jsonl.part"
         with self._writing():
             part.write_text("".join(json.dumps(line) + "\n" for line in kept))
@@ -161,8 +161,9 @@ class MetricsLogger:
         with self._writing():
             writer, names = self._writer("test"), [name for name in results if name.startswith(("error", "map"))]
             if "error" in names:
-                writer.add_scalar("final/train_error", self.train_error, iteration)
-                names.append("final/train_error")
+                if self.train_error is not None:
+                    writer.add_scalar("final/train_error", self.train_error, iteration)
+                    names.append("final/train_error")
             for summary in hparams(values, dict.fromkeys(names)):
                 writer._get_file_writer().add_summary(summary, iteration)
 

@@ -45,7 +45,7 @@ def claim_run(
 
 
 def _resume_state(config: TaskConfig, directory: Path, digest: str, detector: bool) -> dict[str, Any] | None:
-    """The checkpoint to resume from, if any, held against what was asked. Raises UserError if they differ."""
+    """The checkpoint to resume from and its "path", if any, held against what was asked. Raises UserError."""
     if config.resume == "never":
         return None
     if config.resume == "auto":
@@ -59,6 +59,7 @@ def _resume_state(config: TaskConfig, directory: Path, digest: str, detector: bo
         if state["iteration"] == config.iterations and not (path.absolute().parent.parent / "metrics.jsonl").exists():
             raise UserError(f"resume={path}: no iteration is left; resnet-eval {shlex.quote(str(path))} measures it")
     otherwise = "another run_dir=" if config.resume == "auto" else "init_from= in place of resume="
+    state["path"] = str(path)
     check_same_run(state["config"], config.plain(), str(path), otherwise)
     check_same_data(state["config"]["data"], state["digest"], config.plain()["data"], digest, str(path))
     return state
@@ -103,7 +104,7 @@ def begin_directory(directory: Path, config: dict[str, Any], *, new: bool) -> No
     if new:
         for place in (old, directory / "tensorboard"):
             _remove_folder(place)
-        for name in ("metrics.jsonl", "split.json", "test.json", "curves.png"):
+        for name in ("metrics.jsonl", "split.json", "curves.png"):
             (directory / name).unlink(missing_ok=True)
 
 

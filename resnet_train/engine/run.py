@@ -89,10 +89,11 @@ def run(
         try:
             with contextlib.closing(logger):
                 loop(task, directory, logger, clock, stop, None if state is None else start)
-                if task.iteration < config.iterations:
-                    return _stopped(task, stop)
-                if on_rank_zero(lambda: logger.lacks(task.iteration, *task.splits)):
+                finished = task.iteration == config.iterations
+                if finished and on_rank_zero(lambda: logger.lacks(task.iteration, *task.splits)):
                     log_evaluation(task, directory, logger, clock)  # it was measured, and the record was lost
+            if not finished:
+                return _stopped(task, stop)
             on_rank_zero(lambda: _summarise(task, directory, clock, environment))
             return 0
         except RuntimeError as error:

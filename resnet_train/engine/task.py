@@ -61,7 +61,11 @@ class Point(NamedTuple):
 
 
 class Task(Protocol):
-    """A network in training on its data. All processes hold one and call its methods alike."""
+    """A network in training on its data.
+
+    All processes hold one and call its methods alike, but for `describe` and all below it, which the first calls alone:
+    those may not talk to other processes.
+    """
 
     iteration: int  # steps taken
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,8 @@ def read_source(
     file beside it says that an export of ours leaves, else ImageNet's. `double`: in float64. Raises UserError.
     """
     found = state_dicts.read(path)
+    if isinstance(found, Mapping) and "model" in found and type(found.get("format")) is int:
+        checkpoint.check_format(found, path)
     if checkpoint.is_ours(found):
         if "detector" in found:
             raise UserError(f"{path}: is a detector's, which resnet-detect reads")
