@@ -2,8 +2,8 @@
 
 For each CIFAR-10 net, batch 128, bf16, compiled, on random images: milliseconds of a step as the product makes it
 (captured), of the same kernels launched one by one, and of the eager net; the GPU's own time and the number of kernels;
-the time of the first steps, compilation included. Beside them the step of the conventional loop (`bench/baseline.py`: eager,
-TF32, channels first, it waits for each loss), on a batch that lies on the GPU already.
+the time of the first steps, compilation included. Beside them the step of the conventional loop (`bench/baseline.py`:
+eager, TF32, channels first, it waits for each loss), on a batch that lies on the GPU already.
 """
 
 from __future__ import annotations

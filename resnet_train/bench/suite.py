@@ -53,7 +53,7 @@ from resnet_train.config.commands import BenchConfig
 from resnet_train.config.train import Config
 from resnet_train.engine.compute import pick_device, pick_precision
 from resnet_train.engine.environment import git_commit, processor, versions
-from resnet_train.engine.logger import MetricsLogger
+from resnet_train.engine.logger import MetricsLogger, prepare_process
 from resnet_train.engine.loop import Clock, log_training
 from resnet_train.files import check_result, expand, write_result
 from resnet_train.models.build import build_network

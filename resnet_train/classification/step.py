@@ -114,8 +114,8 @@ class TrainMetrics:
 class CapturedStep:
     """`step`, the making of its batch included, as one CUDA graph: otherwise a small net has its GPU wait for launches.
 
-    The graph reads what changes from iteration to iteration, the draws of a batch (`MemoryDataset.draw_batches`) and the
-    learning rate, from two tensors, and changes weights, momentum, statistics and sums where they lie.
+    The graph reads from two tensors what changes from iteration to iteration: the draws of a batch
+    (`MemoryDataset.draw_batches`) and the learning rate. It changes weights, momentum, statistics and sums in place.
     """
 
     UNCAPTURED = 3  # first steps: compiling, choosing convolution algorithms and making momentum cannot be captured

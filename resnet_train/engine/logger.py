@@ -29,7 +29,7 @@ def _is_of_tensorboard(thread: threading.Thread | None) -> bool:
 
 @functools.cache
 def prepare_process() -> None:
-    """Once in a process that trains, before the first progress bar: no semaphore, and no trace of TensorBoard's threads."""
+    """Once in a process that trains, before the first progress bar: see the comments."""
     tqdm.set_lock(threading.RLock())  # the default is a semaphore of the system, which a killed process leaves behind
     before = threading.excepthook
 
@@ -160,10 +160,9 @@ class MetricsLogger:
             return
         with self._writing():
             writer, names = self._writer("test"), [name for name in results if name.startswith(("error", "map"))]
-            if "error" in names:
-                if self.train_error is not None:
-                    writer.add_scalar("final/train_error", self.train_error, iteration)
-                    names.append("final/train_error")
+            if "error" in names and self.train_error is not None:
+                writer.add_scalar("final/train_error", self.train_error, iteration)
+                names.append("final/train_error")
             for summary in hparams(values, dict.fromkeys(names)):
                 writer._get_file_writer().add_summary(summary, iteration)
 
