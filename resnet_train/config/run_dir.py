@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 
 from resnet_train.config.paths import check_file, writable
 from resnet_train.config.schema import RESUME, flat, format_value
-from resnet_train.config.train import EARLIER, Config, completed
+from resnet_train.config.train import Config
 from resnet_train.errors import UserError, nearest
 from resnet_train.files import expand, nearest_existing, read_object
 
@@ -73,8 +73,7 @@ def check_same_run(
 
     `otherwise` is what can be done to have the new value.
     """
-    now = flat(new)
-    was = {key: value for key, value in flat(completed(old)).items() if key in now or key not in EARLIER}
+    was, now = flat(old), flat(new)
     for key in sorted(was.keys() | now.keys()):
         if key not in FREE_KEYS and was.get(key) != now.get(key):
             raise UserError(

@@ -138,9 +138,6 @@ SCHEDULE_KEYS: dict[str, tuple[str, ...]] = {
 }
 # What scale= multiplies.
 COUNTED = ("iterations", "log_every", "eval_every", "checkpoint_every", "keep_every")
-# What earlier versions did where there was no such key yet.
-EARLIER = {"data.broken": "stop", "normalise": "channels", "augment.area": None, "augment.colour_jitter": 0.0}
-EARLIER |= {"warmup.iterations": 0}
 
 
 def check_train(values: Mapping[str, Any], asked: Collection[str] = (), *, needs_data: bool = True) -> Config:
@@ -272,21 +269,10 @@ def _nearest_divisor(number: int, near: int, of: int = 1, at_least: int = 1) -> 
     return min([d for d in divisors if d % of == 0] or divisors, key=lambda d: abs(d - near))
 
 
-def completed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration that an earlier version stored, with what it did where it had no key."""
-    found = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
-    for key, value in EARLIER.items():
-        group, _, name = key.rpartition(".")
-        place = found.get(group) if group else found
-        if isinstance(place, dict):
-            place.setdefault(name, value)
-    return found
-
-
 def config_from_checkpoint(values: Mapping[str, Any]) -> Config:
     """The configuration that a checkpoint or a run directory holds. Raises UserError if it is of another version."""
     try:
-        config = from_dict(Config, completed(values))
+        config = from_dict(Config, values)
         check_depth(config.depth, config.data.family)
         return config
     except UserError as error:
