@@ -5,11 +5,25 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from resnet_train.config import keys
 from resnet_train.config.layout import check_source, count_images, is_official_cifar10, name_data
 from resnet_train.config.paths import anchored, check_paths
-from resnet_train.config.schema import RANGES, coerce, format_value, from_dict
+from resnet_train.config.schema import (
+    Alias,
+    Counted,
+    Free,
+    OnlyFor,
+    Range,
+    StoredAs,
+    coerce,
+    format_value,
+    from_dict,
+    marked,
+    types_of,
+    unread_keys,
+)
 from resnet_train.errors import UserError
 from resnet_train.files import expand
 
@@ -23,11 +37,11 @@ class Data:
 
     name: Literal["cifar10", "digits", "imagefolder", "imagenet"]
     family: Literal["cifar", "imagenet"]
-    root: str | None
-    validation: int
-    size: int
-    workers: int | Literal["auto"]
-    broken: Literal["stop", "skip"]
+    root: keys.Root
+    validation: Annotated[int, Range(0)]
+    size: Annotated[int, keys.IMAGE_SIZE]
+    workers: Annotated[int | Literal["auto"], Range(0, 256), Free(), OnlyFor("imagenet")]
+    broken: Annotated[keys.Broken, OnlyFor("imagenet")]
 
 
 @dataclass(frozen=True)
@@ -35,77 +49,77 @@ class Schedule:
     """The learning rate over iterations: configs/schedule/. Each kind has the keys of its own file only."""
 
     name: Literal["step", "plateau", "cosine"]
-    lr: float
-    factor: float = 1.0
-    drops: list[float] = dataclasses.field(default_factory=list)
-    patience: float = 1.0
-    threshold: float = 0.0
-    watch: Literal["train", "val"] = "train"
+    lr: keys.LearningRate
+    factor: Annotated[float, Range(0, 1, above=True), OnlyFor("step", "plateau")] = 1.0
+    drops: Annotated[keys.Drops, OnlyFor("step")] = dataclasses.field(default_factory=list)
+    patience: Annotated[float, Range(0, 1, above=True), OnlyFor("plateau")] = 1.0
+    threshold: Annotated[float, Range(0, 100), OnlyFor("plateau")] = 0.0
+    watch: Annotated[Literal["train", "val"], OnlyFor("plateau")] = "train"
 
 
 @dataclass(frozen=True)
 class Warmup:
     """Nets of `depth` layers and more start at `lr`, for `iterations` at least, until the error is below `error` %."""
 
-    depth: int
-    lr: float
-    error: float
-    iterations: int
+    depth: Annotated[int, Range(0)]
+    lr: keys.LearningRate
+    error: Annotated[float, Range(0, 100)]
+    iterations: Annotated[int, Range(0, 10**9)]
 
 
 @dataclass(frozen=True)
 class Augment:
     """Random changes of the training images: zero padding and crop, flip, scale or area, colour."""
 
-    pad: int
+    pad: Annotated[int, Range(0, 16), OnlyFor("cifar")]
     flip: bool
-    shorter_side: list[int] | None
-    area: list[float] | None
-    colour_jitter: float
-    colour_noise: float
+    shorter_side: Annotated[list[int] | None, Range(0, 4096), OnlyFor("imagenet")]
+    area: Annotated[list[float] | None, Range(0, 1), OnlyFor("imagenet")]
+    colour_jitter: Annotated[float, Range(0, 1), OnlyFor("imagenet")]
+    colour_noise: Annotated[float, Range(0, 1), OnlyFor("imagenet")]
 
 
 @dataclass(frozen=True)
 class Config:
     """Everything that `resnet-train` is told: configs/train.yaml, the recipe, the schedule and the data set."""
 
-    data: Data
+    data: Annotated[Data, Alias("dataset")]
     schedule: Schedule
-    depth: int
-    arch: Literal["resnet", "plain"]
-    seed: int
-    devices: int | Literal["auto"]
-    max_restarts: int
-    timeout: int
+    depth: keys.Depth
+    arch: Annotated[Literal["resnet", "plain"], Alias("model")]
+    seed: keys.Seed
+    devices: keys.Devices
+    max_restarts: keys.MaxRestarts
+    timeout: keys.Timeout
     precision: Literal["auto", "bf16", "fp16", "fp32", "fp64"]
-    device: Literal["auto", "cpu", "cuda"]
-    checkpoint_every: int
-    keep_every: int
-    run_dir: str | None
-    resume: str
+    device: keys.Device
+    checkpoint_every: keys.CheckpointEvery
+    keep_every: keys.KeepEvery
+    run_dir: keys.RunDir
+    resume: Annotated[str, Free(), StoredAs("auto")]
     recipe: str
     shortcut: Literal["A", "B", "C", "none"]
-    bottleneck_stride: Literal["1x1", "3x3"]
+    bottleneck_stride: Annotated[Literal["1x1", "3x3"], OnlyFor("imagenet")]
     init: Literal["fan_out", "fan_in"]
     zero_gamma: bool
-    iterations: int
-    batch_size: int
-    device_batch_size: int | None
-    bn_images: int | Literal["device", "all"]
-    activation_checkpointing: bool
-    eval_batch_size: int | Literal["auto"]
-    momentum: float
+    iterations: keys.Iterations
+    batch_size: keys.BatchSize
+    device_batch_size: Annotated[int | None, Range(1), Free()]
+    bn_images: Annotated[int | Literal["device", "all"], Range(2), Alias("sync_bn")]
+    activation_checkpointing: Annotated[bool, Free(), Alias("gradient_checkpointing")]
+    eval_batch_size: Annotated[int | Literal["auto"], Range(1, keys.LARGEST_BATCH)]
+    momentum: keys.Momentum
     nesterov: bool
-    weight_decay: float
+    weight_decay: keys.WeightDecay
     decay: Literal["all", "weights"]
     warmup: Warmup
-    normalise: Literal["image", "channels", "standard"]
+    normalise: Annotated[Literal["image", "channels", "standard"], OnlyFor("imagenet")]
     augment: Augment
     compile: bool | Literal["auto"]
-    log_every: int
-    eval_every: int
-    init_from: str | None = None
-    freeze: Literal["conv1", "layer1", "layer2", "layer3", "layer4"] | None = None
+    log_every: keys.Interval
+    eval_every: keys.Interval
+    init_from: keys.InitFrom
+    freeze: Annotated[Literal["conv1", "layer1", "layer2", "layer3", "layer4"] | None, Alias("frozen_stages")]
 
     def plain(self) -> dict[str, Any]:
         """The configuration as nested dictionaries of plain values, for JSON and checkpoints."""
@@ -122,24 +136,6 @@ class Config:
         return name_data(self.data.name, self.data.root)
 
 
-# What each family of nets and data does not read; refused when asked for.
-UNREAD = {
-    "cifar": (
-        *("augment.shorter_side", "augment.area", "augment.colour_jitter", "augment.colour_noise", "normalise"),
-        *("bottleneck_stride", "data.workers", "data.broken"),
-    ),
-    "imagenet": ("augment.pad",),
-}
-# What each kind of schedule reads.
-SCHEDULE_KEYS: dict[str, tuple[str, ...]] = {
-    "step": ("name", "lr", "factor", "drops"),
-    "plateau": ("name", "lr", "factor", "patience", "threshold", "watch"),
-    "cosine": ("name", "lr"),
-}
-# What scale= multiplies.
-COUNTED = ("iterations", "log_every", "eval_every", "checkpoint_every", "keep_every")
-
-
 def check_train(values: Mapping[str, Any], asked: Collection[str] = (), *, needs_data: bool = True) -> Config:
     """The checked configuration of a training run from plain, resolved `values`.
 
@@ -152,12 +148,13 @@ def check_train(values: Mapping[str, Any], asked: Collection[str] = (), *, needs
     check_paths({"data.root": config.data.root, "run_dir": config.run_dir, "resume": config.resume})
     check_paths({"init_from": config.init_from})
     kind = config.schedule.name
-    for key in sorted(values["schedule"].keys() ^ set(SCHEDULE_KEYS[kind])):
-        own = ", ".join(SCHEDULE_KEYS[kind])
-        raise UserError(f"schedule.{key}: schedule={kind} has {own}; choose another kind with schedule=")
+    unread = unread_keys(Config, kind, config.data.family)
+    own = [key for key in types_of(Schedule) if f"schedule.{key}" not in unread]
+    for key in sorted(values["schedule"].keys() ^ set(own)):
+        raise UserError(f"schedule.{key}: schedule={kind} has {', '.join(own)}; choose another kind with schedule=")
     _check_family(config.data)
     check_depth(config.depth, config.data.family)
-    for key in UNREAD[config.data.family]:
+    for key in unread:
         if key in asked:
             raise UserError(f"{key}: means nothing to {config.data.family} data; drop it")
     if config.devices != "auto":
@@ -204,8 +201,8 @@ def check_train(values: Mapping[str, Any], asked: Collection[str] = (), *, needs
 
 def scaled(config: Config, scale: Any) -> Config:
     """`config` with all that counts iterations multiplied by `scale`. Raises UserError."""
-    factor = coerce("scale", scale, float)
-    counts = {key: getattr(config, key) for key in COUNTED}
+    factor = coerce("scale", scale, Annotated[float, Range(0, 1, above=True)])
+    counts = {key: getattr(config, key) for key in marked(Counted, Config)}
     return dataclasses.replace(config, **{key: max(1, round(n * factor)) for key, n in counts.items() if n})
 
 
@@ -258,8 +255,7 @@ def split_batch(config: Config, devices: int) -> BatchSplit:
 def check_divisible(batch_size: int, devices: int) -> None:
     """Refuse a batch that does not divide by the devices. Raises UserError, which names the nearest that is allowed."""
     if batch_size % devices or batch_size < devices:
-        most = int(RANGES["batch_size"][1] or batch_size)
-        near = min(max(1, round(batch_size / devices)), most // devices) * devices
+        near = min(max(1, round(batch_size / devices)), keys.LARGEST_BATCH // devices) * devices
         raise UserError(f"batch_size={batch_size}: does not divide by {devices} devices; nearest: {near}")
 
 

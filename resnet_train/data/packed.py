@@ -34,8 +34,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from resnet_train.config.keys import Quality, ShardImages, ShorterSide
 from resnet_train.config.layout import PACKED, is_remote
-from resnet_train.config.schema import format_value, from_dict
+from resnet_train.config.schema import Range, format_value, from_dict
 from resnet_train.data.cache import cache_folder
 from resnet_train.data.imagefolder import ImageSplits
 from resnet_train.data.sampler import generator
@@ -47,7 +48,7 @@ OPEN = 64  # shards that a process keeps open
 DOWNLOADS = 8  # shards that are fetched at once
 LARGEST = 2**32 - 1  # bytes of a shard: its table says in 4 bytes where an image ends
 LEAST = 24  # bytes of an image in a shard: 4 of the table, three sizes, the label
-Number = Annotated[int, (0, 2**48)]
+Number = Annotated[int, Range(0, 2**48)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +56,8 @@ class PackShard:
     """A shard as pack.json has it."""
 
     name: str
-    images: Annotated[int, (1, 100_000)]
-    bytes: Annotated[int, (1, LARGEST)]
+    images: ShardImages
+    bytes: Annotated[int, Range(1, LARGEST)]
     sha256: str
 
 
@@ -82,11 +83,11 @@ class PackSource:
 class PackSettings:
     """What a pack depends on: packing/settings.json, and the beginning of pack.json."""
 
-    format: Annotated[int, (FORMAT, FORMAT)]
+    format: Annotated[int, Range(FORMAT, FORMAT)]
     source: PackSource
-    shorter_side: int
-    quality: int
-    images: Annotated[int, (1, 100_000)]  # of a whole shard
+    shorter_side: ShorterSide
+    quality: Quality
+    images: ShardImages  # of a whole shard
     broken: Literal["stop", "skip"]
 
 
