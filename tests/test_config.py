@@ -21,9 +21,10 @@ from resnet_train.config.commands import check_eval
 from resnet_train.config.compose import CONFIG_DIR, LISTS, TEXTS, compose
 from resnet_train.config.compose import CONFIGS as KINDS
 from resnet_train.config.detection import DetectConfig
+from resnet_train.config.keys import Free, Range
 from resnet_train.config.layout import class_folders
 from resnet_train.config.run_dir import check_run_dir, check_same_run, plain_word, run_directory, run_state
-from resnet_train.config.schema import Free, Range, as_list, flat, from_dict, keys_taking, marked, unread_keys
+from resnet_train.config.schema import as_list, flat, from_dict, keys_taking, marked, unread_keys
 from resnet_train.config.train import Config, check_depth, check_train, config_from_checkpoint
 from resnet_train.dispatch import prepare
 from resnet_train.engine.schedule import Progress, learning_rate

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from resnet_train import cli
 from resnet_train.config.compose import compose, groups
-from resnet_train.config.schema import Range, flat, marked
+from resnet_train.config.keys import Range
+from resnet_train.config.schema import flat, marked
 from resnet_train.config.train import Config
 from resnet_train.dispatch import main
 

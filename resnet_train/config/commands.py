@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from resnet_train.config import keys
+from resnet_train.config.data import EvalData, PackData, WeightsData, check_other_data
+from resnet_train.config.keys import OnlyFor, Range
 from resnet_train.config.layout import PACKED, REMOTE, check_source, is_packed, is_remote
 from resnet_train.config.paths import (
     anchored,
@@ -19,18 +21,10 @@ from resnet_train.config.paths import (
     check_paths,
     writable,
 )
-from resnet_train.config.schema import OnlyFor, Range, as_list, format_value, from_dict, unread_keys
+from resnet_train.config.schema import as_list, format_value, from_dict, unread_keys
 from resnet_train.config.train import Config, check_train
 from resnet_train.errors import UserError, nearest
 from resnet_train.files import expand
-
-
-@dataclass(frozen=True)
-class EvalData:
-    """The data to evaluate on; `same` is what the checkpoint was trained on."""
-
-    name: Literal["same", "cifar10", "digits", "imagefolder", "imagenet"]
-    root: str | None
 
 
 @dataclass(frozen=True)
@@ -83,14 +77,6 @@ class BenchConfig:
 
 
 @dataclass(frozen=True)
-class PackData:
-    """The tree to pack."""
-
-    root: str | None
-    broken: Literal["stop", "skip"]
-
-
-@dataclass(frozen=True)
 class PackConfig:
     """Everything that `resnet-pack` is told: configs/pack.yaml."""
 
@@ -101,15 +87,6 @@ class PackConfig:
     quality: keys.Quality
     shard_images: keys.ShardImages
     workers: Annotated[int, Range(0, 256)]
-
-
-@dataclass(frozen=True)
-class WeightsData:
-    """The data set that imported weights are for; auto is imagenet or cifar10, as the net is."""
-
-    name: Literal["auto", "cifar10", "digits", "imagefolder", "imagenet"]
-    root: str | None
-    size: Annotated[int | None, keys.IMAGE_SIZE]
 
 
 @dataclass(frozen=True)
@@ -163,17 +140,9 @@ def check_eval(values: Mapping[str, Any]) -> EvalConfig:
     config = from_dict(EvalConfig, {**values, "checkpoint": as_list(values["checkpoint"])})
     check_paths({"data.root": config.data.root, "out": config.out})
     check_checkpoints(config.checkpoint)
-    _check_other_data(config.data)
+    check_other_data(config.data)
     check_out(config.out)
     return dataclasses.replace(config, data=anchored(config.data))
-
-
-def _check_other_data(data: EvalData) -> None:
-    """Refuse other data than the checkpoint's own that a look at the folder shows to be wrong. Raises UserError."""
-    if data.name != "same":
-        check_source(data.name, data.root)
-    elif data.root is not None and not expand(data.root).exists():
-        raise UserError(f"data.root={data.root}: there is no such file or folder")
 
 
 def check_report(values: Mapping[str, Any]) -> ReportConfig:
@@ -196,7 +165,7 @@ def check_responses(values: Mapping[str, Any]) -> ResponsesConfig:
     config = from_dict(ResponsesConfig, {**values, "checkpoint": as_list(values["checkpoint"])})
     check_checkpoints(config.checkpoint)
     check_paths({"data.root": config.data.root})
-    _check_other_data(config.data)
+    check_other_data(config.data)
     check_folder(config.out)
     return dataclasses.replace(config, data=anchored(config.data))
 

@@ -20,19 +20,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from resnet_train.config.commands import (
-    UNREAD_BY_BENCH,
-    BenchConfig,
-    ClassifyConfig,
-    EvalConfig,
-    PackConfig,
-    ReportConfig,
-    ResponsesConfig,
-    WeightsConfig,
-)
-from resnet_train.config.detection import DetectConfig, PredictConfig
+from resnet_train.config import commands, detection, train
 from resnet_train.config.schema import flat, key_for, keys_taking
-from resnet_train.config.train import Config
 from resnet_train.errors import UserError, closest, nearest
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -42,8 +31,9 @@ GROUPED = ("train", "bench", "detect")  # the commands that choose options of gr
 KEY = re.compile(r"[+~]*[A-Za-z_][\w./]*", re.ASCII)
 PAIR = re.compile(r"[+~]*(hydra/\w+|[A-Za-z_][\w.]*)=", re.ASCII)
 PIECE = re.compile(r""""(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|[^,]+""")  # of values with commas between them
-CONFIGS: list[type] = [Config, DetectConfig, PredictConfig, EvalConfig, ReportConfig, ResponsesConfig, BenchConfig]
-CONFIGS += [PackConfig, WeightsConfig, ClassifyConfig]
+CONFIGS: list[type] = [train.Config, detection.DetectConfig, detection.PredictConfig]
+CONFIGS += [commands.EvalConfig, commands.ReportConfig, commands.ResponsesConfig, commands.BenchConfig]
+CONFIGS += [commands.PackConfig, commands.WeightsConfig, commands.ClassifyConfig]
 # Keys whose values are text as it is typed, numbers too, and those that take lists of numbers.
 TEXTS = keys_taking({str, list[str]}, *CONFIGS)
 LISTS = keys_taking({list[int], list[float]}, *CONFIGS)
@@ -265,7 +255,7 @@ def known_keys(name: str) -> list[str]:
 
 def _words(name: str, keys: Iterable[str]) -> list[str]:
     """What a command line may name: all of `keys` but Hydra's and what a benchmark has in their place, and groups."""
-    taken = UNREAD_BY_BENCH if name == "bench" else []
+    taken = commands.UNREAD_BY_BENCH if name == "bench" else []
     return [key for key in keys if not key.startswith("hydra.") and key not in taken] + groups(name)
 
 
@@ -392,7 +382,7 @@ def _diagnosis(name: str, overrides: list[str], chosen: list[str], error: Except
         OverridesParser.create().parse_override(item).key_or_group: as_typed(item) for item in overrides
     }
     for key, item in named.items():
-        if name == "bench" and key in UNREAD_BY_BENCH:
+        if name == "bench" and key in commands.UNREAD_BY_BENCH:
             return f"{item}: means nothing to resnet-bench; drop it"
         known = key in keys or key in words or any(known.startswith(key + ".") for known in keys)
         if not known and not re.match(r"hydra\b", key):

@@ -9,22 +9,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from resnet_train.config import keys
+from resnet_train.config.keys import Alias, Free, OnlyFor, Range, StoredAs
 from resnet_train.config.layout import list_file, lists_of
 from resnet_train.config.paths import check_checkpoints, check_file, check_folder, check_paths
 from resnet_train.config.run_dir import plain_word, run_name
-from resnet_train.config.schema import (
-    Alias,
-    Free,
-    OnlyFor,
-    Range,
-    StoredAs,
-    as_list,
-    flat,
-    format_value,
-    from_dict,
-    marked,
-    unread_keys,
-)
+from resnet_train.config.schema import as_list, flat, format_value, from_dict, marked, unread_keys
 from resnet_train.config.train import check_depth, check_divisible
 from resnet_train.errors import UserError, nearest
 from resnet_train.files import expand

@@ -1,10 +1,57 @@
-"""The types of the keys that several commands have, with what is known of each."""
+"""What is known of a key, as marks at its field: Annotated[int, Range(1, 100), Free()].
+
+And the types, with their marks, of keys that several commands have.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
-from resnet_train.config.schema import Alias, Counted, Free, Range, StoredAs
+
+@dataclass(frozen=True)
+class Range:
+    """What a number, or each of a list, may be: from `low` to `high`, themselves left out where `above` and `below`."""
+
+    low: float | None = None
+    high: float | None = None
+    above: bool = False
+    below: bool = False
+
+
+@dataclass(frozen=True)
+class Free:
+    """May differ between a run and its continuation, as it does not enter the mathematics.
+
+    But for batch norm's statistics where bn_images=device leaves them to the devices; then a note is printed.
+    """
+
+
+@dataclass(frozen=True)
+class StoredAs:
+    """Has no say in what a run computes, nor in how it is dealt to devices: checkpoints hold `value` in its place."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Counts iterations: scale= multiplies it."""
+
+
+class OnlyFor:
+    """Read for these families, kinds or commands only, and refused when asked for elsewhere."""
+
+    def __init__(self, *readers: str) -> None:
+        self.readers = frozenset(readers)
+
+
+class Alias:
+    """What other programs call the key."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
 
 LARGEST_BATCH = 10**6
 

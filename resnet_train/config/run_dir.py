@@ -11,8 +11,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from resnet_train.config.keys import Free, StoredAs
 from resnet_train.config.paths import check_file, writable
-from resnet_train.config.schema import RESUME, Free, StoredAs, flat, format_value, marked
+from resnet_train.config.schema import RESUME, flat, format_value, marked
 from resnet_train.config.train import Config
 from resnet_train.errors import UserError, nearest
 from resnet_train.files import expand, nearest_existing, read_object

@@ -1,6 +1,6 @@
 """From plain values to typed dataclasses: what a value may be, and the nearest right one for a wrong one.
 
-What is known of a key stands at its field, as in `Annotated[int, Range(1, 100), Free()]`.
+What is known of a key stands at its field, in the marks of config.keys.
 """
 
 from __future__ import annotations
@@ -12,61 +12,16 @@ import sys
 import types
 import typing
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
+from resnet_train.config.keys import Alias, OnlyFor, Range
 from resnet_train.errors import UserError, nearest
 
 RESUME = "auto, never or a checkpoint's file"  # what resume= may be
 
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Range:
-    """What a number, or each of a list, may be: from `low` to `high`, themselves left out where `above` and `below`."""
-
-    low: float | None = None
-    high: float | None = None
-    above: bool = False
-    below: bool = False
-
-
-@dataclass(frozen=True)
-class Free:
-    """May differ between a run and its continuation, as it does not enter the mathematics.
-
-    But for batch norm's statistics where bn_images=device leaves them to the devices; then a note is printed.
-    """
-
-
-@dataclass(frozen=True)
-class StoredAs:
-    """Has no say in what a run computes, nor in how it is dealt to devices: checkpoints hold `value` in its place."""
-
-    value: Any
-
-
-@dataclass(frozen=True)
-class Counted:
-    """Counts iterations: scale= multiplies it."""
-
-
-class OnlyFor:
-    """Read for these families, kinds or commands only, and refused when asked for elsewhere."""
-
-    def __init__(self, *readers: str) -> None:
-        self.readers = frozenset(readers)
-
-
-class Alias:
-    """What other programs call the key."""
-
-    def __init__(self, *names: str) -> None:
-        self.names = names
-
-
 UNBOUNDED = Range()
+
+T = TypeVar("T")
 
 
 def format_value(value: Any) -> str:

@@ -8,40 +8,16 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from resnet_train.config import keys
-from resnet_train.config.layout import check_source, count_images, is_official_cifar10, name_data
+from resnet_train.config.data import Data, check_family, check_held_out, training_images
+from resnet_train.config.keys import Alias, Counted, Free, OnlyFor, Range, StoredAs
+from resnet_train.config.layout import check_source, name_data
 from resnet_train.config.paths import anchored, check_paths
-from resnet_train.config.schema import (
-    Alias,
-    Counted,
-    Free,
-    OnlyFor,
-    Range,
-    StoredAs,
-    coerce,
-    format_value,
-    from_dict,
-    marked,
-    types_of,
-    unread_keys,
-)
+from resnet_train.config.schema import coerce, format_value, from_dict, marked, types_of, unread_keys
 from resnet_train.errors import UserError
 from resnet_train.files import expand
 
 IMAGENET_DEPTHS = (18, 34, 50, 101, 152)
 DEEPEST_CIFAR = 1202  # the paper's; each layer more is memory that a line of text would take
-
-
-@dataclass(frozen=True)
-class Data:
-    """A data set: configs/data/."""
-
-    name: Literal["cifar10", "digits", "imagefolder", "imagenet"]
-    family: Literal["cifar", "imagenet"]
-    root: keys.Root
-    validation: Annotated[int, Range(0)]
-    size: Annotated[int, keys.IMAGE_SIZE]
-    workers: Annotated[int | Literal["auto"], Range(0, 256), Free(), OnlyFor("imagenet")]
-    broken: Annotated[keys.Broken, OnlyFor("imagenet")]
 
 
 @dataclass(frozen=True)
@@ -152,7 +128,7 @@ def check_train(values: Mapping[str, Any], asked: Collection[str] = (), *, needs
     own = [key for key in types_of(Schedule) if f"schedule.{key}" not in unread]
     for key in sorted(values["schedule"].keys() ^ set(own)):
         raise UserError(f"schedule.{key}: schedule={kind} has {', '.join(own)}; choose another kind with schedule=")
-    _check_family(config.data)
+    check_family(config.data)
     check_depth(config.depth, config.data.family)
     for key in unread:
         if key in asked:
@@ -181,7 +157,7 @@ def check_train(values: Mapping[str, Any], asked: Collection[str] = (), *, needs
     if config.schedule.drops != sorted(set(config.schedule.drops)):
         raise UserError(f"schedule.drops={config.schedule.drops}: must rise, as [0.5,0.75] does")
     if config.schedule.watch == "val" and not config.data.validation:
-        images = _training_images(config.data)
+        images = training_images(config.data)
         some = "IMAGES" if images is None else max(1, images // 10)
         raise UserError(f"schedule.watch=val: needs a held-out part of the training set; add data.validation={some}")
     if config.freeze is not None:
@@ -194,7 +170,7 @@ def check_train(values: Mapping[str, Any], asked: Collection[str] = (), *, needs
         raise UserError("nesterov=true: needs momentum above 0; take momentum=0.9")
     if needs_data or config.data.root is not None:
         check_source(config.data.name, config.data.root)
-    _check_held_out(config.data)
+    check_held_out(config.data)
     source = None if config.init_from is None else str(expand(config.init_from).absolute())
     return dataclasses.replace(config, data=anchored(config.data), init_from=source)
 
@@ -302,28 +278,3 @@ def check_depth(depth: int, family: str) -> None:
         near = min(IMAGENET_DEPTHS, key=lambda d: abs(d - depth))
         allowed = ", ".join(map(str, IMAGENET_DEPTHS))
         raise UserError(f"depth={depth}: ImageNet nets have {allowed} layers; nearest: {near}")
-
-
-def _is_official(data: Data) -> bool:
-    return data.name == "cifar10" and (data.root is None or is_official_cifar10(expand(data.root)))
-
-
-def _check_family(data: Data) -> None:
-    """Refuse a family that the data set cannot have. Raises UserError."""
-    if data.family == "imagenet" and (_is_official(data) or data.name == "digits"):
-        raise UserError(f"data.family=imagenet: is for folders of photographs, not for data={data.name}")
-
-
-def _training_images(data: Data) -> int | None:
-    """The images of a training set in memory; None where they are counted only when they are listed, or not there."""
-    if _is_official(data) or data.name == "digits":
-        return 50_000 if _is_official(data) else 1_437
-    folder = expand(data.root or "") / "train"
-    return count_images(folder) if data.family == "cifar" and folder.is_dir() else None
-
-
-def _check_held_out(data: Data) -> None:
-    """Refuse a held-out part that the data set cannot have. Raises UserError."""
-    images = _training_images(data) if data.validation else None
-    if images is not None and data.validation >= images:
-        raise UserError(f"data.validation={data.validation}: the training set has {images} images; hold out fewer")

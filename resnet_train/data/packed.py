@@ -34,9 +34,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from resnet_train.config.keys import Quality, ShardImages, ShorterSide
+from resnet_train.config.keys import Quality, Range, ShardImages, ShorterSide
 from resnet_train.config.layout import PACKED, is_remote
-from resnet_train.config.schema import Range, format_value, from_dict
+from resnet_train.config.schema import format_value, from_dict
 from resnet_train.data.cache import cache_folder
 from resnet_train.data.imagefolder import ImageSplits
 from resnet_train.data.sampler import generator
