@@ -56,7 +56,7 @@ def _take_launched(values: Values, asked: list[str]) -> None:
     if launcher_world_size():
         for key in ("devices", "max_restarts"):
             if key in asked:
-                raise UserError(f"{key}={values.get(key)}: that is the launcher's to say, such as torchrun; drop it")
+                raise UserError(f"{key}={values.get(key)}: that is the launcher's to say, such as torchrun; remove it")
         values["devices"] = launcher_world_size()
 
 
@@ -113,8 +113,8 @@ def import_or_export(config: WeightsConfig, bases: dict[str, Values]) -> None:
 # In a test no recipe has a say, so that data is a value there and no group; but data= means what it means in training.
 DATA = {"data=": "data.name="}
 CHECKPOINTS: dict[str, Any] = {"words": ("checkpoint",), "short": DATA}
-ONE_CHECKPOINT = "{} is one process with one checkpoint; take it without -m and torchrun"
-WEIGHTS = "resnet-weights is one process with one file; take it without -m and torchrun"
+ONE_CHECKPOINT = "{} is one process with one checkpoint; use it without -m and torchrun"
+WEIGHTS = "resnet-weights is one process with one file; use it without -m and torchrun"
 
 COMMANDS = {
     "train": Command(
@@ -159,7 +159,7 @@ COMMANDS = {
         _values_alone(check_responses),
         "resnet_train.classification.responses:responses",
         no_sweep="-m: resnet-responses takes all checkpoints at once, as checkpoint=[one.pt,two.pt]",
-        no_launcher="resnet-responses is one process; take it without torchrun",
+        no_launcher="resnet-responses is one process; use it without torchrun",
         **CHECKPOINTS,
     ),
     "weights": Command(
@@ -178,7 +178,7 @@ COMMANDS = {
         _values_alone(check_pack),
         "resnet_train.cli:pack_or_check",
         no_sweep="-m: resnet-pack packs one tree at a time",
-        no_launcher="resnet-pack starts its own processes (workers=); take it without torchrun",
+        no_launcher="resnet-pack starts its own processes (workers=); use it without torchrun",
         short={"data=imagenet": ""},  # which is what can be packed
     ),
     "detect": Command(
@@ -204,7 +204,7 @@ COMMANDS = {
         check_bench,
         "resnet_train.bench.suite:bench",
         no_sweep="-m: resnet-bench measures one thing at a time",
-        no_launcher="resnet-bench measures one process; take it without torchrun",
+        no_launcher="resnet-bench measures one process; use it without torchrun",
         words=("bench",),
     ),
 }

@@ -185,6 +185,6 @@ def _lost(error: Exception) -> None:
             signal.signal(number, signal.SIG_DFL)
         time.sleep(10)
         print_error(
-            RunError(f"lost the other processes ({line[:200]}); the same command goes on from the last checkpoint")
+            RunError(f"lost the other processes ({line[:200]}); the same command resumes from the last checkpoint")
         )
         sys.exit(1)

@@ -145,7 +145,7 @@ def _check_start(command: Command, sweep: bool) -> None:
         raise UserError(command.no_launcher)
     if sweep and launcher_world_size():
         raise UserError(
-            f"-m: torchrun would start the sweep in each of its processes; take {command.typed} -m"
+            f"-m: torchrun would start the sweep in each of its processes; use {command.typed} -m"
             f" devices={os.environ.get('LOCAL_WORLD_SIZE', '8')} … without torchrun, or torchrun for one run"
         )
     check_restarts()

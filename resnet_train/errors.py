@@ -131,7 +131,7 @@ def from_os_error(error: OSError) -> RunError:
         error = OSError(int(found[1]), found[2], found[3]) if found else OSError(0, str(error))
     whole = "" if error.errno in (errno.ENOENT, errno.ENOTDIR) else "what is on disk is whole; "
     place = error.filename or "a file or the output"
-    return RunError(f"{place}: {error.strerror}; {whole}{remedy(error)}, the same command goes on")
+    return RunError(f"{place}: {error.strerror}; {whole}{remedy(error)}, the same command resumes")
 
 
 def remedy(error: BaseException) -> str:

@@ -100,7 +100,7 @@ def run_apart(job: Callable[[], int], config: Any, directory: Path) -> None:
             handler(number, None)  # in the queue, Python's own ends the sweep
     assert process.exitcode is not None
     code = process.exitcode if process.exitcode >= 0 else 128 - process.exitcode  # as a shell counts
-    if stopped or code - 128 in SIGNALS:  # a sweep that is cut does not go on to its next job
+    if stopped or code - 128 in SIGNALS:  # a sweep that is cut does not continue with its next job
         sys.exit(code or 128 + stopped[0])
 
 

@@ -4,7 +4,7 @@
 
 FOLDER_OF_THE_ARCHIVES holds ILSVRC2012_img_train.tar (138 GB), ILSVRC2012_img_val.tar (6.3 GB) and
 ILSVRC2012_devkit_t12.tar.gz, as image-net.org gives them. They are checked (MD5), which reads them once; then 145 GB
-are written. Killed, it goes on when it is run again: a class that is laid out is not done again, an archive whose
+are written. Killed, it resumes when it is run again: a class that is laid out is not done again, an archive whose
 checksum has held is not read again for it. Reading the devkit's synset table needs scipy.
 """
 
@@ -40,7 +40,7 @@ DONE = ".done"  # in OUT: what has been checked and laid out
 
 
 def layout(archives: Path, out: Path, md5: dict[str, str] = MD5) -> None:
-    """Check the three archives in `archives` and lay them out in `out`, or go on with that. Raises UserError."""
+    """Check the three archives in `archives` and lay them out in `out`, or resume it. Raises UserError."""
     done = out / DONE
     try:
         done.mkdir(parents=True, exist_ok=True)

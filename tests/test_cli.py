@@ -51,7 +51,7 @@ WRONG = [
     ("digits depth=20", ["'digits'", "did you mean data=digits?"]),
     ("~run_dir", ["~run_dir: nothing can be taken away; write run_dir=VALUE"]),
     ("~depth=20", ["~depth=20: nothing can be taken away; write depth=VALUE"]),
-    ("+depth=20", ["+depth=20: is there already; drop the +"]),
+    ("+depth=20", ["+depth=20: is there already; remove the +"]),
     ("run_dir=${hydra:runtime.cwd}", ["run_dir=${hydra:runtime.cwd}: ${…} gives nothing here"]),
     ("depth=glob(*)", ["depth=glob(*): is not written out here", "-m depth=A,B"]),
     ("-m depth=interval(1,2)", ["depth=interval(1,2): is not written out here"]),
@@ -426,7 +426,7 @@ def test_a_sweep_trains_what_is_missing(tmp_path):
     assert [line for line in again.splitlines() if "skipped" in line] == [
         f"{whole.relative_to(tmp_path)}: finished, skipped"
     ]
-    assert "going on from iteration 6" in again
+    assert "resuming from iteration 6" in again
     assert (whole / "summary.json").read_bytes() == before
     assert json.loads((cut / "summary.json").read_text())["last"] == summaries["resnet-14-A"]["last"]
 

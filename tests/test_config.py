@@ -1006,14 +1006,14 @@ def test_a_finished_run_is_not_run_again(tmp_path):
 
 def test_another_seed_is_no_advice_where_the_folder_is_named(tmp_path):
     message = blocked(run_in(tmp_path / "run", checked(), finished=True), checked(f"run_dir={tmp_path}/run"))
-    assert message.endswith("or take another run_dir=")
+    assert message.endswith("or use another run_dir=")
     assert blocked(run_in(tmp_path / "b", checked(), finished=True), checked()).endswith("another seed= or run_dir=")
 
 
 def test_another_directory_is_no_advice_for_a_checkpoint_of_another_run():
     old, new = checked().plain(), checked("momentum=0.5")
     for otherwise in ("another run_dir=", "init_from= in place of resume="):
-        with pytest.raises(UserError, match=re.escape(f"has momentum=0.9; take that, or {otherwise}") + "$"):
+        with pytest.raises(UserError, match=re.escape(f"has momentum=0.9; use that, or {otherwise}") + "$"):
             check_same_run(old, new, "here", otherwise)
 
 

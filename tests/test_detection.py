@@ -114,7 +114,7 @@ def test_a_run_leaves_what_is_said(whole):
         "tensorboard",
     ]
     assert (
-        "begins with ImageNet resnet-18-B of resnet18.pth; batch norm stays as it has it; frozen up to layer1" in told
+        "starts from ImageNet resnet-18-B of resnet18.pth; batch norm stays as it has it; frozen up to layer1" in told
     )
     lines = metrics(folder)
     assert [line["iteration"] for line in lines if line["split"] == "train"] == [3, 6, 7]
@@ -153,7 +153,7 @@ def test_a_killed_run_goes_on_to_the_same_weights_and_figures(whole, tree, pretr
     assert 0 < checkpoint.load(folder / "checkpoints/last.pt", detector=True)["iteration"] < 7
     done = detect(tree.parent, *words)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "going on from iteration" in done.stdout
+    assert "resuming from iteration" in done.stdout
     assert (folder / "checkpoints/last.pt").read_bytes() == (whole[0] / "checkpoints/last.pt").read_bytes()
     assert metrics(folder) == metrics(whole[0])
 
@@ -209,7 +209,7 @@ def test_two_processes_train_together_from_random_weights(tree):
     done = detect(tree.parent, "run_dir=pair", "devices=2", "iterations=2")
     assert (done.returncode, done.stderr) == (0, "")
     assert [line["iteration"] for line in metrics(tree.parent / "pair")] == [2, 2]
-    assert "begins with random weights" in done.stdout
+    assert "starts from random weights" in done.stdout
 
 
 def test_predictions_are_drawn_and_written(whole, tree, command_here, tmp_path):
@@ -380,12 +380,12 @@ def test_vgg16_begins_with_torchvisions_weights_and_another_net_is_refused(tree,
 
 
 def test_weights_of_another_net_are_refused_and_leave_no_folder(tree, pretrained, tmp_path):
-    with pytest.raises(UserError, match="holds ImageNet resnet-18-B; take depth=18"):
+    with pytest.raises(UserError, match="holds ImageNet resnet-18-B; use depth=18"):
         build_new(configured(tree, f"init_from={pretrained}", "depth=34"), 3)
     torch.save(imagenet_resnet(18, "none").state_dict(), tmp_path / "plain.pth")
     with pytest.raises(UserError, match="which may be a plain one; resnet-weights import FILE arch=resnet"):
         build_new(configured(tree, f"init_from={tmp_path / 'plain.pth'}"), 3)
-    with pytest.raises(UserError, match="take depth=18"):
+    with pytest.raises(UserError, match="use depth=18"):
         run_detector(configured(tree, f"init_from={pretrained}", "depth=34"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -420,7 +420,7 @@ def test_two_evaluators_agree_on_perfect_detections(tree):
         (["data.train=[trainn]"], "data.train=trainn: tree has test, train; did you mean train?"),
         (["depth=19"], "depth=19: ImageNet nets have 18, 34, 50, 101, 152 layers; nearest: 18"),
         (["backbone=vgg"], "backbone=vgg: allowed are resnet, vgg16; did you mean vgg16?"),
-        (["freeze=layer1"], "freeze=layer1: would keep random weights; add init_from=, or drop it"),
+        (["freeze=layer1"], "freeze=layer1: would keep random weights; add init_from=, or remove it"),
         (["recipe=long"], "recipe=long: allowed are coco, short, voc"),
         (["batch_size=3", "devices=2"], "batch_size=3: does not divide by 2 devices; nearest: 4"),
         (["anchors=[64,32]"], "anchors=[64, 32]: must rise"),

@@ -291,7 +291,7 @@ def test_meters_in_a_checkpoint_go_on_in_any_number_of_processes(runs, alone):
 @pytest.mark.slow
 def test_synchronised_batch_norm_is_refused_on_a_cpu_in_one_line(runs, alone):
     assert alone["refused"] is None  # one process has nothing to synchronise
-    message = "UserError: bn_images=all: PyTorch's synchronised batch norm needs GPUs; take a number of images"
+    message = "UserError: bn_images=all: PyTorch's synchronised batch norm needs GPUs; use a number of images"
     first, second = (mine["refused"] for mine in found(runs, 2))
     assert first == (message, True)
     assert second == (message.replace("UserError", "Elsewhere"), True)  # which is left to the first to tell
@@ -445,9 +445,9 @@ def test_a_run_goes_on_with_other_processes(runs):
     stops = [int(text.split("stopped at iteration ")[1].split(",")[0]) for text in (first, second)]
     assert 5 <= stops[0] < stops[1] < 50
     assert "128 (batch norm over 32)" in first
-    assert f"going on from iteration {stops[0]}\n" in second
+    assert f"resuming from iteration {stops[0]}\n" in second
     assert "128 (64 in each of 2 processes, batch norm over 32)" in second
-    assert f"going on from iteration {stops[1]}\n" in third
+    assert f"resuming from iteration {stops[1]}\n" in third
     assert "note:" not in second + third  # batch norm's groups are what they were
 
 
@@ -565,8 +565,8 @@ def test_two_processes_can_be_reached_from_this_machine_alone_and_keep_no_store_
     ("arguments", "message"),
     [
         (["-m"], "error: -m: torchrun would start the sweep in each of its processes; take resnet-train -m devices=2"),
-        (["devices=2"], "error: devices=2: that is the launcher's to say, such as torchrun; drop it"),
-        (["max_restarts=3"], "error: max_restarts=3: that is the launcher's to say, such as torchrun; drop it"),
+        (["devices=2"], "error: devices=2: that is the launcher's to say, such as torchrun; remove it"),
+        (["max_restarts=3"], "error: max_restarts=3: that is the launcher's to say, such as torchrun; remove it"),
         (["batch_size=127"], "error: batch_size=127: does not divide by 2 devices; nearest: 128"),
     ],
 )

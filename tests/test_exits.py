@@ -67,7 +67,7 @@ def with_no_file_left(job):
 
 MEMORY = r"out of memory; take a smaller batch_size= \(or device_batch_size=\) \(.+\)"
 FILES = r"too many open files; raise the limit \(ulimit -n, now \d+\), or take fewer workers"
-MISSING = "/no/such: No such file or directory; with it there again, the same command goes on"
+MISSING = "/no/such: No such file or directory; with it there again, the same command resumes"
 WORKER = r"DataLoader worker \(.+\) exited unexpectedly; if it was killed for want of memory, take fewer workers"
 
 
@@ -119,7 +119,7 @@ def test_what_is_a_mistake_in_the_code_keeps_its_trace(capsys):
 def test_the_way_out_is_that_of_the_fault(number, way):
     told = str(from_os_error(OSError(number, os.strerror(number), "run/x")))
     assert told.startswith(f"run/x: {os.strerror(number)}; {way}")
-    assert told.endswith(", the same command goes on")
+    assert told.endswith(", the same command resumes")
     assert ("room made" in told) == (number == errno.ENOSPC)
 
 
@@ -134,7 +134,7 @@ def test_a_loss_that_is_not_finite_is_told_with_what_there_is_and_what_is_left_t
             check_finite(task, tmp_path)
         return str(error.value)
 
-    begin, end = "the loss is not finite at iteration 7 or shortly before;", " take a lower schedule.lr= in a new run"
+    begin, end = "the loss is not finite at iteration 7 or shortly before;", " use a lower schedule.lr= in a new run"
     assert told() == f"{begin}{end}{way}"
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/last.pt").touch()
@@ -150,11 +150,11 @@ def test_a_checkpoint_that_cannot_be_written_is_told_with_the_way_out_and_with_w
         return str(error.value)
 
     begin = f"{path}: the checkpoint cannot be written (Too many open files); with a higher limit of open files"
-    assert re.fullmatch(re.escape(begin) + r" \(ulimit -n, now \d+\), the same command goes on", told())
+    assert re.fullmatch(re.escape(begin) + r" \(ulimit -n, now \d+\), the same command resumes", told())
     checkpoint.save(path, {})
-    assert told().endswith("), the same command goes on from the one before it, which is intact")
+    assert told().endswith("), the same command resumes from the one before it, which is intact")
     (tmp_path / "file").touch()
-    with pytest.raises(RunError, match=r"\(Not a directory\); with a folder there, the same command goes on$"):
+    with pytest.raises(RunError, match=r"\(Not a directory\); with a folder there, the same command resumes$"):
         checkpoint.save(tmp_path / "file/deep/last.pt", {})
 
 

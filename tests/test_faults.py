@@ -54,7 +54,7 @@ def test_one_process_that_is_told_to_stop_and_a_sweep_that_is_cut_lose_nothing(u
     tell_a_sweep_to_stop(tmp_path)
     done = subprocess.run(start("-m", *ONE, "seed=0,1"), cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    assert re.search("going on from iteration .* seed 0: test error .* seed 1: test error", done.stdout, re.DOTALL)
+    assert re.search("resuming from iteration .* seed 0: test error .* seed 1: test error", done.stdout, re.DOTALL)
     assert differences(tmp_path / "run-0", undisturbed) == []
     assert (tmp_path / "run-1/summary.json").exists()
 
@@ -72,7 +72,7 @@ def kill_a_worker_that_is_replaced_and_then_another(folder):
         assert job.wait(60) == 1
         assert errors(out) == (
             f"error: rank 0 (process {second[0]}) was killed by SIGKILL after all restarts (max_restarts=1); the same"
-            " command goes on from the last checkpoint\n"
+            " command resumes from the last checkpoint\n"
         )
         assert not any(map(alive, second))
 
@@ -182,7 +182,7 @@ def kill_the_launcher(folder):
 def begun(folder, *arguments):
     """The command, with a new checkpoint written, and the file of its output; at the end all of its processes are dead.
 
-    It goes on from the newest checkpoint, before and after all files of checkpoints are whole.
+    It resumes from the newest checkpoint, before and after all files of checkpoints are whole.
     """
     before, written = newest(folder), stamp(folder / "run-0")
     out = next(path for n in itertools.count() if not (path := folder / f"{n}.out").exists())
@@ -190,7 +190,7 @@ def begun(folder, *arguments):
         job = subprocess.Popen(start(*arguments), cwd=folder, stdout=stdout, stderr=stderr, start_new_session=True)
     try:
         wait(job, lambda: stamp(folder / "run-0") != written)
-        assert before is None or f"going on from iteration {before}" in out.read_text()
+        assert before is None or f"resuming from iteration {before}" in out.read_text()
         yield job, out
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -208,7 +208,7 @@ def newest(folder):
 
 def stopped_in_good_order(folder, out):
     """The processes have ended after the same iteration, with a checkpoint of it."""
-    found = re.search(r"stopped at iteration (\d+), checkpoint written; the same command goes on", out.read_text())
+    found = re.search(r"stopped at iteration (\d+), checkpoint written; the same command resumes", out.read_text())
     assert found, out.read_text()
     assert int(found[1]) == newest(folder)
 

@@ -1,6 +1,6 @@
 """Full disks, damaged and hostile files, strangers on the port and losses that are not finite: done to real commands.
 
-Each costs one line and nothing else: what is on disk is whole, and the same command goes on to the same weights.
+Each costs one line and nothing else: what is on disk is whole, and the same command resumes to the same weights.
 """
 
 import contextlib
@@ -130,7 +130,7 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written_loses_nothing(devices, 
     disk(tmp_path, "100m")
     done = train("/", *words)
     assert (done.returncode, done.stderr) == (0, "")
-    assert f"going on from iteration {loaded['last.pt']}\n" in done.stdout
+    assert f"resuming from iteration {loaded['last.pt']}\n" in done.stdout
     assert ended_alike(run, finished(devices))
 
 
@@ -210,7 +210,7 @@ def test_of_a_damaged_checkpoint_the_one_before_is_taken(devices, damage, reason
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("warning: ") == 1
     assert f"warning: run/checkpoints/last.pt: {reason}" in done.stdout
-    assert "; going on from previous.pt (iteration 56)\n" in done.stdout
+    assert "; resuming from previous.pt (iteration 56)\n" in done.stdout
     assert ended_alike(run, finished(devices))
     last, undisturbed = (folder / "checkpoints/last.pt" for folder in (run, finished(devices)))
     assert last.read_bytes() == undisturbed.read_bytes()
@@ -293,7 +293,7 @@ def test_a_checkpoint_of_another_net_is_refused_before_it_replaces_one_that_fits
     name = next(iter(state["model"]))
     checkpoint.save(tmp_path / "other.pt", state | {"model": state["model"] | {name: torch.zeros(3)}})
     done = train(tmp_path, *RUN, "run_dir=run", "resume=other.pt")
-    assert "holds other things than a checkpoint of this net must" in error(done, 2)
+    assert "does not match this network" in error(done, 2)
     assert (run / "checkpoints/last.pt").read_bytes() == before
 
 
@@ -391,7 +391,7 @@ def test_processes_that_do_not_meet_end_with_what_to_do(tmp_path):
             told = job.communicate()[1]
             message = error(subprocess.CompletedProcess(job.args, job.returncode, stderr=told), 2)
             assert cases[name][3] in message
-            assert any(advice in message for advice in ("choose another", "take another port", "reaches that address"))
+            assert any(advice in message for advice in ("choose another", "use another port", "reaches that address"))
     assert not (tmp_path / "run").exists()
 
 
@@ -442,7 +442,7 @@ def test_of_a_loss_that_is_not_finite_the_advice_is_not_what_is_done_already(pre
         check_finite(task, tmp_path)
     message = str(caught.value)
     assert ("holds the last good state" in message) == kept
-    assert message.endswith("take a lower lr= in a new run" + (", or precision=fp32" if kept else ""))
+    assert message.endswith("use a lower lr= in a new run" + (", or precision=fp32" if kept else ""))
 
 
 def test_a_loss_that_is_not_finite_in_one_process_ends_all(tmp_path):

@@ -134,9 +134,9 @@ def test_a_state_dict_begins_a_run_as_its_import_would(tmp_path):
 @pytest.mark.parametrize(
     ("make", "words", "told"),
     [
-        (lambda: cifar_resnet(14), "", "is the CIFAR resnet-14-A, and this run's is the resnet-8-A; take depth=14"),
-        (lambda: cifar_resnet(8, "B"), "", "take shortcut=B"),
-        (lambda: cifar_resnet(8, "B"), "arch=plain", "take arch=resnet shortcut=B"),
+        (lambda: cifar_resnet(14), "", "is the CIFAR resnet-14-A, and this run's is the resnet-8-A; use depth=14"),
+        (lambda: cifar_resnet(8, "B"), "", "use shortcut=B"),
+        (lambda: cifar_resnet(8, "B"), "arch=plain", "use arch=resnet shortcut=B"),
         (lambda: imagenet_resnet(18), "", "is a net of the ImageNet family"),
         (lambda: cifar_resnet(8), "arch=plain", None),  # the parameters do not say whether it is one
     ],
@@ -155,7 +155,7 @@ def test_another_net_is_named(tmp_path, make, words, told):
 def test_torchvisions_bottlenecks_are_not_the_papers(tmp_path):
     torch.save(imagenet_resnet(50, num_classes=10).state_dict(), tmp_path / "net.pth")
     asked = check_train(compose("train", ["data=imagenet", "depth=50"]), needs_data=False)
-    with pytest.raises(UserError, match=r"take bottleneck_stride=3x3$"):
+    with pytest.raises(UserError, match=r"use bottleneck_stride=3x3$"):
         check_same_net(read_source(tmp_path / "net.pth"), asked, "init_from=net.pth")
 
 
@@ -183,14 +183,14 @@ def test_a_run_goes_on_exactly_without_the_file_it_began_with(trained, tmp_path,
     check_run_dir(run, asked)
     assert train(asked, run) == 0
     told = capsys.readouterr().out
-    assert f"begins with the weights of {source} (CIFAR resnet-8-A)\nfrozen: all from the input to layer1\n" in told
+    assert f"starts from the weights of {source} (CIFAR resnet-8-A)\nfrozen: all from the input to layer1\n" in told
     whole = (run / "checkpoints/last.pt").read_bytes()
     shutil.move(run / "checkpoints/iteration-0000007.pt", run / "checkpoints/last.pt")
     (run / "summary.json").unlink()
     source.unlink()
     check_run_dir(run, asked)
     assert train(asked, run) == 0
-    assert "going on from iteration 7" in capsys.readouterr().out
+    assert "resuming from iteration 7" in capsys.readouterr().out
     assert (run / "checkpoints/last.pt").read_bytes() == whole
     with pytest.raises(UserError, match=r"init_from=.*source\.pt: there is no such file"):
         check_run_dir(tmp_path / "new", asked)

@@ -182,7 +182,7 @@ def test_a_packing_that_was_cut_before_pack_json_is_finished(tree, packed, tmp_p
     (out / "packing" / "train-3.json").unlink()
     (out / "train" / "chunk-0-3.bin").write_bytes(b"half")
     packing.pack(root=str(tree), out=out, **SETTINGS | {"workers": 1})
-    assert "going on: 15 of 16 shards are there" in capsys.readouterr().out
+    assert "resuming: 15 of 16 shards are there" in capsys.readouterr().out
     assert content(out) == content(packed)
     before = content(out)
     packing.pack(root=str(tree), out=out, **SETTINGS)
@@ -580,7 +580,7 @@ def test_shards_with_damaged_notes_and_without_files_are_made_again(tree, packed
         damage(path)
     (out / "val" / "chunk-0-2.bin").unlink()
     packing.pack(root=str(tree), out=out, **SETTINGS)
-    assert "going on" not in capsys.readouterr().out  # none of 16 shards was there
+    assert "resuming" not in capsys.readouterr().out  # none of 16 shards was there
     assert content(out) == content(packed)
 
 
@@ -716,7 +716,7 @@ TRAIN += ["data.validation=5", "precision=fp32"]
 
 @pytest.mark.long
 def test_a_training_on_packed_data_that_is_killed_ends_as_the_undisturbed(packed, tmp_path):
-    """64 - 5 images in batches of 10: killed with SIGKILL in the first pass and going on from its checkpoint."""
+    """64 - 5 images in batches of 10: killed with SIGKILL in the first pass and resuming from its checkpoint."""
     words = [*TRAIN, f"data.root={packed}"]
     whole = subprocess.run(start(*words, "run_dir=whole"), cwd=tmp_path, capture_output=True, text=True)
     assert whole.returncode == 0, whole.stderr
@@ -728,7 +728,7 @@ def test_a_training_on_packed_data_that_is_killed_ends_as_the_undisturbed(packed
     job.wait()
     done = subprocess.run(start(*words, "run_dir=cut"), cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "going on from iteration" in done.stdout
+    assert "resuming from iteration" in done.stdout
     for name in ("last", "previous", "best"):
         files = [tmp_path / run / "checkpoints" / f"{name}.pt" for run in ("whole", "cut")]
         assert files[0].read_bytes() == files[1].read_bytes()

@@ -748,7 +748,7 @@ def test_a_bad_line_of_the_metrics_is_left_out_with_a_warning_that_names_it(line
 
 
 def test_nothing_in_a_run_is_waited_for(tmp_path, monkeypatch, capsys):
-    """A run that is still going on, in whose folder are pipes in place of files."""
+    """A run that is still resuming, in whose folder are pipes in place of files."""
     make(tmp_path / "runs" / "whole")
     running = make(tmp_path / "runs" / "running", seed=1, until=32_000)
     for name in ("summary.json", "environment.json", "last-test.json", "gradients.csv", "responses.csv", "any"):

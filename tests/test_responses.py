@@ -175,7 +175,7 @@ def test_wrong_words_are_one_line(undisturbed, measure, tmp_path):
         "checkpoint=nosuch.pt": "there is no such file",
         "checkpoint=cut.pt": "cut short or not a checkpoint",
         "checkpoint=photos.pt": "resnet-18-A for ImageNet; figure 7 is about CIFAR nets",
-        "checkpoint=other.pt images=10": "other.pt: holds other things than a checkpoint of this net must",
+        "checkpoint=other.pt images=10": "other.pt: does not match this network",
         f"checkpoint={whole} images=361": "images=361: digits test has 360",
         f"checkpoint={whole} out=cut.pt": "out=cut.pt: is not a folder",
         f"-m checkpoint={whole}": "-m: resnet-responses takes all checkpoints at once",

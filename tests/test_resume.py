@@ -1,4 +1,4 @@
-"""How a run goes on from what it finds: checkpoints, metrics and configurations that are damaged, old or another's.
+"""How a run resumes from what it finds: checkpoints, metrics and configurations that are damaged, old or another's.
 
 In this process, on digits of 8 px, where a run takes less than a second.
 """

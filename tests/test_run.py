@@ -111,11 +111,11 @@ def test_ctrl_c_ends_at_an_iteration_with_a_checkpoint_and_the_run_goes_on(undis
                 break
         rest = process.stdout.read()
     assert process.returncode == 130
-    assert "the same command goes on" in rest
+    assert "the same command resumes" in rest
     stopped = checkpoint.load(tmp_path / "run/checkpoints/last.pt")["iteration"]
     assert 10 <= stopped < 61
     done = forked.run(start(*TINY, "run_dir=run"), cwd=tmp_path, capture_output=True, text=True)
-    assert f"going on from iteration {stopped}" in done.stdout
+    assert f"resuming from iteration {stopped}" in done.stdout
     assert (tmp_path / "run/checkpoints/last.pt").read_bytes() == (undisturbed / "checkpoints/last.pt").read_bytes()
     assert metrics(tmp_path / "run") == metrics(undisturbed)
 

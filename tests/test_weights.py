@@ -366,7 +366,7 @@ def test_wrong_words_and_files_are_one_line_and_leave_nothing(weights, tmp_path,
         (["import", "net.pth"], "out: is needed"),
         (["improt", "net.pth", "out=x.pt"], "did you mean import?"),
         (["export", last, "out=x.jpg"], "out=x.jpg: ends in none of .pth .pt .safetensors .onnx"),
-        (["export", last, "out=x.pth", "mean=[0,0,0]"], "mean: means nothing to resnet-weights export"),
+        (["export", last, "out=x.pth", "mean=[0,0,0]"], "mean: is not used by resnet-weights export"),
         (["export", "net.pth", "out=x.pth"], "is not a checkpoint of resnet-train"),
     ]:
         assert told in weights(*words, code=2), words
@@ -674,7 +674,7 @@ def test_other_safetensors_in_a_checkpoints_place_are_one_line(weights, command_
         "std": "std.safetensors: its header is not what",
         "deep": "deep.safetensors: its header is not what",
         "depth": "the stored configuration cannot be read: depth=99998: CIFAR nets have 6n+2 layers, 1202 at most",
-        "none": "none.safetensors: holds other things than a checkpoint of this net must",
+        "none": "none.safetensors: does not match this network",
         "cut": "cut.safetensors: is cut short or no safetensors file",
         "nosuch": "nosuch.safetensors: there is no such file",
     }.items():

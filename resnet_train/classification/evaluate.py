@@ -219,7 +219,7 @@ def _check_members(members: list[Member], asked: EvalConfig) -> None:
 
 def _check_split(dataset: MemoryDataset | StreamingDataset, asked: EvalConfig) -> None:
     if dataset.sizes[asked.split] == 0:
-        raise UserError(f"split={asked.split}: no part of the training set was held out; take split=test")
+        raise UserError(f"split={asked.split}: no part of the training set was held out; use split=test")
 
 
 def _counted(

@@ -46,7 +46,7 @@ def build_or_resume(
     """The task as it begins, from the weights of `init_from` where given, or as the checkpoint `state` has it."""
     task = build(config, dataset)
     if state is not None:
-        with checkpoint.checkpoint_errors("the checkpoint to go on from"):
+        with checkpoint.checkpoint_errors("the checkpoint to resume from"):
             task.precision, task.compiled = state["measure"]["precision"], state["measure"]["compile"]
             task.load(state)
     elif config.init_from is not None:

@@ -236,7 +236,7 @@ class ClassificationTask(TrainState):
         if self.source is not None:
             classes, kept = len(self.dataset.classes), self.source.same_classes(self.dataset.classes)
             fresh = f", but for fc, which is fresh, for {classes} classes in place of its {self.source.count}"
-            lines.append(f"begins with the weights of {config.init_from} ({self.source.name}){'' if kept else fresh}")
+            lines.append(f"starts from the weights of {config.init_from} ({self.source.name}){'' if kept else fresh}")
             if self.source.assumed:
                 lines.append(f"assumed, for the file does not say: {'; '.join(self.source.assumed)}")
         if config.freeze is not None:

@@ -149,7 +149,7 @@ def check_report(values: Mapping[str, Any]) -> ReportConfig:
     """The checked configuration of a report. Raises UserError."""
     config = from_dict(ReportConfig, {**values, "runs": as_list(values["runs"])})
     if config.report == "complexity" and config.runs:
-        raise UserError(f"resnet-report complexity: is about nets, not about runs; drop {config.runs[0]}")
+        raise UserError(f"resnet-report complexity: is about nets, not about runs; remove {config.runs[0]}")
     if config.report == "runs" and not config.runs:
         raise UserError("name the runs, or folders of runs, as in resnet-report runs out=report")
     for name in config.runs:
@@ -177,7 +177,7 @@ def check_pack(values: Mapping[str, Any]) -> PackConfig:
     if config.check is not None:
         for key, value in (("data.root", config.data.root), ("out", config.out)):
             if value is not None:
-                raise UserError(f"{key}={value}: means nothing to check=; drop it")
+                raise UserError(f"{key}={value}: is not used by check=; remove it")
         if "://" in config.check and not is_remote(config.check):
             raise UserError(f"check={config.check}: allowed are folders and {' '.join(REMOTE)}")
         if not is_packed(config.check):
@@ -194,7 +194,7 @@ def check_pack(values: Mapping[str, Any]) -> PackConfig:
     if out.exists() and not out.is_dir():
         raise UserError(f"out={config.out}: is a file; name a folder")
     if out.resolve().is_relative_to(root.resolve()):
-        raise UserError(f"out={config.out}: lies in the tree itself; take another folder")
+        raise UserError(f"out={config.out}: lies in the tree itself; use another folder")
     if not writable(out / PACKED):
         raise UserError(f"out={config.out}: is not a folder that you may write to")
     return dataclasses.replace(config, data=anchored(config.data))
@@ -220,7 +220,7 @@ def check_weights(values: Mapping[str, Any], asked: Collection[str] = ()) -> Wei
     unread = unread_keys(WeightsConfig, word)
     for key in asked:
         if key.split(".")[0] in unread:
-            raise UserError(f"{key}: means nothing to resnet-weights {word}; drop it")
+            raise UserError(f"{key}: is not used by resnet-weights {word}; remove it")
     for key, value in (("mean", config.mean), ("std", config.std)):
         if value is not None and len(value) != 3:
             raise UserError(f"{key}={value}: must be three numbers, of red, green and blue, as [0.5,0.5,0.5]")
@@ -239,7 +239,7 @@ def check_weights(values: Mapping[str, Any], asked: Collection[str] = ()) -> Wei
     elif expand(config.out).suffix not in (".pt", ".pth"):
         raise UserError(f"out={config.out}: a checkpoint of resnet-train ends in .pt")
     if expand(config.out).absolute() == expand(config.file).absolute():
-        raise UserError(f"out={config.out}: is the file itself; take another name")
+        raise UserError(f"out={config.out}: is the file itself; use another name")
     check_out(config.out)
     return dataclasses.replace(config, data=anchored(config.data))
 
@@ -272,9 +272,9 @@ def check_bench(values: Mapping[str, Any], asked: Collection[str] = ()) -> tuple
     check_out(bench.out)
     for key in UNREAD_BY_BENCH:
         if key in asked:
-            raise UserError(f"{key}: means nothing to resnet-bench; drop it")
+            raise UserError(f"{key}: is not used by resnet-bench; remove it")
     if values["devices"] != 1:
-        raise UserError(f"devices={format_value(values['devices'])}: resnet-bench measures one; drop it")
+        raise UserError(f"devices={format_value(values['devices'])}: resnet-bench measures one; remove it")
     training = {key: value for key, value in values.items() if key not in own}
     config = check_train(training | FIXED_BY_BENCH, asked, needs_data=False)
     photographs = config.data.family == "imagenet" and bench.bench == "loader"
@@ -288,6 +288,6 @@ def check_bench(values: Mapping[str, Any], asked: Collection[str] = ()) -> tuple
         raise UserError(f"packed={bench.packed}: data.root is packed already; name the tree there")
     if config.data.family == "imagenet" and bench.bench in ("loop", "eval", "memory"):
         raise UserError(
-            f"data={config.data.name}: resnet-bench {bench.bench} measures sets in memory; take data=cifar10"
+            f"data={config.data.name}: resnet-bench {bench.bench} measures sets in memory; use data=cifar10"
         )
     return bench, config

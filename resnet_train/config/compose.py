@@ -69,7 +69,7 @@ def parse(name: str, words: list[str]) -> argparse.Namespace:
         raise UserError(no_flag(name, unknown[0], words[words.index(unknown[0]) + 1 :]))
     for flag in ("config_name", "config_path", "config_dir", "experimental_rerun"):
         if getattr(line, flag) is not None:
-            raise UserError(f"--{flag.replace('_', '-')}: the configurations are this command's own; drop it")
+            raise UserError(f"--{flag.replace('_', '-')}: the configurations are this command's own; remove it")
     line.flags = list(words)
     for item in line.overrides:
         line.flags.remove(item)
@@ -112,7 +112,7 @@ def check_hydras(words: list[str], multirun: bool) -> None:
     for item in words:
         key = item.lstrip("+~").partition("=")[0]
         if key == "hydra.searchpath":
-            raise UserError(f"{item}: the configurations are this command's own; drop it")
+            raise UserError(f"{item}: the configurations are this command's own; remove it")
         if key == "hydra.mode" and (multirun or item not in ("hydra.mode=RUN", "hydra.mode=MULTIRUN")):
             raise UserError(f"{item}: drop it; -m makes a sweep")
 
@@ -355,7 +355,7 @@ def _check_options(name: str, overrides: list[str]) -> list[str]:
         parsed = OverridesParser.create().parse_override(item)
         group = parsed.key_or_group
         if group in groups(name) and parsed.is_add():
-            raise UserError(f"{item}: is there already; drop the +")
+            raise UserError(f"{item}: is there already; remove the +")
         if group in groups(name) and not parsed.is_delete():
             value, allowed = str(parsed.value()), options(name, group)
             if value not in allowed:
@@ -370,7 +370,9 @@ def _check_there(name: str, overrides: list[str], chosen: list[str]) -> None:
         parsed = OverridesParser.create().parse_override(item)
         key = parsed.key_or_group
         if (parsed.is_add() or parsed.is_delete()) and key in _words(name, _keys(name, chosen)):
-            how = "is there already; drop the +" if parsed.is_add() else f"nothing can be taken away; write {key}=VALUE"
+            how = (
+                "is there already; remove the +" if parsed.is_add() else f"nothing can be taken away; write {key}=VALUE"
+            )
             raise UserError(f"{item}: {how}")
 
 
@@ -383,7 +385,7 @@ def _diagnosis(name: str, overrides: list[str], chosen: list[str], error: Except
     }
     for key, item in named.items():
         if name == "bench" and key in commands.UNREAD_BY_BENCH:
-            return f"{item}: means nothing to resnet-bench; drop it"
+            return f"{item}: is not used by resnet-bench; remove it"
         known = key in keys or key in words or any(known.startswith(key + ".") for known in keys)
         if not known and not re.match(r"hydra\b", key):
             near = nearest(key_for(key, *CONFIGS), words)

@@ -114,7 +114,7 @@ def check_detect(values: Mapping[str, Any], asked: Collection[str] = ()) -> Dete
         raise UserError("precision=fp16: is for GPUs; on a CPU take bf16 or fp32")
     if config.freeze is not None and config.init_from is None:
         if "freeze" in asked:
-            raise UserError(f"freeze={config.freeze}: would keep random weights; add init_from=, or drop it")
+            raise UserError(f"freeze={config.freeze}: would keep random weights; add init_from=, or remove it")
         config = dataclasses.replace(config, freeze=None)
     _check_data(config.data)
     root = str(expand(config.data.root or "").absolute())
@@ -126,7 +126,7 @@ def _check_backbone(config: DetectConfig, asked: Collection[str]) -> None:
     for key in unread_keys(DetectConfig, config.backbone):
         if key in asked:
             value = format_value(getattr(config, key))
-            raise UserError(f"{key}={value}: means nothing to backbone={config.backbone}; drop it")
+            raise UserError(f"{key}={value}: is not used by backbone={config.backbone}; remove it")
     if config.backbone == "resnet":
         check_depth(config.depth, "imagenet")
     if config.pyramid and len(config.anchors) != 5:
@@ -145,7 +145,7 @@ def _check_data(data: DetectData) -> None:
     if not data.train:
         raise UserError("data.train=[]: name at least one list")
     if data.classes is not None and data.name == "coco":
-        raise UserError("data.classes: COCO's are those of its JSON; drop it")
+        raise UserError("data.classes: COCO's are those of its JSON; remove it")
     for key, lists in (("data.train", data.train), ("data.test", [data.test])):
         for name in lists:
             if not list_file(root, data.name, name).is_file():
@@ -173,7 +173,7 @@ def check_predict(values: Mapping[str, Any], images: Collection[str]) -> Predict
         seen[stem] = image
         picture = expand(config.out) / f"{stem}.png"
         if picture.exists() and picture.samefile(expand(image)):
-            raise UserError(f"out={config.out}: the picture of {image} would take its place; take another folder")
+            raise UserError(f"out={config.out}: the picture of {image} would take its place; use another folder")
     return config
 
 

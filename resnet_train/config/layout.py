@@ -42,7 +42,7 @@ def check_source(name: str, given: str | None) -> None:
         raise UserError(f"data.root: data={name} needs one: data.root=PATH, a folder with train/ and test/ or val/")
     root = expand(given)
     if name == "digits":
-        raise UserError(f"data.root={given}: data=digits comes with scikit-learn and takes none; drop it")
+        raise UserError(f"data.root={given}: data=digits comes with scikit-learn and takes none; remove it")
     if "://" in given or is_remote(given):
         if name != "imagenet" or not is_remote(given):
             raise UserError(f"data.root={given}: data=imagenet reads packed folders from {' '.join(REMOTE)}")
@@ -122,7 +122,7 @@ def class_folders(root: Path) -> tuple[list[str], str]:
         if (root / PACKED).is_file():
             raise UserError(f"data.root={root}: is a packed folder, which data=imagenet reads")
         if (root / PACKING).is_dir():
-            raise UserError(f"data.root={root}: is not packed to the end; the same resnet-pack command goes on with it")
+            raise UserError(f"data.root={root}: is not packed to the end; the same resnet-pack command resumes it")
         # ImageNet's own test/ is flat, without classes: there val/ is the test part.
         parts = [name for name in ("test", "val") if (root / name).is_dir()]
         test = next((name for name in parts if folders_in(root / name)), parts[0] if parts else None)

@@ -60,7 +60,7 @@ def plain_word(text: str) -> str:
 
 
 def check_same_run(old: Mapping[str, Any], config: RunConfig, where: str, otherwise: str = "another run_dir=") -> None:
-    """Refuse to go on with the run in `where`, of configuration `old`, under one that changes its mathematics.
+    """Refuse to resume the run in `where`, of configuration `old`, under one that changes its mathematics.
 
     `otherwise` is what can be done to have the new value.
     """
@@ -81,7 +81,7 @@ def check_same_data(old: Mapping[str, Any], was: str, data: Mapping[str, Any], n
     if was != now:
         raise UserError(
             f"{data_words(data)}: holds other data (digest {now[:12]}) than the run in {where} was trained on"
-            f" ({data_words(old)}, digest {was[:12]}); take those, or another run_dir="
+            f" ({data_words(old)}, digest {was[:12]}); use those, or another run_dir="
         )
 
 
@@ -106,7 +106,7 @@ class RunConfig(Protocol):
 
     @property
     def resume(self) -> str:
-        """Whether to go on."""
+        """Whether to resume."""
 
     @property
     def init_from(self) -> str | None:
@@ -128,19 +128,19 @@ def check_run_dir(directory: Path, config: RunConfig, *, may_be_finished: bool =
         if state == "finished" and not may_be_finished:
             raise UserError(
                 f"run_dir={directory}: holds a finished run{_on_other_data(directory, config)}; read its summary.json,"
-                f" or take another {'seed= or ' if config.run_dir is None else ''}run_dir="
+                f" or use another {'seed= or ' if config.run_dir is None else ''}run_dir="
             )
         if state == "finished" or (state == "unfinished" and config.resume != "never"):
             check_same_run(read_object(directory / "config.json"), config, str(directory))
         if state == "new" and directory.exists() and any(path.suffix != ".part" for path in directory.iterdir()):
-            raise UserError(f"run_dir={directory}: exists and holds no run; take another run_dir=")
+            raise UserError(f"run_dir={directory}: exists and holds no run; use another run_dir=")
         parent = nearest_existing(directory)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"run_dir={directory}: cannot be used: {error}") from error
     if not writable(directory / "config.json"):
-        raise UserError(f"run_dir={directory}: {parent} is not a folder that you may write to; take another run_dir=")
+        raise UserError(f"run_dir={directory}: {parent} is not a folder that you may write to; use another run_dir=")
     if config.init_from is not None and (config.resume == "never" or (config.resume == "auto" and state == "new")):
-        check_file("init_from", config.init_from)  # a run that goes on has its weights
+        check_file("init_from", config.init_from)  # a resumed run has its weights
     if config.resume not in ("auto", "never") and not expand(config.resume).is_file():
         hint = nearest(config.resume, ["auto", "never"])
         raise UserError(f"resume={config.resume}: must be {RESUME}{hint}")

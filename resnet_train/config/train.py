@@ -132,7 +132,7 @@ def check_train(values: Mapping[str, Any], asked: Collection[str] = (), *, needs
     check_depth(config.depth, config.data.family)
     for key in unread:
         if key in asked:
-            raise UserError(f"{key}: means nothing to {config.data.family} data; drop it")
+            raise UserError(f"{key}: is not used by {config.data.family} data; remove it")
     if config.devices != "auto":
         split_batch(config, config.devices)
     if config.precision == "fp16" and config.device == "cpu":
@@ -141,7 +141,7 @@ def check_train(values: Mapping[str, Any], asked: Collection[str] = (), *, needs
         raise UserError("zero_gamma=true: a plain net would give nothing but zeros; it is for arch=resnet")
     if config.arch == "plain":
         if "shortcut" in asked and config.shortcut != "none":
-            raise UserError(f"shortcut={config.shortcut}: a plain net has no shortcuts; drop it, or take arch=resnet")
+            raise UserError(f"shortcut={config.shortcut}: a plain net has no shortcuts; remove it, or use arch=resnet")
         config = dataclasses.replace(config, shortcut="none")
     elif config.shortcut == "none":
         raise UserError("shortcut=none: a residual net needs A, B or C; without shortcuts it is arch=plain")
@@ -165,9 +165,9 @@ def check_train(values: Mapping[str, Any], asked: Collection[str] = (), *, needs
         if config.freeze > last:
             raise UserError(f"freeze={config.freeze}: the last stage of {config.data.family} nets is {last}")
         if config.init_from is None:
-            raise UserError(f"freeze={config.freeze}: would keep random weights; add init_from=, or drop it")
+            raise UserError(f"freeze={config.freeze}: would keep random weights; add init_from=, or remove it")
     if config.nesterov and not config.momentum:
-        raise UserError("nesterov=true: needs momentum above 0; take momentum=0.9")
+        raise UserError("nesterov=true: needs momentum above 0; use momentum=0.9")
     if needs_data or config.data.root is not None:
         check_source(config.data.name, config.data.root)
     check_held_out(config.data)
@@ -212,10 +212,10 @@ def split_batch(config: Config, devices: int) -> BatchSplit:
     if config.bn_images == "all":
         if config.activation_checkpointing:
             raise UserError(
-                "bn_images=all: would count twice what activation_checkpointing computes again; take a number"
+                "bn_images=all: would count twice what activation_checkpointing computes again; use a number"
             )
         if passes > 1:
-            raise UserError("bn_images=all: a batch taken in parts has no common statistics; drop device_batch_size=")
+            raise UserError("bn_images=all: a batch taken in parts has no common statistics; remove device_batch_size=")
         if config.compile is True:
             raise UserError("bn_images=all: PyTorch does not compile its synchronised batch norm; add compile=false")
         return BatchSplit(images, passes, config.batch_size)

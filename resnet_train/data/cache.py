@@ -55,7 +55,7 @@ def load_cached(name: str, files: list[Path], key: str, make: Callable[[], DataS
 
 
 def keep(path: Path, values: Any) -> None:
-    """Write what was made to the cache folder, whole or not at all; where that cannot be done, say so and go on."""
+    """Write what was made to the cache folder, whole or not at all; where that cannot be done, say so and continue."""
     part = path.with_suffix(f".{os.getpid()}.part")
     try:
         part.parent.mkdir(parents=True, exist_ok=True)

@@ -43,7 +43,7 @@ def download(
     """`path` with `size` bytes that have the checksum, taken from the first of `urls` that delivers them.
 
     A mirror is left when it sends nothing for `stall` seconds, less than `slow` bytes per second over as long, an
-    error or other content; what has come is kept beside `path` and the next mirror, or the next call, goes on from
+    error or other content; what has come is kept beside `path` and the next mirror, or the next call, resumes from
     there. If all are slow, the slow ones may take their time in a second round. Raises UserError if none delivers.
     """
     if path.is_file() and path.stat().st_size == size and checksum(path) == md5:
@@ -66,7 +66,7 @@ def download(
             raise _Failed("other content than the checksum says")
         except _Failed as error:
             reasons.append(f"{url}: {error}")
-            tqdm.write(printable(f"{url}: {error}; going on with the next"))
+            tqdm.write(printable(f"{url}: {error}; trying the next"))
         except OSError as error:
             reason = f"cannot keep the download: {error.strerror}; set RESNET_TRAIN_DATA"
             raise UserError(f"{path.parent}: {reason}") from error

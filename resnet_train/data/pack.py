@@ -62,7 +62,7 @@ LONGEST_JPEG = 65_500  # pixels of a side, as libjpeg has it
 
 
 def pack(*, root: str, out: Path, shorter_side: int, quality: int, images: int, workers: int, broken: str) -> None:
-    """Write the tree at `root` to the folder `out`, or go on with that. Raises UserError and RunError.
+    """Write the tree at `root` to the folder `out`, or resume it. Raises UserError and RunError.
 
     Images come `images` to a shard, as `packed_image` makes them. With `broken="skip"` those that cannot be decoded are
     left out and named.
@@ -89,7 +89,7 @@ def pack(*, root: str, out: Path, shorter_side: int, quality: int, images: int, 
         missing = [shard for shard in shards if _note_of(shard) is None]
         total, done = sum(map(len, files.values())), len(shards) - len(missing)
         if done:
-            say(f"going on: {done} of {len(shards)} shards are there")
+            say(f"resuming: {done} of {len(shards)} shards are there")
         common = {"images": images, "shorter_side": shorter_side, "quality": quality, "skip": broken == "skip"}
         jobs = (common | {"path": shard.path, "note": shard.note, "items": _items(shard)} for shard in missing)
         bar = tqdm(total=total, desc="packing", unit=" images", disable=None)
@@ -114,7 +114,7 @@ def _check_same(out: Path, before: PackSettings, settings: PackSettings) -> None
         value = getattr(before, field.name)
         if value != getattr(settings, field.name):
             word = "data.root" if field.name == "source" else field.name
-            raise UserError(f"{word}: {out} holds a pack with other values ({format_value(value)}); take another out=")
+            raise UserError(f"{word}: {out} holds a pack with other values ({format_value(value)}); use another out=")
 
 
 def _begin(out: Path, settings: PackSettings, files: dict[str, Files]) -> None:
@@ -127,7 +127,7 @@ def _begin(out: Path, settings: PackSettings, files: dict[str, Files]) -> None:
             raise UserError(f"{place}: is damaged ({error}); remove {out}") from error
         _check_same(out, before, settings)
     elif any(path.name != PACKING or not path.is_dir() for path in out.iterdir()):
-        raise UserError(f"out={out}: exists and holds no pack; take another out=")
+        raise UserError(f"out={out}: exists and holds no pack; use another out=")
     for folder in (PACKING, *files):
         (out / folder).mkdir(exist_ok=True)
     if not place.is_file():
@@ -242,7 +242,7 @@ def _finish(
         found = [(shard, _note_of(shard)) for shard in planned if shard.source is source]
         notes = [note for _, note in found if note is not None]
         if len(notes) < len(found):
-            raise RunError(f"{out}: was changed while it was packed; the same command goes on")
+            raise RunError(f"{out}: was changed while it was packed; the same command resumes")
         shards = [note.shard for note in notes if note.shard]
         if not shards:
             raise UserError(f"data.root: no image of {part}/ can be decoded")
@@ -327,7 +327,7 @@ def _worked(work: Callable[[Any], Any], jobs: Iterable[Any], workers: int) -> It
                     yield running.pop(future), future.result()
                     running |= {pool.submit(work, job): job for job in itertools.islice(waiting, 1)}
         except BrokenProcessPool as error:
-            raise RunError("a process was killed (out of memory?); the same command goes on") from error
+            raise RunError("a process was killed (out of memory?); the same command resumes") from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 

@@ -257,7 +257,7 @@ def located(root: str) -> Path:
         try:
             return pool.submit(_fetched, root.rstrip("/")).result()
         except BrokenProcessPool as error:
-            raise RunError("the process that fetched the shards was killed; the same command goes on") from error
+            raise RunError("the process that fetched the shards was killed; the same command resumes") from error
 
 
 def _listed(name: str, part: PackPart) -> Tensor:

@@ -91,7 +91,7 @@ class Faults:
         if not isinstance(fault, Fault):
             return False
         if self.stop and not fault.always:
-            raise UserError(f"{fault}; mend it, or have such left out and counted: data.broken=skip") from fault
+            raise UserError(f"{fault}; fix it, or skip and count such files with data.broken=skip") from fault
         self.counted[fault.kind] += 1
         return True
 

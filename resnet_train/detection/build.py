@@ -49,7 +49,7 @@ def build_new(config: DetectConfig, classes: int) -> tuple[Detector, Backbone]:
     if source.family != "imagenet" or source.depth != config.depth:
         raise UserError(
             f"init_from={path}: holds {source.name}; "
-            + (f"take depth={source.depth}" if source.family == "imagenet" else "detection takes an ImageNet net")
+            + (f"use depth={source.depth}" if source.family == "imagenet" else "detection takes an ImageNet net")
         )
     if source.arch != "resnet":
         advice = (

@@ -55,7 +55,7 @@ def build(
     torch.manual_seed(generator(config.seed, "initialisation", 0).initial_seed())
     if state is not None:
         model, backbone = build_like_checkpoint(config, state)
-        with checkpoint.checkpoint_errors("the checkpoint to go on from"):
+        with checkpoint.checkpoint_errors("the checkpoint to resume from"):
             precision = precision_of(state)
     else:
         model, backbone = build_new(config, len(examples.classes))
@@ -74,6 +74,6 @@ def build(
         losses=torch.zeros(world_size(), len(LOSSES), dtype=torch.float64, device=device),
     )
     if state is not None:
-        with checkpoint.checkpoint_errors("the checkpoint to go on from"):
+        with checkpoint.checkpoint_errors("the checkpoint to resume from"):
             task.load(state)
     return task

@@ -219,10 +219,10 @@ class DetectionTask:
         if self.backbone.pretrained:
             frozen = f"; frozen up to {config.freeze}" if config.freeze else ""
             norm = "" if config.backbone == "vgg16" else "; batch norm stays as it has it"
-            lines.append(f"begins with {self.backbone.pretrained}{norm}{frozen}")
+            lines.append(f"starts from {self.backbone.pretrained}{norm}{frozen}")
         else:
             lines.append(
-                "begins with random weights, which the paper does not: the figures say nothing about its tables 7 and 8"
+                "starts from random weights, which the paper does not: the figures say nothing about its tables 7 and 8"
             )
         return lines + [f"warning: {count} {fault}" for fault, count in examples.faults.items()]
 

@@ -53,7 +53,7 @@ def save(path: Path, state: dict[str, Any], *, keep_as: Path | None = None) -> N
             reason, way = error.strerror, remedy(error)
         intact = path.exists() or (keep_as is not None and keep_as.exists())
         raise RunError(
-            f"{path}: the checkpoint cannot be written ({reason}); {way}, the same command goes on"
+            f"{path}: the checkpoint cannot be written ({reason}); {way}, the same command resumes"
             + (" from the one before it, which is intact" if intact else "")
         ) from error
 
@@ -192,7 +192,7 @@ def checkpoint_errors(name: Path | str) -> Iterator[None]:
         if from_machine_error(error):
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{name}: holds other things than a checkpoint of this net must ({reason})") from error
+        raise UserError(f"{name}: does not match this network ({reason})") from error
 
 
 def check_net(model: Mapping[str, Tensor], make: Callable[[], nn.Module], layers: int) -> None:
@@ -245,7 +245,7 @@ def load_newest(folder: Path, *, detector: bool = False) -> tuple[Path, dict[str
                 problems.append(error)
                 continue
             for problem in problems:
-                say(f"warning: {problem}; going on from {path.name} (iteration {state['iteration']})")
+                say(f"warning: {problem}; resuming from {path.name} (iteration {state['iteration']})")
                 (folder / "last.pt").replace(folder / "damaged.pt")  # lest the next save keep it as previous.pt
             return path, state
     if problems:

@@ -21,7 +21,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 def pick_device(name: str) -> torch.device:
     """auto, cpu or cuda as this process's device. Raises UserError where there is no GPU for it."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("device=cuda: torch sees no GPU here; take device=cpu")
+        raise UserError("device=cuda: torch sees no GPU here; use device=cpu")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
@@ -75,7 +75,7 @@ def sgd(
 def check_synchronised(device: torch.device) -> None:
     """Raise UserError where batch norm over the images of all processes cannot be had."""
     if device.type == "cpu":
-        raise UserError("bn_images=all: PyTorch's synchronised batch norm needs GPUs; take a number of images")
+        raise UserError("bn_images=all: PyTorch's synchronised batch norm needs GPUs; use a number of images")
 
 
 def wrap_ddp(model: nn.Module, first: Callable[[nn.Module], Tensor]) -> nn.Module:
@@ -92,7 +92,7 @@ def wrap_ddp(model: nn.Module, first: Callable[[nn.Module], Tensor]) -> nn.Modul
         **{"forward_sync_buffers" if newer else "broadcast_buffers": False},  # type: ignore[arg-type]
     )
     # After its first pass it puts the gradients in another order, in which sums of more than two round otherwise. That
-    # pass is made here, on nothing: else a run that is cut and goes on would differ from one that is not.
+    # pass is made here, on nothing: else a run that is cut and resumed would differ from one that is not.
     buffers = [buffer.clone() for buffer in model.buffers()]
     first(net).backward()
     model.zero_grad(set_to_none=True)

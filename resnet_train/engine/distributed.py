@@ -126,7 +126,7 @@ def process_group(device: torch.device, timeout: int) -> Iterator[None]:
     file = os.environ.get(STORE)
     where = file or f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     unmet = f"{os.environ['WORLD_SIZE']} processes did not meet at {where} within timeout={timeout} s"
-    listening = "" if file else " (something else may be listening there); take another port"
+    listening = "" if file else " (something else may be listening there); use another port"
     watch = threading.Timer(3 * timeout, _end, [unmet + listening])
     watch.daemon = True
     watch.start()

@@ -78,7 +78,7 @@ def launch(job: Callable[[], int], processes: int, max_restarts: int) -> int:
     raise RunError(
         f"rank {rank} (process {failure.pid}) was killed by {signal.Signals(-failure.exitcode).name}"
         + (f" after all restarts (max_restarts={max_restarts})" if max_restarts else "")
-        + "; the same command goes on from the last checkpoint"
+        + "; the same command resumes from the last checkpoint"
         + ("" if max_restarts else ", and with max_restarts=3 by itself")
     )
 
@@ -108,9 +108,9 @@ def pick_processes(devices: int | str, device: str) -> int:
     """The processes to start: `devices`, or for auto one for each GPU. Raises UserError for more than there are."""
     gpus = 0 if device == "cpu" else torch.cuda.device_count()
     if device == "cuda" and not gpus:  # here, or each of the processes would tell of it
-        raise UserError("device=cuda: torch sees no GPU here; take device=cpu")
+        raise UserError("device=cuda: torch sees no GPU here; use device=cpu")
     if devices == "auto":
         return max(1, gpus)
     if gpus and int(devices) > gpus:
-        raise UserError(f"devices={devices}: torch sees {gpus} here; take devices={gpus} or device=cpu")
+        raise UserError(f"devices={devices}: torch sees {gpus} here; use devices={gpus} or device=cpu")
     return int(devices)

@@ -34,7 +34,7 @@ threading.excepthook = _hook
 
 
 def read_points(path: Path, iteration: int) -> list[dict[str, Any]]:
-    """The points of a metrics file up to `iteration`, where a run goes on from there. Raises OSError."""
+    """The points of a metrics file up to `iteration`, where a run resumes there. Raises OSError."""
     if iteration and not path.is_file():  # not there, or a FIFO
         say(f"warning: {path}: is not there; the curves begin after iteration {iteration}")
     return [point for point in read_metrics(path) if point["iteration"] <= iteration]
@@ -48,7 +48,7 @@ def message(text: str) -> None:
 
 
 class MetricsLogger:
-    """The open record of one run in `directory`, going on after `iteration`; None for a process that tells nothing.
+    """The open record of one run in `directory`, resumed after `iteration`; None for a process that tells nothing.
 
     Metrics after `iteration` are cut, so that a resumed run leaves one seamless curve. `names` (data, seed) stand in
     every line. TensorBoard gets a writer for each split, so that their curves share a chart.
@@ -94,7 +94,7 @@ class MetricsLogger:
             kept = any((self.path.parent / "checkpoints").glob("*.pt"))
             raise RunError(
                 f"{self.path.parent}: the record cannot be written ({error.strerror}); {remedy(error)}, the same"
-                f" command goes on{' from the last checkpoint, which is intact' if kept else ''}"
+                f" command resumes{' from the last checkpoint, which is intact' if kept else ''}"
             ) from error
 
     def _writer(self, split: str) -> SummaryWriter:

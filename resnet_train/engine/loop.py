@@ -113,7 +113,7 @@ def check_finite(task: Task, directory: Path) -> None:
             RunError(
                 f"the loss is not finite at iteration {task.iteration} or shortly before;"
                 + (f" {directory}/checkpoints holds the last good state;" if kept else "")
-                + f" take a lower {task.key_of_lr}= in a new run"
+                + f" use a lower {task.key_of_lr}= in a new run"
                 + (", or precision=fp32" if task.precision in ("bf16", "fp16") else "")
             )
         )

@@ -92,7 +92,7 @@ def begin_run(task: Task, directory: Path, state: dict[str, Any] | None, command
 def begin_directory(directory: Path, config: dict[str, Any], *, new: bool) -> None:
     """Write config.json; a `new` start removes what a run before left.
 
-    The checkpoints leave their place all at once: half of them would be taken for a run to go on with. Raises OSError.
+    The checkpoints leave their place all at once: half of them would be taken for a run to resume. Raises OSError.
     """
     folder, old = directory / "checkpoints", directory / "checkpoints.part"
     if new:

@@ -103,7 +103,7 @@ def run(
             # The signal was for the compiler's own processes as well. Nothing has come of this iteration.
             if is_main():
                 begun = (directory / "checkpoints" / "last.pt").exists()
-                how = "goes on from the last checkpoint" if begun else "begins again"
+                how = "resumes from the last checkpoint" if begun else "begins again"
                 say(f"stopped after iteration {task.iteration}, while compiling; the same command {how}")
             return 128 + stop.signal
 
@@ -118,7 +118,7 @@ def _announce(task: Task, directory: Path, state: dict[str, Any] | None) -> None
     if state is not None:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         after = f", restart {attempt} after the death of a process" if attempt != "0" else ""
-        say(f"going on from iteration {task.iteration}{after}")
+        say(f"resuming from iteration {task.iteration}{after}")
         for line in task.describe_changes(state):
             say(line)
     sys.stdout.flush()
@@ -128,7 +128,7 @@ def _stopped(task: Task, stop: Stop) -> int:
     """The exit code of a run that a signal has stopped, which is told."""
     if is_main():
         how = "the same command" if task.config.resume == "auto" else "the same command with resume=auto"
-        say(f"stopped at iteration {task.iteration}, checkpoint written; {how} goes on from there")
+        say(f"stopped at iteration {task.iteration}, checkpoint written; {how} resumes there")
     return 128 + stop.signal
 
 

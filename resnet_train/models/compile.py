@@ -25,7 +25,7 @@ def compile_network(model: ResNet, depth: int, device: torch.device) -> bool:
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
         if is_main():
-            say(f"compile=true: there is no working compiler ({reason}); going on without, slower")
+            say(f"compile=true: there is no working compiler ({reason}); continuing without, slower")
         return False
     if depth <= WHOLE and not model.recompute:
         model.compile(dynamic=False)

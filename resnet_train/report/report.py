@@ -82,7 +82,7 @@ def _check_out(out: Path, folders: list[Path]) -> None:
     """Refuse to write into a run. Raises UserError."""
     for folder in folders:
         if out.resolve().is_relative_to(folder.resolve()):
-            raise UserError(f"out={out}: lies in the run {folder}; take another folder")
+            raise UserError(f"out={out}: lies in the run {folder}; use another folder")
 
 
 def _kept_apart(groups: list[list[Run]]) -> list[str]:

@@ -135,7 +135,7 @@ def export(asked: WeightsConfig) -> None:
     note, images = "", "RGB in 0 to 1, minus mean, divided by std"
     if asked.format == "onnx":
         if asked.std is not None:
-            raise UserError("std: means nothing to an ONNX file, which takes images in 0 to 1 as they are; drop it")
+            raise UserError("std: is not used by an ONNX file, which takes images in 0 to 1 as they are; remove it")
         difference, content = to_onnx(net, mean, divisor(config), config.data.size)
         images = f"float32 RGB in 0 to 1, (N, 3, {config.data.size}, {config.data.size}); mean and std are inside"
         note = f"; logits as PyTorch's to {difference:.1g} by onnxruntime"

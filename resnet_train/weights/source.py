@@ -180,7 +180,7 @@ def check_same_net(source: Source, config: Config, where: str) -> None:
     take = [f"{key}={value}" for key, value in theirs.items() if getattr(config, key) != value]
     if take:
         take = [word for word in take if word != "shortcut=none"]  # that goes with arch=plain
-        raise UserError(f"{where}: is the {source.name}, and this run's is the {config.net}; take {' '.join(take)}")
+        raise UserError(f"{where}: is the {source.name}, and this run's is the {config.net}; use {' '.join(take)}")
 
 
 def read_description(path: Path) -> dict[str, Any] | None:
