@@ -23,26 +23,16 @@ PARENT = os.getppid()
 
 NEAR = 0.75  # how alike a word must be to be suggested, out of 1: nearest() of anything else would lead astray
 
-# Words of other tools, and ours for them.
-MEANT = {
-    "epochs": "iterations",
-    "learning_rate": "lr",
-    "dataset": "data",
-    "model": "arch",
+# Values of other tools, and ours for them. Their keys stand at the fields of ours: config.schema.Alias.
+ALIASES = {
     "gpu": "cuda",
     "float16": "fp16",
     "bfloat16": "bf16",
     "float32": "fp32",
     "float64": "fp64",
-    "gpus": "devices",
-    "sync_bn": "bn_images",
     "10crop": "tencrop",
     "10-crop": "tencrop",
     "multi-scale": "multiscale",
-    "gradient_checkpointing": "activation_checkpointing",
-    "pretrained": "init_from",
-    "weights": "init_from",
-    "frozen_stages": "freeze",
 }
 
 
@@ -178,7 +168,7 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
 def closest(word: str, allowed: Iterable[str]) -> str | None:
     """The allowed word most like `word`, if one is near."""
     words = {item.lower(): item for item in allowed}
-    word = MEANT.get(word.lower(), word.lower())
+    word = ALIASES.get(word.lower(), word.lower())
     group, _, name = word.rpartition(".")
 
     def likeness(item: str) -> float:

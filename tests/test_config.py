@@ -7,7 +7,6 @@ import functools
 import json
 import os
 import re
-import typing
 import zipfile
 from pathlib import Path
 
@@ -17,31 +16,16 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import OverrideType, QuotedString
 
 from resnet_train import cli
-from resnet_train.config.commands import (
-    BenchConfig,
-    ClassifyConfig,
-    EvalConfig,
-    PackConfig,
-    ReportConfig,
-    ResponsesConfig,
-    WeightsConfig,
-    check_eval,
-)
-from resnet_train.config.compose import CONFIG_DIR, compose
-from resnet_train.config.detection import DetectConfig, DetectData, PredictConfig
+from resnet_train.config import commands, detection
+from resnet_train.config.commands import check_eval
+from resnet_train.config.compose import CONFIG_DIR, LISTS, TEXTS, compose
+from resnet_train.config.compose import CONFIGS as KINDS
+from resnet_train.config.detection import DetectConfig
+from resnet_train.config.keys import Free, Range
 from resnet_train.config.layout import class_folders
-from resnet_train.config.run_dir import FREE_KEYS, check_run_dir, check_same_run, plain_word, run_directory, run_state
-from resnet_train.config.schema import ABOVE, BELOW, LISTS, RANGES, TEXTS, flat
-from resnet_train.config.train import (
-    UNREAD,
-    Augment,
-    Config,
-    Data,
-    Schedule,
-    check_depth,
-    check_train,
-    config_from_checkpoint,
-)
+from resnet_train.config.run_dir import check_run_dir, check_same_run, plain_word, run_directory, run_state
+from resnet_train.config.schema import as_list, flat, from_dict, keys_taking, marked, unread_keys
+from resnet_train.config.train import Config, check_depth, check_train, config_from_checkpoint
 from resnet_train.dispatch import prepare
 from resnet_train.engine.schedule import Progress, learning_rate
 from resnet_train.errors import UserError, nearest
@@ -277,16 +261,6 @@ def test_photographs_are_cut_in_one_way(words, tmp_path):
     assert refusal(*needs_root("imagenet", tmp_path), *words).startswith("augment.")
 
 
-def test_a_configuration_of_an_earlier_version_is_read():
-    values = checked().plain()
-    del values["normalise"], values["augment"]["area"], values["augment"]["colour_jitter"]
-    del values["warmup"]["iterations"]
-    found = config_from_checkpoint(values)
-    assert found.warmup.iterations == 0
-    assert (found.normalise, found.augment.area, found.augment.colour_jitter) == ("channels", None, 0)
-    check_same_run(values, found.plain(), "run")
-
-
 @pytest.mark.parametrize("data", DATA)
 def test_the_numbers_are_the_papers(data, tmp_path):
     """Sections 3.4 and 4.2; the warm-up of 110 layers is CIFAR-10's."""
@@ -312,7 +286,7 @@ def test_the_tables_above_hold_every_key():
     """A new key needs a line in OTHER, PLATEAU or FREE."""
     schedules = [flat(composed(f"schedule={name}")) for name in SCHEDULES]
     assert set().union(*schedules) == ALL_KEYS | {"scale"}
-    assert FREE.keys() == FREE_KEYS
+    assert FREE.keys() == marked(Free, Config).keys()
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -337,7 +311,10 @@ def test_what_photographs_need_can_be_changed(key, tmp_path):
         assert found != flat(composed(*base))[key]
 
 
-@pytest.mark.parametrize(("family", "key"), [(family, key) for family, keys in UNREAD.items() for key in keys])
+@pytest.mark.parametrize(
+    ("family", "key"),
+    [(family, key) for family in ("cifar", "imagenet") for key in unread_keys(Config, family, *SCHEDULES)],
+)
 def test_what_a_family_does_not_read_is_refused(family, key, tmp_path):
     base = needs_root("imagenet", tmp_path) if family == "imagenet" else []
     value = (OTHER | PHOTOS | {"data.workers": ("7",), "data.broken": ("skip",), "augment.area": ("[0.08,1]",)})[key][0]
@@ -388,37 +365,18 @@ def test_every_key_is_read():
     assert unread({"bn_wd", "schedule.nosuch", "seed"}) == {"bn_wd", "schedule.nosuch"}
 
 
-def test_every_bounded_number_is_a_key():
-    keys = set().union(*(flat(composed(f"schedule={name}")) for name in SCHEDULES))
-    for name, words in (
-        ("bench", []),
-        ("eval", ["checkpoint=x"]),
-        ("responses", ["checkpoint=x"]),
-        ("pack", []),
-        ("weights", []),
-        ("detect", []),
-        ("predict", ["checkpoint=x"]),
-    ):
-        keys |= compose(name, words).keys()
-    assert RANGES.keys() <= keys
-    assert RANGES.keys() >= ABOVE | BELOW
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_number_has_a_range(kind):
+    assert keys_taking({int, float, list[int], list[float]}, kind) == marked(Range, kind).keys()
 
 
-def test_every_text_and_every_list_is_told_of():
+def test_every_text_and_every_list_is_known():
     """For these values Hydra's grammar is kept off, and a list is advised."""
-    commands = (EvalConfig, ReportConfig, ResponsesConfig, BenchConfig, PackConfig, WeightsConfig, ClassifyConfig)
-    kinds: dict = dict.fromkeys((Config, *commands, DetectConfig, PredictConfig), "")
-    kinds |= {Data: "data.", DetectData: "data.", Schedule: "schedule.", Augment: "augment."}
-    texts, lists = set(), set()
-    for kind, prefix in kinds.items():
-        for key, hint in typing.get_type_hints(kind).items():
-            options = typing.get_args(hint) or (hint,)
-            if str in options or list[str] in options:
-                texts.add(prefix + key)
-            if {list[int], list[float]} & {hint, *options}:
-                lists.add(prefix + key)
-    assert texts == TEXTS
-    assert lists == LISTS
+    modules = (commands, detection)
+    assert {kind for module in modules for name, kind in vars(module).items() if name.endswith("Config")} == set(KINDS)
+    assert {"run_dir", "data.root", "data.classes", "checkpoint", "classes", "resume"} < TEXTS
+    assert {"schedule.drops", "augment.area", "anchors", "mean"} < LISTS
+    assert not TEXTS & LISTS
 
 
 def test_a_configuration_survives_json():
@@ -426,10 +384,12 @@ def test_a_configuration_survives_json():
     assert config_from_checkpoint(json.loads(json.dumps(found.plain()))) == found
 
 
-def test_a_configuration_of_another_version_is_named():
+@pytest.mark.parametrize("key", ["seed", "normalise", "augment.area", "warmup.iterations", "data.broken"])
+def test_a_configuration_of_another_version_is_named(key):
     plain = checked().plain()
-    del plain["seed"]
-    with pytest.raises(UserError, match=r"stored configuration.*seed: is missing"):
+    *group, name = key.split(".")
+    del functools.reduce(dict.__getitem__, group, plain)[name]
+    with pytest.raises(UserError, match=rf"stored configuration.* {key}: is missing$"):
         config_from_checkpoint(plain)
 
 
@@ -982,7 +942,7 @@ def test_a_run_does_not_go_on_with_another_value(key, tmp_path):
     base = base_of(key, tmp_path)
     changed = checked(*base, f"{key}={(OTHER | PLATEAU | PHOTOS)[key][0]}")
     with pytest.raises(UserError, match="here") as caught:
-        check_same_run(checked(*base).plain(), changed.plain(), "here")
+        check_same_run(checked(*base).plain(), changed, "here")
     assert str(caught.value).startswith(f"{key}=")
 
 
@@ -992,8 +952,25 @@ def test_what_enters_no_mathematics_may_change():
         found, data=dataclasses.replace(found.data, root="/elsewhere", workers=7, broken="skip")
     )
     old, new = flat(checked().plain()), flat(found.plain())
-    assert {key for key in old if old[key] != new[key]} == FREE_KEYS
-    check_same_run(checked().plain(), found.plain(), "here")
+    assert {key for key in old if old[key] != new[key]} == FREE.keys()
+    check_same_run(checked().plain(), found, "here")
+
+
+@pytest.mark.parametrize("command", ["train", "detect"])
+def test_every_other_key_enters_the_mathematics(command):
+    values = compose("detect", [])
+    values["data"]["train"] = as_list(values["data"]["train"])
+    found = checked() if command == "train" else from_dict(DetectConfig, values)
+    refused = set()
+    for key in flat(found.plain()):
+        old = found.plain()
+        *groups, name = key.split(".")
+        functools.reduce(dict.__getitem__, groups, old)[name] = "another"
+        try:
+            check_same_run(old, found, "here")
+        except UserError as error:
+            refused.add(str(error).split("=")[0])
+    assert refused == flat(found.plain()).keys() - FREE.keys()
 
 
 def run_in(folder, found, *, finished=False):
@@ -1034,7 +1011,7 @@ def test_another_seed_is_no_advice_where_the_folder_is_named(tmp_path):
 
 
 def test_another_directory_is_no_advice_for_a_checkpoint_of_another_run():
-    old, new = checked().plain(), checked("momentum=0.5").plain()
+    old, new = checked().plain(), checked("momentum=0.5")
     for otherwise in ("another run_dir=", "init_from= in place of resume="):
         with pytest.raises(UserError, match=re.escape(f"has momentum=0.9; use that, or {otherwise}") + "$"):
             check_same_run(old, new, "here", otherwise)

@@ -19,7 +19,9 @@ from hypothesis import strategies as st
 
 from resnet_train import cli
 from resnet_train.config.compose import compose, groups
-from resnet_train.config.schema import RANGES, flat
+from resnet_train.config.keys import Range
+from resnet_train.config.schema import flat, marked
+from resnet_train.config.train import Config
 from resnet_train.dispatch import main
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 250))
@@ -41,11 +43,12 @@ KEYS = flat(compose("train", ["schedule=plateau"]))
 BOOLS = {key for key, value in KEYS.items() if isinstance(value, bool)}
 LISTS = {"schedule.drops", "augment.shorter_side"}
 FREE = {"init_from", "run_dir", "resume", "data.root", "recipe"}
+RANGES = marked(Range, Config) | {"scale": Range(0, 1)}
 NUMBERS = RANGES.keys() - LISTS
 WORDS = KEYS.keys() - BOOLS - LISTS - FREE - NUMBERS
 WHOLE = {"seed", "depth", "iterations", "batch_size", "timeout", "devices", "augment.pad", "data.size"}
-BELOW = {key: int(low) for key, (low, _) in RANGES.items() if low is not None and key in NUMBERS}
-ABOVE = {key: int(high) for key, (_, high) in RANGES.items() if high is not None and key in NUMBERS}
+BELOW = {key: int(found.low) for key, found in RANGES.items() if found.low is not None and key in NUMBERS}
+ABOVE = {key: int(found.high) for key, found in RANGES.items() if found.high is not None and key in NUMBERS}
 
 
 def items(keys, values):

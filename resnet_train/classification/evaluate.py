@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resnet_train.classification.load import load_model, open_dataset, pick_eval_batch
-from resnet_train.config.commands import EvalConfig, EvalData
+from resnet_train.config.commands import EvalConfig
+from resnet_train.config.data import EvalData
 from resnet_train.config.layout import check_source
 from resnet_train.config.train import Config, config_from_checkpoint
 from resnet_train.data.memory import MemoryDataset

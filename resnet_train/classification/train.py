@@ -16,7 +16,7 @@ from resnet_train.classification.evaluate import count_errors
 from resnet_train.classification.load import pick_eval_batch
 from resnet_train.classification.step import CapturedStep, TrainState, step
 from resnet_train.config.layout import describe_left_out
-from resnet_train.config.run_dir import INDIFFERENT
+from resnet_train.config.run_dir import as_stored
 from resnet_train.config.train import Config
 from resnet_train.data.memory import MemoryDataset
 from resnet_train.data.streaming import StreamingDataset
@@ -192,7 +192,7 @@ class ClassificationTask(TrainState):
     def state(self) -> dict[str, Any]:
         """A checkpoint's content: tensors and plain values only. All processes call this."""
         return {
-            "config": self.config.plain() | INDIFFERENT,  # the same file in any directory, however often it was cut
+            "config": as_stored(self.config),
             "classes": self.dataset.classes,
             "label": self.dataset.label,
             "digest": self.dataset.digest,

@@ -6,8 +6,11 @@ import dataclasses
 import typing
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from resnet_train.config import keys
+from resnet_train.config.data import EvalData, PackData, WeightsData, check_other_data
+from resnet_train.config.keys import OnlyFor, Range
 from resnet_train.config.layout import PACKED, REMOTE, check_source, is_packed, is_remote
 from resnet_train.config.paths import (
     anchored,
@@ -18,18 +21,10 @@ from resnet_train.config.paths import (
     check_paths,
     writable,
 )
-from resnet_train.config.schema import as_list, format_value, from_dict
+from resnet_train.config.schema import as_list, format_value, from_dict, unread_keys
 from resnet_train.config.train import Config, check_train
 from resnet_train.errors import UserError, nearest
 from resnet_train.files import expand
-
-
-@dataclass(frozen=True)
-class EvalData:
-    """The data to evaluate on; `same` is what the checkpoint was trained on."""
-
-    name: Literal["same", "cifar10", "digits", "imagefolder", "imagenet"]
-    root: str | None
 
 
 @dataclass(frozen=True)
@@ -39,11 +34,11 @@ class EvalConfig:
     data: EvalData
     checkpoint: list[str]
     protocol: Literal["center", "tencrop", "multiscale"]
-    precise_bn: int
+    precise_bn: Annotated[int, Range(0, 10**6)]
     split: Literal["test", "val", "train"]
-    devices: int | Literal["auto"]
-    device: Literal["auto", "cpu", "cuda"]
-    timeout: int
+    devices: keys.Devices
+    device: keys.Device
+    timeout: keys.Timeout
     out: str | None
 
 
@@ -64,8 +59,8 @@ class ResponsesConfig:
     checkpoint: list[str]
     data: EvalData
     split: Literal["test", "val", "train"]
-    images: int
-    device: Literal["auto", "cpu", "cuda"]
+    images: Annotated[int, Range(2)]
+    device: keys.Device
     out: str
 
 
@@ -74,19 +69,11 @@ class BenchConfig:
     """What `resnet-bench` is told beside a configuration of training: configs/bench.yaml."""
 
     bench: Literal["step", "loop", "loader", "eval", "startup", "memory"]
-    rounds: int
-    seconds: float
-    steps: int
+    rounds: Annotated[int, Range(1, 1000)]
+    seconds: Annotated[float, Range(0, 3600, above=True)]
+    steps: Annotated[int, Range(2, 10**9)]
     packed: str | None
     out: str | None
-
-
-@dataclass(frozen=True)
-class PackData:
-    """The tree to pack."""
-
-    root: str | None
-    broken: Literal["stop", "skip"]
 
 
 @dataclass(frozen=True)
@@ -96,19 +83,10 @@ class PackConfig:
     data: PackData
     out: str | None
     check: str | None
-    shorter_side: int
-    quality: int
-    shard_images: int
-    workers: int
-
-
-@dataclass(frozen=True)
-class WeightsData:
-    """The data set that imported weights are for; auto is imagenet or cifar10, as the net is."""
-
-    name: Literal["auto", "cifar10", "digits", "imagefolder", "imagenet"]
-    root: str | None
-    size: int | None
+    shorter_side: keys.ShorterSide
+    quality: keys.Quality
+    shard_images: keys.ShardImages
+    workers: Annotated[int, Range(0, 256)]
 
 
 @dataclass(frozen=True)
@@ -119,13 +97,13 @@ class WeightsConfig:
     file: str
     out: str
     format: Literal["auto", "torchvision", "akamaster", "safetensors", "onnx"]
-    std: list[float] | None
-    mean: list[float] | None
-    arch: Literal["resnet", "plain"] | None
-    bottleneck_stride: Literal["1x1", "3x3"] | None
-    classes: str | None
-    precision: Literal["bf16", "fp16", "fp32", "fp64"]
-    data: WeightsData
+    std: Annotated[list[float] | None, Range(0, 10, above=True)]
+    mean: Annotated[list[float] | None, Range(0, 1), OnlyFor("import")]
+    arch: Annotated[Literal["resnet", "plain"] | None, OnlyFor("import")]
+    bottleneck_stride: Annotated[Literal["1x1", "3x3"] | None, OnlyFor("import")]
+    classes: Annotated[str | None, OnlyFor("import")]
+    precision: Annotated[Literal["bf16", "fp16", "fp32", "fp64"], OnlyFor("import")]
+    data: Annotated[WeightsData, OnlyFor("import")]
 
 
 @dataclass(frozen=True)
@@ -133,16 +111,14 @@ class ClassifyConfig:
     """Everything that `resnet-classify` is told beside the images: configs/classify.yaml."""
 
     checkpoint: str
-    device: Literal["auto", "cpu", "cuda"]
+    device: keys.Device
     out: str | None
 
 
-# What `resnet-weights` reads for one of its words only, and the formats of each word.
-READ_BY_IMPORT = ("mean", "arch", "bottleneck_stride", "classes", "precision", "data")
+# The formats of each word of `resnet-weights`, and the endings of files that tell them.
 FORMATS = {"import": ("auto", "torchvision", "akamaster"), "export": ("auto", "torchvision", "safetensors", "onnx")}
 SUFFIXES = {".pth": "torchvision", ".pt": "torchvision", ".safetensors": "safetensors", ".onnx": "onnx"}
-# What `resnet-bench` does not read of the recipe and the data set, and what it has in place of training's own keys.
-UNREAD_BY_BENCH = ("iterations", "eval_every", "data.validation")
+# What `resnet-bench` has in place of training's own keys.
 FIXED_BY_BENCH = {
     "iterations": 10**9,
     "eval_every": 10**9,
@@ -156,6 +132,7 @@ FIXED_BY_BENCH = {
     "freeze": None,
     "scale": 1,
 }
+UNREAD_BY_BENCH = (*FIXED_BY_BENCH, "data.validation")  # of the data set it reads all else
 
 
 def check_eval(values: Mapping[str, Any]) -> EvalConfig:
@@ -163,17 +140,9 @@ def check_eval(values: Mapping[str, Any]) -> EvalConfig:
     config = from_dict(EvalConfig, {**values, "checkpoint": as_list(values["checkpoint"])})
     check_paths({"data.root": config.data.root, "out": config.out})
     check_checkpoints(config.checkpoint)
-    _check_other_data(config.data)
+    check_other_data(config.data)
     check_out(config.out)
     return dataclasses.replace(config, data=anchored(config.data))
-
-
-def _check_other_data(data: EvalData) -> None:
-    """Refuse other data than the checkpoint's own that a look at the folder shows to be wrong. Raises UserError."""
-    if data.name != "same":
-        check_source(data.name, data.root)
-    elif data.root is not None and not expand(data.root).exists():
-        raise UserError(f"data.root={data.root}: there is no such file or folder")
 
 
 def check_report(values: Mapping[str, Any]) -> ReportConfig:
@@ -196,7 +165,7 @@ def check_responses(values: Mapping[str, Any]) -> ResponsesConfig:
     config = from_dict(ResponsesConfig, {**values, "checkpoint": as_list(values["checkpoint"])})
     check_checkpoints(config.checkpoint)
     check_paths({"data.root": config.data.root})
-    _check_other_data(config.data)
+    check_other_data(config.data)
     check_folder(config.out)
     return dataclasses.replace(config, data=anchored(config.data))
 
@@ -248,9 +217,10 @@ def check_weights(values: Mapping[str, Any], asked: Collection[str] = ()) -> Wei
     if config.format not in FORMATS[word]:
         allowed = ", ".join(FORMATS[word])
         raise UserError(f"format={config.format}: resnet-weights {word} has {allowed}")
+    unread = unread_keys(WeightsConfig, word)
     for key in asked:
-        if word == "export" and key.split(".")[0] in READ_BY_IMPORT:
-            raise UserError(f"{key}: is not used by resnet-weights export; remove it")
+        if key.split(".")[0] in unread:
+            raise UserError(f"{key}: is not used by resnet-weights {word}; remove it")
     for key, value in (("mean", config.mean), ("std", config.std)):
         if value is not None and len(value) != 3:
             raise UserError(f"{key}={value}: must be three numbers, of red, green and blue, as [0.5,0.5,0.5]")

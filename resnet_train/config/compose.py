@@ -20,8 +20,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from resnet_train.config.commands import FIXED_BY_BENCH, UNREAD_BY_BENCH
-from resnet_train.config.schema import LISTS, TEXTS, flat
+from resnet_train.config import commands, detection, train
+from resnet_train.config.schema import flat, key_for, keys_taking
 from resnet_train.errors import UserError, closest, nearest
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -31,6 +31,12 @@ GROUPED = ("train", "bench", "detect")  # the commands that choose options of gr
 KEY = re.compile(r"[+~]*[A-Za-z_][\w./]*", re.ASCII)
 PAIR = re.compile(r"[+~]*(hydra/\w+|[A-Za-z_][\w.]*)=", re.ASCII)
 PIECE = re.compile(r""""(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|[^,]+""")  # of values with commas between them
+CONFIGS: list[type] = [train.Config, detection.DetectConfig, detection.PredictConfig]
+CONFIGS += [commands.EvalConfig, commands.ReportConfig, commands.ResponsesConfig, commands.BenchConfig]
+CONFIGS += [commands.PackConfig, commands.WeightsConfig, commands.ClassifyConfig]
+# Keys whose values are text as it is typed, numbers too, and those that take lists of numbers.
+TEXTS = keys_taking({str, list[str]}, *CONFIGS)
+LISTS = keys_taking({list[int], list[float]}, *CONFIGS)
 # What composing raises for overrides that cannot be taken; OSError: an option as long as no file name may be.
 UNTAKEN = (HydraException, OmegaConfBaseException, ValueError, AssertionError, AttributeError, OSError, RecursionError)
 
@@ -250,7 +256,7 @@ def known_keys(name: str) -> list[str]:
 
 def _words(name: str, keys: Iterable[str]) -> list[str]:
     """What a command line may name: all of `keys` but Hydra's and what a benchmark has in their place, and groups."""
-    taken = [*FIXED_BY_BENCH, *UNREAD_BY_BENCH] if name == "bench" else []
+    taken = commands.UNREAD_BY_BENCH if name == "bench" else []
     return [key for key in keys if not key.startswith("hydra.") and key not in taken] + groups(name)
 
 
@@ -311,7 +317,7 @@ def no_flag(name: str, flag: str, words: list[str]) -> str:
     """What is to be typed in place of a `flag` that there is not, with the `words` that came after it."""
     key, equals, value = flag.lstrip("-").partition("=")
     value = value if equals else next((word for word in words[:1] if "=" not in word and word[0] != "-"), "VALUE")
-    key = closest(key.replace("-", "_"), known_keys(name)) or ""
+    key = closest(key_for(key.replace("-", "_"), *CONFIGS), known_keys(name)) or ""
     how = f"values are written KEY=VALUE, as in {key}={value}" if key else "there is no such flag"
     return f"{flag}: {how}; --help shows what there is"
 
@@ -379,11 +385,12 @@ def _diagnosis(name: str, overrides: list[str], chosen: list[str], error: Except
         OverridesParser.create().parse_override(item).key_or_group: as_typed(item) for item in overrides
     }
     for key, item in named.items():
-        if name == "bench" and key in FIXED_BY_BENCH:
+        if name == "bench" and key in commands.UNREAD_BY_BENCH:
             return f"{item}: is not used by resnet-bench; remove it"
         known = key in keys or key in words or any(known.startswith(key + ".") for known in keys)
         if not known and not re.match(r"hydra\b", key):
-            return f"{item}: {_other_option(name, key, keys) or f'there is no key {key}{nearest(key, words)}'}"
+            near = nearest(key_for(key, *CONFIGS), words)
+            return f"{item}: {_other_option(name, key, keys) or f'there is no key {key}{near}'}"
     missing = next((key for key in words if keys.get(key) == "???"), None)
     if missing and missing not in named:
         return f"{missing}: is needed; add {missing}=…"

@@ -6,12 +6,14 @@ import dataclasses
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from resnet_train.config import keys
+from resnet_train.config.keys import Alias, Free, OnlyFor, Range, StoredAs
 from resnet_train.config.layout import list_file, lists_of
 from resnet_train.config.paths import check_checkpoints, check_file, check_folder, check_paths
-from resnet_train.config.run_dir import FREE_KEYS, plain_word, run_name
-from resnet_train.config.schema import as_list, flat, format_value, from_dict
+from resnet_train.config.run_dir import plain_word, run_name
+from resnet_train.config.schema import as_list, flat, format_value, from_dict, marked, unread_keys
 from resnet_train.config.train import check_depth, check_divisible
 from resnet_train.errors import UserError, nearest
 from resnet_train.files import expand
@@ -22,49 +24,49 @@ class DetectData:
     """Pictures with boxes: configs/detection/data/."""
 
     name: Literal["voc", "coco"]
-    root: str | None
+    root: keys.Root
     train: list[str]
     test: str
     classes: list[str] | None
-    workers: int
-    broken: Literal["stop", "skip"]
+    workers: Annotated[int, Range(0, 256), Free()]
+    broken: keys.Broken
 
 
 @dataclass(frozen=True)
 class DetectConfig:
     """Everything that `resnet-detect` is told: configs/detection/detect.yaml, the data set and the recipe."""
 
-    data: DetectData
+    data: Annotated[DetectData, Alias("dataset")]
     backbone: Literal["resnet", "vgg16"]
-    depth: int
-    pyramid: bool
-    init_from: str | None
-    seed: int
+    depth: Annotated[keys.Depth, OnlyFor("resnet")]
+    pyramid: Annotated[bool, OnlyFor("resnet")]
+    init_from: keys.InitFrom
+    seed: keys.Seed
     precision: Literal["auto", "bf16", "fp16", "fp32"]
-    devices: int | Literal["auto"]
-    device: Literal["auto", "cpu", "cuda"]
-    max_restarts: int
-    timeout: int
-    checkpoint_every: int
-    keep_every: int
-    run_dir: str | None
-    resume: Literal["auto", "never"]
+    devices: keys.Devices
+    device: keys.Device
+    max_restarts: keys.MaxRestarts
+    timeout: keys.Timeout
+    checkpoint_every: keys.CheckpointEvery
+    keep_every: keys.KeepEvery
+    run_dir: keys.RunDir
+    resume: Annotated[Literal["auto", "never"], Free(), StoredAs("auto")]
     recipe: str
-    iterations: int
-    batch_size: int
-    regions: int
-    lr: float
-    warmup: int
-    drops: list[float]
-    momentum: float
-    weight_decay: float
-    freeze: Literal["conv1", "layer1", "layer2", "layer3"] | None
-    min_size: int
-    max_size: int
-    anchors: list[int]
-    proposals: int
-    log_every: int
-    eval_every: int
+    iterations: keys.Iterations
+    batch_size: keys.BatchSize
+    regions: Annotated[int, Range(2, 10_000)]
+    lr: keys.LearningRate
+    warmup: Annotated[int, Range(0, 10**9)]
+    drops: keys.Drops
+    momentum: keys.Momentum
+    weight_decay: keys.WeightDecay
+    freeze: Annotated[Literal["conv1", "layer1", "layer2", "layer3"] | None, Alias("frozen_stages")]
+    min_size: Annotated[int, Range(32, 4096)]
+    max_size: Annotated[int, Range(32, 8192)]
+    anchors: Annotated[list[int], Range(1, 4096)]
+    proposals: Annotated[int, Range(1, 10_000)]
+    log_every: keys.Interval
+    eval_every: keys.Interval
 
     def plain(self) -> dict[str, Any]:
         """The configuration as nested dictionaries of plain values, for JSON and checkpoints."""
@@ -88,8 +90,8 @@ class PredictConfig:
     """Everything that `resnet-detect predict` is told beside the images: configs/detection/predict.yaml."""
 
     checkpoint: str
-    score: float
-    device: Literal["auto", "cpu", "cuda"]
+    score: Annotated[float, Range(0, 1)]
+    device: keys.Device
     out: str
 
 
@@ -121,11 +123,11 @@ def check_detect(values: Mapping[str, Any], asked: Collection[str] = ()) -> Dete
 
 
 def _check_backbone(config: DetectConfig, asked: Collection[str]) -> None:
-    if config.backbone == "vgg16":
-        for key in ("depth", "pyramid"):
-            if key in asked:
-                raise UserError(f"{key}={format_value(getattr(config, key))}: is not used by backbone=vgg16; remove it")
-    else:
+    for key in unread_keys(DetectConfig, config.backbone):
+        if key in asked:
+            value = format_value(getattr(config, key))
+            raise UserError(f"{key}={value}: is not used by backbone={config.backbone}; remove it")
+    if config.backbone == "resnet":
         check_depth(config.depth, "imagenet")
     if config.pyramid and len(config.anchors) != 5:
         raise UserError(f"anchors={config.anchors}: pyramid=true has five levels; give five, as [32,64,128,256,512]")
@@ -189,7 +191,7 @@ def run_directory(config: DetectConfig, asked: Iterable[str]) -> Path:
     """Where the run goes: `run_dir`, or runs/DATA-detection/NET/ and the values of other keys that were `asked` for."""
     if config.run_dir is not None:
         return expand(config.run_dir)
-    told = {"data", "backbone", "depth", "pyramid", "seed"} | FREE_KEYS
+    told = {"data", "backbone", "depth", "pyramid", "seed"} | marked(Free, DetectConfig).keys()
     values = flat(config.plain())
     place = Path("runs") / f"{plain_word(config.data_label) or 'images'}-detection" / config.net
     return place / run_name(values, set(asked) - told, config.seed)

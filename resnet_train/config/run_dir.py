@@ -11,19 +11,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from resnet_train.config.keys import Free, StoredAs
 from resnet_train.config.paths import check_file, writable
-from resnet_train.config.schema import RESUME, flat, format_value
-from resnet_train.config.train import EARLIER, Config, completed
+from resnet_train.config.schema import RESUME, flat, format_value, marked
+from resnet_train.config.train import Config
 from resnet_train.errors import UserError, nearest
 from resnet_train.files import expand, nearest_existing, read_object
-
-# What a checkpoint says of the keys that have no say in what a run computes, nor in how it is dealt to devices.
-INDIFFERENT = {"run_dir": None, "resume": "auto", "max_restarts": 0, "timeout": 600}
-
-# These may differ between a run and its continuation: none of them enters the mathematics, but for batch norm's
-# statistics where bn_images=device leaves them to the devices; then a note is printed.
-FREE_KEYS = {"run_dir", "resume", "checkpoint_every", "keep_every", "device", "devices", "device_batch_size"}
-FREE_KEYS |= {"max_restarts", "timeout", "data.root", "data.workers", "data.broken", "activation_checkpointing"}
 
 
 def run_directory(config: Config, asked: Iterable[str], scale: float = 1) -> Path:
@@ -33,7 +26,7 @@ def run_directory(config: Config, asked: Iterable[str], scale: float = 1) -> Pat
     """
     if config.run_dir is not None:
         return expand(config.run_dir)
-    told = {"data", "depth", "arch", "shortcut", "seed"} | FREE_KEYS
+    told = {"data", "depth", "arch", "shortcut", "seed"} | marked(Free, Config).keys()
     values = flat(config.plain()) | {"schedule": config.schedule.name} | ({"scale": scale} if scale != 1 else {})
     return (
         Path("runs")
@@ -62,21 +55,18 @@ def plain_word(text: str) -> str:
     Letters are those of any language, with their marks, as in größe or हिन्दी.
     """
     letters = unicodedata.normalize("NFC", text)
-    marked = "".join(c if c in "._-" or unicodedata.category(c)[0] in "LMN" else "\0" for c in letters)
-    return re.sub("\0+", "-", marked).strip("-")
+    masked = "".join(c if c in "._-" or unicodedata.category(c)[0] in "LMN" else "\0" for c in letters)
+    return re.sub("\0+", "-", masked).strip("-")
 
 
-def check_same_run(
-    old: Mapping[str, Any], new: Mapping[str, Any], where: str, otherwise: str = "another run_dir="
-) -> None:
-    """Refuse to resume the run in `where` under a configuration that changes its mathematics.
+def check_same_run(old: Mapping[str, Any], config: RunConfig, where: str, otherwise: str = "another run_dir=") -> None:
+    """Refuse to resume the run in `where`, of configuration `old`, under one that changes its mathematics.
 
     `otherwise` is what can be done to have the new value.
     """
-    now = flat(new)
-    was = {key: value for key, value in flat(completed(old)).items() if key in now or key not in EARLIER}
+    was, now, free = flat(old), flat(config.plain()), marked(Free, type(config))
     for key in sorted(was.keys() | now.keys()):
-        if key not in FREE_KEYS and was.get(key) != now.get(key):
+        if key not in free and was.get(key) != now.get(key):
             raise UserError(
                 f"{key}={format_value(now.get(key))}: the run in {where} has {key}={format_value(was.get(key))};"
                 f" take that, or {otherwise}"
@@ -126,6 +116,11 @@ class RunConfig(Protocol):
         """The configuration as nested dictionaries of plain values."""
 
 
+def as_stored(config: RunConfig) -> dict[str, Any]:
+    """What a checkpoint holds of a configuration: the same in any directory, however often the run was cut."""
+    return config.plain() | {key: stored.value for key, stored in marked(StoredAs, type(config)).items()}
+
+
 def check_run_dir(directory: Path, config: RunConfig, *, may_be_finished: bool = False) -> None:
     """Refuse a directory that cannot take this run: finished, not a run's, of another run, not writable."""
     state = run_state(directory)
@@ -136,7 +131,7 @@ def check_run_dir(directory: Path, config: RunConfig, *, may_be_finished: bool =
                 f" or use another {'seed= or ' if config.run_dir is None else ''}run_dir="
             )
         if state == "finished" or (state == "unfinished" and config.resume != "never"):
-            check_same_run(read_object(directory / "config.json"), config.plain(), str(directory))
+            check_same_run(read_object(directory / "config.json"), config, str(directory))
         if state == "new" and directory.exists() and any(path.suffix != ".part" for path in directory.iterdir()):
             raise UserError(f"run_dir={directory}: exists and holds no run; use another run_dir=")
         parent = nearest_existing(directory)

@@ -1,4 +1,7 @@
-"""From plain values to typed dataclasses: what a value may be, and the nearest right one for a wrong one."""
+"""From plain values to typed dataclasses: what a value may be, and the nearest right one for a wrong one.
+
+What is known of a key stands at its field, in the marks of config.keys.
+"""
 
 from __future__ import annotations
 
@@ -8,76 +11,15 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
+from resnet_train.config.keys import Alias, OnlyFor, Range
 from resnet_train.errors import UserError, nearest
 
-# What a number may be: at least, at most; None for no bound. Open below where
-# the name stands in ABOVE, open above where in BELOW.
-RANGES: dict[str, tuple[float | None, float | None]] = {
-    "seed": (0, 2**63 - 1),
-    "scale": (0, 1),
-    "depth": (None, 100_000),
-    "iterations": (1, 10**9),
-    "batch_size": (1, 10**6),
-    "eval_batch_size": (1, 10**6),
-    "checkpoint_every": (1, None),
-    "keep_every": (0, None),
-    "log_every": (1, None),
-    "eval_every": (1, None),
-    "momentum": (0, 1),
-    "weight_decay": (0, None),
-    "schedule.lr": (0, None),
-    "schedule.factor": (0, 1),
-    "schedule.drops": (0, 1),
-    "schedule.patience": (0, 1),
-    "schedule.threshold": (0, 100),
-    "warmup.depth": (0, None),
-    "warmup.lr": (0, None),
-    "warmup.error": (0, 100),
-    "warmup.iterations": (0, 10**9),
-    "augment.pad": (0, 16),
-    "augment.shorter_side": (0, 4096),
-    "augment.area": (0, 1),
-    "augment.colour_jitter": (0, 1),
-    "augment.colour_noise": (0, 1),
-    "device_batch_size": (1, None),
-    "bn_images": (2, None),
-    "devices": (1, 100_000),
-    "max_restarts": (0, 1000),
-    "timeout": (1, 10**6),
-    "precise_bn": (0, 10**6),
-    "images": (2, None),
-    "rounds": (1, 1000),
-    "seconds": (0, 3600),
-    "steps": (2, 10**9),
-    "mean": (0, 1),
-    "std": (0, 10),
-    "data.validation": (0, None),
-    "data.size": (8, 1024),
-    "data.workers": (0, 256),
-    "shorter_side": (8, 4096),
-    "quality": (1, 100),
-    "shard_images": (1, 100_000),
-    "workers": (0, 256),
-    "lr": (0, None),
-    "warmup": (0, 10**9),
-    "drops": (0, 1),
-    "anchors": (1, 4096),
-    "min_size": (32, 4096),
-    "max_size": (32, 8192),
-    "proposals": (1, 10_000),
-    "regions": (2, 10_000),
-    "score": (0, 1),
-}
-ABOVE = {"scale", "lr", "schedule.lr", "warmup.lr", "schedule.factor", "schedule.patience", "seconds", "std"}
-BELOW = {"momentum"}
-# Keys whose values are text as it is typed, numbers too, and those that take lists of numbers.
-TEXTS = {"run_dir", "resume", "recipe", "init_from", "checkpoint", "out", "runs", "packed", "check", "file", "classes"}
-TEXTS |= {"data.root", "data.train", "data.test", "data.classes"}
-LISTS = {"schedule.drops", "augment.shorter_side", "augment.area", "drops", "anchors", "mean", "std"}
 RESUME = "auto, never or a checkpoint's file"  # what resume= may be
+
+UNBOUNDED = Range()
 
 T = TypeVar("T")
 
@@ -88,14 +30,12 @@ def format_value(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def coerce(key: str, value: Any, hint: Any, bounds: Any = None) -> Any:
-    """`value` as the type `hint`, or UserError.
-
-    What a number may be stands in `bounds`, where the hint is Annotated[int, (least, most)], and else in RANGES.
-    """
+def coerce(key: str, value: Any, hint: Any, bounds: Range = UNBOUNDED) -> Any:
+    """`value` as the type `hint`, its numbers within `bounds`, which a Range at the type replaces. Raises UserError."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        return coerce(key, value, *arguments)
+        own = next((mark for mark in arguments if isinstance(mark, Range)), bounds)
+        return coerce(key, value, arguments[0], own)
     if hint is Any:
         return value
     if origin is Literal:
@@ -142,13 +82,13 @@ def coerce(key: str, value: Any, hint: Any, bounds: Any = None) -> Any:
     raise UserError(f"{key}={format_value(value)}: must be {kind}")
 
 
-def _in_range(key: str, value: float, bounds: tuple[float | None, float | None] | None) -> float:
-    low, high = bounds or RANGES.get(key, (None, None))
+def _in_range(key: str, value: float, bounds: Range) -> float:
+    low, high = bounds.low, bounds.high
     text = f"{value:g}" if isinstance(value, float) else format_value(value)
-    if low is not None and (value < low or (value == low and key in ABOVE)):
-        raise UserError(f"{key}={text}: must be {'above' if key in ABOVE else 'at least'} {low}")
-    if high is not None and (value > high or (value == high and key in BELOW)):
-        raise UserError(f"{key}={text}: must be {'below' if key in BELOW else 'at most'} {high}")
+    if low is not None and (value < low or (value == low and bounds.above)):
+        raise UserError(f"{key}={text}: must be {'above' if bounds.above else 'at least'} {low}")
+    if high is not None and (value > high or (value == high and bounds.below)):
+        raise UserError(f"{key}={text}: must be {'below' if bounds.below else 'at most'} {high}")
     return value
 
 
@@ -161,7 +101,7 @@ def from_dict(kind: type[T], values: Any, prefix: str = "") -> T:
     hints, fields = _fields(typing.cast(Any, kind))
     for name in values:
         if name not in fields:
-            raise UserError(f"{prefix}{name}: there is no such key{nearest(str(name), fields)}")
+            raise UserError(f"{prefix}{name}: there is no such key{nearest(key_for(str(name), kind), fields)}")
     found = {}
     for name, field in fields.items():
         if name in values:
@@ -175,6 +115,43 @@ def from_dict(kind: type[T], values: Any, prefix: str = "") -> T:
 def _fields(kind: Any) -> tuple[dict[str, Any], dict[str, dataclasses.Field[Any]]]:
     """The types and the fields of a dataclass by name."""
     return typing.get_type_hints(kind, include_extras=True), {field.name: field for field in dataclasses.fields(kind)}
+
+
+def types_of(kind: Any, prefix: str = "") -> dict[str, Any]:
+    """The types of the keys of a dataclass, marked as they are; those of one within it with dots: data, data.root."""
+    found = {}
+    for name, hint in _fields(kind)[0].items():
+        found[prefix + name] = hint
+        if dataclasses.is_dataclass(_unmarked(hint)):
+            found |= types_of(_unmarked(hint), f"{prefix}{name}.")
+    return found
+
+
+def _unmarked(hint: Any) -> Any:
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
+
+
+def marked(mark: type[T], *kinds: Any) -> dict[str, T]:
+    """The keys of the dataclasses `kinds` whose fields have a `mark`, and what it says."""
+    hints = [item for kind in kinds for item in types_of(kind).items()]
+    return {key: found for key, hint in hints for found in typing.get_args(hint) if isinstance(found, mark)}
+
+
+def keys_taking(types: Collection[Any], *kinds: Any) -> set[str]:
+    """The keys of the dataclasses `kinds` that may be of one of `types`."""
+    hints = [(key, _unmarked(hint)) for kind in kinds for key, hint in types_of(kind).items()]
+    return {key for key, hint in hints if not {hint, *typing.get_args(hint)}.isdisjoint(types)}
+
+
+def unread_keys(kind: Any, *readers: str) -> list[str]:
+    """The keys of a dataclass that none of `readers` reads: families, kinds of schedule, commands."""
+    return [key for key, only in marked(OnlyFor, kind).items() if only.readers.isdisjoint(readers)]
+
+
+def key_for(word: str, *kinds: Any) -> str:
+    """The key of one of `kinds` that other programs call `word`, or the word itself."""
+    names = {name: key.split(".")[-1] for key, alias in marked(Alias, *kinds).items() for name in alias.names}
+    return names.get(word.lower(), word)
 
 
 def as_list(value: Any) -> Any:

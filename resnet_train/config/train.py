@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from resnet_train.config.layout import check_source, count_images, is_official_cifar10, name_data
+from resnet_train.config import keys
+from resnet_train.config.data import Data, check_family, check_held_out, training_images
+from resnet_train.config.keys import Alias, Counted, Free, OnlyFor, Range, StoredAs
+from resnet_train.config.layout import check_source, name_data
 from resnet_train.config.paths import anchored, check_paths
-from resnet_train.config.schema import RANGES, coerce, format_value, from_dict
+from resnet_train.config.schema import coerce, format_value, from_dict, marked, types_of, unread_keys
 from resnet_train.errors import UserError
 from resnet_train.files import expand
 
@@ -18,94 +21,81 @@ DEEPEST_CIFAR = 1202  # the paper's; each layer more is memory that a line of te
 
 
 @dataclass(frozen=True)
-class Data:
-    """A data set: configs/data/."""
-
-    name: Literal["cifar10", "digits", "imagefolder", "imagenet"]
-    family: Literal["cifar", "imagenet"]
-    root: str | None
-    validation: int
-    size: int
-    workers: int | Literal["auto"]
-    broken: Literal["stop", "skip"]
-
-
-@dataclass(frozen=True)
 class Schedule:
     """The learning rate over iterations: configs/schedule/. Each kind has the keys of its own file only."""
 
     name: Literal["step", "plateau", "cosine"]
-    lr: float
-    factor: float = 1.0
-    drops: list[float] = dataclasses.field(default_factory=list)
-    patience: float = 1.0
-    threshold: float = 0.0
-    watch: Literal["train", "val"] = "train"
+    lr: keys.LearningRate
+    factor: Annotated[float, Range(0, 1, above=True), OnlyFor("step", "plateau")] = 1.0
+    drops: Annotated[keys.Drops, OnlyFor("step")] = dataclasses.field(default_factory=list)
+    patience: Annotated[float, Range(0, 1, above=True), OnlyFor("plateau")] = 1.0
+    threshold: Annotated[float, Range(0, 100), OnlyFor("plateau")] = 0.0
+    watch: Annotated[Literal["train", "val"], OnlyFor("plateau")] = "train"
 
 
 @dataclass(frozen=True)
 class Warmup:
     """Nets of `depth` layers and more start at `lr`, for `iterations` at least, until the error is below `error` %."""
 
-    depth: int
-    lr: float
-    error: float
-    iterations: int
+    depth: Annotated[int, Range(0)]
+    lr: keys.LearningRate
+    error: Annotated[float, Range(0, 100)]
+    iterations: Annotated[int, Range(0, 10**9)]
 
 
 @dataclass(frozen=True)
 class Augment:
     """Random changes of the training images: zero padding and crop, flip, scale or area, colour."""
 
-    pad: int
+    pad: Annotated[int, Range(0, 16), OnlyFor("cifar")]
     flip: bool
-    shorter_side: list[int] | None
-    area: list[float] | None
-    colour_jitter: float
-    colour_noise: float
+    shorter_side: Annotated[list[int] | None, Range(0, 4096), OnlyFor("imagenet")]
+    area: Annotated[list[float] | None, Range(0, 1), OnlyFor("imagenet")]
+    colour_jitter: Annotated[float, Range(0, 1), OnlyFor("imagenet")]
+    colour_noise: Annotated[float, Range(0, 1), OnlyFor("imagenet")]
 
 
 @dataclass(frozen=True)
 class Config:
     """Everything that `resnet-train` is told: configs/train.yaml, the recipe, the schedule and the data set."""
 
-    data: Data
+    data: Annotated[Data, Alias("dataset")]
     schedule: Schedule
-    depth: int
-    arch: Literal["resnet", "plain"]
-    seed: int
-    devices: int | Literal["auto"]
-    max_restarts: int
-    timeout: int
+    depth: keys.Depth
+    arch: Annotated[Literal["resnet", "plain"], Alias("model")]
+    seed: keys.Seed
+    devices: keys.Devices
+    max_restarts: keys.MaxRestarts
+    timeout: keys.Timeout
     precision: Literal["auto", "bf16", "fp16", "fp32", "fp64"]
-    device: Literal["auto", "cpu", "cuda"]
-    checkpoint_every: int
-    keep_every: int
-    run_dir: str | None
-    resume: str
+    device: keys.Device
+    checkpoint_every: keys.CheckpointEvery
+    keep_every: keys.KeepEvery
+    run_dir: keys.RunDir
+    resume: Annotated[str, Free(), StoredAs("auto")]
     recipe: str
     shortcut: Literal["A", "B", "C", "none"]
-    bottleneck_stride: Literal["1x1", "3x3"]
+    bottleneck_stride: Annotated[Literal["1x1", "3x3"], OnlyFor("imagenet")]
     init: Literal["fan_out", "fan_in"]
     zero_gamma: bool
-    iterations: int
-    batch_size: int
-    device_batch_size: int | None
-    bn_images: int | Literal["device", "all"]
-    activation_checkpointing: bool
-    eval_batch_size: int | Literal["auto"]
-    momentum: float
+    iterations: keys.Iterations
+    batch_size: keys.BatchSize
+    device_batch_size: Annotated[int | None, Range(1), Free()]
+    bn_images: Annotated[int | Literal["device", "all"], Range(2), Alias("sync_bn")]
+    activation_checkpointing: Annotated[bool, Free(), Alias("gradient_checkpointing")]
+    eval_batch_size: Annotated[int | Literal["auto"], Range(1, keys.LARGEST_BATCH)]
+    momentum: keys.Momentum
     nesterov: bool
-    weight_decay: float
+    weight_decay: keys.WeightDecay
     decay: Literal["all", "weights"]
     warmup: Warmup
-    normalise: Literal["image", "channels", "standard"]
+    normalise: Annotated[Literal["image", "channels", "standard"], OnlyFor("imagenet")]
     augment: Augment
     compile: bool | Literal["auto"]
-    log_every: int
-    eval_every: int
-    init_from: str | None = None
-    freeze: Literal["conv1", "layer1", "layer2", "layer3", "layer4"] | None = None
+    log_every: keys.Interval
+    eval_every: keys.Interval
+    init_from: keys.InitFrom
+    freeze: Annotated[Literal["conv1", "layer1", "layer2", "layer3", "layer4"] | None, Alias("frozen_stages")]
 
     def plain(self) -> dict[str, Any]:
         """The configuration as nested dictionaries of plain values, for JSON and checkpoints."""
@@ -122,27 +112,6 @@ class Config:
         return name_data(self.data.name, self.data.root)
 
 
-# What each family of nets and data does not read; refused when asked for.
-UNREAD = {
-    "cifar": (
-        *("augment.shorter_side", "augment.area", "augment.colour_jitter", "augment.colour_noise", "normalise"),
-        *("bottleneck_stride", "data.workers", "data.broken"),
-    ),
-    "imagenet": ("augment.pad",),
-}
-# What each kind of schedule reads.
-SCHEDULE_KEYS: dict[str, tuple[str, ...]] = {
-    "step": ("name", "lr", "factor", "drops"),
-    "plateau": ("name", "lr", "factor", "patience", "threshold", "watch"),
-    "cosine": ("name", "lr"),
-}
-# What scale= multiplies.
-COUNTED = ("iterations", "log_every", "eval_every", "checkpoint_every", "keep_every")
-# What earlier versions did where there was no such key yet.
-EARLIER = {"data.broken": "stop", "normalise": "channels", "augment.area": None, "augment.colour_jitter": 0.0}
-EARLIER |= {"warmup.iterations": 0}
-
-
 def check_train(values: Mapping[str, Any], asked: Collection[str] = (), *, needs_data: bool = True) -> Config:
     """The checked configuration of a training run from plain, resolved `values`.
 
@@ -155,12 +124,13 @@ def check_train(values: Mapping[str, Any], asked: Collection[str] = (), *, needs
     check_paths({"data.root": config.data.root, "run_dir": config.run_dir, "resume": config.resume})
     check_paths({"init_from": config.init_from})
     kind = config.schedule.name
-    for key in sorted(values["schedule"].keys() ^ set(SCHEDULE_KEYS[kind])):
-        own = ", ".join(SCHEDULE_KEYS[kind])
-        raise UserError(f"schedule.{key}: schedule={kind} has {own}; choose another kind with schedule=")
-    _check_family(config.data)
+    unread = unread_keys(Config, kind, config.data.family)
+    own = [key for key in types_of(Schedule) if f"schedule.{key}" not in unread]
+    for key in sorted(values["schedule"].keys() ^ set(own)):
+        raise UserError(f"schedule.{key}: schedule={kind} has {', '.join(own)}; choose another kind with schedule=")
+    check_family(config.data)
     check_depth(config.depth, config.data.family)
-    for key in UNREAD[config.data.family]:
+    for key in unread:
         if key in asked:
             raise UserError(f"{key}: is not used by {config.data.family} data; remove it")
     if config.devices != "auto":
@@ -187,7 +157,7 @@ def check_train(values: Mapping[str, Any], asked: Collection[str] = (), *, needs
     if config.schedule.drops != sorted(set(config.schedule.drops)):
         raise UserError(f"schedule.drops={config.schedule.drops}: must rise, as [0.5,0.75] does")
     if config.schedule.watch == "val" and not config.data.validation:
-        images = _training_images(config.data)
+        images = training_images(config.data)
         some = "IMAGES" if images is None else max(1, images // 10)
         raise UserError(f"schedule.watch=val: needs a held-out part of the training set; add data.validation={some}")
     if config.freeze is not None:
@@ -200,15 +170,15 @@ def check_train(values: Mapping[str, Any], asked: Collection[str] = (), *, needs
         raise UserError("nesterov=true: needs momentum above 0; use momentum=0.9")
     if needs_data or config.data.root is not None:
         check_source(config.data.name, config.data.root)
-    _check_held_out(config.data)
+    check_held_out(config.data)
     source = None if config.init_from is None else str(expand(config.init_from).absolute())
     return dataclasses.replace(config, data=anchored(config.data), init_from=source)
 
 
 def scaled(config: Config, scale: Any) -> Config:
     """`config` with all that counts iterations multiplied by `scale`. Raises UserError."""
-    factor = coerce("scale", scale, float)
-    counts = {key: getattr(config, key) for key in COUNTED}
+    factor = coerce("scale", scale, Annotated[float, Range(0, 1, above=True)])
+    counts = {key: getattr(config, key) for key in marked(Counted, Config)}
     return dataclasses.replace(config, **{key: max(1, round(n * factor)) for key, n in counts.items() if n})
 
 
@@ -261,8 +231,7 @@ def split_batch(config: Config, devices: int) -> BatchSplit:
 def check_divisible(batch_size: int, devices: int) -> None:
     """Refuse a batch that does not divide by the devices. Raises UserError, which names the nearest that is allowed."""
     if batch_size % devices or batch_size < devices:
-        most = int(RANGES["batch_size"][1] or batch_size)
-        near = min(max(1, round(batch_size / devices)), most // devices) * devices
+        near = min(max(1, round(batch_size / devices)), keys.LARGEST_BATCH // devices) * devices
         raise UserError(f"batch_size={batch_size}: does not divide by {devices} devices; nearest: {near}")
 
 
@@ -272,21 +241,10 @@ def _nearest_divisor(number: int, near: int, of: int = 1, at_least: int = 1) -> 
     return min([d for d in divisors if d % of == 0] or divisors, key=lambda d: abs(d - near))
 
 
-def completed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration that an earlier version stored, with what it did where it had no key."""
-    found = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
-    for key, value in EARLIER.items():
-        group, _, name = key.rpartition(".")
-        place = found.get(group) if group else found
-        if isinstance(place, dict):
-            place.setdefault(name, value)
-    return found
-
-
 def config_from_checkpoint(values: Mapping[str, Any]) -> Config:
     """The configuration that a checkpoint or a run directory holds. Raises UserError if it is of another version."""
     try:
-        config = from_dict(Config, completed(values))
+        config = from_dict(Config, values)
         check_depth(config.depth, config.data.family)
         return config
     except UserError as error:
@@ -320,28 +278,3 @@ def check_depth(depth: int, family: str) -> None:
         near = min(IMAGENET_DEPTHS, key=lambda d: abs(d - depth))
         allowed = ", ".join(map(str, IMAGENET_DEPTHS))
         raise UserError(f"depth={depth}: ImageNet nets have {allowed} layers; nearest: {near}")
-
-
-def _is_official(data: Data) -> bool:
-    return data.name == "cifar10" and (data.root is None or is_official_cifar10(expand(data.root)))
-
-
-def _check_family(data: Data) -> None:
-    """Refuse a family that the data set cannot have. Raises UserError."""
-    if data.family == "imagenet" and (_is_official(data) or data.name == "digits"):
-        raise UserError(f"data.family=imagenet: is for folders of photographs, not for data={data.name}")
-
-
-def _training_images(data: Data) -> int | None:
-    """The images of a training set in memory; None where they are counted only when they are listed, or not there."""
-    if _is_official(data) or data.name == "digits":
-        return 50_000 if _is_official(data) else 1_437
-    folder = expand(data.root or "") / "train"
-    return count_images(folder) if data.family == "cifar" and folder.is_dir() else None
-
-
-def _check_held_out(data: Data) -> None:
-    """Refuse a held-out part that the data set cannot have. Raises UserError."""
-    images = _training_images(data) if data.validation else None
-    if images is not None and data.validation >= images:
-        raise UserError(f"data.validation={data.validation}: the training set has {images} images; hold out fewer")

@@ -12,13 +12,14 @@ import struct
 from pathlib import Path
 from typing import Annotated, Literal
 
+from resnet_train.config.keys import Quality, Range, ShardImages, ShorterSide
 from resnet_train.config.layout import PACKED
 from resnet_train.config.schema import format_value, from_dict
 from resnet_train.errors import UserError
 from resnet_train.files import read_json
 
 FORMAT = 1
-Number = Annotated[int, (0, 2**48)]
+Number = Annotated[int, Range(0, 2**48)]
 LARGEST = 2**32 - 1  # bytes of a shard: its table says in 4 bytes where an image ends
 LEAST = 24  # bytes of an image in a shard: 4 of the table, three sizes, the label
 
@@ -28,8 +29,8 @@ class PackShard:
     """A shard as pack.json has it."""
 
     name: str
-    images: Annotated[int, (1, 100_000)]
-    bytes: Annotated[int, (1, LARGEST)]
+    images: ShardImages
+    bytes: Annotated[int, Range(1, LARGEST)]
     sha256: str
 
 
@@ -55,11 +56,11 @@ class PackSource:
 class PackSettings:
     """What a pack depends on: packing/settings.json, and the beginning of pack.json."""
 
-    format: Annotated[int, (FORMAT, FORMAT)]
+    format: Annotated[int, Range(FORMAT, FORMAT)]
     source: PackSource
-    shorter_side: int
-    quality: int
-    images: Annotated[int, (1, 100_000)]  # of a whole shard
+    shorter_side: ShorterSide
+    quality: Quality
+    images: ShardImages  # of a whole shard
     broken: Literal["stop", "skip"]
 
 

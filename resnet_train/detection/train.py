@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from resnet_train.config.detection import DetectConfig
-from resnet_train.config.run_dir import INDIFFERENT
+from resnet_train.config.run_dir import as_stored
 from resnet_train.data.sampler import generator
 from resnet_train.detection.annotations import Examples, load
 from resnet_train.detection.build import Backbone
@@ -182,7 +182,7 @@ class DetectionTask:
         self._share_statistics()
         return {
             "detector": dataclasses.asdict(self.backbone),
-            "config": self.config.plain() | INDIFFERENT,
+            "config": as_stored(self.config),
             "classes": self.examples.classes,
             "label": self.label,
             "category_ids": self.examples.category_ids,

@@ -54,7 +54,7 @@ def end_warmup(progress: Progress, iteration: int, train_error: float, *, below:
 
 
 def watch_plateau(progress: Progress, iteration: int, error: float, *, patience: float, threshold: float) -> None:
-    """Note the watched error (%); drop when it has not fallen by `threshold` points for `patience` iterations."""
+    """Note the watched error (%); remove when it has not fallen by `threshold` points for `patience` iterations."""
     if error < progress.best - threshold:
         progress.best, progress.best_at = error, iteration
     elif progress.warm:

@@ -1,0 +1,83 @@
+"""What data.* may be for each command, and what a look at the folder shows to be wrong with it; no torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from resnet_train.config import keys
+from resnet_train.config.keys import Free, OnlyFor, Range
+from resnet_train.config.layout import check_source, count_images, is_official_cifar10
+from resnet_train.errors import UserError
+from resnet_train.files import expand
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set: configs/data/."""
+
+    name: Literal["cifar10", "digits", "imagefolder", "imagenet"]
+    family: Literal["cifar", "imagenet"]
+    root: keys.Root
+    validation: Annotated[int, Range(0)]
+    size: Annotated[int, keys.IMAGE_SIZE]
+    workers: Annotated[int | Literal["auto"], Range(0, 256), Free(), OnlyFor("imagenet")]
+    broken: Annotated[keys.Broken, OnlyFor("imagenet")]
+
+
+@dataclass(frozen=True)
+class EvalData:
+    """The data to evaluate on; `same` is what the checkpoint was trained on."""
+
+    name: Literal["same", "cifar10", "digits", "imagefolder", "imagenet"]
+    root: str | None
+
+
+@dataclass(frozen=True)
+class PackData:
+    """The tree to pack."""
+
+    root: str | None
+    broken: Literal["stop", "skip"]
+
+
+@dataclass(frozen=True)
+class WeightsData:
+    """The data set that imported weights are for; auto is imagenet or cifar10, as the net is."""
+
+    name: Literal["auto", "cifar10", "digits", "imagefolder", "imagenet"]
+    root: str | None
+    size: Annotated[int | None, keys.IMAGE_SIZE]
+
+
+def _is_official(data: Data) -> bool:
+    return data.name == "cifar10" and (data.root is None or is_official_cifar10(expand(data.root)))
+
+
+def check_family(data: Data) -> None:
+    """Refuse a family that the data set cannot have. Raises UserError."""
+    if data.family == "imagenet" and (_is_official(data) or data.name == "digits"):
+        raise UserError(f"data.family=imagenet: is for folders of photographs, not for data={data.name}")
+
+
+def training_images(data: Data) -> int | None:
+    """The images of a training set in memory; None where they are counted only when they are listed, or not there."""
+    if _is_official(data) or data.name == "digits":
+        return 50_000 if _is_official(data) else 1_437
+    folder = expand(data.root or "") / "train"
+    return count_images(folder) if data.family == "cifar" and folder.is_dir() else None
+
+
+def check_held_out(data: Data) -> None:
+    """Refuse a held-out part that the data set cannot have. Raises UserError."""
+    images = training_images(data) if data.validation else None
+    if images is not None and data.validation >= images:
+        raise UserError(f"data.validation={data.validation}: the training set has {images} images; hold out fewer")
+
+
+def check_other_data(data: EvalData) -> None:
+    """Refuse other data than the checkpoint's own that a look at the folder shows to be wrong. Raises UserError."""
+    if data.name != "same":
+        check_source(data.name, data.root)
+    elif data.root is not None and not expand(data.root).exists():
+        raise UserError(f"data.root={data.root}: there is no such file or folder")
