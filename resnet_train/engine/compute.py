@@ -19,7 +19,11 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def pick_device(name: str) -> torch.device:
-    """auto, cpu or cuda as this process's device. Raises UserError where there is no GPU for it."""
+    """auto, cpu or cuda as this process's device. Raises UserError where there is no GPU for it.
+
+    Changes the process: on a GPU it takes the one of its rank and switches TF32 convolutions off; on a CPU it has the C
+    library keep the memory that tensors free.
+    """
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda: torch sees no GPU here; use device=cpu")
     if name == "auto":
