@@ -92,7 +92,7 @@ def taken_over():
     for rows in (1, 2, 3, 4):
         metrics = TrainMetrics(CPU)
         wrong = torch.arange(2 * rows).view(rows, 2)
-        metrics.load({"loss": torch.arange(rows).double(), "wrong": wrong, "seen": 100 * rows})
+        metrics.load({"loss": torch.arange(rows).double(), "wrong": wrong, "seen": 100 * rows, "skipped": 0})
         state = metrics.state()
         found[str(rows)] = [state["loss"].sum().item(), *state["wrong"].sum(0).tolist(), state["seen"]]
     return found

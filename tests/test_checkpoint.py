@@ -7,6 +7,7 @@ import zipfile
 import pytest
 import torch
 
+from resnet_train import __version__
 from resnet_train.engine import checkpoint
 from resnet_train.errors import RunError, UserError
 from resnet_train.models import cifar_resnet
@@ -19,6 +20,7 @@ def state(iteration=1):
         "model": {"weight": torch.arange(10_000.0)},
         "mean": torch.zeros(1),
         "classes": ["a", "b"],
+        "label": "photos",
         "digest": "0",
         "measure": {"precision": "fp32", "compile": False},
     }
@@ -99,7 +101,7 @@ class Hostile:
 
 def test_a_hostile_checkpoint_is_refused_and_does_not_run(tmp_path):
     mark = tmp_path / "ran"
-    torch.save({**state(), "format": 1, "extra": Hostile(mark)}, tmp_path / "hostile.pt")
+    torch.save({**state(), "format": checkpoint.FORMAT, "extra": Hostile(mark)}, tmp_path / "hostile.pt")
     (tmp_path / "old.pt").write_bytes(pickle.dumps(Hostile(mark)))
     with pytest.raises(UserError, match=r"refused: .*plain values \(io\.open\)"):
         checkpoint.load(tmp_path / "hostile.pt")
@@ -132,14 +134,16 @@ class Made:
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.filterwarnings("ignore:.*is deprecated")
 def test_what_a_file_declares_and_does_not_hold_is_refused(declared, told, zipped, tmp_path):
-    torch.save({**state(), "format": 1, **declared}, tmp_path / "x.pt", _use_new_zipfile_serialization=zipped)
+    torch.save(
+        {**state(), "format": checkpoint.FORMAT, **declared}, tmp_path / "x.pt", _use_new_zipfile_serialization=zipped
+    )
     with pytest.raises(UserError) as refused:
         checkpoint.load(tmp_path / "x.pt")
     assert told in str(refused.value)
 
 
 def test_a_file_that_unpacks_to_more_than_itself_is_refused(tmp_path):
-    torch.save({**state(), "format": 1, "extra": torch.zeros(1_000_000)}, tmp_path / "whole.pt")
+    torch.save({**state(), "format": checkpoint.FORMAT, "extra": torch.zeros(1_000_000)}, tmp_path / "whole.pt")
     with zipfile.ZipFile(tmp_path / "whole.pt") as whole, zipfile.ZipFile(tmp_path / "small.pt", "w", 8) as small:
         for name in whole.namelist():
             small.writestr(name, whole.read(name))
@@ -150,7 +154,7 @@ def test_a_file_that_unpacks_to_more_than_itself_is_refused(tmp_path):
 def test_values_in_a_circle_are_looked_at_once(tmp_path):
     circle = [torch.zeros(2)]
     circle.append(circle)
-    torch.save({**state(), "format": 1, "extra": circle}, tmp_path / "x.pt")
+    torch.save({**state(), "format": checkpoint.FORMAT, "extra": circle}, tmp_path / "x.pt")
     assert checkpoint.load(tmp_path / "x.pt")["iteration"] == 1
 
 
@@ -215,3 +219,18 @@ def test_what_is_no_file_is_never_waited_for(make, tmp_path, capsys):
     assert "warning" in capsys.readouterr().out
     checkpoint.save(tmp_path / "last.pt", state(2), keep_as=tmp_path / "previous.pt")
     assert checkpoint.load_newest(tmp_path)[1]["iteration"] == 2
+
+
+def test_a_checkpoint_of_another_format_is_named_with_it(tmp_path):
+    """Also where weights of any program are taken: its mean and classes are not a stranger's."""
+    from resnet_train.weights.source import read_source
+
+    path = tmp_path / "last.pt"
+    torch.save({**state(), "format": 1}, path)
+    for read in (checkpoint.load, read_source):
+        with pytest.raises(UserError) as error:
+            read(path)
+        words = (
+            f"{path}: is a checkpoint of format 1; resnet-train {__version__} reads format {checkpoint.FORMAT} alone"
+        )
+        assert str(error.value) == words

@@ -15,7 +15,7 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import OverrideType, QuotedString
 
-from resnet_train import cli
+from resnet_train import cli, sweep
 from resnet_train.config import commands, detection
 from resnet_train.config.commands import check_eval
 from resnet_train.config.compose import CONFIG_DIR, LISTS, TEXTS, compose
@@ -1017,8 +1017,10 @@ def test_another_directory_is_no_advice_for_a_checkpoint_of_another_run():
             check_same_run(old, new, "here", otherwise)
 
 
-def test_a_sweep_skips_a_finished_run_of_the_same_configuration_only(tmp_path):
+def test_a_sweep_skips_a_finished_run_of_the_same_configuration_only(tmp_path, monkeypatch):
     folder = run_in(tmp_path / "run", checked(), finished=True)
+    (folder / "summary.json").write_text('{"digest": "0"}')
+    monkeypatch.setitem(sweep.DIGESTS, json.dumps(checked().plain()["data"]), "0")  # as if they had been read
     words = [f"run_dir={folder}", "checkpoint_every=5"]
     assert prepare(cli.COMMANDS["train"], compose("train", words), words, True)[1] == folder
     words += ["iterations=5"]

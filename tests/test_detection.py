@@ -185,7 +185,7 @@ def evaluated(folder, path):
     from resnet_train.engine.distributed import rank
 
     with process_group(CPU, 300):
-        state = checkpoint.load(Path(path), detector=True)
+        state = checkpoint.load(Path(path), detector=True) | {"path": path}
         config = config_from_checkpoint(state["config"])
         examples = read_examples(config)
         run = build(config, examples, CPU, state)

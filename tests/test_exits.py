@@ -68,7 +68,7 @@ def with_no_file_left(job):
 MEMORY = r"out of memory; use a smaller batch_size= \(or device_batch_size=\) \(.+\)"
 FILES = r"too many open files; raise the limit \(ulimit -n, now \d+\), or use fewer workers"
 MISSING = "/no/such: No such file or directory; with it there again, the same command resumes"
-WORKER = r"DataLoader worker \(.+\) exited unexpectedly; if it was killed for want of memory, take fewer workers"
+WORKER = r"DataLoader worker \(.+\) exited unexpectedly; if it was killed for want of memory, use fewer workers"
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a killed worker's, in a destructor

@@ -612,7 +612,7 @@ def test_names_that_are_not_utf_8(tree, tmp_path):
 
 def test_a_shard_that_its_table_cannot_hold_is_refused(tree, tmp_path, monkeypatch):
     monkeypatch.setattr(packing, "LARGEST", 5000)
-    with pytest.raises(UserError, match=r"shard_images=5: .*take fewer"):
+    with pytest.raises(UserError, match=r"shard_images=5: .*use fewer"):
         packing.pack(root=str(tree), out=tmp_path / "out", **SETTINGS)
     assert not (tmp_path / "out" / "pack.json").exists()
 

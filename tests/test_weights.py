@@ -267,7 +267,7 @@ def test_what_a_recipe_does_to_pixels_goes_with_the_export(weights, tmp_path, no
     mean = torch.rand(64, 64, 3) * 255 if normalise == "image" else torch.tensor(IMAGENET_MEAN).view(1, 1, 3)
     kept = {"config": found.plain(), "iteration": 1, "model": net.state_dict(), "mean": mean, "classes": list("abcde")}
     measure = {"precision": "fp32", "compile": False, "bn_images": 32}
-    checkpoint.save(tmp_path / "net.pt", kept | {"digest": "0", "measure": measure})
+    checkpoint.save(tmp_path / "net.pt", kept | {"label": "photos", "digest": "0", "measure": measure})
     images = pictures(64).float()
     pixels = images - mean.permute(2, 0, 1) / 255
     wanted = logits(net, pixels / STD.float() if divided else pixels)
@@ -459,7 +459,7 @@ def test_a_checkpoint_that_declares_another_net_than_it_holds_is_one_line(
     }
     for words in (["classify", "x.png", "checkpoint=x.pt", "device=cpu"], ["weights", "export", "x.pt", "out=y.pth"]):
         assert told.get(key, "a mean of 1000000 float32") in command_here(*words, code=2), words
-    with pytest.raises(UserError, match=r"holds other things|CIFAR nets have 6n"):
+    with pytest.raises(UserError, match=r"does not match this network|CIFAR nets have 6n"):
         read_source(tmp_path / "x.pt")
 
 

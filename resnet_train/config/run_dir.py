@@ -69,7 +69,7 @@ def check_same_run(old: Mapping[str, Any], config: RunConfig, where: str, otherw
         if key not in free and was.get(key) != now.get(key):
             raise UserError(
                 f"{key}={format_value(now.get(key))}: the run in {where} has {key}={format_value(was.get(key))};"
-                f" take that, or {otherwise}"
+                f" use that, or {otherwise}"
             )
 
 
