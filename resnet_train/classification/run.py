@@ -58,7 +58,8 @@ def build_or_resume(
             task.load(state)
     elif config.init_from is not None:
         begin_from(task, read_matching_source(config))
-    if task.compiled if state is not None else pick_compile(config, device):
+    wanted = task.compiled if state is not None else pick_compile(config, device)  # a resumed run stays as it began
+    if wanted:
         task.compiled = compile_network(task.model, config.depth, device)
     return task
 

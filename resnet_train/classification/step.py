@@ -145,5 +145,5 @@ class CapturedStep:
             self.graph.replay()
         else:
             self.graph.replay()
-            _count(self.task)
+            _count(self.task)  # Python, and so no part of the graph
         _set_rate(self.task, lr)  # a number again, for the checkpoint

@@ -209,7 +209,8 @@ class ClassificationTask(TrainState):
 
     def load(self, state: dict[str, Any]) -> None:
         """Resume from a checkpoint."""
-        self.mean, _ = state["mean"].to(self.device), int(state["measure"]["bn_images"])
+        self.mean = state["mean"].to(self.device)
+        int(state["measure"]["bn_images"])  # which `describe_changes` reads: refused here, in every process
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])

@@ -49,7 +49,7 @@ def predict(asked: PredictConfig, images: list[str]) -> None:
         Image.fromarray(draw_detections(image, found, classes, asked.score).permute(1, 2, 0).numpy()).save(png, "PNG")
         write_whole(picture, png.getvalue())
         told.append({"image": name, "picture": str(picture), "found": rows})
-        say(f"{name}: {len(rows)} found, {picture}")
+        say(f"{name}: {len(rows)} found with a score of {asked.score:g} or more, {picture}")
         for row in rows:
             left, top, right, bottom = row["box"]
             place = f"left {left:.0f}, top {top:.0f}, right {right:.0f}, bottom {bottom:.0f}"
