@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import resource
 import signal
 import sys
 import time
@@ -89,23 +88,6 @@ def check_restarts() -> None:
             "torchrun --max-restarts= needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment and"
             " --rdzv-backend=c10d; else the processes started again may look for those that died"
         )
-
-
-def check_open_files(workers: int | str) -> None:
-    """Raise the limit of open files to what `workers` that load data need, or refuse where it may not be raised.
-
-    A worker that meets it would not end: Python's thread that hands on its tensors tries again for good.
-    """
-    need = 64 + 8 * ((os.cpu_count() or 1) if workers == "auto" else int(workers))
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if workers == 0 or soft == resource.RLIM_INFINITY or soft >= need:
-        return
-    if hard not in range(need):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (need, hard))
-        return
-    raise RunError(
-        f"data.workers={workers}: need {need} open files, and the limit is {soft}; raise it (ulimit -n), or use fewer"
-    )
 
 
 def load(place: str) -> Any:

@@ -41,7 +41,6 @@ from resnet_train.config.compose import (
 )
 from resnet_train.console import (
     call,
-    check_open_files,
     check_restarts,
     exit_quietly,
     fail,
@@ -50,6 +49,7 @@ from resnet_train.console import (
     print_error,
     say_start,
 )
+from resnet_train.engine.limits import check_open_files
 from resnet_train.errors import UserError, from_os_error
 from resnet_train.sweep import check_all_finished, check_place, run_apart, run_here
 from resnet_train.terminal import say
@@ -163,6 +163,8 @@ def _prepare_all(
         raise UserError(f"{' '.join(empty)}: {what}")
     for asked in jobs:
         values = compose(command.name, asked, line.package)
+        if "images" in command.words and "images" in values:
+            raise UserError("images: there is no such key; images are words without a =")
         if line.cfg and not command.data:
             continue
         found = prepare(

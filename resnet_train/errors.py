@@ -135,7 +135,7 @@ def from_os_error(error: OSError) -> RunError:
 
 
 def remedy(error: BaseException) -> str:
-    """What has to be done before the same command can go on, as the first half of a sentence."""
+    """What has to be done before the same command can resume, as the first half of a sentence."""
     ways = {
         errno.ENOSPC: "with room made",
         errno.EDQUOT: "with room made",
@@ -148,7 +148,7 @@ def remedy(error: BaseException) -> str:
         errno.EPERM: "with leave to use it",
         errno.EROFS: "with leave to write there",
     }
-    return ways.get(getattr(error, "errno", None) or 0, "with that mended")
+    return ways.get(getattr(error, "errno", None) or 0, "with that put right")
 
 
 def _open_files() -> int:

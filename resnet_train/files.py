@@ -37,27 +37,24 @@ def lock_directory(folder: Path, key: str, doing: str, patience: int = 0) -> Ite
 
     Where another holds it, it is asked for again every half second, `patience` times. Raises UserError.
     """
-    handle = -1
-    try:
-        for left in range(patience, -1, -1):
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                handle = os.open(folder, os.O_RDONLY)
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.path.samestat(os.fstat(handle), os.stat(folder)):  # else its holder has removed it meanwhile
-                    break
-            except (BlockingIOError, FileNotFoundError):
-                time.sleep(0.5 if left else 0)
-            except OSError as error:
-                raise UserError(f"{key}={folder}: cannot be made: {error.strerror}") from error
-            os.close(handle)
-            handle = -1
-        else:
+    for left in range(patience, -1, -1):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(folder, os.O_RDONLY)
+        except OSError as error:
+            raise UserError(f"{key}={folder}: cannot be made: {error.strerror}") from error
+        with contextlib.suppress(BlockingIOError, FileNotFoundError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(handle), os.stat(folder)):  # else its holder has removed it meanwhile
+                break
+        os.close(handle)
+        if not left:
             raise UserError(f"{key}={folder}: another process is {doing} there")
+        time.sleep(0.5)
+    try:
         yield
     finally:
-        if handle >= 0:
-            os.close(handle)
+        os.close(handle)
 
 
 class NotRegular(OSError):

@@ -1,4 +1,4 @@
-"""Kill runs with SIGKILL again and again, go on each time, and compare them with undisturbed runs of the same.
+"""Kill runs with SIGKILL again and again, resume each time, and compare them with undisturbed runs of the same.
 
     python scripts/kill_and_resume.py KILLS FOLDER resnet-train-arguments…
 

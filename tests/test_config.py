@@ -365,6 +365,70 @@ def test_every_key_is_read():
     assert unread({"bn_wd", "schedule.nosuch", "seed"}) == {"bn_wd", "schedule.nosuch"}
 
 
+RANGES = {  # key: least, most, without the least, without the most
+    "anchors": (1, 4096, False, False),
+    "augment.area": (0, 1, False, False),
+    "augment.colour_jitter": (0, 1, False, False),
+    "augment.colour_noise": (0, 1, False, False),
+    "augment.pad": (0, 16, False, False),
+    "augment.shorter_side": (0, 4096, False, False),
+    "batch_size": (1, 1000000, False, False),
+    "bn_images": (2, None, False, False),
+    "checkpoint_every": (1, None, False, False),
+    "data.size": (8, 1024, False, False),
+    "data.validation": (0, None, False, False),
+    "data.workers": (0, 256, False, False),
+    "depth": (None, 100000, False, False),
+    "device_batch_size": (1, None, False, False),
+    "devices": (1, 100000, False, False),
+    "drops": (0, 1, False, False),
+    "eval_batch_size": (1, 1000000, False, False),
+    "eval_every": (1, None, False, False),
+    "images": (2, None, False, False),
+    "iterations": (1, 1000000000, False, False),
+    "keep_every": (0, None, False, False),
+    "log_every": (1, None, False, False),
+    "lr": (0, None, True, False),
+    "max_restarts": (0, 1000, False, False),
+    "max_size": (32, 8192, False, False),
+    "mean": (0, 1, False, False),
+    "min_size": (32, 4096, False, False),
+    "momentum": (0, 1, False, True),
+    "precise_bn": (0, 1000000, False, False),
+    "proposals": (1, 10000, False, False),
+    "quality": (1, 100, False, False),
+    "regions": (2, 10000, False, False),
+    "rounds": (1, 1000, False, False),
+    "schedule.drops": (0, 1, False, False),
+    "schedule.factor": (0, 1, True, False),
+    "schedule.lr": (0, None, True, False),
+    "schedule.patience": (0, 1, True, False),
+    "schedule.threshold": (0, 100, False, False),
+    "score": (0, 1, False, False),
+    "seconds": (0, 3600, True, False),
+    "seed": (0, 2**63 - 1, False, False),
+    "shard_images": (1, 100000, False, False),
+    "shorter_side": (8, 4096, False, False),
+    "std": (0, 10, True, False),
+    "steps": (2, 1000000000, False, False),
+    "timeout": (1, 1000000, False, False),
+    "warmup": (0, 1000000000, False, False),
+    "warmup.depth": (0, None, False, False),
+    "warmup.error": (0, 100, False, False),
+    "warmup.iterations": (0, 1000000000, False, False),
+    "warmup.lr": (0, None, True, False),
+    "weight_decay": (0, None, False, False),
+    "workers": (0, 256, False, False),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_ranges_are_these(kind):
+    """Written out, for every other test reads a bound where the program has it."""
+    for key, found in marked(Range, kind).items():
+        assert (found.low, found.high, found.above, found.below) == RANGES[key], key
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_number_has_a_range(kind):
     assert keys_taking({int, float, list[int], list[float]}, kind) == marked(Range, kind).keys()

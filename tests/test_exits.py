@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,8 +25,10 @@ from resnet_train import sweep
 from resnet_train.console import exit_code
 from resnet_train.engine import checkpoint
 from resnet_train.engine.distributed import _not_joined, process_group
+from resnet_train.engine.limits import check_open_files, most_workers
 from resnet_train.engine.loop import check_finite
 from resnet_train.errors import RunError, UserError, from_nccl_error, from_os_error, is_peer_failure
+from resnet_train.files import lock_directory
 
 
 class Starved(Dataset):
@@ -113,7 +116,7 @@ def test_what_is_a_mistake_in_the_code_keeps_its_trace(capsys):
         (errno.ENOENT, "with it there again, "),
         (errno.ENOTDIR, "with a folder there, "),
         (errno.EACCES, "what is on disk is whole; with leave to use it, "),
-        (errno.EIO, "what is on disk is whole; with that mended, "),
+        (errno.EIO, "what is on disk is whole; with that put right, "),
     ],
 )
 def test_the_way_out_is_that_of_the_fault(number, way):
@@ -341,3 +344,36 @@ def test_an_interface_that_is_not_there_is_named(two_of_a_launcher, tmp_path):
     message = "GLOO_SOCKET_IFNAME=nosuch: there is no such network interface; unset it, or name another"
     with pytest.raises(UserError, match=f"^{message}$"), process_group(torch.device("cpu"), 1):
         pass
+
+
+def test_a_folder_that_its_holder_removes_is_made_and_held_again(tmp_path):
+    """Else who had waited for it would hold one that is gone, and a third could make and hold it as well."""
+    folder, held = tmp_path / "run", []
+
+    def wait():
+        with lock_directory(folder, "run_dir", "training", patience=20):
+            with pytest.raises(UserError, match=r"another process is training there$"):
+                lock_directory(folder, "run_dir", "training").__enter__()
+            held.append(folder.is_dir())
+
+    waiting = threading.Thread(target=wait)
+    with lock_directory(folder, "run_dir", "training"):
+        waiting.start()
+        time.sleep(0.2)
+        folder.rmdir()
+    waiting.join()
+    assert held == [True]
+
+
+def test_a_folder_that_cannot_be_made_is_named():
+    with pytest.raises(UserError, match=r"^run_dir=/proc/nosuch: cannot be made: "):
+        lock_directory(Path("/proc/nosuch"), "run_dir", "training").__enter__()
+
+
+def test_workers_by_themselves_are_no_more_than_the_limit_of_open_files_allows(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(128)))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 1024))
+    check_open_files("auto")
+    assert most_workers() == 120
+    with pytest.raises(RunError, match=r"^data\.workers=128: need 1088 open files, and the limit is 1024; "):
+        check_open_files(128)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -15,6 +14,7 @@ from resnet_train.data.streaming import StreamingDataset
 from resnet_train.engine import checkpoint
 from resnet_train.engine.compute import to_device
 from resnet_train.engine.distributed import is_main
+from resnet_train.engine.limits import most_workers, share_of_cores
 from resnet_train.errors import UserError
 from resnet_train.models.batchnorm import use_group_batch_norm
 from resnet_train.models.build import build_network, check_net
@@ -67,8 +67,7 @@ def pick_workers(config: Config) -> int:
     workers = config.data.workers
     if workers != "auto":
         return workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    share = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    share = min(share_of_cores(), most_workers())
     return share if torch.cuda.is_available() and config.device != "cpu" else min(4, share)
 
 

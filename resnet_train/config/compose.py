@@ -77,12 +77,19 @@ def parse(name: str, words: list[str]) -> argparse.Namespace:
 
 
 def expand_words(words: list[str], short: Mapping[str, str]) -> list[str]:
-    """The words of a command line without what is `short` for another word, or for nothing, or for another KEY=."""
-    found = []
+    """The words of a command line without what is `short` for another word, or for nothing, or for another KEY=.
+
+    A file stands for itself, and a word without = is short for another only where it comes first.
+    """
+    found, first = [], next((word for word in words if not word.startswith("-")), None)
     for word in words:
         key, equals, value = word.partition("=")
-        found.append(short.get(word, short.get(key + equals, key + equals) + value if equals else word))
-    return [meant for meant, word in zip(found, words, strict=True) if meant or word not in short]
+        meant = short.get(word, short.get(key + equals, key + equals) + value if equals else word)
+        if os.path.isfile(word) or not (equals or word.startswith("-") or word is first):
+            meant = word
+        if meant or word not in short:
+            found.append(meant)
+    return found
 
 
 def name_words(keys: tuple[str, ...], overrides: list[str]) -> tuple[list[str], list[str]]:
@@ -94,8 +101,10 @@ def name_words(keys: tuple[str, ...], overrides: list[str]) -> tuple[list[str], 
         first = [f"bench={word}" for word in overrides[:1] if "=" not in word]
         return first + overrides[len(first) :], []
     is_there = os.path.exists if keys == ("runs",) else os.path.isfile
-    words = [item for item in overrides if not PAIR.match(item) or is_there(item)] if keys else []
-    pairs = [item for item in overrides if item not in words]
+    words: list[str] = []
+    pairs: list[str] = []
+    for item in overrides:
+        (words if keys and (not PAIR.match(item) or is_there(item)) else pairs).append(item)
     if not words or keys == ("images",):
         return pairs, words
     if len(words) > len(keys) > 1:

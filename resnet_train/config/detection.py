@@ -111,7 +111,7 @@ def check_detect(values: Mapping[str, Any], asked: Collection[str] = ()) -> Dete
     if config.max_size < config.min_size:
         raise UserError(f"max_size={config.max_size}: is below min_size={config.min_size}")
     if config.precision == "fp16" and config.device == "cpu":
-        raise UserError("precision=fp16: is for GPUs; on a CPU take bf16 or fp32")
+        raise UserError("precision=fp16: is for GPUs; on a CPU use bf16 or fp32")
     if config.freeze is not None and config.init_from is None:
         if "freeze" in asked:
             raise UserError(f"freeze={config.freeze}: would keep random weights; add init_from=, or remove it")

@@ -136,7 +136,7 @@ def check_train(values: Mapping[str, Any], asked: Collection[str] = (), *, needs
     if config.devices != "auto":
         split_batch(config, config.devices)
     if config.precision == "fp16" and config.device == "cpu":
-        raise UserError("precision=fp16: is for GPUs; on a CPU take bf16 or fp32")
+        raise UserError("precision=fp16: is for GPUs; on a CPU use bf16 or fp32")
     if config.arch == "plain" and config.zero_gamma:
         raise UserError("zero_gamma=true: a plain net would give nothing but zeros; it is for arch=resnet")
     if config.arch == "plain":
@@ -146,7 +146,7 @@ def check_train(values: Mapping[str, Any], asked: Collection[str] = (), *, needs
     elif config.shortcut == "none":
         raise UserError("shortcut=none: a residual net needs A, B or C; without shortcuts it is arch=plain")
     if config.data.name == "cifar10" and config.data.size != 32:
-        raise UserError(f"data.size={config.data.size}: CIFAR-10 is 32 px; for other sizes take data=imagefolder")
+        raise UserError(f"data.size={config.data.size}: CIFAR-10 is 32 px; for other sizes use data=imagefolder")
     if config.data.family == "imagenet" and config.data.size % 32:
         raise UserError(
             f"data.size={config.data.size}: ImageNet nets halve the image five times; must be a multiple of 32,"

@@ -44,6 +44,7 @@ from resnet_train.data.views import (
     split_sizes,
 )
 from resnet_train.engine import checkpoint
+from resnet_train.engine.limits import check_open_files
 from resnet_train.errors import UserError
 from resnet_train.terminal import printable
 
@@ -82,6 +83,7 @@ class StreamingDataset:
             "test": found.test,
         }
         self.sizes = {split: len(part) for split, part in self.parts.items()}
+        check_open_files(workers)
         import torchvision.transforms.v2.functional  # noqa: F401  (here, once, and not in every worker)
 
         self._mean: Tensor | None = None

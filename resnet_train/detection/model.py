@@ -179,7 +179,7 @@ def resnet_detector(net: ResNet, classes: int, frame: DetectorSettings, *, pyram
     `classes`: without the background. Raises ValueError for a CIFAR net, and for other than five anchors of a pyramid.
     """
     if not hasattr(net, "layer4"):
-        raise ValueError("a CIFAR net has no conv5_x; take an ImageNet net")
+        raise ValueError("a CIFAR net has no conv5_x; use an ImageNet net")
     if not pyramid:
         pool = Pool(14, 1 / STRIDE)
         return _detector(C4Backbone(net), pool, RoIHead(net), _channels(net, "layer4"), classes, frame)

@@ -41,7 +41,7 @@ def pick_device(name: str) -> torch.device:
 def pick_precision(name: str, device: torch.device) -> str:
     """auto as bf16 where the processor computes with it and as fp32 elsewhere; others as they are."""
     if name == "fp16" and device.type == "cpu":
-        raise UserError("precision=fp16: is for GPUs; on a CPU take bf16 or fp32")
+        raise UserError("precision=fp16: is for GPUs; on a CPU use bf16 or fp32")
     if name != "auto":
         return name
     fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else _cpu_has_bf16()

@@ -24,7 +24,7 @@ def launch(job: Callable[[], int], processes: int, max_restarts: int) -> int:
     """Run `job` (to be pickled) in `processes` new processes and give the first one's exit code.
 
     A signal is passed on to all, which agree to stop and end as they always do. Where one dies, the others are ended
-    and, up to `max_restarts` times, all started again, but not for wrong input; then RunError names it.
+    and all are started again, up to `max_restarts` times. Wrong input is not tried again: its exit code is returned.
 
     They meet in a file of this user's alone. The elastic launcher's own rendezvous is a store that listens on all
     interfaces and whose content it unpickles: whoever reached it could run code here.

@@ -31,7 +31,8 @@ def learning_rate(
 ) -> float:
     """The learning rate of the step after `iteration` steps, in a run of `iterations`.
 
-    step (and thirds, which is step with other drops): `lr` times `factor` for each of `drops` passed (fractions of `iterations`; section 4.2: 0.5 and 0.75 of 64k).
+    step, and thirds, which has other drops: `lr` times `factor` for each of `drops` passed (fractions of `iterations`;
+    section 4.2: 0.5 and 0.75 of 64k).
     plateau: times `factor` for each drop made so far (section 3.4). cosine: half a cosine from `lr` to zero.
     All: `warmup_lr` while the warm-up lasts (section 4.2, 110 layers).
     """

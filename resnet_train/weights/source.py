@@ -80,7 +80,7 @@ def read_source(
     std: Sequence[float] | None = None,
     double: bool = False,
 ) -> Source:
-    """The weights in a checkpoint of ours or in a state dict of the given `form` (state_dicts.ours).
+    """The weights in a checkpoint of ours or in a state dict of the given `form` (state_dicts.to_our_names).
 
     `mean` and `std` are what a state dict's images, in 0 to 1, have subtracted and are divided by; None: what the JSON
     file beside it says that an export of ours leaves, else ImageNet's. `double`: in float64. Raises UserError.
