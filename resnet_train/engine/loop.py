@@ -165,6 +165,16 @@ class Stop:
         self.asked = torch.distributed.all_reduce(answer, torch.distributed.ReduceOp.MAX, async_op=True), answer
         return False
 
+    def settle(self) -> None:
+        """Wait for the last question, to which nobody wants the answer; called by all, after the loop.
+
+        Signal handlers keep this object to the end of the process. With it a question in flight would keep threads of a
+        process group that is gone, and the process could abort as it ends.
+        """
+        if self.asked is not None:
+            self.asked[0].wait()
+            self.asked = None
+
 
 class Clock:
     """Wall time of a run, which took `seconds` so far, and of training since the last point or this process's start."""

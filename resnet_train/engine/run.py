@@ -89,6 +89,7 @@ def run(
         try:
             with contextlib.closing(logger):
                 loop(task, directory, logger, clock, stop, None if state is None else start)
+                stop.settle()
                 finished = task.iteration == config.iterations
                 if finished and on_rank_zero(lambda: logger.lacks(task.iteration, *task.splits)):
                     log_evaluation(task, directory, logger, clock)  # it was measured, and the record was lost
