@@ -2,13 +2,15 @@
 # Everything that needs a GPU, on a bare machine without a network, from the root of a checkout.
 #   scripts/gpu.sh prepare [DIR]        here: DIR (.gpu) and DIR-2 (.gpu-2) with all that such a machine lacks
 #   scripts/gpu.sh A                    there, 4 minutes: the GPU tests, the profile of a step
-#   scripts/gpu.sh unpack               there: only unpack what this call has brought
-#   scripts/gpu.sh B SECONDS NET…       there: whole runs of table 6 side by side, such as resnet-20 plain-56
+#   scripts/gpu.sh unpack               there, 2 minutes: the GPU tests while what this call has brought is unpacked
+#   scripts/gpu.sh B SECONDS RUN…       there: whole runs of table 6 side by side, such as resnet-20 plain-56,seed=1
 # There: Python 3.12 with torch 2.11 or newer, torchvision, triton, tensorboard, tqdm, matplotlib, scikit-learn, safetensors
 # and pytest. DIR holds the rest: wheels of hydra-core, omegaconf, antlr4 and simplejpeg (and faster-coco-eval, without which
-# the detector's test is skipped), and half of CIFAR-10 as lossless sheets, five classes each in DIR and DIR-2, since 64 MiB
-# is the most that may travel at once; B needs both halves, from two calls. What is unpacked stays there between the calls.
-# B stops what has not finished with a checkpoint and packs each run into $OUT/NET.tar; where DIR has NET.tar, it resumes.
+# the detector's test is skipped), and CIFAR-10 as lossless sheets, six classes in DIR and four in DIR-2, since 64 MiB is the
+# most that may travel at once (move results/ aside but for cifar10/unfinished); B needs both parts, from two calls. What is
+# unpacked stays there between the calls.
+# B stops what has not finished with a checkpoint and packs each run into $OUT/RUN.tar; where results/cifar10/unfinished has
+# RUN.tar, it resumes. In names of files `=` and `,` are `-`. DEVICE=cpu tries it all out.
 set -u
 T0=$(date +%s)
 OUT=${OUT:-/tmp/out}
@@ -27,8 +29,8 @@ prepare() {
   t=$(mktemp -d) && tar -xzf "$shared/cifar10.tar.gz" -C "$t"
   cp "$shared/cut_sheets.py" "$dir"
   half() { (cd "$t" && find cifar10 -name '*.webp' -o -name '*.txt' | grep -E "/($1)\." | sort | tar -cf - -T -); }
-  half 'airplane|automobile|bird|cat|deer' > "$dir/cifar10-1.tar"
-  half 'dog|frog|horse|ship|truck' > "$dir-2/cifar10-2.tar"
+  half 'airplane|automobile|bird|cat|deer|dog' > "$dir/cifar10-1.tar"
+  half 'frog|horse|ship|truck' > "$dir-2/cifar10-2.tar"
   rm -r "$t"
   du -sh "$dir" "$dir-2"
 }
@@ -60,12 +62,14 @@ torch.backends.cudnn.version(), torch.cuda.nccl.version(), torch.cuda.get_device
   say "installed: $(tail -4 "$OUT/machine.txt" | head -1)"
 }
 
-begin() { # a whole run of table 6 in the background: begin NET [WORD…]
-  local net=$1 && shift
-  [ -f "$GPU/$net.tar" ] && [ ! -d "$WORK/runs/$net" ] && tar -xf "$GPU/$net.tar" -C "$WORK/runs"
-  python3 -c 'from resnet_train.cli import train; train()' arch="${net%-*}" depth="${net#*-}" device=cuda \
-    data.root="$WORK/cifar10" run_dir="$WORK/runs/$net" "$@" > "$WORK/$net.log" 2>&1 &
-  PID[$net]=$!
+begin() { # a whole run of table 6 in the background, such as plain-56,seed=1
+  local net=${1%%,*} words=() name=${1//[,=]/-}
+  [[ $1 == *,* ]] && IFS=, read -ra words <<< "${1#*,}"
+  [ -f "results/cifar10/unfinished/$name.tar" ] && [ ! -d "$WORK/runs/$name" ] &&
+    tar -xf "results/cifar10/unfinished/$name.tar" -C "$WORK/runs"
+  python3 -c 'import sys; from resnet_train.cli import train; sys.exit(train())' arch="${net%-*}" depth="${net#*-}" \
+    device="${DEVICE:-cuda}" data.root="$WORK/cifar10" run_dir="$WORK/runs/$name" "${words[@]}" > "$WORK/$name.log" 2>&1 &
+  PID[$name]=$!
 }
 
 pack() { # what a run leaves, but for TensorBoard's events
@@ -73,7 +77,7 @@ pack() { # what a run leaves, but for TensorBoard's events
 }
 
 gpu_tests() {
-  timeout 170 python3 -m pytest -v --tb=short -n 8 -p no:cacheprovider -p no:benchmark -W default tests/test_gpu.py > "$OUT/tests.txt" 2>&1
+  timeout 120 python3 -m pytest -v --tb=short -n 8 -p no:cacheprovider -p no:benchmark -W default tests/test_gpu.py > "$OUT/tests.txt" 2>&1
   grep -E '(FAILED|ERROR) tests|passed|failed' "$OUT/tests.txt" | cut -c1-300
   say "tests"
 }
@@ -99,42 +103,42 @@ part_a() {
 }
 
 part_b() {
-  local limit=$1 net alive
+  local limit=$1 run name alive
   shift
   wait # for the images
   say "images: $(find "$WORK/cifar10" -name '*.png' | wc -l)"
-  gpu_tests & # while the runs compile
   share_gpu
   python3 -c "from resnet_train.data.source import load; print(load('cifar10', '$WORK/cifar10', 32).digest)"
   say "decoded"
   declare -gA PID=()
-  for net in "$@"; do begin "$net"; done
+  for run in "$@"; do begin "$run"; done
   while [ $(($(date +%s) - T0)) -lt "$limit" ]; do
     sleep 2
     alive=0
-    for net in "${!PID[@]}"; do
-      if kill -0 "${PID[$net]}" 2> /dev/null; then
+    for name in "${!PID[@]}"; do
+      if kill -0 "${PID[$name]}" 2> /dev/null; then
         alive=1
       else
-        say "$net: $(grep -a 'test error' "$WORK/$net.log" | tail -1 | cut -c1-200)"
-        unset "PID[$net]"
+        say "$name: $(grep -a 'test error' "$WORK/$name.log" | tail -1 | cut -c1-200)"
+        unset "PID[$name]"
       fi
     done
     [ $alive = 0 ] && break
   done
-  for net in "${!PID[@]}"; do kill -TERM "${PID[$net]}" 2> /dev/null; done
+  for name in "${!PID[@]}"; do kill -TERM "${PID[$name]}" 2> /dev/null; done
   wait
   [ -n "${CUDA_MPS_PIPE_DIRECTORY:-}" ] && echo quit | nvidia-cuda-mps-control
-  for net in "$@"; do
-    pack "$net"
-    tail -c 20000 "$WORK/$net.log" >> "$OUT/logs.txt"
-    say "$net: $(tail -c 400 "$WORK/$net.log" | tr '\r' '\n' | tail -1 | cut -c1-200)"
+  for run in "$@"; do
+    name=${run//[,=]/-}
+    pack "$name"
+    tail -c 20000 "$WORK/$name.log" >> "$OUT/logs.txt"
+    say "$name: $(tail -c 400 "$WORK/$name.log" | tr '\r' '\n' | tail -1 | cut -c1-200)"
   done
 }
 
 case ${1:-} in
   prepare) prepare "${2:-}" ;;
-  unpack) install && wait ;;
+  unpack) install && gpu_tests && wait ;;
   A) install && part_a ;;
   B) install && part_b "${@:2}" ;;
   *) sed -n 2,6p "$0" && exit 2 ;;
