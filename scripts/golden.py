@@ -7,7 +7,6 @@ the same to the last bit on the same processor, with the same torch and number o
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 from collections.abc import Iterable
@@ -24,6 +23,7 @@ from resnet_train.classification.train import rate
 from resnet_train.config.compose import CONFIG_DIR
 from resnet_train.config.schema import flat
 from resnet_train.config.train import Config, config_from_checkpoint
+from resnet_train.data.views import BatchOrder
 from resnet_train.engine.environment import processor
 from resnet_train.engine.schedule import Progress, end_warmup, watch_plateau
 from resnet_train.models import cifar_resnet, imagenet_resnet
@@ -84,14 +84,8 @@ def losses() -> list[float]:
     torch.set_num_threads(THREADS)
     try:
         run = build(config)
-        batches = run.dataset.train_batches(
-            run.mean,
-            run.device,
-            seed=config.seed,
-            batch_size=config.batch_size,
-            augment=dataclasses.asdict(config.augment),
-            start=0,
-        )
+        order = BatchOrder(config.seed, config.batch_size, config.augment)
+        batches = run.dataset.train_batches(run.mean, run.device, order)
         for images, labels in itertools.islice(batches, config.iterations):
             run.metrics.reset()
             step(run, images, labels, run.learning_rate())

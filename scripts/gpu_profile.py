@@ -8,7 +8,6 @@ eager, TF32, channels first, it waits for each loss), on a batch that lies on th
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import json
@@ -29,6 +28,7 @@ from resnet_train.classification.step import step
 from resnet_train.classification.train import ClassificationTask
 from resnet_train.config.compose import compose
 from resnet_train.config.train import check_train
+from resnet_train.data.views import BatchOrder
 from resnet_train.engine.environment import environment_of
 from resnet_train.models import cifar_resnet
 from resnet_train.models.compile import compile_network
@@ -86,8 +86,7 @@ def profile(depth: int) -> dict[str, Any]:
     busy, count, longest = kernels(take, batches)
     found["captured"] |= {"gpu_ms": busy, "kernels": count, "longest": longest}
 
-    options = {"seed": 0, "batch_size": 128, "augment": dataclasses.asdict(run.config.augment), "start": 0}
-    plain = run.dataset.train_batches(run.mean, run.device, **options)
+    plain = run.dataset.train_batches(run.mean, run.device, BatchOrder(0, 128, run.config.augment))
     for name, one in (("compiled", run), ("eager", opened(depth, compiled=False))):
         take = functools.partial(step, one)
         timed(take, plain, 5)

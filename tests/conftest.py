@@ -1,6 +1,5 @@
 """What several test files need: the command as a user types it, a small whole run, and the shared real data."""
 
-import dataclasses
 import fcntl
 import importlib.util
 import itertools
@@ -90,14 +89,14 @@ def trained(tmp_path_factory):
     pytest.importorskip("sklearn")
     from resnet_train.classification.run import build
     from resnet_train.classification.step import step
+    from resnet_train.data.views import BatchOrder
     from resnet_train.engine import checkpoint
 
     words = ["data=digits", "depth=8", "batch_size=32", "precision=fp32", "device=cpu"]
     config = check_train(compose("train", words))
     folder = tmp_path_factory.mktemp("trained")
     found = build(config)
-    augment = dataclasses.asdict(config.augment)
-    batches = found.dataset.train_batches(found.mean, found.device, seed=0, batch_size=32, augment=augment, start=0)
+    batches = found.dataset.train_batches(found.mean, found.device, BatchOrder(0, 32, config.augment))
     for images, labels in itertools.islice(batches, 20):
         step(found, images, labels, 0.05)
     checkpoint.save(folder / "last.pt", found.state())

@@ -17,6 +17,7 @@ from resnet_train.classification.run import build
 from resnet_train.classification.step import TrainMetrics, step
 from resnet_train.config.compose import CONFIG_DIR
 from resnet_train.config.train import check_train
+from resnet_train.data.views import BatchOrder
 from resnet_train.engine import checkpoint
 from resnet_train.engine.distributed import process_group, raise_on_all_ranks, rank, world_size
 from resnet_train.errors import UserError
@@ -44,16 +45,9 @@ def composed(*overrides):
 
 def batches(run):
     """The training batches of this process."""
-    return run.dataset.train_batches(
-        run.mean,
-        run.device,
-        seed=run.config.seed,
-        batch_size=run.config.batch_size,
-        augment=dataclasses.asdict(run.config.augment),
-        start=0,
-        rank=rank(),
-        world=world_size(),
-    )
+    config = run.config
+    order = BatchOrder(config.seed, config.batch_size, config.augment, 0, rank(), world_size())
+    return run.dataset.train_batches(run.mean, run.device, order)
 
 
 def trained(config):

@@ -26,8 +26,10 @@ from test_sets import SHAPES, equal, photograph
 from torch import nn
 
 from resnet_train.classification.run import build
+from resnet_train.config.augment import Augment
 from resnet_train.data.memory import MemoryDataset
 from resnet_train.data.streaming import StreamingDataset
+from resnet_train.data.views import BatchOrder
 from resnet_train.engine import checkpoint
 from resnet_train.models import cifar_resnet
 from resnet_train.models.batchnorm import BatchNorm2d, GroupBatchNorm2d, update_statistics, use_group_batch_norm
@@ -324,9 +326,8 @@ def test_photographs_depend_on_the_seed_and_not_on_the_processes(photographs, wo
 
 def the_same_images(sets, augment):
     def training(seed, rank, world):
-        batches = sets.train_batches(
-            sets.mean_image(), CPU, seed=seed, batch_size=24, augment=augment, start=2, rank=rank, world=world
-        )
+        order = BatchOrder(seed, 24, Augment(**augment), 2, rank, world)
+        batches = sets.train_batches(sets.mean_image(), CPU, order)
         found = [(images.clone(), labels.clone()) for images, labels in islice(batches, 2)]
         batches.close()
         return found

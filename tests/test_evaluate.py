@@ -1,7 +1,6 @@
 """Errors are exact counts, under each protocol."""
 
 import copy
-import dataclasses
 import itertools
 import json
 
@@ -21,7 +20,7 @@ from resnet_train.config.train import config_from_checkpoint
 from resnet_train.data.augment import IMAGENET_MEAN
 from resnet_train.data.decode import read_image
 from resnet_train.data.streaming import StreamingDataset
-from resnet_train.data.views import same_shape
+from resnet_train.data.views import BatchOrder, same_shape
 from resnet_train.engine import checkpoint
 from resnet_train.errors import UserError
 from resnet_train.models import cifar_resnet, imagenet_resnet
@@ -242,14 +241,8 @@ def test_an_ensemble_and_its_members_under_a_protocol(saved, photographs, monkey
         model, config = imagenet_resnet(18, arch, num_classes=3), config_from_checkpoint(state["config"])
         model.load_state_dict(state["model"])
         use_group_batch_norm(model, 4)
-        batches = photographs.train_batches(
-            photographs.mean_image(),
-            torch.device("cpu"),
-            seed=config.seed,
-            batch_size=4,
-            augment=dataclasses.asdict(config.augment),
-            start=0,
-        )
+        order = BatchOrder(config.seed, 4, config.augment)
+        batches = photographs.train_batches(photographs.mean_image(), torch.device("cpu"), order)
         average_statistics(model, (model(images) for images, _ in itertools.islice(batches, 3)), 3)
         nets.append(model.eval())
     with torch.no_grad():
@@ -271,8 +264,8 @@ def test_true_averages_are_over_groups_as_in_training(saved, photographs, monkey
         model.load_state_dict(state["model"])
         use_group_batch_norm(model, group)
         mean, device = photographs.mean_image(), torch.device("cpu")
-        augment = dataclasses.asdict(config_from_checkpoint(state["config"]).augment)
-        batches = photographs.train_batches(mean, device, seed=0, batch_size=group, augment=augment, start=0)
+        order = BatchOrder(0, group, config_from_checkpoint(state["config"]).augment)
+        batches = photographs.train_batches(mean, device, order)
         average_statistics(model, (model(images) for images, _ in itertools.islice(batches, 5)), 5)
         return count_errors(model, photographs.eval_batches("test", mean, device, 20), "fp32", 9).loss
 

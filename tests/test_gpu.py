@@ -18,6 +18,7 @@ from resnet_train.classification.run import build
 from resnet_train.classification.step import CapturedStep, step
 from resnet_train.config.compose import compose
 from resnet_train.config.train import check_train
+from resnet_train.data.views import BatchOrder
 from resnet_train.engine.compute import compute_logits
 from resnet_train.models import imagenet_resnet
 from resnet_train.models.compile import compile_network
@@ -53,10 +54,8 @@ def trained(run, take, batches, count, lr=0.01):
 
 def plainly(run, count):
     """The losses of steps that are launched kernel by kernel, or as one CPU runs them."""
-    augment = {"pad": run.config.augment.pad, "flip": run.config.augment.flip}
-    batches = run.dataset.train_batches(
-        run.mean, run.device, seed=0, batch_size=run.config.batch_size, augment=augment, start=run.iteration
-    )
+    order = BatchOrder(0, run.config.batch_size, run.config.augment, run.iteration)
+    batches = run.dataset.train_batches(run.mean, run.device, order)
     return trained(run, lambda *batch: step(run, *batch), batches, count)
 
 
@@ -291,7 +290,7 @@ def test_a_detector_with_frozen_norms_trains(tmp_path):
     torch.save(imagenet_resnet(18).state_dict(), tmp_path / "r18.pth")
     words = [word for word in WORDS if not word.startswith(("device=", "precision="))]
     done = subprocess.run(
-        # random weights under fixed norms: at the recipe's rate the loss is not finite after 6 iterations, on a CPU as well
+        # random weights under fixed norms: at the recipe's rate the loss is not finite after six iterations, everywhere
         start(*words, "device=cuda", "init_from=r18.pth", "freeze=layer1", "lr=0.0001", "run_dir=run", entry="detect"),
         cwd=tmp_path,
         capture_output=True,

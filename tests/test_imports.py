@@ -170,7 +170,7 @@ def test_there_are_no_cycles():
 
 def test_leaves_take_plain_arguments():
     """The configuration is for the layers above; these, which check plain values by a schema, know of none."""
-    light = {f"resnet_train.config.{name}" for name in ("keys", "layout", "schema")}
+    light = {f"resnet_train.config.{name}" for name in ("augment", "keys", "layout", "schema")}
     assert {"resnet_train.config.train", "resnet_train.config.detection"} <= set(CONFIGS)
     for name in set(LEAVES) - set(CONFIGS):
         assert not own(TREES[name]) & set(CONFIGS) - light, name

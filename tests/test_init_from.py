@@ -1,6 +1,5 @@
 """A run that begins with weights from elsewhere, and stages that stay as they are."""
 
-import dataclasses
 import itertools
 import shutil
 import signal
@@ -17,6 +16,7 @@ from resnet_train.config.compose import compose
 from resnet_train.config.run_dir import check_run_dir
 from resnet_train.config.train import check_train
 from resnet_train.data.augment import IMAGENET_STD
+from resnet_train.data.views import BatchOrder
 from resnet_train.engine import checkpoint
 from resnet_train.errors import SIGNALS, UserError
 from resnet_train.models import cifar_resnet, imagenet_resnet
@@ -43,8 +43,7 @@ def begun(source, *words):
 def steps(run, count, look=lambda _: None):
     """Take steps; `look` sees the run between the gradients and the update of each."""
     run.optimizer.register_step_pre_hook(lambda *_: look(run))
-    augment = dataclasses.asdict(run.config.augment)
-    batches = run.dataset.train_batches(run.mean, run.device, seed=0, batch_size=32, augment=augment, start=0)
+    batches = run.dataset.train_batches(run.mean, run.device, BatchOrder(0, 32, run.config.augment))
     for images, labels in itertools.islice(batches, count):
         step(run, images, labels, 0.05)
 

@@ -20,6 +20,7 @@ from conftest import metrics, needs, stamp, start
 from PIL import Image
 
 from resnet_train import cli
+from resnet_train.config.augment import Augment
 from resnet_train.config.layout import check_source, class_folders
 from resnet_train.data import pack as packing
 from resnet_train.data.crops import cut, scaled_box
@@ -29,6 +30,7 @@ from resnet_train.data.pack_check import check_packed
 from resnet_train.data.packed import Shard, open_packed, stored_order
 from resnet_train.data.sampler import WINDOW, permutation
 from resnet_train.data.streaming import StreamingDataset
+from resnet_train.data.views import BatchOrder
 from resnet_train.errors import RunError, UserError
 
 needs("litdata")
@@ -36,7 +38,7 @@ needs("litdata")
 CPU = torch.device("cpu")
 COUNTS = {"train": {"cat": 30, "dog": 20, "eel": 14}, "val": {"cat": 4, "dog": 5, "eel": 2}}
 SETTINGS = {"shorter_side": 40, "quality": 90, "images": 5, "workers": 0, "broken": "stop"}
-AUGMENT = {"pad": 0, "flip": True, "shorter_side": [36, 60], "area": None, "colour_jitter": 0.0, "colour_noise": 0.1}
+AUGMENT = Augment(0, True, [36, 60], None, colour_jitter=0.0, colour_noise=0.1)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -689,9 +691,7 @@ def test_the_order_is_of_shards_and_of_images_within_windows():
 
 def batches(root, rank=0, world=1, start=0, workers=0, count=4):
     sets = StreamingDataset(root=str(root), size=32, validation=0, workers=workers)
-    found = sets.train_batches(
-        sets.mean_image(), CPU, seed=3, batch_size=20, augment=AUGMENT, start=start, rank=rank, world=world
-    )
+    found = sets.train_batches(sets.mean_image(), CPU, BatchOrder(3, 20, AUGMENT, start, rank, world))
     with contextlib.closing(found):
         return list(itertools.islice(found, count))
 
@@ -866,7 +866,7 @@ def test_a_broken_training_image_is_skipped_where_asked(tree, tmp_path, capfd):
 
     def skipping(workers):
         sets = StreamingDataset(root=str(root), size=32, validation=0, workers=workers, broken="skip")
-        found = sets.train_batches(sets.mean_image(), CPU, seed=3, batch_size=16, augment=AUGMENT, start=0)
+        found = sets.train_batches(sets.mean_image(), CPU, BatchOrder(3, 16, AUGMENT))
         skipped = []
         with contextlib.closing(found):
             images = [(skipped.append(sets.skipped), one)[1] for one in itertools.islice(found, 8)]

@@ -1,6 +1,7 @@
 """Batches of the two kinds of data sets: whole in memory, and decoded as it trains."""
 
 import contextlib
+import dataclasses
 import itertools
 import multiprocessing
 import os
@@ -13,6 +14,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
 from resnet_train.classification.load import open_dataset
+from resnet_train.config.augment import Augment
 from resnet_train.data import streaming
 from resnet_train.data.augment import EIGENVECTORS, IMAGENET_MEAN
 from resnet_train.data.cache import cache_folder
@@ -21,13 +23,13 @@ from resnet_train.data.decode import read_image
 from resnet_train.data.memory import MemoryDataset
 from resnet_train.data.source import load
 from resnet_train.data.streaming import StreamingDataset, _RandomViews
-from resnet_train.data.views import split_sizes
+from resnet_train.data.views import BatchOrder, split_sizes
 from resnet_train.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
-AUGMENT = {"pad": 4, "flip": True, "shorter_side": [28, 40], "area": None, "colour_jitter": 0, "colour_noise": 0.1}
-PLAIN = {"pad": 0, "flip": False, "shorter_side": [24, 24], "area": None, "colour_jitter": 0, "colour_noise": 0.0}
+AUGMENT = Augment(4, True, [28, 40], None, colour_jitter=0.0, colour_noise=0.1)
+PLAIN = Augment(0, False, [24, 24], None, colour_jitter=0.0, colour_noise=0.0)
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +74,7 @@ def streamed(root, validation=0, workers=0, size=24):
 
 def training(sets, count, start=0, seed=3, batch_size=8, augment=AUGMENT):
     """`count` training batches from iteration `start`, as images and labels."""
-    batches = sets.train_batches(sets.mean_image(), CPU, seed=seed, batch_size=batch_size, augment=augment, start=start)
+    batches = sets.train_batches(sets.mean_image(), CPU, BatchOrder(seed, batch_size, augment, start))
     with contextlib.closing(batches):
         return [(images.clone(), labels.clone()) for images, labels in itertools.islice(batches, count)]
 
@@ -296,7 +298,7 @@ def places(wide, flip):
     crops = [read_image(wide / "train" / name / "0.png").unfold(2, 24, 1).permute(2, 0, 1, 3) for name in "ab"]
     views = [((torch.cat([crop, crop.flip(3)]) - mean) / 255).flatten(1) for crop in crops]
     seen = torch.zeros(34, dtype=torch.int64)
-    for images, labels in training(streamed(wide), 200, augment=PLAIN | {"flip": flip}):
+    for images, labels in training(streamed(wide), 200, augment=dataclasses.replace(PLAIN, flip=flip)):
         for image, label in zip(images.flatten(1), labels.tolist(), strict=True):
             (which,) = ((views[label] - image).abs().amax(1) < 1e-6).nonzero().flatten()
             seen[which] += 1
@@ -324,15 +326,15 @@ def test_the_shorter_side_takes_every_value(tmp_path):
         ramp = torch.arange(0, 240, dtype=torch.uint8).repeat(240, 1)[..., None].expand(-1, -1, 3).contiguous()
         Image.fromarray(ramp.numpy()).save(tmp_path / part / name / "0.png")
     sides = set()
-    for images, _ in training(streamed(tmp_path), 20, augment=PLAIN | {"shorter_side": [26, 30]}):
+    for images, _ in training(streamed(tmp_path), 20, augment=dataclasses.replace(PLAIN, shorter_side=[26, 30])):
         steps = (images[:, 0, 12, 20] - images[:, 0, 12, 3]) * 255 / 17
         sides |= {round(240 / step) for step in steps.tolist()}
     assert sides == {26, 27, 28, 29, 30}
 
 
 def test_colour_noise_shifts_each_image_along_the_components(tree):
-    still = training(streamed(tree), 3, augment=AUGMENT | {"colour_noise": 0.0})
-    noisy = training(streamed(tree), 3, augment=AUGMENT | {"colour_noise": 0.5})
+    still = training(streamed(tree), 3, augment=dataclasses.replace(AUGMENT, colour_noise=0.0))
+    noisy = training(streamed(tree), 3, augment=dataclasses.replace(AUGMENT, colour_noise=0.5))
     shifts = []
     for (before, labels), (after, same) in zip(still, noisy, strict=True):
         assert torch.equal(labels, same)
@@ -517,8 +519,8 @@ def test_the_first_part_of_ten_that_lies_inside_is_taken(place):
 
 
 def test_ten_parts_are_drawn_for_each_image(tree):
-    augment = PLAIN | {"shorter_side": None, "area": [0.25, 1]}
-    sampler = _RandomViews(3, 0, 8, 24, augment, streamed(tree).parts["train"], slice(None))
+    augment = dataclasses.replace(PLAIN, shorter_side=None, area=[0.25, 1])
+    sampler = _RandomViews(streamed(tree).parts["train"], 24, BatchOrder(3, 8, augment))
     boxes = [box.keywords for _, box in next(iter(sampler))]
     assert [len(box["tries"]) for box in boxes] == [10] * 8
     assert len({tuple(map(tuple, box["tries"])) for box in boxes}) == 8
@@ -526,7 +528,7 @@ def test_ten_parts_are_drawn_for_each_image(tree):
 
 
 def test_a_batch_by_area_is_cut_from_its_photographs(tree):
-    augment = PLAIN | {"shorter_side": None, "area": [0.25, 1]}
+    augment = dataclasses.replace(PLAIN, shorter_side=None, area=[0.25, 1])
     sets = streamed(tree)
     means = torch.stack([read_image(path).float().mean((1, 2)) for path, _ in sets.parts["train"]])
     images, _ = training(sets, 1, augment=augment)[0]

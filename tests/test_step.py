@@ -5,7 +5,6 @@ import copy
 import itertools
 import json
 import signal
-from dataclasses import asdict
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from resnet_train.classification.run import build
 from resnet_train.classification.step import step
+from resnet_train.data.views import BatchOrder
 from resnet_train.engine import checkpoint
 from resnet_train.engine.logger import MetricsLogger
 from resnet_train.engine.loop import Clock, Stop, loop
@@ -110,9 +110,7 @@ class Waits(TorchDispatchMode):
 def training(run):
     """The training batches of a run."""
     config = run.config
-    return run.dataset.train_batches(
-        run.mean, run.device, seed=0, batch_size=config.batch_size, augment=asdict(config.augment), start=0
-    )
+    return run.dataset.train_batches(run.mean, run.device, BatchOrder(0, config.batch_size, config.augment))
 
 
 @pytest.mark.parametrize("extra", [[], ["device_batch_size=16"], ["activation_checkpointing=true"], ["nesterov=true"]])

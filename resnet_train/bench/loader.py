@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import resource
@@ -31,6 +30,7 @@ from resnet_train.data.decode import decode
 from resnet_train.data.imagefolder import ImageSource, open_image_splits
 from resnet_train.data.sampler import generator
 from resnet_train.data.streaming import random_views
+from resnet_train.data.views import BatchOrder
 
 
 def loader(asked: BenchConfig, config: Config, folder: Path, device: torch.device) -> Outcome:
@@ -72,8 +72,8 @@ def decoding(asked: BenchConfig, config: Config) -> Outcome:
 
     Images per second of one core: of the worker's own time, whatever else the machine does.
     """
-    size, batch, seed = config.data.size, config.batch_size, config.seed
-    augment = dataclasses.asdict(config.augment)
+    size, batch = config.data.size, config.batch_size
+    order = BatchOrder(config.seed, batch, config.augment)
     parts = {
         "packed" if is_packed(root) else "files": open_image_splits(root).train
         for root in (config.data.root, asked.packed)
@@ -82,7 +82,7 @@ def decoding(asked: BenchConfig, config: Config) -> Outcome:
     first = next(iter(parts))
     loaders = {}
     for name, part in parts.items():
-        loaders[f"ours, {name}"] = functools.partial(random_views, part, size, seed, batch, augment)
+        loaders[f"ours, {name}"] = functools.partial(random_views, part, size, order)
     loaders[f"classic, {first}"] = functools.partial(_whole, baseline.TransformedPhotographs(parts[first], size), batch)
     for name, part in parts.items():
         loaders[f"decoding alone, {name}"] = functools.partial(_whole, _Decoded(part), batch)

@@ -22,7 +22,7 @@ from resnet_train.classification.train import ClassificationTask
 from resnet_train.config.train import Config
 from resnet_train.data.memory import MemoryDataset
 from resnet_train.data.streaming import StreamingDataset
-from resnet_train.data.views import Batches
+from resnet_train.data.views import Batches, BatchOrder
 from resnet_train.engine.logger import MetricsLogger
 from resnet_train.engine.loop import Clock, Stop, loop
 from resnet_train.models.compile import compile_network
@@ -71,10 +71,8 @@ def opened(config: Config, dataset: MemoryDataset | StreamingDataset) -> Classif
 
 def batches_of(run: ClassificationTask) -> Batches:
     """The run's augmented batches, without end."""
-    augment = dataclasses.asdict(run.config.augment)
-    return run.dataset.train_batches(
-        run.mean, run.device, seed=run.config.seed, batch_size=run.config.batch_size, augment=augment, start=0
-    )
+    order = BatchOrder(run.config.seed, run.config.batch_size, run.config.augment)
+    return run.dataset.train_batches(run.mean, run.device, order)
 
 
 def bare(run: ClassificationTask, images: Tensor, labels: Tensor) -> Work:

@@ -22,7 +22,7 @@ from resnet_train.config.layout import check_source
 from resnet_train.config.train import Config, config_from_checkpoint
 from resnet_train.data.memory import MemoryDataset
 from resnet_train.data.streaming import StreamingDataset
-from resnet_train.data.views import PROTOCOLS, Views
+from resnet_train.data.views import PROTOCOLS, BatchOrder, Views
 from resnet_train.engine.compute import compute_logits, pick_device
 from resnet_train.engine.distributed import (
     all_reduce_sum,
@@ -261,14 +261,7 @@ def _true_averages(
     """Batch norm's statistics as true averages over `count` training batches, dealt to the processes."""
     config, images = member.config, member.state["measure"]["bn_images"]
     start, stop = rank() * count // world_size(), (rank() + 1) * count // world_size()
-    batches = dataset.train_batches(
-        mean,
-        mean.device,
-        seed=config.seed,
-        batch_size=images,
-        augment=dataclasses.asdict(config.augment),
-        start=start,
-    )
+    batches = dataset.train_batches(mean, mean.device, BatchOrder(config.seed, images, config.augment, start))
     passes = (compute_logits(model, images, precision) for images, _ in islice(batches, stop - start))
     average_statistics(model, passes, count)
 

@@ -20,6 +20,7 @@ from resnet_train.config.run_dir import as_stored
 from resnet_train.config.train import Config
 from resnet_train.data.memory import MemoryDataset
 from resnet_train.data.streaming import StreamingDataset
+from resnet_train.data.views import BatchOrder
 from resnet_train.engine.compute import compute_logits, wrap_ddp
 from resnet_train.engine.distributed import rank, world_size
 from resnet_train.engine.logger import message
@@ -103,19 +104,15 @@ class ClassificationTask(TrainState):
         On one GPU, with images in memory, in one pass and without fp16's scaler, the step is captured and makes the
         batch itself: these are then the draws of it.
         """
-        options: dict[str, Any] = {
-            "seed": self.config.seed,
-            "batch_size": self.config.batch_size,
-            "augment": dataclasses.asdict(self.config.augment),
-            "start": self.iteration,
-        }
+        config = self.config
+        order = BatchOrder(config.seed, config.batch_size, config.augment, self.iteration, rank(), world_size())
         one_pass = self.share.passes == 1 and not self.scaler.is_enabled() and not self.model.recompute
         if self.device.type == "cuda" and world_size() == 1 and isinstance(self.dataset, MemoryDataset) and one_pass:
             if self.captured is None:
-                make = self.dataset.batch_maker(self.mean, self.device, self.config.augment.pad)
+                make = self.dataset.batch_maker(self.mean, self.device, config.augment.pad)
                 self.captured = CapturedStep(self, make)
-            return ((draws,) for draws in self.dataset.draw_batches(self.device, **options))
-        return self.dataset.train_batches(self.mean, self.device, **options, rank=rank(), world=world_size())
+            return ((draws,) for draws in self.dataset.draw_batches(self.device, order))
+        return self.dataset.train_batches(self.mean, self.device, order)
 
     def learning_rate(self) -> float:
         """Of the next step."""

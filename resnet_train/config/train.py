@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from resnet_train.config import keys
+from resnet_train.config.augment import Augment
 from resnet_train.config.data import Data, check_family, check_held_out, training_images
 from resnet_train.config.keys import Alias, Counted, Free, OnlyFor, Range, StoredAs
 from resnet_train.config.layout import check_source, name_data
@@ -41,18 +42,6 @@ class Warmup:
     lr: keys.LearningRate
     error: Annotated[float, Range(0, 100)]
     iterations: Annotated[int, Range(0, 10**9)]
-
-
-@dataclass(frozen=True)
-class Augment:
-    """Random changes of the training images: zero padding and crop, flip, scale or area, colour."""
-
-    pad: Annotated[int, Range(0, 16), OnlyFor("cifar")]
-    flip: bool
-    shorter_side: Annotated[list[int] | None, Range(0, 4096), OnlyFor("imagenet")]
-    area: Annotated[list[float] | None, Range(0, 1), OnlyFor("imagenet")]
-    colour_jitter: Annotated[float, Range(0, 1), OnlyFor("imagenet")]
-    colour_noise: Annotated[float, Range(0, 1), OnlyFor("imagenet")]
 
 
 @dataclass(frozen=True)

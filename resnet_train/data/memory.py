@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from resnet_train.data.augment import (
 from resnet_train.data.image_set import CIFAR10_FINGERPRINT, ImageSet
 from resnet_train.data.sampler import batch_indices, generator
 from resnet_train.data.source import load
-from resnet_train.data.views import Batches, Views, rank_slice, single_views, split_sizes
+from resnet_train.data.views import Batches, BatchOrder, Views, single_views, split_sizes
 
 
 class MemoryDataset:
@@ -54,48 +53,26 @@ class MemoryDataset:
         self.parts[split] = self.parts[split].to(device)
         return self.parts[split]
 
-    def train_batches(
-        self,
-        mean: Tensor,
-        device: torch.device,
-        *,
-        seed: int,
-        batch_size: int,
-        augment: dict[str, Any],
-        start: int,
-        rank: int = 0,
-        world: int = 1,
-    ) -> Batches:
-        """Augmented batches without end, from iteration `start`: (B, 3, H, W) float32 channels last, (B,) int64.
+    def train_batches(self, mean: Tensor, device: torch.device, order: BatchOrder) -> Batches:
+        """Augmented batches without end: (B, 3, H, W) float32 channels last, (B,) int64.
 
-        B is `batch_size`, of all processes, divided by `world`.
+        B is the batch size of all processes divided by their number.
         """
-        make = self.batch_maker(mean, device, augment["pad"])
-        for draws in self.draw_batches(
-            device, seed=seed, batch_size=batch_size, augment=augment, start=start, rank=rank, world=world
-        ):
+        make = self.batch_maker(mean, device, order.augment.pad)
+        for draws in self.draw_batches(device, order):
             yield make(draws.to(device, non_blocking=True))
 
-    def draw_batches(
-        self,
-        device: torch.device,
-        *,
-        seed: int,
-        batch_size: int,
-        augment: dict[str, Any],
-        start: int,
-        rank: int = 0,
-        world: int = 1,
-    ) -> Iterator[Tensor]:
+    def draw_batches(self, device: torch.device, order: BatchOrder) -> Iterator[Tensor]:
         """What training batches are made of: (4, B) int64, the indices of images, offsets from top and left, flips.
 
         On the CPU, pinned for a GPU: one copy an iteration, which nobody waits for.
         """
-        part, size = rank_slice(batch_size, rank, world), self.sizes["train"]
-        for iteration in itertools.count(start):
-            indices = batch_indices(seed, iteration, batch_size, size)
-            draws = draw_crops(generator(seed, "augment", iteration), batch_size, augment["pad"], augment["flip"])
-            rows = torch.stack([indices, *draws])[:, part]
+        augment = order.augment
+        for iteration in itertools.count(order.start):
+            indices = batch_indices(order.seed, iteration, order.batch_size, self.sizes["train"])
+            draw = generator(order.seed, "augment", iteration)
+            draws = draw_crops(draw, order.batch_size, augment.pad, augment.flip)
+            rows = torch.stack([indices, *draws])[:, order.share]
             yield rows.pin_memory() if device.type == "cuda" else rows
 
     def batch_maker(self, mean: Tensor, device: torch.device, pad: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:

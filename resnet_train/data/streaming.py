@@ -34,11 +34,11 @@ from resnet_train.data.sampler import batch_indices, generator
 from resnet_train.data.views import (
     SCALES,
     Batches,
+    BatchOrder,
     CroppedViews,
     View,
     Views,
     WholeViews,
-    rank_slice,
     same_shape,
     single_views,
     split_sizes,
@@ -125,34 +125,22 @@ class StreamingDataset:
         std = torch.tensor(IMAGENET_STD, dtype=torch.float64, device=device).view(1, 3, 1, 1)
         return std if self.subtract == "standard" else None
 
-    def train_batches(
-        self,
-        mean: Tensor,
-        device: torch.device,
-        *,
-        seed: int,
-        batch_size: int,
-        augment: dict[str, Any],
-        start: int,
-        rank: int = 0,
-        world: int = 1,
-    ) -> Batches:
-        """Augmented batches without end, from iteration `start`: (B, 3, S, S) float32 channels last, (B,) int64.
+    def train_batches(self, mean: Tensor, device: torch.device, order: BatchOrder) -> Batches:
+        """Augmented batches without end: (B, 3, S, S) float32 channels last, (B,) int64.
 
-        B is `batch_size`, of all processes, divided by `world`.
+        B is the batch size of all processes divided by their number.
         """
-        part, std = rank_slice(batch_size, rank, world), self._divisor(device)
-        train = self.parts["train"]
-        sampler = _RandomViews(seed, start, batch_size, self.size, augment, train, part)
-        iteration = start
+        part, std, train = order.share, self._divisor(device), self.parts["train"]
+        augment, batch_size, iteration = order.augment, order.batch_size, order.start
+        sampler = _RandomViews(train, self.size, order)
         for images, labels, broken in self._loader(CroppedViews(train, self.size, self.broken), sampler, device):
             self._tell(broken)
-            draw = generator(seed, "device augment", iteration)
-            flips = draw_crops(draw, batch_size, 0, augment["flip"])[2][part].to(device, non_blocking=True)
-            noise = torch.randn(batch_size, 3, generator=draw)[part] * augment["colour_noise"]
+            draw = generator(order.seed, "device augment", iteration)
+            flips = draw_crops(draw, batch_size, 0, augment.flip)[2][part].to(device, non_blocking=True)
+            noise = torch.randn(batch_size, 3, generator=draw)[part] * augment.colour_noise
             batch = flip_some(images.to(device, non_blocking=True), flips)
-            if augment["colour_jitter"]:
-                jitter = draw_jitter(draw, batch_size, augment["colour_jitter"])
+            if augment.colour_jitter:
+                jitter = draw_jitter(draw, batch_size, augment.colour_jitter)
                 batch = colour_jitter(batch, *(part_of[part].to(device, non_blocking=True) for part_of in jitter))
             # Noise is in units of the full range: before it is divided by the std, where it is.
             batch = colour_noise(normalise(batch, mean), noise)
@@ -227,47 +215,39 @@ class StreamingDataset:
         )
 
 
-def random_views(
-    part: ImageSource, size: int, seed: int, batch_size: int, augment: dict[str, Any], count: int
-) -> DataLoader:
+def random_views(part: ImageSource, size: int, order: BatchOrder, count: int) -> DataLoader:
     """The first `count` batches of one worker as training takes them, before they go to the device; to measure."""
-    sampler = _RandomViews(seed, 0, batch_size, size, augment, part, slice(None))
-    return DataLoader(CroppedViews(part, size), batch_sampler=list(itertools.islice(sampler, count)), num_workers=1)
+    views = list(itertools.islice(_RandomViews(part, size, order), count))
+    return DataLoader(CroppedViews(part, size), batch_sampler=views, num_workers=1)
 
 
 class _RandomViews(Sampler[list[View]]):
-    """Endless training batches of views of `part`, or the `share` of each, with a random scale or area and place."""
+    """Endless training batches of views of `part`, this process's share, with a random scale or area and place."""
 
-    def __init__(
-        self,
-        seed: int,
-        start: int,
-        batch_size: int,
-        size: int,
-        augment: dict[str, Any],
-        part: ImageSource,
-        share: slice,
-    ) -> None:
-        self.seed, self.start, self.batch_size, self.size = seed, start, batch_size, size
-        self.augment, self.count, self.blocks, self.share = augment, len(part), part.blocks, share
+    def __init__(self, part: ImageSource, size: int, order: BatchOrder) -> None:
+        self.count, self.blocks, self.size, self.order = len(part), part.blocks, size, order
 
     def __iter__(self) -> Iterator[list[View]]:
-        for iteration in itertools.count(self.start):
-            indices = batch_indices(self.seed, iteration, self.batch_size, self.count, self.blocks)[self.share].tolist()
-            yield list(zip(indices, self._boxes(generator(self.seed, "augment", iteration)), strict=True))
+        order = self.order
+        for iteration in itertools.count(order.start):
+            indices = batch_indices(order.seed, iteration, order.batch_size, self.count, self.blocks)
+            boxes = self._boxes(generator(order.seed, "augment", iteration))
+            yield list(zip(indices[order.share].tolist(), boxes, strict=True))
 
     def _boxes(self, draw: torch.Generator) -> list[Callable[[int, int], Box] | None]:
         """What is cut from each photograph of this process's share; the numbers are drawn for the whole batch."""
-        count, area = self.batch_size, self.augment["area"]
+        count, share = self.order.batch_size, self.order.share
+        area, scales = self.order.augment.area, self.order.augment.shorter_side
         if area is not None:
-            tries = torch.rand(count, 10, 2, generator=draw)[self.share].tolist()
-            places = torch.rand(count, 2, generator=draw)[self.share].tolist()
+            tries = torch.rand(count, 10, 2, generator=draw)[share].tolist()
+            places = torch.rand(count, 2, generator=draw)[share].tolist()
             return [
                 functools.partial(area_box, area=area, tries=t, place=p) for t, p in zip(tries, places, strict=True)
             ]
-        low, high = self.augment["shorter_side"]
-        sides = torch.randint(low, high + 1, (count,), generator=draw)[self.share].tolist()
-        places = torch.rand(count, 2, generator=draw)[self.share].tolist()
+        assert scales is not None  # check_train has seen to it
+        low, high = scales
+        sides = torch.randint(low, high + 1, (count,), generator=draw)[share].tolist()
+        places = torch.rand(count, 2, generator=draw)[share].tolist()
         return [
             functools.partial(scaled_box, size=self.size, side=side, place=place)
             for side, place in zip(sides, places, strict=True)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from resnet_train.config.augment import Augment
 from resnet_train.data.crops import Box, center_view, cut, middle
 from resnet_train.data.decode import ImageError
 from resnet_train.data.imagefolder import ImageSource, image_of
@@ -32,9 +34,24 @@ def split_sizes(train: int, validation: int) -> tuple[Tensor, Tensor]:
     return held_out(train, validation)
 
 
-def rank_slice(batch_size: int, rank: int, world: int) -> slice:
-    """The part of a batch that process `rank` of `world` takes."""
-    return slice(rank * batch_size // world, (rank + 1) * batch_size // world)
+@dataclass(frozen=True)
+class BatchOrder:
+    """Which training batches: those of `seed` from iteration `start` on, of which a process takes its share.
+
+    `batch_size` is that of all `world` processes together.
+    """
+
+    seed: int
+    batch_size: int
+    augment: Augment
+    start: int = 0
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def share(self) -> slice:
+        """The part of each batch that process `rank` takes."""
+        return slice(self.rank * self.batch_size // self.world, (self.rank + 1) * self.batch_size // self.world)
 
 
 def single_views(batches: Batches) -> Iterator[Views]:
