@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all check golden clean
+.PHONY: demo test test-all check golden docs clean
 
 # One thread: for images this small a second gives little, and beside other programs it takes much.
 demo: $(VENV)/installed-digits,report
@@ -22,6 +22,11 @@ check: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/installed-docs
+	$(BIN)/python scripts/docs.py keys
+	$(BIN)/python scripts/docs.py rooms
+	$(BIN)/python scripts/docs.py site build/site
 
 golden: $(VENV)/installed-dev
 	$(BIN)/python scripts/golden.py

@@ -277,20 +277,26 @@ def options(name: str, group: str) -> list[str]:
 def explain(text: str, name: str, overrides: list[str]) -> str:
     """The `text` of --help, with the comment that each key has in its YAML file above it."""
     with hydra.initialize_config_dir(config_dir(name), version_base="1.3"):
-        chosen = hydra.compose(name, overrides, return_hydra_config=True).hydra.runtime.choices
-    comments = _comments(Path(config_dir(name), f"{name}.yaml"), "")
-    for group in groups(name):
-        path = Path(config_dir(name), group, f"{chosen.get(group)}.yaml")
-        comments |= _comments(path, group) if path.is_file() else {}
+        said = comments(name, overrides)
     before, title, values = text.partition("== Values (key=value) ==\n")
     lines: list[str] = []
     for key, line in _keyed(values.splitlines()):
         indent = len(line) - len(line.lstrip())
         lines += textwrap.wrap(
-            comments.get(key, ""), 80, initial_indent=indent * " " + "# ", subsequent_indent=indent * " " + "# "
+            said.get(key, ""), 80, initial_indent=indent * " " + "# ", subsequent_indent=indent * " " + "# "
         )
         lines.append(line)
     return before + title + "\n".join(lines).rstrip() + "\n"
+
+
+def comments(name: str, overrides: list[str]) -> dict[str, str]:
+    """What the YAML files of a command, with the groups that are chosen, say of each key. Hydra is initialised."""
+    chosen = hydra.compose(name, overrides, return_hydra_config=True).hydra.runtime.choices
+    found = _comments(Path(config_dir(name), f"{name}.yaml"), "")
+    for group in groups(name):
+        path = Path(config_dir(name), group, f"{chosen.get(group)}.yaml")
+        found |= _comments(path, group) if path.is_file() else {}
+    return found
 
 
 def _comments(path: Path, group: str) -> dict[str, str]:

@@ -1,0 +1,189 @@
+"""The pages of docs/ that are made: the table of every key, and all pages as a site.
+
+python scripts/docs.py keys              writes docs/keys.md from the comments in configs/
+python scripts/docs.py rooms             draws docs/rooms.svg from the imports of resnet_train/
+python scripts/docs.py site build/site   README, docs/ and results/ as a site that needs no network (pip install mkdocs)
+"""
+
+from __future__ import annotations
+
+import ast
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import OmegaConf
+
+from resnet_train.config.compose import comments, config_dir, groups, known_keys, options
+from resnet_train.config.schema import format_value
+
+ROOT = Path(__file__).resolve().parent.parent
+KEYS = ROOT / "docs" / "keys.md"
+COMMANDS = {
+    "train": "resnet-train",
+    "eval": "resnet-eval",
+    "classify": "resnet-classify",
+    "weights": "resnet-weights import, export",
+    "pack": "resnet-pack",
+    "responses": "resnet-responses",
+    "report": "resnet-report",
+    "bench": "resnet-bench",
+    "detect": "resnet-detect",
+    "predict": "resnet-detect predict",
+}
+HEAD = """# Every key
+
+Made from the comments of `configs/` by `python scripts/docs.py keys`. Keys are written `key=value`; the default is that
+of the default groups, which `--help` shows for others: `resnet-train data=imagenet --help`. A wrong value is refused in
+one line that names what is allowed.
+"""
+
+
+def keys() -> str:
+    """docs/keys.md: for each command its groups, and its keys with their defaults and comments."""
+    found, escaped = [HEAD], "\\|"
+    for name, command in COMMANDS.items():
+        with hydra.initialize_config_dir(config_dir(name), version_base="1.3"):
+            values = OmegaConf.to_container(hydra.compose(name))
+            said = comments(name, [])
+        found += [f"## {command}", ""]
+        if groups(name):
+            found += [
+                f"- `{group}=` {', '.join(f'`{option}`' for option in options(name, group))}" for group in groups(name)
+            ]
+            found += [""]
+        found += ["| key | default | |", "|---|---|---|"]
+        known = known_keys(name)
+        for key, value in leaves(values):
+            if key in known or any(key.startswith(f"{outer}.") for outer in known):
+                found.append(f"| `{key}` | `{format_value(value)}` | {said.get(key, '').replace('|', escaped)} |")
+        found += [""]
+    return "\n".join(found)
+
+
+# The rooms and files of the package, from the top down; tests/test_imports.py holds that none imports upward.
+FLOORS = [
+    ["cli", "dispatch", "sweep"],
+    ["console"],
+    ["bench"],
+    ["classification", "detection"],
+    ["weights", "report"],
+    ["data", "models"],
+    ["engine"],
+    ["config"],
+    ["files", "paper"],
+    ["errors", "terminal"],
+]
+
+
+def rooms() -> str:
+    """An SVG of the floors, with a line for each import from a room on one floor to a room on another."""
+    place = {
+        room: (360 + 190 * (column - (len(floor) - 1) / 2), 30 + 66 * row)
+        for row, floor in enumerate(FLOORS)
+        for column, room in enumerate(floor)
+    }
+    lines, boxes = set(), []
+    for path in sorted((ROOT / "resnet_train").rglob("*.py")):
+        room = path.relative_to(ROOT / "resnet_train").with_suffix("").parts[0]
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("resnet_train"):
+                module = node.module.removeprefix("resnet_train").lstrip(".").split(".")[0]
+                lines |= {(room, other) for other in ([module] if module else [alias.name for alias in node.names])}
+    for room, (x, y) in place.items():
+        boxes.append(
+            f'<rect x="{x - 75:.0f}" y="{y - 17}" width="150" height="34" rx="6" fill="#fff" stroke="#333"/>'
+            f'<text x="{x:.0f}" y="{y + 5}" text-anchor="middle">{room}</text>'
+        )
+    drawn = [
+        f'<line x1="{place[a][0]:.0f}" y1="{place[a][1]}" x2="{place[b][0]:.0f}" y2="{place[b][1]}"/>'
+        for a, b in sorted(lines)
+        if a in place and b in place and place[a][1] != place[b][1]
+    ]
+    size = f'viewBox="0 0 720 {66 * len(FLOORS)}" font-family="sans-serif" font-size="15"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size}>'
+    body = [
+        '<rect width="100%" height="100%" fill="#fff"/>',
+        '<g stroke="#9bb" stroke-width="1">',
+        *drawn,
+        "</g>",
+        *boxes,
+    ]
+    return "\n".join([head, *body, "</svg>", ""])
+
+
+def leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys with their values."""
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def site(out: Path) -> None:
+    """README, docs/ and what they show of results/, laid out as here, so that every link holds, made into pages."""
+    with tempfile.TemporaryDirectory() as folder:
+        pages = Path(folder, "pages")
+        listed = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+        for name in listed.splitlines():
+            if name in ("README.md", "CONTRIBUTING.md") or name.startswith(("docs/", "results/")):
+                place = pages / ("index.md" if name == "README.md" else name)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / name, place)
+        theme = "theme: {name: mkdocs, highlightjs: false, color_mode: auto, user_color_mode_toggle: true}"
+        plain = "site_name: resnet-train\nuse_directory_urls: false\nplugins: [search]\nmarkdown_extensions: [tables]\n"
+        Path(folder, "mkdocs.yml").write_text(f"{plain}docs_dir: pages\n{theme}\n{navigation()}")
+        command = [
+            sys.executable,
+            "-m",
+            "mkdocs",
+            "build",
+            "-q",
+            "-f",
+            f"{folder}/mkdocs.yml",
+            "-d",
+            str(out.resolve()),
+        ]
+        subprocess.run(command, check=True)
+    print(out / "index.html")
+
+
+def navigation() -> str:
+    """The order of the pages: the README's."""
+    return "nav:\n  - Start: index.md\n" + "".join(
+        f"  - {title}: docs/{name}.md\n"
+        for name, title in {
+            "training": "Training",
+            "keys": "Every key",
+            "own-data": "Own data",
+            "paper": "The paper",
+            "reports": "Reports",
+            "distributed": "Several devices",
+            "imagenet": "ImageNet",
+            "weights": "Weights",
+            "detection": "Detection",
+            "python": "Python",
+            "speed": "Speed",
+            "results": "What was measured",
+            "architecture": "Architecture",
+            "troubleshooting": "Troubleshooting",
+        }.items()
+    )
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case ["keys"]:
+            KEYS.write_text(keys())
+        case ["rooms"]:
+            KEYS.with_name("rooms.svg").write_text(rooms())
+        case ["site", place]:
+            site(Path(place))
+        case _:
+            sys.exit(__doc__)
