@@ -43,6 +43,7 @@ LAYERS = [
     ["detection.train", "classification.train"],
     ["classification.step", "detection.build", "detection.evaluate"],
     ["classification.evaluate", "classification.predict"],
+    ["classification.details"],
     ["weights.command"],
     ["classification.load", "weights.source"],
     ["models.build"],

@@ -36,6 +36,7 @@ class EvalConfig:
     protocol: Literal["center", "tencrop", "multiscale"]
     precise_bn: Annotated[int, Range(0, 10**6)]
     split: Literal["test", "val", "train"]
+    details: bool
     devices: keys.Devices
     device: keys.Device
     timeout: keys.Timeout
