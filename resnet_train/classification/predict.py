@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from resnet_train.classification.load import load_model
-from resnet_train.config.commands import ClassifyConfig
+from resnet_train.config.images import ClassifyConfig
 from resnet_train.config.paths import check_checkpoints
 from resnet_train.config.train import Config, config_from_checkpoint
 from resnet_train.data.augment import normalise
