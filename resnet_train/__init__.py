@@ -1,3 +1,28 @@
-"""Train and evaluate the networks of "Deep Residual Learning for Image Recognition" (He et al. 2015)."""
+"""Train and evaluate the networks of "Deep Residual Learning for Image Recognition" (He et al. 2015).
+
+From Python: `cifar_resnet` and `imagenet_resnet` build the paper's networks, `load` opens a trained one. torch is
+imported when one of them is first taken, not with this package.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from resnet_train.classification.predict import Classifier, load
+    from resnet_train.models.resnet import cifar_resnet, imagenet_resnet
 
 __version__ = "0.1.0"
+__all__ = ["Classifier", "__version__", "cifar_resnet", "imagenet_resnet", "load"]
+
+_PLACES = dict.fromkeys(("Classifier", "load"), "resnet_train.classification.predict")
+_PLACES |= dict.fromkeys(("cifar_resnet", "imagenet_resnet"), "resnet_train.models.resnet")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_PLACES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PLACES})

@@ -13,6 +13,7 @@ COMMANDS = {
     "train": cli.train,
     "eval": cli.evaluate,
     "classify": cli.classify,
+    "features": cli.features,
     "report": cli.report,
     "responses": cli.responses,
     "weights": cli.weights,

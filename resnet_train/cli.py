@@ -17,7 +17,6 @@ from resnet_train.config.commands import (
     PackConfig,
     WeightsConfig,
     check_bench,
-    check_classify,
     check_eval,
     check_pack,
     check_report,
@@ -25,6 +24,7 @@ from resnet_train.config.commands import (
     check_weights,
 )
 from resnet_train.config.compose import compose
+from resnet_train.config.images import check_classify, check_features
 from resnet_train.config.run_dir import run_directory
 from resnet_train.config.train import check_train
 from resnet_train.console import launcher_world_size, load
@@ -79,6 +79,11 @@ def _with_images(check: Callable[[Values, list[str]], Any]) -> Check:
         return check(values, images), images
 
     return checked
+
+
+def _check_features(values: Values, asked: list[str]) -> tuple[Any, ...]:
+    images = values.pop("images")
+    return *check_features(values, images, asked), images
 
 
 # --- Two commands that do two things each ----------------------------------------------------------------------------
@@ -142,6 +147,16 @@ COMMANDS = {
         no_sweep=ONE_CHECKPOINT.format("resnet-classify"),
         no_launcher=ONE_CHECKPOINT.format("resnet-classify"),
         words=("images",),
+    ),
+    "features": Command(
+        "features",
+        "resnet-features",
+        _check_features,
+        "resnet_train.classification.features:features",
+        no_sweep=ONE_CHECKPOINT.format("resnet-features"),
+        no_launcher=ONE_CHECKPOINT.format("resnet-features"),
+        words=("images",),
+        short=DATA,
     ),
     "report": Command(
         "report",
@@ -214,6 +229,7 @@ COMMANDS = {
 train = functools.partial(main, COMMANDS["train"])
 evaluate = functools.partial(main, COMMANDS["eval"])
 classify = functools.partial(main, COMMANDS["classify"])
+features = functools.partial(main, COMMANDS["features"])
 report = functools.partial(main, COMMANDS["report"])
 responses = functools.partial(main, COMMANDS["responses"])
 weights = functools.partial(main, COMMANDS["weights"])

@@ -139,6 +139,19 @@ def write_whole(path: Path, content: bytes) -> None:
         put(path, content)
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """A file to write to, which then is the one that `out=` named, whole or not at all. Raises UserError."""
+    part = path.with_name(path.name + ".part")
+    with _named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield part
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
 def check_result(path: Path) -> None:
     """Make the folders above `path` and see that a file can be written there. Raises UserError."""
     part = path.with_name(path.name + ".part")

@@ -16,7 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import OverrideType, QuotedString
 
 from resnet_train import cli, sweep
-from resnet_train.config import commands, detection
+from resnet_train.config import commands, detection, images
 from resnet_train.config.commands import check_eval
 from resnet_train.config.compose import CONFIG_DIR, LISTS, TEXTS, compose
 from resnet_train.config.compose import CONFIGS as KINDS
@@ -436,7 +436,7 @@ def test_every_number_has_a_range(kind):
 
 def test_every_text_and_every_list_is_known():
     """For these values Hydra's grammar is kept off, and a list is advised."""
-    modules = (commands, detection)
+    modules = (commands, detection, images)
     assert {kind for module in modules for name, kind in vars(module).items() if name.endswith("Config")} == set(KINDS)
     assert {"run_dir", "data.root", "data.classes", "checkpoint", "classes", "resume"} < TEXTS
     assert {"schedule.drops", "augment.area", "anchors", "mean"} < LISTS

@@ -36,13 +36,15 @@ LAYERS = [
     ["cli"],
     ["dispatch"],
     ["sweep"],
-    ["bench.suite", "report.report", "classification.responses", "detection.predict"],
+    ["bench.suite", "report.report", "classification.responses", "classification.features"],
+    ["detection.predict"],
     ["bench.loader", "bench.startup", "bench.memory"],
     ["bench.subject"],
     ["detection.run", "classification.run"],
     ["detection.train", "classification.train"],
     ["classification.step", "detection.build", "detection.evaluate"],
     ["classification.evaluate", "classification.predict"],
+    ["classification.details"],
     ["weights.command"],
     ["classification.load", "weights.source"],
     ["models.build"],
@@ -51,7 +53,7 @@ LAYERS = [
     ["engine.task"],
 ]
 UPPER = {f"resnet_train.{name}" for layer in LAYERS for name in layer}
-LEAVES = [name for name in MODULES if name not in UPPER]
+LEAVES = [name for name in MODULES if name not in UPPER | {"resnet_train"}]
 CONFIGS = [name for name in MODULES if name.startswith("resnet_train.config")] + ["resnet_train.config.detection"]
 
 
@@ -69,9 +71,11 @@ def imports(tree, *, module_level=False):
 
 
 def at_import_time(body):
-    """The nodes that run when a module is imported: all but the inside of functions."""
+    """The nodes that run when a module is imported: all but the inside of functions and what is for type checkers."""
     for node in body:
-        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            yield from at_import_time(node.orelse)
+        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             yield node
             for field in ("body", "orelse", "finalbody", "handlers"):
                 yield from at_import_time(getattr(node, field, []))

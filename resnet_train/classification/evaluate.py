@@ -7,7 +7,6 @@ import dataclasses
 import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnet_train.classification.load import load_model, open_dataset, pick_eval_batch
+from resnet_train.classification.details import answers, check_places, in_order, write_details
+from resnet_train.classification.load import average_batch_norm, load_model, open_dataset, pick_eval_batch
 from resnet_train.config.commands import EvalConfig
 from resnet_train.config.data import EvalData
 from resnet_train.config.layout import check_source
 from resnet_train.config.train import Config, config_from_checkpoint
 from resnet_train.data.memory import MemoryDataset
 from resnet_train.data.streaming import StreamingDataset
-from resnet_train.data.views import PROTOCOLS, BatchOrder, Views
+from resnet_train.data.views import PROTOCOLS, Views
 from resnet_train.engine.compute import compute_logits, pick_device
 from resnet_train.engine.distributed import (
     all_reduce_sum,
@@ -36,7 +36,6 @@ from resnet_train.engine.distributed import (
 )
 from resnet_train.errors import UserError
 from resnet_train.files import expand, write_result
-from resnet_train.models.batchnorm import average_statistics
 from resnet_train.models.compile import compile_network
 from resnet_train.terminal import say
 from resnet_train.weights.source import load
@@ -86,23 +85,35 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def count_errors(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], precision: str, size: int) -> Count:
+def count_errors(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    precision: str,
+    size: int,
+    kept: list[Tensor] | None = None,
+) -> Count:
     """Run `model` in evaluation mode over `batches`, whose labels count where they are not -1: `size` of them.
 
     Of several processes each takes its own share of the batches, and all get the same count, that of one process.
+    `kept` is given the answers of each batch of this process (details.answers).
     """
     device = next(model.parameters()).device
     with eval_mode(model):
-        return count(((compute_logits(model, images, precision), labels) for images, labels in batches), size, device)
+        outcomes = ((compute_logits(model, images, precision), labels) for images, labels in batches)
+        return count(outcomes, size, device, kept)
 
 
-def count(outcomes: Iterable[tuple[Tensor, Tensor]], size: int, device: torch.device) -> Count:
+def count(
+    outcomes: Iterable[tuple[Tensor, Tensor]], size: int, device: torch.device, kept: list[Tensor] | None = None
+) -> Count:
     """Count this process's share of batches of logits (or log-probabilities) and labels, and add all shares."""
     counts = torch.zeros(3, dtype=torch.int64, device=device)
     mine = []
     for logits, labels in outcomes:
         mine.append(F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum").double())
         counts += torch.cat([wrong_answers(logits, labels), (labels >= 0).sum()[None]])
+        if kept is not None:
+            kept.append(answers(logits, labels))
     wrong, wrong5, seen = all_reduce_sum(counts).tolist()
     assert seen == size, f"{seen} images counted of {size}"
     losses = torch.zeros(int(all_reduce_sum(torch.tensor(len(mine)))), dtype=torch.float64, device=device)
@@ -162,7 +173,12 @@ def _evaluate(asked: EvalConfig, device: torch.device) -> None:
     if known - {dataset.digest} and asked.data.name == "same" and is_main():
         print("note: these are not the images that the checkpoint was trained on", flush=True)
     raise_on_all_ranks(lambda: _check_split(dataset, asked))
-    counted, precision, compiled = _counted(members, dataset, asked, device)
+    out = expand(asked.out) if asked.out else _default_out(members, dataset, asked)
+    kept: list[Tensor] | None = [] if asked.details else None
+    if asked.details:
+        raise_on_all_ranks(lambda: check_places(out))
+    counted, precision, compiled = _counted(members, dataset, asked, device, kept)
+    found = None if kept is None else in_order(kept)
     one = len(members) == 1
     result = {
         **(members[0].told() if one else {"net": f"ensemble of {len(members)}"}),
@@ -183,15 +199,15 @@ def _evaluate(asked: EvalConfig, device: torch.device) -> None:
     }
     if not is_main():
         return
-    out = expand(asked.out) if asked.out else _default_out(members, dataset, asked)
-    write_result(out, result)
     what = " + ".join(f"{m.config.net} (seed {m.config.seed}, iteration {m.state['iteration']})" for m in members)
+    page = "" if found is None else f"; {write_details(out, what, result, found, dataset)}"
+    write_result(out, result)
     say(
         f"{what} on {dataset.label} {asked.split}, {result['protocol']}"
         + (f", batch norm over {asked.precise_bn} batches" if asked.precise_bn else "")
         + f": {counted.wrong} of {counted.seen} wrong, error {counted.error:.2f} %"
         + (f", top-5 {counted.error5:.2f} %" if dataset.top5 else "")
-        + f"; {out}"
+        + f"; {out}{page}"
     )
 
 
@@ -223,7 +239,11 @@ def _check_split(dataset: MemoryDataset | StreamingDataset, asked: EvalConfig) -
 
 
 def _counted(
-    members: list[Member], dataset: MemoryDataset | StreamingDataset, asked: EvalConfig, device: torch.device
+    members: list[Member],
+    dataset: MemoryDataset | StreamingDataset,
+    asked: EvalConfig,
+    device: torch.device,
+    kept: list[Tensor] | None,
 ) -> tuple[Count, str, bool]:
     """The count of all members together, their precision, and whether all were compiled."""
     sums: list[tuple[Tensor, Tensor]] = []
@@ -235,35 +255,20 @@ def _counted(
         model, mean, precision, compile = raise_on_all_ranks(restore)
         precisions.add(precision)
         if asked.precise_bn:
-            _true_averages(model, mean, member, dataset, asked.precise_bn, precision)
+            images = member.state["measure"]["bn_images"]
+            average_batch_norm(model, mean, member.config, images, dataset, asked.precise_bn, precision)
         compile = compile and compile_network(model, member.config.depth, device)
         compiled = compiled and compile
         deal = (asked.split, mean, device, pick_eval_batch(member.config, device), rank(), world_size())
         if len(members) == 1 and asked.protocol == "center":
-            return count_errors(model, dataset.eval_batches(*deal), precision, size), precision, compiled
+            return count_errors(model, dataset.eval_batches(*deal), precision, size, kept), precision, compiled
         found = probabilities(model, dataset.eval_views(asked.protocol, *deal), precision)
         if not sums:
             sums = [(p.cpu(), labels.cpu()) for p, labels in found]
         else:
             sums = [(total + p.cpu(), labels) for (total, labels), (p, _) in zip(sums, found, strict=True)]
     means = (((p / len(members)).log(), labels) for p, labels in sums)
-    return count(means, size, torch.device("cpu")), " and ".join(sorted(precisions)), compiled
-
-
-def _true_averages(
-    model: nn.Module,
-    mean: Tensor,
-    member: Member,
-    dataset: MemoryDataset | StreamingDataset,
-    count: int,
-    precision: str,
-) -> None:
-    """Batch norm's statistics as true averages over `count` training batches, dealt to the processes."""
-    config, images = member.config, member.state["measure"]["bn_images"]
-    start, stop = rank() * count // world_size(), (rank() + 1) * count // world_size()
-    batches = dataset.train_batches(mean, mean.device, BatchOrder(config.seed, images, config.augment, start))
-    passes = (compute_logits(model, images, precision) for images, _ in islice(batches, stop - start))
-    average_statistics(model, passes, count)
+    return count(means, size, torch.device("cpu"), kept), " and ".join(sorted(precisions)), compiled
 
 
 def _default_out(members: list[Member], dataset: MemoryDataset | StreamingDataset, asked: EvalConfig) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -11,12 +12,13 @@ from torch import Tensor
 from resnet_train.config.train import Config
 from resnet_train.data.memory import MemoryDataset
 from resnet_train.data.streaming import StreamingDataset
+from resnet_train.data.views import BatchOrder
 from resnet_train.engine import checkpoint
-from resnet_train.engine.compute import to_device
-from resnet_train.engine.distributed import is_main
+from resnet_train.engine.compute import compute_logits, to_device
+from resnet_train.engine.distributed import is_main, rank, world_size
 from resnet_train.engine.limits import most_workers, share_of_cores
 from resnet_train.errors import UserError
-from resnet_train.models.batchnorm import use_group_batch_norm
+from resnet_train.models.batchnorm import average_statistics, use_group_batch_norm
 from resnet_train.models.build import build_network, check_net
 from resnet_train.models.resnet import ResNet
 from resnet_train.terminal import say
@@ -69,6 +71,22 @@ def pick_workers(config: Config) -> int:
         return workers
     share = min(share_of_cores(), most_workers())
     return share if torch.cuda.is_available() and config.device != "cpu" else min(4, share)
+
+
+def average_batch_norm(
+    model: ResNet,
+    mean: Tensor,
+    config: Config,
+    images: int,
+    dataset: MemoryDataset | StreamingDataset,
+    count: int,
+    precision: str,
+) -> None:
+    """Batch norm's statistics as true averages over `count` training batches of `images`, dealt to the processes."""
+    start, stop = rank() * count // world_size(), (rank() + 1) * count // world_size()
+    batches = dataset.train_batches(mean, mean.device, BatchOrder(config.seed, images, config.augment, start))
+    passes = (compute_logits(model, images, precision) for images, _ in islice(batches, stop - start))
+    average_statistics(model, passes, count)
 
 
 def load_model(

@@ -1,52 +1,111 @@
-"""The command `resnet-classify`: the five most likely classes of pictures, seen as evaluation sees them."""
+"""A trained net with all that it needs to look at images, and the command `resnet-classify`."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from resnet_train.classification.load import load_model
-from resnet_train.config.commands import ClassifyConfig
+from resnet_train.config.images import ClassifyConfig
+from resnet_train.config.paths import check_checkpoints
 from resnet_train.config.train import Config, config_from_checkpoint
 from resnet_train.data.augment import normalise
 from resnet_train.data.crops import center_view, whole_view
-from resnet_train.data.decode import read_image
+from resnet_train.data.decode import from_pillow, read_image
 from resnet_train.data.imagenet_classes import imagenet_classes
 from resnet_train.engine.compute import compute_logits, pick_device
+from resnet_train.engine.limits import share_of_cores
 from resnet_train.files import expand, write_result
+from resnet_train.models.resnet import ResNet
 from resnet_train.terminal import say
-from resnet_train.weights.source import divisor, load
+from resnet_train.weights import source
 
-AT_ONCE = 32
+AT_ONCE = 32  # images of a batch that are named one by one
 
 
-def classify(asked: ClassifyConfig, images: list[str]) -> None:
-    """Print the five most likely classes of each image, in JSON too where asked. Raises UserError for a broken one."""
-    device = pick_device(asked.device)
-    path = expand(asked.checkpoint)
-    state = load(path)
+@dataclass(frozen=True)
+class Classifier:
+    """A trained net, the names of its classes, and what is done to images before it sees them."""
+
+    net: ResNet  # in evaluation mode, on its device, in float32 (float64 where `precision` is fp64)
+    classes: list[str]  # in the order of the logits
+    config: Config  # of the run that trained it
+    data: str  # what it was trained on
+    iteration: int  # after which it was saved
+    precision: str  # that its evaluation computes in: bf16, fp16, fp32 or fp64
+    mean: Tensor  # what is subtracted, (H, W, 3) or (1, 1, 3), in 0 to 255
+    std: tuple[float, ...]  # what images in 0 to 1 are then divided by
+
+    @property
+    def device(self) -> torch.device:
+        """Where the net is."""
+        return self.net.fc.weight.device
+
+    def transform(self, image: Image.Image | str | Path) -> Tensor:
+        """An image, or the file of one, as the net takes it: (3, S, S) float32 on the CPU, float64 for fp64.
+
+        It is what evaluation feeds: of an ImageNet net the center crop at shorter side 256 (for S = 224), of a CIFAR
+        net the whole image at its size; minus the mean of the training images. EXIF rotation is not applied. Raises
+        UserError for a file that is no image.
+        """
+        pixels = from_pillow(image).permute(2, 0, 1) if isinstance(image, Image.Image) else read_image(expand(image))
+        return self.normalise(view(pixels, self.config)[None])[0]
+
+    def normalise(self, views: Tensor) -> Tensor:
+        """Views (N, S, S, 3) uint8 on any device as the net takes them: (N, 3, S, S)."""
+        std = torch.tensor(self.std, dtype=torch.float64, device=views.device).view(1, 3, 1, 1)
+        return normalise(views, self.mean.to(views.device), std)
+
+    @torch.no_grad()
+    def logits(self, images: Tensor) -> Tensor:
+        """The logits (N, K) of images (N, 3, S, S) in the precision of the net's evaluation, without gradients.
+
+        `net(images)` computes in float32 instead, and with gradients.
+        """
+        return compute_logits(self.net, images.to(self.device), self.precision)
+
+    def batches(self, names: Sequence[str]) -> Iterator[tuple[Sequence[str], Tensor]]:
+        """The images in files, in order: some names, and these images as the net takes them, on its device.
+
+        Raises UserError for a file that is no image.
+        """
+
+        def read(name: str) -> Tensor:
+            return view(read_image(expand(name)), self.config)
+
+        with ThreadPoolExecutor(max(1, min(AT_ONCE, share_of_cores()))) as pool:
+            for start in range(0, len(names), AT_ONCE):
+                some = names[start : start + AT_ONCE]
+                yield some, self.normalise(torch.stack(list(pool.map(read, some))).to(self.device))
+
+
+def load(path: str | Path, device: str | torch.device = "cpu") -> Classifier:
+    """The trained net in a checkpoint, or in a .safetensors that `resnet-weights export` has made of one.
+
+    Raises UserError, whose message is one line, for other files, a detector's among them.
+    """
+    check_checkpoints([str(path)])
+    file = expand(path)
+    state = source.load(file)
     config, classes = config_from_checkpoint(state["config"]), state["classes"]
-    net, mean, precision, _ = load_model(path, config, state, classes, device)
-    std = torch.tensor(divisor(config), dtype=torch.float64, device=device).view(1, 3, 1, 1)
-    net.eval()
-    words, found = imagenet_classes(), []
-    for start in range(0, len(images), AT_ONCE):
-        some = images[start : start + AT_ONCE]
-        views = torch.stack([view(read_image(expand(name)), config) for name in some]).to(device)
-        with torch.no_grad():
-            odds = compute_logits(net, normalise(views, mean, std), precision).softmax(1)
-        top, which = (values.tolist() for values in odds.topk(min(5, len(classes))))
-        for name, probabilities, numbers in zip(some, top, which, strict=True):
-            rows = [_row(classes[n], p, words) for p, n in zip(probabilities, numbers, strict=True)]
-            found.append({"image": name, "top": rows})
-            say(name)
-            for row in rows:
-                say(f"  {100 * row['probability']:6.2f} %  {' '.join([row['class'], *row.get('words', '').split()])}")
-    if asked.out is not None:
-        named = {"checkpoint": str(path.absolute()), "net": config.net, "data": state["label"]}
-        write_result(expand(asked.out), {**named, "iteration": state["iteration"], "images": found})
+    net, mean, precision, _ = load_model(file, config, state, classes, torch.device(device))
+    return Classifier(
+        net=net.eval(),
+        classes=classes,
+        config=config,
+        data=state["label"],
+        iteration=state["iteration"],
+        precision=precision,
+        mean=mean.cpu(),
+        std=source.divisor(config),
+    )
 
 
 def view(image: Tensor, config: Config) -> Tensor:
@@ -57,6 +116,25 @@ def view(image: Tensor, config: Config) -> Tensor:
     elif image.shape[1:] != (size, size):
         image = whole_view(image, size)
     return image.permute(1, 2, 0).contiguous()
+
+
+def classify(asked: ClassifyConfig, images: list[str]) -> None:
+    """Print the five most likely classes of each image, in JSON too where asked. Raises UserError for a broken one."""
+    model = load(asked.checkpoint, pick_device(asked.device))
+    words, found = imagenet_classes(), []
+    for some, batch in model.batches(images):
+        odds = model.logits(batch).softmax(1)
+        top, which = (values.tolist() for values in odds.topk(min(5, len(model.classes))))
+        for name, probabilities, numbers in zip(some, top, which, strict=True):
+            rows = [_row(model.classes[n], p, words) for p, n in zip(probabilities, numbers, strict=True)]
+            found.append({"image": name, "top": rows})
+            say(name)
+            for row in rows:
+                say(f"  {100 * row['probability']:6.2f} %  {' '.join([row['class'], *row.get('words', '').split()])}")
+    if asked.out is not None:
+        path = expand(asked.checkpoint).absolute()
+        named = {"checkpoint": str(path), "net": model.config.net, "data": model.data}
+        write_result(expand(asked.out), {**named, "iteration": model.iteration, "images": found})
 
 
 def _row(name: str, probability: float, words: dict[str, str]) -> dict[str, Any]:

@@ -36,6 +36,7 @@ class EvalConfig:
     protocol: Literal["center", "tencrop", "multiscale"]
     precise_bn: Annotated[int, Range(0, 10**6)]
     split: Literal["test", "val", "train"]
+    details: bool
     devices: keys.Devices
     device: keys.Device
     timeout: keys.Timeout
@@ -104,15 +105,6 @@ class WeightsConfig:
     classes: Annotated[str | None, OnlyFor("import")]
     precision: Annotated[Literal["bf16", "fp16", "fp32", "fp64"], OnlyFor("import")]
     data: Annotated[WeightsData, OnlyFor("import")]
-
-
-@dataclass(frozen=True)
-class ClassifyConfig:
-    """Everything that `resnet-classify` is told beside the images: configs/classify.yaml."""
-
-    checkpoint: str
-    device: keys.Device
-    out: str | None
 
 
 # The formats of each word of `resnet-weights`, and the endings of files that tell them.
@@ -242,23 +234,6 @@ def check_weights(values: Mapping[str, Any], asked: Collection[str] = ()) -> Wei
         raise UserError(f"out={config.out}: is the file itself; use another name")
     check_out(config.out)
     return dataclasses.replace(config, data=anchored(config.data))
-
-
-def check_classify(values: Mapping[str, Any], images: Collection[str]) -> ClassifyConfig:
-    """The checked configuration of a classification of `images`. Raises UserError."""
-    config = from_dict(ClassifyConfig, values)
-    check_paths({"out": config.out})
-    check_checkpoints([config.checkpoint])
-    check_out(config.out)
-    if not images:
-        raise UserError("name the images, as in resnet-classify cat.jpg dog.png checkpoint=…")
-    for image in images:
-        check_paths({image: image})
-        if expand(image).is_dir():
-            raise UserError(f"{image}: is a folder; name the images in it, as in {image.rstrip('/')}/*.jpg")
-        if not expand(image).is_file():
-            raise UserError(f"{image}: there is no such file")
-    return config
 
 
 def check_bench(values: Mapping[str, Any], asked: Collection[str] = ()) -> tuple[BenchConfig, Config]:

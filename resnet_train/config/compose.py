@@ -20,7 +20,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from resnet_train.config import commands, detection, train
+from resnet_train.config import commands, detection, images, train
 from resnet_train.config.schema import flat, key_for, keys_taking
 from resnet_train.errors import UserError, closest, nearest
 
@@ -33,7 +33,7 @@ PAIR = re.compile(r"[+~]*(hydra/\w+|[A-Za-z_][\w.]*)=", re.ASCII)
 PIECE = re.compile(r""""(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|[^,]+""")  # of values with commas between them
 CONFIGS: list[type] = [train.Config, detection.DetectConfig, detection.PredictConfig]
 CONFIGS += [commands.EvalConfig, commands.ReportConfig, commands.ResponsesConfig, commands.BenchConfig]
-CONFIGS += [commands.PackConfig, commands.WeightsConfig, commands.ClassifyConfig]
+CONFIGS += [commands.PackConfig, commands.WeightsConfig, images.ClassifyConfig, images.FeaturesConfig]
 # Keys whose values are text as it is typed, numbers too, and those that take lists of numbers.
 TEXTS = keys_taking({str, list[str]}, *CONFIGS)
 LISTS = keys_taking({list[int], list[float]}, *CONFIGS)

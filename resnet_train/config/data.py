@@ -34,6 +34,14 @@ class EvalData:
 
 
 @dataclass(frozen=True)
+class FeaturesData:
+    """The data to take features of, as in `EvalData`; none where images are named."""
+
+    name: Literal["none", "same", "cifar10", "digits", "imagefolder", "imagenet"]
+    root: str | None
+
+
+@dataclass(frozen=True)
 class PackData:
     """The tree to pack."""
 

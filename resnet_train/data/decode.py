@@ -65,11 +65,16 @@ def decode(data: bytes, name: str, factor: int = 1) -> Tensor:
                 # The same pixels as Pillow's, in less time.
                 return torch.from_numpy(simplejpeg.decode_jpeg(data, "RGB", **least))
         with _open(io.BytesIO(data)) as image:
-            if image.mode.startswith("I;16") or (image.format, image.mode) == ("PPM", "I"):  # 16 bits
-                grey = (np.asarray(image) >> 8).astype(np.uint8)  # Pillow would clip where it should scale
-                return torch.from_numpy(grey[..., None].repeat(3, 2))
-            opaque = image.convert("RGBA") if "transparency" in image.info else image  # else Pillow warns
-            return torch.from_numpy(np.array(opaque.convert("RGB")))
+            return from_pillow(image)
+
+
+def from_pillow(image: Image.Image) -> Tensor:
+    """The pixels of an image of Pillow's as (H, W, 3) uint8 RGB."""
+    if image.mode.startswith("I;16") or (image.format, image.mode) == ("PPM", "I"):  # 16 bits
+        grey = (np.asarray(image) >> 8).astype(np.uint8)  # Pillow would clip where it should scale
+        return torch.from_numpy(grey[..., None].repeat(3, 2))
+    opaque = image.convert("RGBA") if "transparency" in image.info else image  # else Pillow warns
+    return torch.from_numpy(np.array(opaque.convert("RGB")))
 
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:

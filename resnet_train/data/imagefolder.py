@@ -44,6 +44,9 @@ class ImageSource(Protocol):
     def read(self, index: int) -> tuple[str, bytes, int]:
         """The name of an image, for errors, the image as it is stored, and its label. Raises UserError."""
 
+    def name(self, index: int) -> str:
+        """CLASS/FILE of an image."""
+
     def part(self, indices: Tensor) -> ImageSource:
         """The images at `indices`, perhaps in another order."""
 
@@ -100,6 +103,10 @@ class Files:
         name = os.fsdecode(self.names[self.ends[place - 1] if place else 0 : self.ends[place]])
         label = int(self.labels[place])
         return os.path.join(self.folder, self.classes[label], name), int(self.sizes[place]), label
+
+    def name(self, index: int) -> str:
+        """CLASS/FILE of a file."""
+        return os.path.relpath(self.entry(index)[0], self.folder)
 
     def read(self, index: int) -> tuple[str, bytes, int]:
         """The path, the content and the label of a file. Raises UserError if it is not what was listed."""

@@ -18,7 +18,7 @@ from resnet_train.data.augment import (
 )
 from resnet_train.data.image_set import CIFAR10_FINGERPRINT, ImageSet
 from resnet_train.data.sampler import batch_indices, generator
-from resnet_train.data.source import load
+from resnet_train.data.source import file_names, load
 from resnet_train.data.views import Batches, BatchOrder, Views, single_views, split_sizes
 
 
@@ -35,7 +35,9 @@ class MemoryDataset:
         self.left_out = left_out(name, root)
         self.classes, self.digest = found.classes, found.digest
         self.label = "cifar10" if found.digest == CIFAR10_FINGERPRINT else name_data(name, root)
+        self.name, self.root = name, root
         train, self.val_indices = split_sizes(len(found.train), validation)
+        self.indices = {"train": train, "val": self.val_indices, "test": torch.arange(len(found.test))}
         self.parts = {
             "train": found.train.part(train) if validation else found.train,
             "val": found.train.part(self.val_indices),
@@ -48,6 +50,19 @@ class MemoryDataset:
         if self._mean is None:
             self._mean = mean_image(self.parts["train"].images)
         return self._mean
+
+    def names(self, split: str) -> list[str | int]:
+        """What to call each image of a part: CLASS/FILE, or where it has no file of its own its index in the set.
+
+        CIFAR-10's have the order that `make_data_set` gives them.
+        """
+        indices = self.indices[split].tolist()
+        files = file_names(self.name, self.root, self.classes, "test" if split == "test" else "train")
+        return indices if files is None or self.digest == CIFAR10_FINGERPRINT else [files[index] for index in indices]
+
+    def picture(self, split: str, index: int) -> Tensor:
+        """An image of a part as the net sees it: (H, W, 3) uint8."""
+        return self.parts[split].images[index]
 
     def _on(self, device: torch.device, split: str) -> ImageSet:
         self.parts[split] = self.parts[split].to(device)

@@ -71,6 +71,12 @@ class Shard:
         number = struct.unpack_from("<q", found, 12 + image)[0]
         return f"{self.path}: {found[20 + image :].decode(errors='replace')}", found[12 : 12 + image], number
 
+    def name(self, place: int) -> str:
+        """The name of an image alone."""
+        start, end = int(self.ends[place]), int(self.ends[place + 1])
+        image, label, name = struct.unpack("<III", os.pread(self.file, 12, start))
+        return os.pread(self.file, min(name, end - start), start + 12 + image + label).decode(errors="replace")
+
 
 open_shard = functools.lru_cache(maxsize=OPEN)(Shard)
 
@@ -97,11 +103,21 @@ class Shards:
         wanted[indices] = True
         return Shards(self.paths, self.counts, self.classes, self.listed, wanted[self.listed].nonzero().flatten())
 
-    def read(self, index: int) -> tuple[str, bytes, int]:
-        """The name, the content and the label of an image. Raises UserError."""
+    def _where(self, index: int) -> tuple[Shard, int]:
+        """The shard of an image, and its place there."""
         place = int(self.stored[index])
         number = bisect_right(self.firsts, place) - 1
-        name, data, label = open_shard(self.paths[number]).item(place - self.firsts[number])
+        return open_shard(self.paths[number]), place - self.firsts[number]
+
+    def name(self, index: int) -> str:
+        """CLASS/FILE of an image, as it was packed."""
+        shard, place = self._where(index)
+        return shard.name(place)
+
+    def read(self, index: int) -> tuple[str, bytes, int]:
+        """The name, the content and the label of an image. Raises UserError."""
+        shard, place = self._where(index)
+        name, data, label = shard.item(place)
         check_label(name, label, self.classes)
         return name, data, label
 

@@ -120,6 +120,15 @@ class StreamingDataset:
         keep(path, found)
         return found
 
+    def names(self, split: str) -> list[str | int]:
+        """What to call each image of a part: CLASS/FILE."""
+        part = self.parts[split]
+        return [part.name(index) for index in range(len(part))]
+
+    def picture(self, split: str, index: int) -> Tensor:
+        """An image of a part as the net sees it in the test of its center: (S, S, 3) uint8."""
+        return CroppedViews(self.parts[split], self.size)[index, None][0]
+
     def _divisor(self, device: torch.device) -> Tensor | None:
         """The std that what is left is divided by: (1, 3, 1, 1) float64."""
         std = torch.tensor(IMAGENET_STD, dtype=torch.float64, device=device).view(1, 3, 1, 1)

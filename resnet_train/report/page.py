@@ -18,6 +18,17 @@ from resnet_train.report.curves import colour, edges, interval_means
 from resnet_train.report.figures import Picture, axis_limits, thinned
 from resnet_train.report.runs import Run
 from resnet_train.report.tables import NOTHING, Table
+from resnet_train.report.values import escape_and_clip
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A picture, in a gallery of which there are lines of text below each."""
+
+    content: bytes
+    kind: str  # png or jpeg
+    small: bool  # shown larger than it is, its pixels as squares
+    lines: tuple[str, ...] = ()
 
 
 @dataclass
@@ -29,9 +40,11 @@ class Section:
     words: list[str] = field(default_factory=list)
     verdict: Table | None = None
     runs: list[Run] = field(default_factory=list)  # for the interactive plot
+    gallery: list[Tile] = field(default_factory=list)
     figures: list[Picture] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     commands: list[tuple[str, str]] = field(default_factory=list)  # run, and the command that made its curves
+    links: list[tuple[str, str]] = field(default_factory=list)  # to pages of mistakes: what to read, and a URL
 
 
 # In dark mode pictures are turned: white becomes the page's colour, and a hue stays what it is. What is wider than the
@@ -60,6 +73,9 @@ td.number, td.short, td:first-child { white-space: nowrap; } details li { margin
 ul { padding-left: 1.2rem; } .notes { font-size: .85rem; color: var(--soft); margin-top: .4rem; }
 figure { margin: 1.5rem 0; } figure img { display: block; max-width: 100%; height: auto; }
 figcaption { font-size: .9rem; color: var(--soft); }
+.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); gap: 1rem; }
+.gallery img { display: block; width: 100%; } .gallery img.small { image-rendering: pixelated; }
+.gallery p { font-size: .85rem; line-height: 1.35; margin: .3rem 0 0; overflow-wrap: anywhere; }
 code { font: .85em ui-monospace, monospace; overflow-wrap: anywhere; } summary { cursor: pointer; font-weight: 600; }
 @media (max-width: 48rem) { body { padding: .6rem; } h1 { font-size: 1.35rem; } figure img { max-width: none; }
   figure img { width: calc(.68 * var(--width)); } }
@@ -90,18 +106,14 @@ for (const button of document.querySelectorAll('th button')) button.addEventList
 
 def html_page(title: str, intro: list[str], sections: list[Section], out: Path) -> str:
     """The page, with the figures in `out` inside it."""
-    from bokeh.embed import components
-    from bokeh.resources import Resources
-
-    plots = {str(number): plot(section.runs) for number, section in enumerate(sections) if section.runs}
-    script, places = components(plots) if plots else ("", {})
-    library = Resources(mode="inline", components=["bokeh"]).render() if plots else ""
+    library, script, places = _plots(sections)
     body = [f"<h1>{html.escape(title)}</h1>", *(f"<p>{_text(words)}</p>" for words in intro)]
     for number, section in enumerate(sections):
         body.append(f"<section><h2>{html.escape(section.title)}</h2>")
         body += [f'<p class="warning">{html.escape(words)}</p>' for words in section.warnings]
         body += [f"<p>{_text(words)}</p>" for words in section.words]
         body += [_table(section.verdict)] if section.verdict else []
+        body += [f'<div class="gallery">{"".join(map(_tile, section.gallery))}</div>'] if section.gallery else []
         body += [_figure(out, one.name, one.caption) for one in section.figures]
         if str(number) in places:
             hint = "Every run: training error dashed, validation dotted, test bold. A click on a name hides a net or"
@@ -110,6 +122,9 @@ def html_page(title: str, intro: list[str], sections: list[Section], out: Path) 
                 f'<div class="plot"><p class="notes">{hint}</p><div class="invert">{places[str(number)]}</div></div>'
             )
         body += [_table(table) for table in section.tables]
+        if section.links:
+            shown = (f'<li><a href="{html.escape(url)}">{html.escape(text)}</a></li>' for text, url in section.links)
+            body.append(f"<h3>What they get wrong</h3><ul>{''.join(shown)}</ul>")
         if section.commands:
             lines = (f"<li>{html.escape(run)}<br><code>{html.escape(made)}</code>" for run, made in section.commands)
             body.append(f"<details><summary>The command of each curve</summary><ul>{''.join(lines)}</ul></details>")
@@ -125,6 +140,18 @@ def html_page(title: str, intro: list[str], sections: list[Section], out: Path) 
     head += f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{html.escape(title)}</title>'
     text = [f'<!DOCTYPE html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head><body>', *body, scripts]
     return "\n".join([*text, "</body></html>\n"])
+
+
+def _plots(sections: list[Section]) -> tuple[str, str, dict[str, str]]:
+    """Bokeh, the script of the interactive plots, and by the number of its section where each stands."""
+    plots = {str(number): section.runs for number, section in enumerate(sections) if section.runs}
+    if not plots:
+        return "", "", {}
+    from bokeh.embed import components
+    from bokeh.resources import Resources
+
+    script, places = components({number: plot(runs) for number, runs in plots.items()})
+    return Resources(mode="inline", components=["bokeh"]).render(), script, places
 
 
 def plot(runs: list[Run]) -> Any:
@@ -188,6 +215,8 @@ def markdown(title: str, intro: list[str], sections: list[Section]) -> str:
         for one in section.figures:
             lines += [f"![{_plain(one.caption)}]({one.name}.png)\n", f"{_plain(one.caption)}\n"]
         lines += [markdown_table(table) for table in section.tables]
+        if section.links:
+            lines += ["### What they get wrong", "", *(f"- [{_plain(text)}]({url})" for text, url in section.links), ""]
         if section.commands:
             lines += ["<details><summary>The command of each curve</summary>", ""]
             lines += [f"- {_plain(run)}: `{made}`" for run, made in section.commands]
@@ -222,6 +251,13 @@ def _figure(out: Path, name: str, caption: str) -> str:
     said, data = html.escape(caption), base64.b64encode(svg).decode()
     picture = f'<img{style} alt="{said}" src="data:image/svg+xml;base64,{data}">'
     return f'<figure><div class="scroll">{picture}</div><figcaption>{said}</figcaption></figure>'
+
+
+def _tile(tile: Tile) -> str:
+    said, data = html.escape(", ".join(tile.lines)), base64.b64encode(tile.content).decode()
+    kind = ' class="small"' if tile.small else ""
+    lines = "<br>".join(html.escape(escape_and_clip(line)) for line in tile.lines)
+    return f'<div><img{kind} alt="{said}" src="data:image/{tile.kind};base64,{data}"><p>{lines}</p></div>'
 
 
 def _table(table: Table) -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import dataclasses
 import importlib.util
+import os
 import shlex
 import webbrowser
 from pathlib import Path
+from urllib.parse import quote
 
 from resnet_train import paper
 from resnet_train.config.commands import ReportConfig
@@ -54,7 +56,7 @@ def report(asked: ReportConfig) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         if asked.report == "runs":
-            sections = [*(_sections(groups, folders) if groups else []), *detection.sections(detectors)]
+            sections = [*(_sections(groups, folders, out) if groups else []), *detection.sections(detectors)]
         _write(asked, title, notes, sections, out)
     except OSError as error:
         raise UserError(f"out={out}: cannot be written: {error.strerror}") from error
@@ -95,10 +97,10 @@ def _kept_apart(groups: list[list[Run]]) -> list[str]:
     return notes
 
 
-def _sections(groups: list[list[Run]], folders: list[Path]) -> list[Section]:
+def _sections(groups: list[list[Run]], folders: list[Path], out: Path) -> list[Section]:
     """A section for each group of runs that may stand together, and what concerns all."""
     apart = {key for other in groups[1:] for key, _, _ in runs.differences(groups[0], other)}
-    sections = [_section(group, number, apart) for number, group in enumerate(groups, 1)]
+    sections = [_section(group, number, apart, out) for number, group in enumerate(groups, 1)]
     measured = _measured(folders, "responses.csv", "std")
     gradients = [_measured(folders, "gradients.csv", f"by_{name}") for name in ("response", "weights")]
     for count, data in enumerate(dict.fromkeys(one.data for one in measured), 1):
@@ -136,7 +138,7 @@ def _responses_section(where: str, *columns: list[figures.Responses]) -> Section
     return Section(f"Layer responses on {first.data}", warnings, words, figures=pictures)
 
 
-def _section(group: list[Run], number: int, apart: set[str]) -> Section:
+def _section(group: list[Run], number: int, apart: set[str], out: Path) -> Section:
     """Of runs that may stand together; `apart` are the keys in which they are not like those of other sections."""
     first = group[0]
     where = "" if number == 1 else f"-{number}"
@@ -151,7 +153,19 @@ def _section(group: list[Run], number: int, apart: set[str]) -> Section:
     section.figures = [dataclasses.replace(one, name=f"{one.name}{where}") for one in figures.plan(group)]
     section.commands = [(_told(run), tables.made_by(run)) for run in group]
     section.tables = tables.tables(group, where)
+    section.links = [link for run in group for link in _pages(run, out)]
     return section
+
+
+def _pages(run: Run, out: Path) -> list[tuple[str, str]]:
+    """The pages of a run's mistakes: what a link to each says, and its address from the report's folder `out`."""
+    return [
+        (
+            f"{run.net}, seed {run.seed}: {escape_and_clip(path.name.removesuffix('-mistakes.html'))}",
+            quote(os.fsencode(os.path.relpath(path, out.resolve()))),
+        )
+        for path in run.pages
+    ]
 
 
 def _told(run: Run) -> str:

@@ -52,6 +52,7 @@ class Run:
     precision: str | None  # that auto was, once the run is finished
     parameters: int | None
     results: list[dict[str, Any]] = field(default_factory=list)  # what resnet-eval has left in the folder
+    pages: list[Path] = field(default_factory=list)  # of mistakes, which it leaves with details=true
 
     @property
     def published(self) -> bool:
@@ -195,6 +196,7 @@ def _run(folder: Path, place: str, config: dict[str, Any], metrics: list[dict[st
         precision=None if precision is None else word(precision),
         parameters=None if parameters is None else whole(parameters),
         results=_results(folder),
+        pages=[path for path in sorted(folder.rglob("*-mistakes.html")) if path.is_file()],
     )
 
 
