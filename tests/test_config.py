@@ -361,6 +361,7 @@ def test_every_key_is_read():
     keys |= set(flat(compose("pack", [])))
     keys |= set(flat(compose("weights", []))) | compose("classify", ["checkpoint=x"]).keys()
     keys |= set(flat(compose("detect", []))) | compose("predict", ["checkpoint=x"]).keys()
+    keys |= set(flat(compose("test", ["checkpoint=x"])))
     assert unread(keys) == {"scale"}  # which check_train multiplies the counts by: tests/test_experiments.py
     assert unread({"bn_wd", "schedule.nosuch", "seed"}) == {"bn_wd", "schedule.nosuch"}
 

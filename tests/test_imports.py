@@ -36,7 +36,7 @@ LAYERS = [
     ["cli"],
     ["dispatch"],
     ["sweep"],
-    ["bench.suite", "report.report", "classification.responses", "detection.predict"],
+    ["bench.suite", "report.report", "classification.responses", "detection.predict", "detection.command"],
     ["bench.loader", "bench.startup", "bench.memory"],
     ["bench.subject"],
     ["detection.run", "classification.run"],
