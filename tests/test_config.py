@@ -405,6 +405,7 @@ RANGES = {  # key: least, most, without the least, without the most
     "schedule.lr": (0, None, True, False),
     "schedule.patience": (0, 1, True, False),
     "schedule.threshold": (0, 100, False, False),
+    "scales": (32, 4096, False, False),
     "score": (0, 1, False, False),
     "seconds": (0, 3600, True, False),
     "seed": (0, 2**63 - 1, False, False),

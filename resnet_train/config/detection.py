@@ -107,6 +107,8 @@ class DetectTestConfig:
 
     checkpoint: list[str]
     data: DetectTestData
+    refine: bool
+    scales: Annotated[list[int] | None, Range(32, 4096)]
     devices: keys.Devices
     device: keys.Device
     timeout: keys.Timeout
@@ -190,6 +192,10 @@ def check_test(values: Mapping[str, Any]) -> DetectTestConfig:
     check_paths({"data.root": config.data.root, "out": config.out})
     check_checkpoints(config.checkpoint)
     check_out(config.out)
+    if config.scales is not None and len(config.scales) < 2:
+        raise UserError(f"scales={config.scales}: give two or more, as [200,400,600,800,1000]; null is training's one")
+    if config.scales != sorted(set(config.scales or [])) and config.scales is not None:
+        raise UserError(f"scales={config.scales}: must rise, as [200,400,600,800,1000] does")
     return dataclasses.replace(config, data=anchored(config.data))
 
 

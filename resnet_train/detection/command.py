@@ -16,6 +16,8 @@ from resnet_train.detection.build import build_like_checkpoint, precision_of
 from resnet_train.detection.ensemble import Ensemble
 from resnet_train.detection.evaluate import check_shape, evaluate
 from resnet_train.detection.model import Detector
+from resnet_train.detection.multiscale import longest
+from resnet_train.detection.refine import VOTERS
 from resnet_train.detection.run import read_test
 from resnet_train.detection.train import PROTOCOL
 from resnet_train.engine import checkpoint
@@ -57,11 +59,11 @@ def evaluate_checkpoints(asked: DetectTestConfig) -> None:
 def _evaluate(asked: DetectTestConfig, device: torch.device) -> None:
     members = [_member(expand(name), asked) for name in asked.checkpoint]
     first = members[0]
-    examples = raise_on_all_ranks(lambda: _read(members))
+    examples = raise_on_all_ranks(lambda: _read(members, asked.scales or []))
     models, precisions = zip(*raise_on_all_ranks(lambda: [_restore(member, device) for member in members]), strict=True)
     start = time.perf_counter()
     measured, _ = evaluate(
-        Ensemble(models, precisions),
+        Ensemble(models, precisions, refine=asked.refine, scales=asked.scales or ()),
         examples.test,
         classes=examples.classes,
         category_ids=examples.category_ids,
@@ -76,7 +78,9 @@ def _evaluate(asked: DetectTestConfig, device: torch.device) -> None:
         "images": len(examples.test),
         "boxes": sum(len(example.boxes) for example in examples.test),
         "faults": examples.faults,
-        "protocol": PROTOCOL,
+        "protocol": _protocol(asked),
+        "refine": asked.refine,
+        "scales": asked.scales,
         "min_size": first.config.min_size,
         "max_size": first.config.max_size,
         "proposals": first.config.proposals,
@@ -86,7 +90,7 @@ def _evaluate(asked: DetectTestConfig, device: torch.device) -> None:
         "seconds": time.perf_counter() - start,
     }
     if is_main():
-        out = expand(asked.out) if asked.out else _default_out(members)
+        out = expand(asked.out) if asked.out else _default_out(members, asked)
         write_result(out, result)
         say(_line(members, examples, result, out))
 
@@ -97,13 +101,15 @@ def _member(path: Path, asked: DetectTestConfig) -> Member:
     return Member(path, config, state)
 
 
-def _read(members: list[Member]) -> Examples:
+def _read(members: list[Member], scales: list[int]) -> Examples:
     """The pictures, once each member is seen to be able to look at them. Raises UserError."""
     first = members[0]
     examples = read_test(first.config, first.state["classes"])
-    for example in examples.test:
-        for config in (member.config for member in members):
-            check_shape(str(example.path), (example.height, example.width), config.min_size, config.max_size)
+    for least, most in {(member.config.min_size, member.config.max_size) for member in members}:
+        for size in sorted({least, *scales}):
+            for example in examples.test:
+                shape = example.height, example.width
+                check_shape(str(example.path), shape, size, longest(size, least, most))
     return examples
 
 
@@ -121,11 +127,22 @@ def _restore(member: Member, device: torch.device) -> tuple[Detector, str]:
     return to_device(model, device, "fp32"), precision
 
 
-def _default_out(members: list[Member]) -> Path:
+def _protocol(asked: DetectTestConfig) -> str:
+    """How the images are looked at, in words."""
+    words = [PROTOCOL]
+    listed = ", ".join(map(str, asked.scales or []))
+    words += [f"regions at two of the scales {listed}, where their area is nearest to 224x224"] if asked.scales else []
+    words += [f"boxes refined once, votes from an overlap of {VOTERS}"] if asked.refine else []
+    return "; ".join(words)
+
+
+def _default_out(members: list[Member], asked: DetectTestConfig) -> Path:
     """Beside the first checkpoint, named after what was measured."""
     first = members[0]
     words = [first.path.stem]
     words += [] if first.config.data_label == first.state["label"] else [plain_word(first.config.data_label)]
+    words += ["refine"] if asked.refine else []
+    words += ["scales", *map(str, asked.scales)] if asked.scales else []
     return first.path.with_name("-".join([*words, plain_word(first.config.data.test)]) + ".json")
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,32 +11,31 @@ from torchvision.models.detection.transform import resize_boxes
 from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
 
 from resnet_train.detection.model import Detector
+from resnet_train.detection.multiscale import Look, Shape, look, region_features
+from resnet_train.detection.refine import regressed, vote
 from resnet_train.engine.compute import autocast
-
-Maps = dict[str, Tensor]  # feature maps by level, "0" alone without a pyramid
-Shape = tuple[int, int]  # of an image, (H, W)
-
-
-@dataclass(frozen=True)
-class Look:
-    """What a detector sees of an image that was brought to `shape`, in whose pixels its boxes are."""
-
-    maps: Maps
-    shape: Shape
-    proposals: Tensor  # (n, 4)
 
 
 class Ensemble(nn.Module):
     """One or more detectors of the same classes as one, which finds in an image (3, H, W) what they find together.
 
     In evaluation mode it is called as one of them, and one alone finds what it would, bit for bit. Boxes are in pixels
-    of the image as the first has it. Each computes in its own of `precisions`.
+    of the image as the first has it. Each computes in its own of `precisions`. With `refine` what they say of the boxes
+    that they found is put to what they say of their proposals, before non-maximum suppression, and detections vote.
+    `scales`: the lengths of the shorter side at which regions are looked at; none is that of training.
     """
 
-    def __init__(self, members: Sequence[Detector], precisions: Sequence[str]) -> None:
+    def __init__(
+        self,
+        members: Sequence[Detector],
+        precisions: Sequence[str],
+        *,
+        refine: bool = False,
+        scales: Sequence[int] = (),
+    ) -> None:
         super().__init__()
         self.members: Any = nn.ModuleList(members)
-        self.precisions = precisions
+        self.precisions, self.refine, self.scales = precisions, refine, scales
 
     def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
         return [self._find(image) for image in images]
@@ -47,15 +44,22 @@ class Ensemble(nn.Module):
         looks = []
         for member, precision in zip(self.members, self.precisions, strict=True):
             with autocast(image.device, precision):
-                looks.append(look(member, image))
+                looks.append(look(member, image, self.scales))
         shape = looks[0].shape
         regions = union([resize_boxes(seen.proposals, seen.shape, shape) for seen in looks])
         scores, boxes = self._judge(looks, regions, shape)
+        if self.refine:
+            again = self._judge(looks, regressed(scores, boxes), shape)
+            scores, boxes = torch.cat([scores, again[0]]), torch.cat([boxes, again[1]])
         heads = self.members[0].roi_heads
         boxes, scores, labels = candidates(boxes, scores, heads.score_thresh)
         kept = batched_nms(boxes, scores, labels, heads.nms_thresh)[: heads.detections_per_img]
-        whole = resize_boxes(boxes[kept], shape, tuple(image.shape[-2:]))
-        return {"boxes": whole, "labels": labels[kept], "scores": scores[kept]}
+        places = vote(boxes, scores, labels, kept) if self.refine else boxes[kept]
+        return {
+            "boxes": resize_boxes(places, shape, tuple(image.shape[-2:])),
+            "labels": labels[kept],
+            "scores": scores[kept],
+        }
 
     def _judge(self, looks: list[Look], regions: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
         """Each class's score (n, K + 1), the background's first, and box (n, K + 1, 4): the members' means."""
@@ -67,25 +71,6 @@ class Ensemble(nn.Module):
             scores.append(logits.softmax(1))
             boxes.append(clip_boxes_to_image(heads.box_coder.decode(moves, [regions]), shape))
         return torch.stack(scores).mean(0), torch.stack(boxes).mean(0)
-
-
-def look(member: Detector, image: Tensor) -> Look:
-    """An image (3, H, W) in 0 to 1 as a detector sees it, with its proposals."""
-    images, _ = member.transform([image])
-    maps = member.backbone(images.tensors)
-    maps = OrderedDict([("0", maps)]) if isinstance(maps, Tensor) else maps
-    (proposals,), _ = member.rpn(images, maps)
-    return Look(maps, images.image_sizes[0], proposals)
-
-
-def region_features(member: Detector, seen: Look, regions: Tensor, shape: Shape) -> Tensor:
-    """What a detector hands its class and box layers of each of `regions` (n, 4), boxes in an image of `shape`: (n, C).
-
-    They are pooled from the feature maps that are there: no layer before the pooling is computed again.
-    """
-    heads = member.roi_heads
-    pooled = heads.box_roi_pool(seen.maps, [resize_boxes(regions, shape, seen.shape)], [seen.shape])
-    return heads.box_head(pooled)
 
 
 def union(proposals: Sequence[Tensor]) -> Tensor:

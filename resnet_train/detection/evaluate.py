@@ -32,10 +32,12 @@ def detections(model: nn.Module, images: Iterable[Tensor], precision: str) -> It
             yield {name: value.cpu() for name, value in found.items()}
 
 
-def check_shape(name: str, shape: Sequence[int], min_size: int, max_size: int) -> None:
+def check_shape(name: str, shape: Sequence[int], min_size: int, max_size: float) -> None:
     """Refuse an image of `shape` (H, W) that is so long that nothing is left of its width. Raises UserError."""
     if min(shape) * min(min_size / min(shape), max_size / max(shape)) < 1:
-        raise UserError(f"{name}: is {shape[1]}x{shape[0]}; brought to {max_size} pixels, nothing is left of its width")
+        raise UserError(
+            f"{name}: is {shape[1]}x{shape[0]}; brought to {max_size:.0f} pixels, nothing is left of its width"
+        )
 
 
 def evaluate(
