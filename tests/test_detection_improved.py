@@ -10,7 +10,7 @@ from PIL import Image
 from test_detection import configured, tree  # noqa: F401  (a fixture)
 from torchvision.ops import batched_nms, roi_pool
 
-from resnet_train.detection.ensemble import Ensemble
+from resnet_train.detection.ensemble import Ensemble, union
 from resnet_train.detection.model import DetectorSettings, resnet_detector, vgg_detector
 from resnet_train.detection.multiscale import Look, View, lower_scales, region_features
 from resnet_train.detection.refine import vote
@@ -50,7 +50,7 @@ def save(tree, tmp_path_factory):  # noqa: F811
     """The checkpoint of a detector that has not been trained, with scores that are far apart."""
 
     def make(name, *words):
-        config = configured(tree, *words)
+        config = configured(tree, "proposals=20", *words)
         task = build(config, read_examples(config), CPU)
         with torch.no_grad():
             task.model.roi_heads.box_predictor.cls_score.weight.normal_(std=0.3)
@@ -337,3 +337,89 @@ def test_an_image_of_which_nothing_is_left_at_the_smallest_scale_is_told(tree, t
 )
 def test_what_a_test_cannot_be_is_told_in_one_line(test, words, told):
     assert told in test(*words, code=2)
+
+
+# --- Ensembles --------------------------------------------------------------------------------------------------------
+
+
+def test_the_union_has_each_box_once_in_order():
+    one, two = torch.tensor([[0.0, 0, 1, 1], [0, 0, 2, 2]]), torch.tensor([[0.0, 0, 2, 2], [0, 0, 3, 3]])
+    assert union([one, two, two]).tolist() == [[0, 0, 1, 1], [0, 0, 2, 2], [0, 0, 3, 3]]
+    assert union([torch.zeros(0, 4), two]).tolist() == two.tolist()
+    assert union([two, torch.zeros(0, 4)]).tolist() == two.tolist()
+
+
+@pytest.mark.parametrize("options", [{}, {"refine": True, "scales": (48, 96)}])
+def test_an_ensemble_of_the_same_net_twice_is_that_net(image, options):
+    model = detector()
+    with torch.no_grad():
+        (wanted,) = Ensemble([model], ["fp32"], **options)([image])
+        (found,) = Ensemble([model, model], ["fp32"] * 2, **options)([image])
+    assert len(wanted["boxes"]) > 2
+    assert same(found, wanted)
+
+
+def test_an_ensemble_is_the_mean_over_the_union_of_proposals_before_anything_is_suppressed(image):
+    """Of two that see the image at different sizes, in the pixels of the first."""
+    models, passes = [detector(), detector(seed=5)], []
+    models[1].transform.min_size, models[1].transform.max_size = (96,), 144
+    for model in models:
+        model.roi_heads.box_head.register_forward_hook(lambda *found: passes.append(len(found[2])))
+    with torch.no_grad():
+        (found,) = Ensemble(models, ["fp32", "fp32"])([image])
+        assert passes == [40, 40]
+        (first, shape, own), (second, other, more) = (look_at(model, image) for model in models)
+        factors = torch.tensor([other[1] / shape[1], other[0] / shape[0]] * 2)
+        regions, parts = torch.cat([own, more / factors]), []
+        for model, maps, places in ((models[0], first, regions), (models[1], second, regions * factors)):
+            whose = torch.cat([torch.zeros(40, 1), places], 1)
+            features = model.roi_heads.box_head(roi_pool(maps, whose, 14, 1 / 16))
+            parts.append(judged(model, features, regions, shape))
+        scores, boxes = ((one + two) / 2 for one, two in zip(*parts, strict=True))
+    rows = detected(scores, boxes)
+    assert_found(found, suppressed(rows), shape, image)
+
+
+@pytest.mark.parametrize("kind", ["resnet", "pyramid", "vgg16"])
+@pytest.mark.parametrize("options", [{}, {"refine": True}, {"refine": True, "scales": (48, 96)}])
+def test_without_proposals_nothing_is_found_and_nothing_is_a_nan(image, kind, options):
+    """Of one without any, and of one beside it: what the other proposes counts."""
+    none, some = detector(kind), detector(kind, seed=5)
+    none.rpn.min_size = 1e6
+    with torch.no_grad():
+        (found,) = Ensemble([none], ["fp32"], **options)([image])
+        (both,) = Ensemble([none, some], ["fp32"] * 2, **options)([image])
+    assert [len(value) for value in found.values()] == [0, 0, 0]
+    assert found["boxes"].shape == (0, 4)
+    assert len(both["boxes"]) > 0
+    assert all(value.isfinite().all() for value in both.values())
+
+
+def test_an_ensemble_names_its_members_and_its_file(save, saved, command_here):
+    other = save("two", "seed=3", "min_size=48")
+    words = ("test", saved, other, "device=cpu", "refine=true", "scales=[48,96]")
+    told = command_here("detect", *words)
+    path = saved.with_name("ensemble-of-2-refine-scales-48-96-test.json")
+    assert "on tree test, every test image once, whole; 2 detectors on the union" in told
+    found = json.loads(path.read_text())
+    assert found["net"] == "ensemble of 2"
+    assert [(one["checkpoint"], one["seed"], one["min_size"]) for one in found["members"]] == [
+        (str(saved), 0, 64),
+        (str(other), 3, 48),
+    ]
+
+
+def test_detectors_that_do_not_go_together_are_told(save, saved, tree, test, tmp_path):  # noqa: F811
+    copy = tmp_path / "other"
+    shutil.copytree(tree, copy)
+    for path in copy.glob("Annotations/*.xml"):
+        path.write_text(path.read_text().replace("disc", "moon"))
+    others = {"classes": save("classes", f"data.root={copy}"), "anchors": save("anchors", "anchors=[16,64]")}
+    told = {key: test(f"checkpoint=[{saved},{path}]", f"data.root={tree}", code=2) for key, path in others.items()}
+    assert "has classes=['disc', 'square', 'star'] and" in told["classes"]
+    assert "classes=['moon', 'square', 'star']; an ensemble has the same in all its members" in told["classes"]
+    assert "has anchors=[16, 32] and" in told["anchors"]
+    assert "anchors=[16, 64]" in told["anchors"]
+    shutil.copytree(tree, tmp_path / "same")
+    assert "data.root=" in test(f"checkpoint=[{saved},{save('root', f'data.root={tmp_path}/same')}]", code=2)
+    assert "is named twice" in test(f"checkpoint=[{saved},{saved}]", code=2)

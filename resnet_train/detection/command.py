@@ -11,6 +11,7 @@ import torch
 
 from resnet_train.config.detection import DetectConfig, DetectTestConfig, config_from_checkpoint, with_test_data
 from resnet_train.config.run_dir import plain_word
+from resnet_train.config.schema import format_value
 from resnet_train.detection.annotations import Examples
 from resnet_train.detection.build import build_like_checkpoint, precision_of
 from resnet_train.detection.ensemble import Ensemble
@@ -23,6 +24,7 @@ from resnet_train.detection.train import PROTOCOL
 from resnet_train.engine import checkpoint
 from resnet_train.engine.compute import pick_device, to_device
 from resnet_train.engine.distributed import is_main, on_rank_zero, process_group, raise_on_all_ranks
+from resnet_train.errors import UserError
 from resnet_train.files import expand, write_result
 from resnet_train.terminal import say
 
@@ -43,6 +45,9 @@ class Member:
             "seed": self.config.seed,
             "iteration": self.state["iteration"],
             "iterations": self.config.iterations,
+            "min_size": self.config.min_size,
+            "max_size": self.config.max_size,
+            "proposals": self.config.proposals,
         }
 
 
@@ -58,7 +63,8 @@ def evaluate_checkpoints(asked: DetectTestConfig) -> None:
 
 def _evaluate(asked: DetectTestConfig, device: torch.device) -> None:
     members = [_member(expand(name), asked) for name in asked.checkpoint]
-    first = members[0]
+    first, one = members[0], len(members) == 1
+    raise_on_all_ranks(lambda: _check_members(members))
     examples = raise_on_all_ranks(lambda: _read(members, asked.scales or []))
     models, precisions = zip(*raise_on_all_ranks(lambda: [_restore(member, device) for member in members]), strict=True)
     start = time.perf_counter()
@@ -72,18 +78,16 @@ def _evaluate(asked: DetectTestConfig, device: torch.device) -> None:
         workers=first.config.data.workers,
     )
     result = {
-        **first.told(),
+        **(first.told() if one else {"net": f"ensemble of {len(members)}"}),
+        **({} if one else {"members": [member.told() for member in members]}),
         "data": first.config.data_label,
         "list": first.config.data.test,
         "images": len(examples.test),
         "boxes": sum(len(example.boxes) for example in examples.test),
         "faults": examples.faults,
-        "protocol": _protocol(asked),
+        "protocol": _protocol(asked, len(members)),
         "refine": asked.refine,
         "scales": asked.scales,
-        "min_size": first.config.min_size,
-        "max_size": first.config.max_size,
-        "proposals": first.config.proposals,
         **measured,
         "precision": " and ".join(sorted(set(precisions))),
         "device": str(device),
@@ -99,6 +103,23 @@ def _member(path: Path, asked: DetectTestConfig) -> Member:
     state = on_rank_zero(lambda: _without_optimizer(checkpoint.load(path, detector=True)))
     config = raise_on_all_ranks(lambda: with_test_data(config_from_checkpoint(state["config"]), asked.data))
     return Member(path, config, state)
+
+
+def _check_members(members: list[Member]) -> None:
+    """Refuse an ensemble whose members are not of the same classes and pictures. Raises UserError."""
+    first = members[0]
+
+    def known(member: Member) -> dict[str, Any]:
+        data, anchors = member.config.data, member.config.anchors
+        return {"classes": member.state["classes"], "anchors": anchors, "data.root": data.root, "data.test": data.test}
+
+    for other in members[1:]:
+        for key, here in known(first).items():
+            if here != (there := known(other)[key]):
+                raise UserError(
+                    f"checkpoint: {first.path} has {key}={format_value(here)} and {other.path}"
+                    f" {key}={format_value(there)}; an ensemble has the same in all its members"
+                )
 
 
 def _read(members: list[Member], scales: list[int]) -> Examples:
@@ -127,9 +148,10 @@ def _restore(member: Member, device: torch.device) -> tuple[Detector, str]:
     return to_device(model, device, "fp32"), precision
 
 
-def _protocol(asked: DetectTestConfig) -> str:
+def _protocol(asked: DetectTestConfig, count: int) -> str:
     """How the images are looked at, in words."""
     words = [PROTOCOL]
+    words += [f"{count} detectors on the union of their proposals, averaged"] if count > 1 else []
     listed = ", ".join(map(str, asked.scales or []))
     words += [f"regions at two of the scales {listed}, where their area is nearest to 224x224"] if asked.scales else []
     words += [f"boxes refined once, votes from an overlap of {VOTERS}"] if asked.refine else []
@@ -139,7 +161,7 @@ def _protocol(asked: DetectTestConfig) -> str:
 def _default_out(members: list[Member], asked: DetectTestConfig) -> Path:
     """Beside the first checkpoint, named after what was measured."""
     first = members[0]
-    words = [first.path.stem]
+    words = [first.path.stem] if len(members) == 1 else [f"ensemble-of-{len(members)}"]
     words += [] if first.config.data_label == first.state["label"] else [plain_word(first.config.data_label)]
     words += ["refine"] if asked.refine else []
     words += ["scales", *map(str, asked.scales)] if asked.scales else []

@@ -69,7 +69,8 @@ class Ensemble(nn.Module):
             with autocast(regions.device, precision):
                 logits, moves = heads.box_predictor(region_features(member, seen, regions, shape))
             scores.append(logits.softmax(1))
-            boxes.append(clip_boxes_to_image(heads.box_coder.decode(moves, [regions]), shape))
+            places = heads.box_coder.decode(moves, [regions]).view(*logits.shape, 4)  # else flat where there is none
+            boxes.append(clip_boxes_to_image(places, shape))
         return torch.stack(scores).mean(0), torch.stack(boxes).mean(0)
 
 
