@@ -213,6 +213,15 @@ COMMANDS = {
         no_launcher=ONE_CHECKPOINT.format("resnet-detect predict"),
         words=("images",),
     ),
+    "test": Command(
+        "test",
+        "resnet-detect test",
+        _values_alone(detection.check_test),
+        "resnet_train.detection.command:evaluate_checkpoints",
+        processes=True,
+        no_sweep="-m: resnet-detect test makes one test at a time",
+        words=("checkpoint",),
+    ),
     "bench": Command(
         "bench",
         "resnet-bench",
@@ -234,5 +243,5 @@ report = functools.partial(main, COMMANDS["report"])
 responses = functools.partial(main, COMMANDS["responses"])
 weights = functools.partial(main, COMMANDS["weights"])
 pack = functools.partial(main, COMMANDS["pack"])
-detect = functools.partial(main, COMMANDS["detect"], COMMANDS["predict"])
+detect = functools.partial(main, COMMANDS["detect"], COMMANDS["predict"], COMMANDS["test"])
 bench = functools.partial(main, COMMANDS["bench"])

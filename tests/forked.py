@@ -29,8 +29,16 @@ from pathlib import Path
 # The beginnings of variables that are read at an import: with others than the server's, a command is a new process.
 AT_IMPORT = ("OMP_", "MKL_", "OPENBLAS_", "TORCH", "PYTHON", "MPL", "LD_", "LC_", "LANG", "HOME", "PATH", "CUDA_")
 NEEDED = ["bench.suite", "classification.evaluate", "classification.predict", "classification.responses"]
-NEEDED += ["classification.run", "data.pack", "detection.predict", "detection.run", "engine.launch", "report.report"]
-NEEDED += ["weights.command"]
+NEEDED += [
+    "classification.run",
+    "data.pack",
+    "detection.command",
+    "detection.predict",
+    "detection.run",
+    "engine.launch",
+    "report.report",
+]
+NEEDED += ["engine.launch", "report.report", "weights.command"]
 OTHERS = ["sklearn.datasets", "matplotlib.backends.backend_agg", "torch.utils.tensorboard"]
 OTHERS += ["torchvision.transforms.v2.functional"]
 LOCK = threading.Lock()

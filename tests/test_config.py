@@ -361,6 +361,7 @@ def test_every_key_is_read():
     keys |= set(flat(compose("pack", [])))
     keys |= set(flat(compose("weights", []))) | compose("classify", ["checkpoint=x"]).keys()
     keys |= set(flat(compose("detect", []))) | compose("predict", ["checkpoint=x"]).keys()
+    keys |= set(flat(compose("test", ["checkpoint=x"])))
     assert unread(keys) == {"scale"}  # which check_train multiplies the counts by: tests/test_experiments.py
     assert unread({"bn_wd", "schedule.nosuch", "seed"}) == {"bn_wd", "schedule.nosuch"}
 
@@ -404,6 +405,7 @@ RANGES = {  # key: least, most, without the least, without the most
     "schedule.lr": (0, None, True, False),
     "schedule.patience": (0, 1, True, False),
     "schedule.threshold": (0, 100, False, False),
+    "scales": (32, 4096, False, False),
     "score": (0, 1, False, False),
     "seconds": (0, 3600, True, False),
     "seed": (0, 2**63 - 1, False, False),

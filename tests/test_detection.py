@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import forked
 import numpy as np
@@ -21,7 +20,7 @@ from torchvision.models import vgg16
 
 from resnet_train import cli
 from resnet_train.config.compose import compose
-from resnet_train.config.detection import check_detect, config_from_checkpoint
+from resnet_train.config.detection import check_detect
 from resnet_train.detection.build import build_like_checkpoint, build_new
 from resnet_train.detection.evaluate import evaluate
 from resnet_train.detection.loader import mirrored, training_batches
@@ -31,7 +30,6 @@ from resnet_train.detection.run import detect as run_detector
 from resnet_train.detection.train import learning_rate, step
 from resnet_train.detection.voc import read_voc
 from resnet_train.engine import checkpoint
-from resnet_train.engine.distributed import is_main, process_group
 from resnet_train.errors import UserError
 from resnet_train.models import imagenet_resnet
 
@@ -169,38 +167,19 @@ def test_what_is_frozen_is_that_of_the_source_bit_for_bit_and_all_else_has_moved
             assert torch.equal(state[place + name], value) == frozen, name
 
 
-def test_the_evaluation_of_two_processes_is_that_of_one(whole, tmp_path):
-    """Five images: one process has three of them, the other two."""
-    arguments = (str(tmp_path), str(whole[0] / "checkpoints/last.pt"))
-    as_one_of(2, tmp_path, "from test_detection import evaluated; evaluated(*sys.argv[1:])", *arguments)
-    summary = json.loads((whole[0] / "summary.json").read_text())["last"]
-    for rank in range(2):
-        found = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert found == {key: summary[key] for key in found}
-        assert found.keys() >= {"map", "map50", "map07", "map10", "per_class"}
-
-
-def evaluated(folder, path):
-    """One of two processes: the figures that it gets, to FOLDER/RANK.json."""
-    from resnet_train.engine.distributed import rank
-
-    with process_group(CPU, 300):
-        state = checkpoint.load(Path(path), detector=True) | {"path": path}
-        config = config_from_checkpoint(state["config"])
-        examples = read_examples(config)
-        run = build(config, examples, CPU, state)
-        measured, _ = evaluate(
-            run.model,
-            examples.test,
-            classes=examples.classes,
-            category_ids=examples.category_ids,
-            precision="fp32",
-            device=CPU,
-            workers=0,
-        )
-        Path(folder, f"{rank()}.json").write_text(json.dumps(measured))
-        assert is_main() == (rank() == 0)
-    return 0
+def test_the_test_of_a_checkpoint_gives_what_training_logged_to_the_last_digit(whole, command_here, tmp_path):
+    """In one process and in two: of five images the one has three, the other two."""
+    last = json.loads((whole[0] / "summary.json").read_text())["last"]
+    assert last["map50"] > 0
+    assert last.keys() >= {"map", "map07", "map10", "per_class", "protocol"}
+    words = ("test", f"checkpoint={whole[0]}/checkpoints/last.pt", "device=cpu")
+    told = command_here("detect", *words, "out=alone.json")
+    assert "alone.json" in told
+    as_one_of(2, tmp_path, "from resnet_train.cli import detect; detect()", *words)
+    for path in (tmp_path / "alone.json", whole[0] / "checkpoints/last-test.json"):
+        found = json.loads(path.read_text())
+        assert {key: found[key] for key in last} == last
+        assert (found["data"], found["list"], found["images"], found["faults"]) == ("tree", "test", 5, {})
 
 
 @pytest.mark.long

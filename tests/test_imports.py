@@ -37,7 +37,7 @@ LAYERS = [
     ["dispatch"],
     ["sweep"],
     ["bench.suite", "report.report", "classification.responses", "classification.features"],
-    ["detection.predict"],
+    ["detection.predict", "detection.command"],
     ["bench.loader", "bench.startup", "bench.memory"],
     ["bench.subject"],
     ["detection.run", "classification.run"],

@@ -26,12 +26,12 @@ from resnet_train.errors import UserError, closest, nearest
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 CONFIG_DIR = str(next(p for p in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if p.is_dir()))
-DETECTION = ("detect", "predict")  # the commands whose configurations lie in a folder of their own, with its groups
+DETECTION = ("detect", "predict", "test")  # whose configurations lie in a folder of their own, with its groups
 GROUPED = ("train", "bench", "detect")  # the commands that choose options of groups
 KEY = re.compile(r"[+~]*[A-Za-z_][\w./]*", re.ASCII)
 PAIR = re.compile(r"[+~]*(hydra/\w+|[A-Za-z_][\w.]*)=", re.ASCII)
 PIECE = re.compile(r""""(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|[^,]+""")  # of values with commas between them
-CONFIGS: list[type] = [train.Config, detection.DetectConfig, detection.PredictConfig]
+CONFIGS: list[type] = [train.Config, detection.DetectConfig, detection.PredictConfig, detection.DetectTestConfig]
 CONFIGS += [commands.EvalConfig, commands.ReportConfig, commands.ResponsesConfig, commands.BenchConfig]
 CONFIGS += [commands.PackConfig, commands.WeightsConfig, images.ClassifyConfig, images.FeaturesConfig]
 # Keys whose values are text as it is typed, numbers too, and those that take lists of numbers.

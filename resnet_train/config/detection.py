@@ -11,7 +11,14 @@ from typing import Annotated, Any, Literal
 from resnet_train.config import keys
 from resnet_train.config.keys import Alias, Free, OnlyFor, Range, StoredAs
 from resnet_train.config.layout import list_file, lists_of
-from resnet_train.config.paths import check_checkpoints, check_file, check_folder, check_paths
+from resnet_train.config.paths import (
+    anchored,
+    check_checkpoints,
+    check_file,
+    check_folder,
+    check_out,
+    check_paths,
+)
 from resnet_train.config.run_dir import plain_word, run_name
 from resnet_train.config.schema import as_list, flat, format_value, from_dict, marked, unread_keys
 from resnet_train.config.train import check_depth, check_divisible
@@ -86,6 +93,29 @@ class DetectConfig:
 
 
 @dataclass(frozen=True)
+class DetectTestData:
+    """The pictures of a test; null is what the checkpoint has."""
+
+    root: keys.Root
+    test: str | None
+    broken: Literal["stop", "skip"] | None
+
+
+@dataclass(frozen=True)
+class DetectTestConfig:
+    """Everything that `resnet-detect test` is told: configs/detection/test.yaml."""
+
+    checkpoint: list[str]
+    data: DetectTestData
+    refine: bool
+    scales: Annotated[list[int] | None, Range(32, 4096)]
+    devices: keys.Devices
+    device: keys.Device
+    timeout: keys.Timeout
+    out: str | None
+
+
+@dataclass(frozen=True)
 class PredictConfig:
     """Everything that `resnet-detect predict` is told beside the images: configs/detection/predict.yaml."""
 
@@ -116,7 +146,9 @@ def check_detect(values: Mapping[str, Any], asked: Collection[str] = ()) -> Dete
         if "freeze" in asked:
             raise UserError(f"freeze={config.freeze}: would keep random weights; add init_from=, or remove it")
         config = dataclasses.replace(config, freeze=None)
-    _check_data(config.data)
+    if not config.data.train:
+        raise UserError("data.train=[]: name at least one list")
+    _check_data(config.data, {"data.train": config.data.train, "data.test": [config.data.test]})
     root = str(expand(config.data.root or "").absolute())
     source = None if config.init_from is None else str(expand(config.init_from).absolute())
     return dataclasses.replace(config, data=dataclasses.replace(config.data, root=root), init_from=source)
@@ -135,18 +167,16 @@ def _check_backbone(config: DetectConfig, asked: Collection[str]) -> None:
         raise UserError(f"anchors={config.anchors}: must rise, as [128,256,512] does")
 
 
-def _check_data(data: DetectData) -> None:
-    """Refuse what a look at the folder shows to be wrong. Raises UserError."""
+def _check_data(data: DetectData, named: Mapping[str, list[str]]) -> None:
+    """Refuse what a look at the folder shows to be wrong, such as lists that keys name. Raises UserError."""
     if data.root is None:
         raise UserError(f"data.root: data={data.name} needs one: data.root=PATH")
     root = expand(data.root)
     if not root.is_dir():
         raise UserError(f"data.root={data.root}: {'is no folder' if root.exists() else 'there is no such folder'}")
-    if not data.train:
-        raise UserError("data.train=[]: name at least one list")
     if data.classes is not None and data.name == "coco":
         raise UserError("data.classes: COCO's are those of its JSON; remove it")
-    for key, lists in (("data.train", data.train), ("data.test", [data.test])):
+    for key, lists in named.items():
         for name in lists:
             if not list_file(root, data.name, name).is_file():
                 there = lists_of(root, data.name)
@@ -154,6 +184,27 @@ def _check_data(data: DetectData) -> None:
                     kind = "VOC*/ImageSets/Main/*.txt" if data.name == "voc" else "annotations/instances_*.json"
                     raise UserError(f"data.root={data.root}: has no {kind}")
                 raise UserError(f"{key}={name}: {data.root} has {', '.join(there)}{nearest(name, there)}")
+
+
+def check_test(values: Mapping[str, Any]) -> DetectTestConfig:
+    """The checked configuration of a test. Raises UserError."""
+    config = from_dict(DetectTestConfig, {**values, "checkpoint": as_list(values["checkpoint"])})
+    check_paths({"data.root": config.data.root, "out": config.out})
+    check_checkpoints(config.checkpoint)
+    check_out(config.out)
+    if config.scales is not None and len(config.scales) < 2:
+        raise UserError(f"scales={config.scales}: give two or more, as [200,400,600,800,1000]; null is training's one")
+    if config.scales != sorted(set(config.scales or [])) and config.scales is not None:
+        raise UserError(f"scales={config.scales}: must rise, as [200,400,600,800,1000] does")
+    return dataclasses.replace(config, data=anchored(config.data))
+
+
+def with_test_data(config: DetectConfig, asked: DetectTestData) -> DetectConfig:
+    """A checkpoint's configuration, on the pictures that the command line names, if any. Raises UserError."""
+    given = {key: value for key, value in dataclasses.asdict(asked).items() if value is not None}
+    data = dataclasses.replace(config.data, **given)
+    _check_data(data, {"data.test": [data.test]})
+    return dataclasses.replace(config, data=data)
 
 
 def check_predict(values: Mapping[str, Any], images: Collection[str]) -> PredictConfig:

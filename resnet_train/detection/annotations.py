@@ -203,7 +203,7 @@ def make_example(path: Path, name: str, image_id: int, size: tuple[int, int], ob
 def collect_examples(
     classes: dict[int, str], found: dict[str, Found], train: list[str], test: str, faults: Faults
 ) -> Examples:
-    """The lists, once they are found to be fit for training and testing. Raises UserError."""
+    """The lists, once they are found to be fit for training, if any is for it, and testing. Raises UserError."""
     trained = {real for name in train for real, _ in found[name]}
     if common := [example.name for real, example in found[test] if real in trained]:
         told = f"{len(common)} of its images are trained on, such as {common[0]}; the test would not be one"
@@ -225,7 +225,7 @@ def collect_examples(
                 for values in (example.boxes, example.labels, example.ignored, example.areas):
                     digest.update(values.numpy().tobytes())
     for part, examples in parts.items():
-        if all(example.ignored.all() for example in examples):
+        if (train or part == "test") and all(example.ignored.all() for example in examples):
             what = "to learn from" if part == "train" else "to find"
             raise UserError(f"data.{part}: has no object {what} in any image")
     counted = {kind: count for kind, count in sorted(faults.counted.items()) if count}

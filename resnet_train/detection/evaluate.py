@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.ops import clip_boxes_to_image
 from tqdm import tqdm
 
@@ -15,7 +15,6 @@ from resnet_train.classification.evaluate import eval_mode
 from resnet_train.detection.annotations import Example
 from resnet_train.detection.loader import test_images
 from resnet_train.detection.metrics import coco_map, voc_map
-from resnet_train.detection.model import Detector
 from resnet_train.engine.compute import autocast
 from resnet_train.engine.distributed import is_main, on_rank_zero, rank, world_size
 from resnet_train.errors import UserError
@@ -23,8 +22,8 @@ from resnet_train.errors import UserError
 Found = dict[str, Tensor]  # boxes (n, 4) in pixels of the image, labels from 1, scores
 
 
-def detections(model: Detector, images: Iterable[Tensor], precision: str) -> Iterator[Found]:
-    """What `model` finds in each image, (3, H, W) uint8 on its device; on the CPU."""
+def detections(model: nn.Module, images: Iterable[Tensor], precision: str) -> Iterator[Found]:
+    """What `model`, a Detector or an Ensemble, finds in each image, (3, H, W) uint8 on its device; on the CPU."""
     with eval_mode(model):
         for image in images:
             with autocast(image.device, precision):
@@ -33,14 +32,16 @@ def detections(model: Detector, images: Iterable[Tensor], precision: str) -> Ite
             yield {name: value.cpu() for name, value in found.items()}
 
 
-def check_shape(name: str, shape: Sequence[int], min_size: int, max_size: int) -> None:
+def check_shape(name: str, shape: Sequence[int], min_size: int, max_size: float) -> None:
     """Refuse an image of `shape` (H, W) that is so long that nothing is left of its width. Raises UserError."""
     if min(shape) * min(min_size / min(shape), max_size / max(shape)) < 1:
-        raise UserError(f"{name}: is {shape[1]}x{shape[0]}; brought to {max_size} pixels, nothing is left of its width")
+        raise UserError(
+            f"{name}: is {shape[1]}x{shape[0]}; brought to {max_size:.0f} pixels, nothing is left of its width"
+        )
 
 
 def evaluate(
-    model: Detector,
+    model: nn.Module,
     examples: Sequence[Example],
     *,
     classes: list[str],

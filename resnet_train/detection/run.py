@@ -20,6 +20,7 @@ from resnet_train.engine import checkpoint
 from resnet_train.engine.compute import pick_device, pick_precision, sgd, to_device
 from resnet_train.engine.distributed import raise_on_all_ranks, world_size
 from resnet_train.engine.run import run
+from resnet_train.errors import UserError
 
 
 def detect(config: DetectConfig, directory: Path) -> int:
@@ -41,16 +42,28 @@ def _check_compute(config: DetectConfig) -> None:
 
 def read_examples(config: DetectConfig) -> Examples:
     """The pictures and boxes that the configuration names. Raises UserError."""
-    data = config.data
-    assert data.root is not None  # check_detect has seen to it
-    root = Path(data.root)
-    if data.name == "coco":
-        found = read_coco(root, train=data.train, test=data.test, broken=data.broken)
-    else:
-        found = read_voc(root, train=data.train, test=data.test, classes=data.classes, broken=data.broken)
+    found = _read(config, config.data.train, config.data.classes)
     for example in (*found.train, *found.test):
         check_shape(str(example.path), (example.height, example.width), config.min_size, config.max_size)
     return found
+
+
+def read_test(config: DetectConfig, classes: list[str]) -> Examples:
+    """The pictures and boxes of the test list alone, for a detector of these classes. Raises UserError."""
+    found = _read(config, [], classes)
+    if found.classes != classes:  # COCO's are those of its JSON
+        other = next((name for name in found.classes if name not in classes), None)
+        told = f"has the class {other}, which the checkpoint does not" if other else "has them in another order"
+        raise UserError(f"data.test={config.data.test}: {told}; its classes are {', '.join(classes)[:300]}")
+    return found
+
+
+def _read(config: DetectConfig, train: list[str], classes: list[str] | None) -> Examples:
+    data = config.data
+    assert data.root is not None  # the check of the configuration has seen to it
+    if data.name == "coco":
+        return read_coco(Path(data.root), train=train, test=data.test, broken=data.broken)
+    return read_voc(Path(data.root), train=train, test=data.test, classes=classes, broken=data.broken)
 
 
 def build(

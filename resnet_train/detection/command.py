@@ -1,0 +1,177 @@
+"""The command `resnet-detect test`: the average precision of a checkpoint, or of several together."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from resnet_train.config.detection import DetectConfig, DetectTestConfig, config_from_checkpoint, with_test_data
+from resnet_train.config.run_dir import plain_word
+from resnet_train.config.schema import format_value
+from resnet_train.detection.annotations import Examples
+from resnet_train.detection.build import build_like_checkpoint, precision_of
+from resnet_train.detection.ensemble import Ensemble
+from resnet_train.detection.evaluate import check_shape, evaluate
+from resnet_train.detection.model import Detector
+from resnet_train.detection.multiscale import longest
+from resnet_train.detection.refine import VOTERS
+from resnet_train.detection.run import read_test
+from resnet_train.detection.train import PROTOCOL
+from resnet_train.engine import checkpoint
+from resnet_train.engine.compute import pick_device, to_device
+from resnet_train.engine.distributed import is_main, on_rank_zero, process_group, raise_on_all_ranks
+from resnet_train.errors import UserError
+from resnet_train.files import expand, write_result
+from resnet_train.terminal import say
+
+
+@dataclass
+class Member:
+    """A checkpoint to be tested, alone or in an ensemble."""
+
+    path: Path
+    config: DetectConfig
+    state: dict[str, Any]
+
+    def told(self) -> dict[str, Any]:
+        """What a result says of it."""
+        return {
+            "checkpoint": str(self.path.absolute()),
+            "net": self.config.net,
+            "seed": self.config.seed,
+            "iteration": self.state["iteration"],
+            "iterations": self.config.iterations,
+            "min_size": self.config.min_size,
+            "max_size": self.config.max_size,
+            "proposals": self.config.proposals,
+        }
+
+
+def evaluate_checkpoints(asked: DetectTestConfig) -> None:
+    """Print and write the average precision of one checkpoint, or of several as an ensemble. Raises UserError.
+
+    With nothing switched on, the figures that training logged, from the file and the pictures alone.
+    """
+    device = pick_device(asked.device)
+    with process_group(device, asked.timeout):
+        _evaluate(asked, device)
+
+
+def _evaluate(asked: DetectTestConfig, device: torch.device) -> None:
+    members = [_member(expand(name), asked) for name in asked.checkpoint]
+    first, one = members[0], len(members) == 1
+    raise_on_all_ranks(lambda: _check_members(members))
+    examples = raise_on_all_ranks(lambda: _read(members, asked.scales or []))
+    models, precisions = zip(*raise_on_all_ranks(lambda: [_restore(member, device) for member in members]), strict=True)
+    start = time.perf_counter()
+    measured, _ = evaluate(
+        Ensemble(models, precisions, refine=asked.refine, scales=asked.scales or ()),
+        examples.test,
+        classes=examples.classes,
+        category_ids=examples.category_ids,
+        precision="fp32",  # around each member's own
+        device=device,
+        workers=first.config.data.workers,
+    )
+    result = {
+        **(first.told() if one else {"net": f"ensemble of {len(members)}"}),
+        **({} if one else {"members": [member.told() for member in members]}),
+        "data": first.config.data_label,
+        "list": first.config.data.test,
+        "images": len(examples.test),
+        "boxes": sum(len(example.boxes) for example in examples.test),
+        "faults": examples.faults,
+        "protocol": _protocol(asked, len(members)),
+        "refine": asked.refine,
+        "scales": asked.scales,
+        **measured,
+        "precision": " and ".join(sorted(set(precisions))),
+        "device": str(device),
+        "seconds": time.perf_counter() - start,
+    }
+    if is_main():
+        out = expand(asked.out) if asked.out else _default_out(members, asked)
+        write_result(out, result)
+        say(_line(members, examples, result, out))
+
+
+def _member(path: Path, asked: DetectTestConfig) -> Member:
+    state = on_rank_zero(lambda: _without_optimizer(checkpoint.load(path, detector=True)))
+    config = raise_on_all_ranks(lambda: with_test_data(config_from_checkpoint(state["config"]), asked.data))
+    return Member(path, config, state)
+
+
+def _check_members(members: list[Member]) -> None:
+    """Refuse an ensemble whose members are not of the same classes and pictures. Raises UserError."""
+    first = members[0]
+
+    def known(member: Member) -> dict[str, Any]:
+        data, anchors = member.config.data, member.config.anchors
+        return {"classes": member.state["classes"], "anchors": anchors, "data.root": data.root, "data.test": data.test}
+
+    for other in members[1:]:
+        for key, here in known(first).items():
+            if here != (there := known(other)[key]):
+                raise UserError(
+                    f"checkpoint: {first.path} has {key}={format_value(here)} and {other.path}"
+                    f" {key}={format_value(there)}; an ensemble has the same in all its members"
+                )
+
+
+def _read(members: list[Member], scales: list[int]) -> Examples:
+    """The pictures, once each member is seen to be able to look at them. Raises UserError."""
+    first = members[0]
+    examples = read_test(first.config, first.state["classes"])
+    for least, most in {(member.config.min_size, member.config.max_size) for member in members}:
+        for size in sorted({least, *scales}):
+            for example in examples.test:
+                shape = example.height, example.width
+                check_shape(str(example.path), shape, size, longest(size, least, most))
+    return examples
+
+
+def _without_optimizer(state: dict[str, Any]) -> dict[str, Any]:
+    """What other processes are sent: momentum is as large as the weights."""
+    return {name: value for name, value in state.items() if name != "optimizer"}
+
+
+def _restore(member: Member, device: torch.device) -> tuple[Detector, str]:
+    """The detector and the precision that it was trained in. Raises UserError."""
+    model, _ = build_like_checkpoint(member.config, member.state)
+    with checkpoint.checkpoint_errors(member.path):
+        precision = precision_of(member.state)
+        model.load_state_dict(member.state["model"])
+    return to_device(model, device, "fp32"), precision
+
+
+def _protocol(asked: DetectTestConfig, count: int) -> str:
+    """How the images are looked at, in words."""
+    words = [PROTOCOL]
+    words += [f"{count} detectors on the union of their proposals, averaged"] if count > 1 else []
+    listed = ", ".join(map(str, asked.scales or []))
+    words += [f"regions at two of the scales {listed}, where their area is nearest to 224x224"] if asked.scales else []
+    words += [f"boxes refined once, votes from an overlap of {VOTERS}"] if asked.refine else []
+    return "; ".join(words)
+
+
+def _default_out(members: list[Member], asked: DetectTestConfig) -> Path:
+    """Beside the first checkpoint, named after what was measured."""
+    first = members[0]
+    words = [first.path.stem] if len(members) == 1 else [f"ensemble-of-{len(members)}"]
+    words += [] if first.config.data_label == first.state["label"] else [plain_word(first.config.data_label)]
+    words += ["refine"] if asked.refine else []
+    words += ["scales", *map(str, asked.scales)] if asked.scales else []
+    return first.path.with_name("-".join([*words, plain_word(first.config.data.test)]) + ".json")
+
+
+def _line(members: list[Member], examples: Examples, result: dict[str, Any], out: Path) -> str:
+    what = " + ".join(f"{m.config.net} (seed {m.config.seed}, iteration {m.state['iteration']})" for m in members)
+    return (
+        f"{what} on {result['data']} {result['list']}, {result['protocol']}: {result['map07']:.2f} % mAP by VOC 2007's"
+        f" rule, {result['map10']:.2f} by VOC 2010's, {result['map']:.2f} by COCO's @[.5,.95], on"
+        f" {len(examples.test)} images; {out}"
+    )

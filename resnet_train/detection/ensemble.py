@@ -1,0 +1,96 @@
+"""What detectors find together in a test (appendix B): all look at the union of their proposals, and are averaged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.transform import resize_boxes
+from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
+
+from resnet_train.detection.model import Detector
+from resnet_train.detection.multiscale import Look, Shape, look, region_features
+from resnet_train.detection.refine import regressed, vote
+from resnet_train.engine.compute import autocast
+
+
+class Ensemble(nn.Module):
+    """One or more detectors of the same classes as one, which finds in an image (3, H, W) what they find together.
+
+    In evaluation mode it is called as one of them, and one alone finds what it would, bit for bit. Boxes are in pixels
+    of the image as the first has it. Each computes in its own of `precisions`. With `refine` what they say of the boxes
+    that they found is put to what they say of their proposals, before non-maximum suppression, and detections vote.
+    `scales`: the lengths of the shorter side at which regions are looked at; none is that of training.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[Detector],
+        precisions: Sequence[str],
+        *,
+        refine: bool = False,
+        scales: Sequence[int] = (),
+    ) -> None:
+        super().__init__()
+        self.members: Any = nn.ModuleList(members)
+        self.precisions, self.refine, self.scales = precisions, refine, scales
+
+    def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        return [self._find(image) for image in images]
+
+    def _find(self, image: Tensor) -> dict[str, Tensor]:
+        looks = []
+        for member, precision in zip(self.members, self.precisions, strict=True):
+            with autocast(image.device, precision):
+                looks.append(look(member, image, self.scales))
+        shape = looks[0].shape
+        regions = union([resize_boxes(seen.proposals, seen.shape, shape) for seen in looks])
+        scores, boxes = self._judge(looks, regions, shape)
+        if self.refine:
+            again = self._judge(looks, regressed(scores, boxes), shape)
+            scores, boxes = torch.cat([scores, again[0]]), torch.cat([boxes, again[1]])
+        heads = self.members[0].roi_heads
+        boxes, scores, labels = candidates(boxes, scores, heads.score_thresh)
+        kept = batched_nms(boxes, scores, labels, heads.nms_thresh)[: heads.detections_per_img]
+        places = vote(boxes, scores, labels, kept) if self.refine else boxes[kept]
+        return {
+            "boxes": resize_boxes(places, shape, tuple(image.shape[-2:])),
+            "labels": labels[kept],
+            "scores": scores[kept],
+        }
+
+    def _judge(self, looks: list[Look], regions: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
+        """Each class's score (n, K + 1), the background's first, and box (n, K + 1, 4): the members' means."""
+        scores, boxes = [], []
+        for member, precision, seen in zip(self.members, self.precisions, looks, strict=True):
+            heads = member.roi_heads
+            with autocast(regions.device, precision):
+                logits, moves = heads.box_predictor(region_features(member, seen, regions, shape))
+            scores.append(logits.softmax(1))
+            places = heads.box_coder.decode(moves, [regions]).view(*logits.shape, 4)  # else flat where there is none
+            boxes.append(clip_boxes_to_image(places, shape))
+        return torch.stack(scores).mean(0), torch.stack(boxes).mean(0)
+
+
+def union(proposals: Sequence[Tensor]) -> Tensor:
+    """The boxes of all, (n, 4): of the second and later ones those that are not there yet."""
+    found = proposals[0]
+    for more in proposals[1:]:
+        known = (more[:, None] == found).all(2).any(1)
+        found = torch.cat([found, more[~known]])
+    return found
+
+
+def candidates(boxes: Tensor, scores: Tensor, least: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Each class's box (n, K + 1, 4) and score (n, K + 1) as a detection of its own: boxes (m, 4), scores, labels (m,).
+
+    Without the background, scores of `least` or below and boxes without an area, as torchvision has it.
+    """
+    labels = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)[:, 1:].flatten()
+    boxes, scores = boxes[:, 1:].reshape(-1, 4), scores[:, 1:].flatten()
+    likely = scores > least
+    boxes, scores, labels = boxes[likely], scores[likely], labels[likely]
+    large = remove_small_boxes(boxes, min_size=1e-2)
+    return boxes[large], scores[large], labels[large]
