@@ -33,7 +33,9 @@ COMMANDS = {
     "responses": "resnet-responses",
     "report": "resnet-report",
     "bench": "resnet-bench",
+    "features": "resnet-features",
     "detect": "resnet-detect",
+    "test": "resnet-detect test",
     "predict": "resnet-detect predict",
 }
 HEAD = """# Every key
@@ -160,6 +162,7 @@ def navigation() -> str:
         f"  - {title}: docs/{name}.md\n"
         for name, title in {
             "training": "Training",
+            "evaluation": "Evaluation",
             "keys": "Every key",
             "own-data": "Own data",
             "paper": "The paper",
