@@ -26,6 +26,7 @@ from resnet_train.config.layout import (
     class_folders,
     count_images,
     describe_left_out,
+    files_for_test,
     is_official_cifar10,
     left_out,
 )
@@ -38,7 +39,7 @@ from resnet_train.data.image_set import CIFAR10_FINGERPRINT, ImageSet, make_data
 from resnet_train.data.imagefolder import open_image_splits
 from resnet_train.data.memory import MemoryDataset
 from resnet_train.data.pack import packed_image
-from resnet_train.data.source import load
+from resnet_train.data.source import file_names, load
 from resnet_train.detection import annotations as detection
 from resnet_train.errors import UserError
 
@@ -414,6 +415,7 @@ def test_val_stands_for_test(tree):
     check(tree)
     assert class_folders(tree) == (["cat", "dog"], "val")
     assert load("cifar10", str(tree), 32).digest == before.digest
+    assert file_names("imagefolder", str(tree), ["cat", "dog"], "test") == ["cat/00.png", "dog/00.png", "dog/01.png"]
 
 
 def test_a_test_folder_without_classes_gives_way_to_val(tree):
@@ -423,6 +425,54 @@ def test_a_test_folder_without_classes_gives_way_to_val(tree):
     check(tree)
     assert class_folders(tree) == (["cat", "dog"], "val")
     assert len(load("cifar10", str(tree), 32).test) == 3
+
+
+def test_an_undivided_tree_is_divided_by_names(tmp_path):
+    """A fifth of each class, at least one, for both kinds of data sets alike, whatever else is there."""
+    root = tmp_path / "photos"
+    fill(root, {"cat": 10, "dog": 4})
+    check(root, "imagefolder")
+    assert class_folders(root) == (["cat", "dog"], "")
+    tested = files_for_test("imagefolder", str(root))
+    ordered = sorted(range(10), key=lambda i: hashlib.sha256(f"cat/{i:02d}.png".encode()).digest())
+    assert tested[:-1] == sorted(f"cat/{i:02d}.png" for i in ordered[:2])
+    assert [name[:4] for name in tested] == ["cat/", "cat/", "dog/"]
+    small, photographs = load("imagefolder", str(root), 32), open_image_splits(str(root))
+    assert (len(small.train), len(small.test)) == (len(photographs.train), len(photographs.test)) == (11, 3)
+    assert [str(photographs.test[i][0].relative_to(root)) for i in range(3)] == tested
+    for part, files in (("train", photographs.train), ("test", photographs.test)):
+        images = small.train if part == "train" else small.test
+        for index in range(len(files)):
+            path, label = files[index]
+            assert torch.equal(images.images[index], read_image(path).permute(1, 2, 0))
+            assert images.labels[index] == label
+        assert file_names("imagefolder", str(root), small.classes, part) == [
+            f"{files[i][0].parent.name}/{files[i][0].name}" for i in range(len(files))
+        ]
+    assert files_for_test("imagefolder", None) == files_for_test("digits", None) == []
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ({"cat": 3, "dog": 1}, "dog/ has one image; at least two are needed, one of them for the test"),
+        ({"cat": 3, "dog": 2, "empty": 0}, "empty/ has no images"),
+        ({"cat": 3}, r"has no train/ and test/ \(or val/\) folders"),
+    ],
+)
+def test_what_cannot_be_divided_is_refused(tmp_path, counts, message):
+    fill(tmp_path / "photos", counts)
+    for name in counts:
+        (tmp_path / "photos" / name).mkdir(exist_ok=True)
+    with pytest.raises(UserError, match=message):
+        check_source("imagefolder", str(tmp_path / "photos"))
+
+
+def test_cifar10_is_not_divided(tmp_path):
+    """The paper's test images are given."""
+    fill(tmp_path / "photos", {"cat": 3, "dog": 3})
+    with pytest.raises(UserError, match="data=imagefolder divides it by itself"):
+        check_source("cifar10", str(tmp_path / "photos"))
 
 
 def test_jpeg_keeps_colours_and_place(tree):

@@ -15,7 +15,7 @@ from resnet_train import paper
 from resnet_train.classification.evaluate import count_errors
 from resnet_train.classification.load import pick_eval_batch
 from resnet_train.classification.step import CapturedStep, TrainState, step
-from resnet_train.config.layout import describe_left_out
+from resnet_train.config.layout import describe_left_out, files_for_test
 from resnet_train.config.run_dir import as_stored
 from resnet_train.config.train import Config
 from resnet_train.data.memory import MemoryDataset
@@ -217,8 +217,13 @@ class ClassificationTask(TrainState):
         self.iteration = state["iteration"]
 
     def begin_files(self) -> dict[str, Any]:
-        """Which training images are held out."""
-        return {"split.json": {"val": self.dataset.val_indices.tolist()}} if self.dataset.sizes["val"] else {}
+        """Which training images are held out, and which files are the test part of an undivided tree."""
+        split: dict[str, Any] = {}
+        if self.dataset.sizes["val"]:
+            split["val"] = self.dataset.val_indices.tolist()
+        if tested := files_for_test(self.config.data.name, self.config.data.root):
+            split["test"] = tested
+        return {"split.json": split} if split else {}
 
     def describe(self) -> list[str]:
         """What is about to be trained, in lines to print."""
@@ -229,6 +234,8 @@ class ClassificationTask(TrainState):
             f" test; {config.iterations} iterations of {self._describe_batch()}; {self.precision} on {self.device}"
             + ("; compiling" if self.compiled else "")
         ]
+        if tested := len(files_for_test(config.data.name, config.data.root)):
+            lines.append(f"note: {config.data.root} is not divided: {tested} of its files test (split.json)")
         if left_out := describe_left_out(self.dataset.left_out):
             lines.append(f"note: {left_out}")
         if self.source is not None:

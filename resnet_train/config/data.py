@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from resnet_train.config import keys
 from resnet_train.config.keys import Free, OnlyFor, Range
-from resnet_train.config.layout import check_source, count_images, is_official_cifar10
+from resnet_train.config.layout import check_source, class_folders, count_images, files_for_test, is_official_cifar10
 from resnet_train.errors import UserError
 from resnet_train.files import expand
 
@@ -72,7 +72,10 @@ def training_images(data: Data) -> int | None:
     """The images of a training set in memory; None where they are counted only when they are listed, or not there."""
     if _is_official(data) or data.name == "digits":
         return 50_000 if _is_official(data) else 1_437
-    folder = expand(data.root or "") / "train"
+    root = expand(data.root or "")
+    folder = root / "train"
+    if data.family == "cifar" and root.is_dir() and not folder.is_dir() and class_folders(root)[1] == "":
+        return count_images(root) - len(files_for_test(data.name, data.root))
     return count_images(folder) if data.family == "cifar" and folder.is_dir() else None
 
 

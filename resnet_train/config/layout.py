@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from resnet_train.errors import UserError
@@ -55,7 +56,8 @@ def check_source(name: str, given: str | None) -> None:
         raise UserError(f"data.root={given}: is a file; data={name} takes a folder with train/ and test/ or val/")
     if name == "imagenet" and is_packed(given):
         return
-    class_folders(root)
+    if not class_folders(root)[1] and name == "cifar10":
+        raise UserError(f"data.root={given}: has no train/ and test/ folders; data=imagefolder divides it by itself")
 
 
 def is_remote(root: str) -> bool:
@@ -100,7 +102,8 @@ def left_out(name: str, root: str | None) -> Counter[str]:
     if name == "digits" or root is None or is_official_cifar10(folder := expand(root)):
         return Counter()
     classes, test = class_folders(folder)
-    return sum((images_in(folder / part / name)[1] for part in ("train", test) for name in classes), Counter[str]())
+    parts = ("train", test) if test else ("",)
+    return sum((images_in(folder / part / name)[1] for part in parts for name in classes), Counter[str]())
 
 
 def describe_left_out(found: Mapping[str, int]) -> str:
@@ -116,7 +119,8 @@ def describe_left_out(found: Mapping[str, int]) -> str:
 def class_folders(root: Path) -> tuple[list[str], str]:
     """The class names of a train/<class>/*, test/<class>/* tree and the name of its test part (test or val).
 
-    Raises UserError where the two parts do not have the same classes or a class has no images.
+    Of an undivided tree, <class>/*, the name is empty; `part_for_test` divides it. Raises UserError where the two parts
+    do not have the same classes or a class has no images.
     """
     try:
         if (root / PACKED).is_file():
@@ -128,6 +132,8 @@ def class_folders(root: Path) -> tuple[list[str], str]:
         test = next((name for name in parts if folders_in(root / name)), parts[0] if parts else None)
         if not any(root.iterdir()):
             raise UserError(f"data.root={root}: the folder is empty")
+        if test is None and not (root / "train").is_dir() and (undivided := _undivided(root)):
+            return undivided, ""
         if test is None or not (root / "train").is_dir():
             raise UserError(f"data.root={root}: has no train/ and test/ (or val/) folders with a folder for each class")
         classes = {}
@@ -149,6 +155,36 @@ def class_folders(root: Path) -> tuple[list[str], str]:
     if len(classes["train"]) < 2:
         raise UserError(f"data.root={root}: has one class, {classes['train'][0]}; at least two are needed")
     return classes["train"], test
+
+
+def _undivided(root: Path) -> list[str]:
+    """The classes of a <class>/* tree; empty where fewer than two folders have images. Raises UserError."""
+    count = {name: len(images_in(root / name)[0]) for name in folders_in(root)}
+    if sum(map(bool, count.values())) < 2:
+        return []
+    for name, images in count.items():
+        if images < 2:
+            found = "one image" if images else f"no images ({' '.join(IMAGE_SUFFIXES)})"
+            raise UserError(f"data.root={root}: {name}/ has {found}; at least two are needed, one of them for the test")
+    return list(count)
+
+
+def part_for_test(name: str, files: Collection[str]) -> set[str]:
+    """Which files of class `name` of an undivided tree are for the test: a fifth, those whose names hash lowest.
+
+    So the parts depend on the names alone, not on the machine, the seed or the order of the folder.
+    """
+    ordered = sorted(files, key=lambda file: hashlib.sha256(os.fsencode(f"{name}/{file}")).digest())
+    return set(ordered[: max(1, round(len(ordered) / 5))])
+
+
+def files_for_test(name: str, root: str | None) -> list[str]:
+    """The test images of an undivided tree as CLASS/FILE, in order; empty where the data have a test part."""
+    if name == "digits" or root is None or is_packed(root) or is_official_cifar10(folder := expand(root)):
+        return []
+    classes, test = class_folders(folder)
+    found = {} if test else {name: [entry.name for entry in images_in(folder / name)[0]] for name in classes}
+    return [f"{name}/{file}" for name, files in found.items() for file in sorted(part_for_test(name, files))]
 
 
 def is_image(name: str) -> bool:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from resnet_train.config.layout import IMAGE_SUFFIXES, class_folders, images_in, is_packed
+from resnet_train.config.layout import IMAGE_SUFFIXES, class_folders, images_in, is_packed, part_for_test
 from resnet_train.data.cache import cache_folder, keep
 from resnet_train.data.decode import ImageError, decode
 from resnet_train.engine import checkpoint
@@ -134,18 +134,24 @@ def read_file(path: str, size: int) -> bytes:
 
 
 def _open_tree(root: Path) -> ImageSplits:
-    """A train/<class>/*, val/<class>/* tree, listed once and then, as long as its folders stay as they are, known."""
+    """A train/<class>/*, val/<class>/* tree, listed once and then, as long as its folders stay as they are, known.
+
+    Of an undivided tree, <class>/*, `part_for_test` is the test part.
+    """
     classes, test = class_folders(root)
     place = os.path.realpath(root)
     listing = cache_folder() / "listings" / f"{root.name}-{hashlib.sha256(os.fsencode(place)).hexdigest()[:16]}.pt"
-    folders = [root / part / name for part in ("train", test) for name in classes]
+    folders = [root / part / name for part in (("train", test) if test else ("",)) for name in classes]
     stamp, newest = _stamp(folders)
     found: dict[str, Any] = {}
     with contextlib.suppress(UserError):  # not there yet, or damaged: made again
         found = checkpoint.read(listing)
     if found.get("stamp") != stamp:
         left_out = Counter[str]()
-        parts = {part: _listed([root / part / name for name in classes], left_out) for part in ("train", test)}
+        if test:
+            parts = {part: _listed([root / part / name for name in classes], left_out) for part in ("train", test)}
+        else:
+            parts = _divide(_listed(folders, left_out), classes)
         digest = hashlib.sha256(repr(classes).encode())
         for part, files in parts.items():
             for label, name, size in files:
@@ -156,8 +162,17 @@ def _open_tree(root: Path) -> ImageSplits:
             raise UserError(f"data.root={root}: changed while it was listed; start again when it is complete")
         if time.time() - newest > SETTLED:
             keep(listing, found)
-    train, tested = (Files(root / part, classes, found[part]) for part in ("train", test))
+    train, tested = (Files(root / part if test else root, classes, found[part]) for part in ("train", test or "test"))
     return ImageSplits(train, tested, classes, found["digest"], found["left_out"])
+
+
+def _divide(files: list[tuple[int, str, int]], classes: list[str]) -> dict[str, list[tuple[int, str, int]]]:
+    """The training and the test part of an undivided tree."""
+    names: dict[int, list[str]] = {}
+    for label, name, _ in files:
+        names.setdefault(label, []).append(name)
+    tested = {(label, name) for label, found in names.items() for name in part_for_test(classes[label], found)}
+    return {part: [file for file in files if (file[:2] in tested) == (part == "test")] for part in ("train", "test")}
 
 
 def _stamp(folders: Sequence[Path]) -> tuple[str, float]:

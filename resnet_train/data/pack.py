@@ -63,7 +63,8 @@ def pack(*, root: str, out: Path, shorter_side: int, quality: int, images: int, 
     found = open_image_splits(root)
     assert isinstance(found.train, Files)  # check_pack has seen to it
     assert isinstance(found.test, Files)
-    files = {"train": found.train, found.test.folder.name: found.test}
+    undivided = found.test.folder == found.train.folder
+    files = {"train": found.train, "test" if undivided else found.test.folder.name: found.test}
     check_classes(found.classes)
     source = PackSource(os.fsencode(Path(root).name).decode(errors="replace"), found.digest)
     settings = PackSettings(FORMAT, source, shorter_side, quality, images, typing.cast(Any, broken))

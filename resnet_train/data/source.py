@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from resnet_train.config.layout import class_folders, images_in, is_official_cifar10
+from resnet_train.config.layout import class_folders, images_in, is_official_cifar10, part_for_test
 from resnet_train.data.cache import cache_folder, load_cached
 from resnet_train.data.cifar10 import (
     ARCHIVE_MD5,
@@ -43,7 +43,7 @@ def load(name: str, root: str | None, size: int) -> DataSet:
         return load_cached("cifar10", files, "", lambda: read_official(source))
     assert path is not None
     classes, test = class_folders(path)
-    files_of = {part: listing(path / part, classes) for part in ("train", test)}
+    files_of = {part: listing(path, part, classes, divided=bool(test)) for part in ("train", test or "test")}
     files = [file for part in files_of.values() for file, _ in part]
     exact = name == "cifar10"
 
@@ -54,13 +54,15 @@ def load(name: str, root: str | None, size: int) -> DataSet:
     return load_cached(path.name, files, f"{size} {exact}", decode)
 
 
-def listing(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
-    """The image files below `folder`/<class>/ with their labels, in order."""
-    return [
-        (folder / name / entry.name, label)
-        for label, name in enumerate(classes)
-        for entry in images_in(folder / name)[0]
-    ]
+def listing(root: Path, part: str, classes: list[str], *, divided: bool) -> list[tuple[Path, int]]:
+    """The image files of `part` of a tree with their labels, in order."""
+    found = []
+    for label, name in enumerate(classes):
+        folder = root / part / name if divided else root / name
+        files = [entry.name for entry in images_in(folder)[0]]
+        tested = set() if divided else part_for_test(name, files)
+        found += [(folder / file, label) for file in files if divided or (file in tested) == (part == "test")]
+    return found
 
 
 def file_names(name: str, root: str | None, classes: list[str], part: str) -> list[str] | None:
@@ -70,7 +72,10 @@ def file_names(name: str, root: str | None, classes: list[str], part: str) -> li
     """
     if name == "digits" or root is None or (name == "cifar10" and is_official_cifar10(expand(root))):
         return None
-    return [f"{classes[label]}/{file.name}" for file, label in listing(expand(root) / part, classes)]
+    folder = expand(root)
+    test = class_folders(folder)[1]  # it may be val/
+    files = listing(folder, test if part == "test" and test else part, classes, divided=bool(test))
+    return [f"{classes[label]}/{file.name}" for file, label in files]
 
 
 def _decode(files: list[tuple[Path, int]], size: int, exact: bool) -> ImageSet:
