@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import itertools
 import multiprocessing
 import os
@@ -15,7 +16,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from resnet_train.classification.load import open_dataset
 from resnet_train.config.augment import Augment
-from resnet_train.data import streaming
+from resnet_train.data import imagefolder, streaming
 from resnet_train.data.augment import EIGENVECTORS, IMAGENET_MEAN
 from resnet_train.data.cache import cache_folder
 from resnet_train.data.crops import area_box
@@ -24,7 +25,7 @@ from resnet_train.data.memory import MemoryDataset
 from resnet_train.data.source import load
 from resnet_train.data.streaming import StreamingDataset, _RandomViews
 from resnet_train.data.views import BatchOrder, split_sizes
-from resnet_train.errors import UserError
+from resnet_train.errors import RunError, UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
@@ -547,3 +548,18 @@ def test_of_a_line_the_middle_is_seen(wide, protocol, widest, tmp_path):
     views = [view for found, _ in sets.eval_views(protocol, "test", sets.mean_image(), CPU, 2) for view, _ in found]
     assert max(view.shape[3] for view in views) <= widest
     assert any(view.shape[3] > 1000 for view in views) == (protocol == "multiscale")
+
+
+def test_a_disk_that_fails_ends_the_run_as_one_that_can_go_on(tree, monkeypatch):
+    """Exit code 1, for which max_restarts starts again; a file without leave to read it is wrong input, code 2."""
+    for number, kind in ((errno.EIO, RunError), (errno.ESTALE, RunError), (errno.EACCES, UserError)):
+
+        def refuse(path, number=number):
+            raise OSError(number, os.strerror(number), path)
+
+        monkeypatch.setattr(imagefolder, "read_regular", refuse)
+        for workers in (0, 1):
+            with pytest.raises(UserError, match="cannot be read") as caught:
+                training(streamed(tree, workers=workers), 1)
+            assert type(caught.value) is kind
+            assert "\n" not in str(caught.value)

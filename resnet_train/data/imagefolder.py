@@ -7,6 +7,7 @@ file has the kind that lies in folders, packed.py the other.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import time
@@ -26,10 +27,11 @@ from resnet_train.config.layout import IMAGE_SUFFIXES, class_folders, images_in,
 from resnet_train.data.cache import cache_folder, keep
 from resnet_train.data.decode import ImageError, decode
 from resnet_train.engine import checkpoint
-from resnet_train.errors import UserError
+from resnet_train.errors import RunError, UserError
 from resnet_train.files import NotRegular, read_regular
 
 LISTERS = 16  # folders that are listed at once: on a file server each waits for its answers
+OUTAGES = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENETDOWN, errno.EREMOTEIO)
 SETTLED = 10.0  # seconds: a folder that changed less than these ago may change again without a new time
 
 
@@ -117,13 +119,16 @@ class Files:
 def read_file(path: str, size: int) -> bytes:
     """The content of a file that was listed with `size` bytes. Raises UserError if it is another by now.
 
-    Raises ImageError for what is no file.
+    Raises ImageError for what is no file, and RunError where the disk or the file server fails, for which
+    `max_restarts=` starts again.
     """
     try:
         data = read_regular(path)
     except NotRegular as error:
         raise ImageError(f"{path}: is not an image that can be read ({error.strerror})") from error
     except OSError as error:
+        if error.errno in OUTAGES:
+            raise RunError(f"{path}: cannot be read ({error.strerror}); the same command resumes") from error
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     if len(data) != size:
         raise UserError(

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from resnet_train.errors import SIGNALS, UserError
+from resnet_train.errors import SIGNALS, RunError, UserError
 
 
 def checked_batches(loader: DataLoader) -> Iterator[Any]:
@@ -21,7 +21,8 @@ def checked_batches(loader: DataLoader) -> Iterator[Any]:
         yield from loader
     except UserError as error:  # it comes wrapped in that worker's traceback
         error.__traceback__ = None  # its frames would keep the workers until they time out
-        raise UserError(str(error).strip().splitlines()[-1].split(f".{type(error).__name__}: ")[-1]) from None
+        kind = RunError if isinstance(error, RunError) else UserError
+        raise kind(str(error).strip().splitlines()[-1].split(f".{type(error).__name__}: ")[-1]) from None
 
 
 def leave_signals(_: int) -> None:
