@@ -31,7 +31,7 @@ from resnet_train.errors import RunError, UserError
 from resnet_train.files import NotRegular, read_regular
 
 LISTERS = 16  # folders that are listed at once: on a file server each waits for its answers
-OUTAGES = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENETDOWN, errno.EREMOTEIO)
+OUTAGES = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENETDOWN)
 SETTLED = 10.0  # seconds: a folder that changed less than these ago may change again without a new time
 
 
