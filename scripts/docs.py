@@ -28,6 +28,7 @@ COMMANDS = {
     "train": "resnet-train",
     "eval": "resnet-eval",
     "classify": "resnet-classify",
+    "features": "resnet-features",
     "weights": "resnet-weights import, export",
     "pack": "resnet-pack",
     "responses": "resnet-responses",
