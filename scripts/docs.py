@@ -28,7 +28,6 @@ COMMANDS = {
     "train": "resnet-train",
     "eval": "resnet-eval",
     "classify": "resnet-classify",
-    "features": "resnet-features",
     "weights": "resnet-weights import, export",
     "pack": "resnet-pack",
     "responses": "resnet-responses",
