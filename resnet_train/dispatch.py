@@ -25,6 +25,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from resnet_train import __version__
+from resnet_train.config.completion import complete
 from resnet_train.config.compose import (
     as_text,
     check_hydras,
@@ -107,6 +108,12 @@ def _follow(command: Command, words: list[str]) -> None:
         say(f"resnet-train {__version__}")
         return
     line = parse(command.name, expand_words(words, command.short))
+    if line.shell_completion and any(item.startswith("query=") for item in line.overrides):
+        values = complete(command.name, os.environ.get("COMP_LINE", ""), command.short)
+        for value in values:
+            say(value)
+        if values:
+            return
     overrides, images = name_words(command.words, line.overrides)
     hydras = [item for item in overrides if re.match(r"[+~]*hydra\b", item)]
     check_hydras(hydras, line.multirun)

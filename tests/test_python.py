@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT
 from PIL import Image
 
@@ -139,3 +140,10 @@ def test_torch_hub_finds_the_nets_and_loads_a_trained_one(trained):
     assert hub("imagenet_resnet", 18, num_classes=3).fc.out_features == 3
     model, ours = hub("load", str(trained)), load(trained)
     assert all(torch.equal(a, b) for a, b in zip(model.net.parameters(), ours.net.parameters(), strict=True))
+
+
+def test_what_is_cited_and_what_changed_are_of_this_version():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= cited.keys()
+    assert cited["version"] == resnet_train.__version__
+    assert f"\n## {resnet_train.__version__}\n" in (ROOT / "CHANGELOG.md").read_text()

@@ -1,0 +1,53 @@
+"""What a shell offers for a value that is being typed, beyond Hydra's keys and groups; no torch here."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from resnet_train.config import commands, detection, images, train
+from resnet_train.config.schema import types_of
+
+KINDS: dict[str, tuple[type, ...]] = {
+    "train": (train.Config,),
+    "eval": (commands.EvalConfig,),
+    "classify": (images.ClassifyConfig,),
+    "features": (images.FeaturesConfig,),
+    "report": (commands.ReportConfig,),
+    "responses": (commands.ResponsesConfig,),
+    "weights": (commands.WeightsConfig,),
+    "pack": (commands.PackConfig,),
+    "bench": (commands.BenchConfig, train.Config),
+    "detect": (detection.DetectConfig,),
+    "test": (detection.DetectTestConfig,),
+    "predict": (detection.PredictConfig,),
+}
+
+
+def complete(name: str, line: str, short: Mapping[str, str]) -> list[str]:
+    """KEY=VALUE for every word that the key at the end of the command line `line` takes and that begins as typed.
+
+    Nothing for keys whose values are numbers or text, for groups, and where no value is begun.
+    """
+    typed, equals, begun = line.split(" ")[-1].partition("=")
+    key = short.get(f"{typed}=", f"{typed}=").removesuffix("=")
+    hints: dict[str, Any] = {}
+    for kind in KINDS.get(name, ()):
+        hints = types_of(kind) | hints
+    if not equals or key not in hints:
+        return []
+    return [f"{typed}={word}" for word in words_of(hints[key]) if word.startswith(begun)]
+
+
+def words_of(hint: Any) -> list[str]:
+    """The words that a value of a type may be, as they are typed: those of Literal, true and false, and null."""
+    if hint is bool:
+        return ["true", "false"]
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return [str(word) for word in arguments]
+    if origin is typing.Annotated:
+        return words_of(arguments[0])
+    found = [word for argument in arguments for word in words_of(argument)] if origin is not list else []
+    return [*found, "null"] if found and type(None) in arguments else found
