@@ -37,6 +37,7 @@ COMMANDS = {
     "detect": "resnet-detect",
     "test": "resnet-detect test",
     "predict": "resnet-detect predict",
+    "test": "resnet-detect test",
 }
 HEAD = """# Every key
 

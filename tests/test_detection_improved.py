@@ -1,5 +1,6 @@
 """`resnet-detect test` and the improvements of appendix B, each beside a reference that is written out here."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from test_detection import configured, tree  # noqa: F401  (a fixture)
+from test_detection import configured, pretrained, tree  # noqa: F401  (fixtures)
 from torchvision.ops import batched_nms, roi_pool
 
 from resnet_train.detection.ensemble import Ensemble, union
@@ -17,6 +18,7 @@ from resnet_train.detection.refine import vote
 from resnet_train.detection.run import build, read_examples
 from resnet_train.engine import checkpoint
 from resnet_train.engine.compute import autocast
+from resnet_train.errors import UserError
 from resnet_train.models import imagenet_resnet
 
 pytest.importorskip("faster_coco_eval")
@@ -29,13 +31,15 @@ LEVELS = DetectorSettings([16, 32, 64, 128, 256], 20, 8, 64, 96, [0.5, 0.4, 0.3]
 def detector(kind="resnet", seed=0, **options):
     """One with scores that are far apart: at random all classes are as likely."""
     torch.manual_seed(seed)
+    if kind == "context":
+        options["context"] = True
     if kind == "vgg16":
         found = vgg_detector(3, FRAME)
     else:
         net = imagenet_resnet(18, init="fan_out")
         found = resnet_detector(net, 3, LEVELS if kind == "pyramid" else FRAME, pyramid=kind == "pyramid", **options)
     for layer in (found.roi_heads.box_predictor.cls_score, found.roi_heads.box_predictor.bbox_pred):
-        torch.nn.init.normal_(layer.weight, std=0.2 if kind == "resnet" else 2)
+        torch.nn.init.normal_(layer.weight, std=0.2 if kind in ("resnet", "context") else 2)
     return found.eval()
 
 
@@ -82,7 +86,7 @@ def same(found, wanted):
     return found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
-@pytest.mark.parametrize("kind", ["resnet", "pyramid", "vgg16"])
+@pytest.mark.parametrize("kind", ["resnet", "context", "pyramid", "vgg16"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_an_ensemble_of_one_is_that_one_bit_for_bit(kind, precision, image):
     model = detector(kind)
@@ -380,7 +384,7 @@ def test_an_ensemble_is_the_mean_over_the_union_of_proposals_before_anything_is_
     assert_found(found, suppressed(rows), shape, image)
 
 
-@pytest.mark.parametrize("kind", ["resnet", "pyramid", "vgg16"])
+@pytest.mark.parametrize("kind", ["resnet", "context", "pyramid", "vgg16"])
 @pytest.mark.parametrize("options", [{}, {"refine": True}, {"refine": True, "scales": (48, 96)}])
 def test_without_proposals_nothing_is_found_and_nothing_is_a_nan(image, kind, options):
     """Of one without any, and of one beside it: what the other proposes counts."""
@@ -423,3 +427,66 @@ def test_detectors_that_do_not_go_together_are_told(save, saved, tree, test, tmp
     shutil.copytree(tree, tmp_path / "same")
     assert "data.root=" in test(f"checkpoint=[{saved},{save('root', f'data.root={tmp_path}/same')}]", code=2)
     assert "is named twice" in test(f"checkpoint=[{saved},{saved}]", code=2)
+
+
+# --- Global context ---------------------------------------------------------------------------------------------------
+
+
+def test_the_context_of_a_region_is_its_whole_image_through_the_same_layers():
+    """Three images of different sizes, of which one has no region: each is beside what pooling all of it gives."""
+    model, plain = detector("context"), detector()
+    plain.roi_heads.box_head.load_state_dict(model.roi_heads.box_head.state_dict())
+    maps, shapes = {"0": torch.rand(3, 256, 6, 8)}, [(96, 128), (64, 80), (90, 90)]
+    boxes = [torch.tensor([[0.0, 0, 40, 60], [20, 30, 128, 96]]), torch.tensor([[1.0, 2, 50, 60]]), torch.zeros(0, 4)]
+    with torch.no_grad():
+        found = model.roi_heads.box_head(model.roi_heads.box_roi_pool(maps, boxes, shapes))
+        own = plain.roi_heads.box_head(plain.roi_heads.box_roi_pool(maps, boxes, shapes))
+        wholes = [torch.tensor([[number, 0, 0, shape[1], shape[0]]]).float() for number, shape in enumerate(shapes)]
+        context = [plain.roi_heads.box_head(roi_pool(maps["0"], whole, 14, 1 / 16)) for whole in wholes]
+    assert found.shape == (3, 1024)
+    torch.testing.assert_close(found[:, :512], own)
+    torch.testing.assert_close(found[:, 512:], torch.cat([context[0], context[0], context[1]]))
+    assert model.roi_heads.box_predictor.cls_score.in_features == 1024
+
+
+def test_a_detector_with_context_begins_with_the_weights_of_a_net_and_learns(tree, pretrained):  # noqa: F811
+    config = configured(tree, "context=true", f"init_from={pretrained}")
+    assert config.net == "resnet-18-context"
+    task = build(config, read_examples(config), CPU)
+    weights = torch.load(pretrained, weights_only=True)
+    assert torch.equal(task.model.roi_heads.box_head.layer4[0].conv1.weight, weights["layer4.0.conv1.weight"])
+    before = task.model.roi_heads.box_predictor.cls_score.weight.clone()
+    task.step(next(iter(task.batches())), 0.01)
+    moved = (task.model.roi_heads.box_predictor.cls_score.weight != before).any(0)
+    assert moved[:512].any()
+    assert moved[512:].any()
+
+
+def test_training_with_context_goes_on_from_a_checkpoint_to_the_same_weights(tree, tmp_path):  # noqa: F811
+    config = configured(tree, "context=true", "iterations=3")
+    examples = read_examples(config)
+
+    def trained(task, steps):
+        for batch in itertools.islice(task.batches(), steps):
+            task.step(batch, task.learning_rate())
+        return task
+
+    whole = trained(build(config, examples, CPU), 3)
+    checkpoint.save(tmp_path / "last.pt", trained(build(config, examples, CPU), 2).state())
+    state = checkpoint.load(tmp_path / "last.pt", detector=True)
+    again = trained(build(config, examples, CPU, state | {"path": "last.pt"}), 1)
+    assert again.iteration == whole.iteration == 3
+    assert all(torch.equal(value, whole.model.state_dict()[name]) for name, value in again.model.state_dict().items())
+
+
+def test_context_is_tested_with_all_else(save, test):
+    path = save("context", "context=true")
+    found = test(f"checkpoint={path}", "refine=true", "scales=[48,96]")
+    assert found["net"] == "resnet-18-context"
+
+
+def test_context_goes_with_conv5_on_each_region_alone(tree):  # noqa: F811
+    with pytest.raises(UserError, match="context=true: is for conv5_x on each region"):
+        configured(tree, "context=true", "pyramid=true", "anchors=[16,32,64,128,256]")
+    with pytest.raises(UserError, match="context=true: is not used by backbone=vgg16"):
+        configured(tree, "context=true", "backbone=vgg16")

@@ -49,7 +49,7 @@ def commands(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_name_keys_and_options_that_there_are(page):
     for command, words in commands(page):
-        name = "predict" if words[:1] == ["predict"] else command.removeprefix("resnet-")
+        name = words[0] if words[:1] in (["predict"], ["test"]) else command.removeprefix("resnet-")
         named = [word for word in words if re.match(r"[+\w.]+(/\w+)?=", word)]
         known = {*known_keys(name), "experiment", "job"}
         for word in named:

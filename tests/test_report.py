@@ -995,7 +995,8 @@ def detector_run(
 ):
     """What resnet-detect leaves of a run, in small."""
     data = {"name": "voc", "root": "/d/bccd", "train": ["trainval"], "test": "test", "classes": None}
-    config = {"data": data, "backbone": backbone, "depth": 18, "pyramid": False, "init_from": source, "seed": seed}
+    config = {"data": data, "backbone": backbone, "depth": 18, "pyramid": False, "context": False}
+    config |= {"init_from": source, "seed": seed}
     config |= dict.fromkeys(detection.SETTING, 1) | {"iterations": iterations}
     place = folder / f"{backbone}-{source is not None}-{seed}"
     place.mkdir(parents=True)

@@ -47,6 +47,7 @@ class DetectConfig:
     backbone: Literal["resnet", "vgg16"]
     depth: Annotated[keys.Depth, OnlyFor("resnet")]
     pyramid: Annotated[bool, OnlyFor("resnet")]
+    context: Annotated[bool, OnlyFor("resnet")]
     init_from: keys.InitFrom
     seed: keys.Seed
     precision: Literal["auto", "bf16", "fp16", "fp32"]
@@ -81,10 +82,10 @@ class DetectConfig:
 
     @property
     def net(self) -> str:
-        """The network's name: resnet-101, resnet-101-pyramid, vgg-16."""
+        """The network's name: resnet-101, resnet-101-pyramid, resnet-101-context, vgg-16."""
         if self.backbone == "vgg16":
             return "vgg-16"
-        return f"resnet-{self.depth}" + ("-pyramid" if self.pyramid else "")
+        return f"resnet-{self.depth}" + "-pyramid" * self.pyramid + "-context" * self.context
 
     @property
     def data_label(self) -> str:
@@ -163,6 +164,8 @@ def _check_backbone(config: DetectConfig, asked: Collection[str]) -> None:
         check_depth(config.depth, "imagenet")
     if config.pyramid and len(config.anchors) != 5:
         raise UserError(f"anchors={config.anchors}: pyramid=true has five levels; give five, as [32,64,128,256,512]")
+    if config.pyramid and config.context:
+        raise UserError("context=true: is for conv5_x on each region, which pyramid=true has not; remove one of them")
     if config.anchors != sorted(set(config.anchors)) or not config.anchors:
         raise UserError(f"anchors={config.anchors}: must rise, as [128,256,512] does")
 
@@ -242,7 +245,7 @@ def run_directory(config: DetectConfig, asked: Iterable[str]) -> Path:
     """Where the run goes: `run_dir`, or runs/DATA-detection/NET/ and the values of other keys that were `asked` for."""
     if config.run_dir is not None:
         return expand(config.run_dir)
-    told = {"data", "backbone", "depth", "pyramid", "seed"} | marked(Free, DetectConfig).keys()
+    told = {"data", "backbone", "depth", "pyramid", "context", "seed"} | marked(Free, DetectConfig).keys()
     values = flat(config.plain())
     place = Path("runs") / f"{plain_word(config.data_label) or 'images'}-detection" / config.net
     return place / run_name(values, set(asked) - told, config.seed)

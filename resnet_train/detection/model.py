@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import vgg16
@@ -108,6 +109,31 @@ class Pool(RoIPool):
         return super().forward(maps["0"], boxes)
 
 
+Pooled = tuple[Tensor, Tensor, list[int]]  # regions of all images, each image as a whole, the regions of each
+
+
+class ContextPool(Pool):
+    """Likewise, and with the whole image as a region besides (appendix B)."""
+
+    def forward(  # type: ignore[override]
+        self, maps: dict[str, Tensor], boxes: list[Tensor], shapes: list[tuple[int, int]]
+    ) -> Pooled:
+        wholes = [boxes[0].new_tensor([[0, 0, width, height]]) for height, width in shapes]
+        regions, context = (super(ContextPool, self).forward(maps, places, shapes) for places in (boxes, wholes))
+        return regions, context, [len(places) for places in boxes]
+
+
+class ContextHead(RoIHead):
+    """conv5_x and global average pooling of regions and of their images, side by side: to (K, 4C)."""
+
+    def forward(self, pooled: Pooled) -> Tensor:  # type: ignore[override]
+        regions, context, counts = pooled
+        features = super().forward(torch.cat([regions, context]))
+        own, wholes = features[: len(regions)], features[len(regions) :]
+        beside = [whole.expand(count, -1) for whole, count in zip(wholes, counts, strict=True)]
+        return torch.cat([own, torch.cat(beside)], 1)
+
+
 class Proposals(RPNHead):
     """Its results in float32 also where it computes in bf16, in which a coordinate of 1,000 pixels is off by 4."""
 
@@ -173,16 +199,21 @@ class DetectorSettings:
     std: Sequence[float]
 
 
-def resnet_detector(net: ResNet, classes: int, frame: DetectorSettings, *, pyramid: bool = False) -> Detector:
+def resnet_detector(
+    net: ResNet, classes: int, frame: DetectorSettings, *, pyramid: bool = False, context: bool = False
+) -> Detector:
     """Faster R-CNN around the convolutions of `net`, an ImageNet net whose classifier is left out.
 
-    `classes`: without the background. Raises ValueError for a CIFAR net, and for other than five anchors of a pyramid.
+    `classes`: without the background. `context`: beside a region's features those of its image; not with a pyramid.
+    Raises ValueError for a CIFAR net, and for other than five anchors of a pyramid.
     """
     if not hasattr(net, "layer4"):
         raise ValueError("a CIFAR net has no conv5_x; use an ImageNet net")
     if not pyramid:
-        pool = Pool(14, 1 / STRIDE)
-        return _detector(C4Backbone(net), pool, RoIHead(net), _channels(net, "layer4"), classes, frame)
+        width = _channels(net, "layer4")
+        if context:
+            return _detector(C4Backbone(net), ContextPool(14, 1 / STRIDE), ContextHead(net), 2 * width, classes, frame)
+        return _detector(C4Backbone(net), Pool(14, 1 / STRIDE), RoIHead(net), width, classes, frame)
     if len(frame.anchors) != 5:
         raise ValueError(f"a pyramid has five levels, and takes so many anchors, not {len(frame.anchors)}")
     align = MultiScaleRoIAlign(featmap_names=["0", "1", "2", "3"], output_size=7, sampling_ratio=2)

@@ -173,7 +173,7 @@ class DetectionTask:
 
     def hyper_parameters(self) -> dict[str, str | bool | int | float]:
         """Those that runs are told apart by, for TensorBoard's table of runs."""
-        keys = ("backbone", "depth", "pyramid", "seed", "iterations", "batch_size", "lr", "min_size")
+        keys = ("backbone", "depth", "pyramid", "context", "seed", "iterations", "batch_size", "lr", "min_size")
         values = {key: getattr(self.config, key) for key in keys}
         return values | {"data": self.label, "pretrained": self.backbone.pretrained or "no"}
 

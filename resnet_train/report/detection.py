@@ -95,7 +95,7 @@ def _read(folder: Path, place: str, metrics: list[dict[str, Any]]) -> Detector:
         place=place,
         kind=kind,
         data=word(metrics[0]["data"]),
-        net=net + ("-pyramid" if config["pyramid"] else ""),
+        net=net + "-pyramid" * bool(config["pyramid"]) + "-context" * bool(config["context"]),
         source=None if config["init_from"] is None else word(config["init_from"]),
         seed=whole(config["seed"]),
         iterations=whole(config["iterations"], 1),
