@@ -234,7 +234,7 @@ def deviations_table(groups: list[list[Run]]) -> Table:
         for (key, here, there), runs in found.items():
             who = f"all {len(group)} on {group[0].data}" if len(runs) == len(group) > 1 else ", ".join(runs)
             table.rows.append([who, key, here, there])
-    table.notes.append("What is the same in every run of this program: README, “Where this is not the paper”.")
+    table.notes.append("What is the same in every run of this program: docs/paper.md, “Where this is not the paper”.")
     return table
 
 
