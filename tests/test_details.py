@@ -224,3 +224,20 @@ def test_the_report_links_the_page(tmp_path, monkeypatch):
     assert link == "../a%20%22run%22%20%231/checkpoints/last-test-mistakes.html"
     assert f"- [resnet-20-A, seed 0: last-test]({link})" in text
     assert page.count("What they get wrong") == 1
+
+
+@pytest.mark.parametrize("parts", [("train", "val"), ("train", "test"), ("",)])
+def test_names_are_those_of_the_pictures_however_the_tree_is_divided(parts, tmp_path, monkeypatch):
+    """With a part for the test under either name, or with class folders alone, of which a fifth is for the test."""
+    monkeypatch.setenv("RESNET_TRAIN_DATA", str(tmp_path / "data"))
+    for number in range(24):
+        folder = tmp_path / "tree" / parts[number % len(parts)] / f"class-{number % 3}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / f"{number:02}.png")
+    dataset = MemoryDataset(name="imagefolder", root=str(tmp_path / "tree"), size=8, validation=0)
+    for split in ("train", "test"):
+        names = dataset.names(split)
+        assert len(names) == dataset.sizes[split] > 0
+        for index, name in enumerate(names):
+            number = int(dataset.picture(split, index)[0, 0, 0])
+            assert name == f"class-{number % 3}/{number:02}.png"
