@@ -147,3 +147,12 @@ def test_what_is_cited_and_what_changed_are_of_this_version():
     assert {"cff-version", "message", "title", "authors"} <= cited.keys()
     assert cited["version"] == resnet_train.__version__
     assert f"\n## {resnet_train.__version__}\n" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_an_image_of_pillows_that_is_cut_short_is_one_line(tmp_path):
+    """Pillow opens a file lazily, so that it is found out only here."""
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "whole.png")
+    content = (tmp_path / "whole.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(content[: len(content) // 2])
+    with Image.open(tmp_path / "cut.png") as image, pytest.raises(UserError, match=r"cut.png: is not a whole image"):
+        load(PUBLISHED).transform(image)

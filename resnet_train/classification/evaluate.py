@@ -200,15 +200,16 @@ def _evaluate(asked: EvalConfig, device: torch.device) -> None:
     if not is_main():
         return
     what = " + ".join(f"{m.config.net} (seed {m.config.seed}, iteration {m.state['iteration']})" for m in members)
-    page = "" if found is None else f"; {write_details(out, what, result, found, dataset)}"
     write_result(out, result)
     say(
         f"{what} on {dataset.label} {asked.split}, {result['protocol']}"
         + (f", batch norm over {asked.precise_bn} batches" if asked.precise_bn else "")
         + f": {counted.wrong} of {counted.seen} wrong, error {counted.error:.2f} %"
         + (f", top-5 {counted.error5:.2f} %" if dataset.top5 else "")
-        + f"; {out}{page}"
+        + f"; {out}"
     )
+    if found is not None:  # last: whatever befalls it, what was counted is there
+        say(f"what it gets wrong: {write_details(out, what, result, found, dataset)}")
 
 
 def _member(path: Path, asked: EvalConfig) -> Member:

@@ -18,7 +18,7 @@ from resnet_train.classification.predict import Classifier, load
 from resnet_train.config.data import EvalData
 from resnet_train.config.images import FeaturesConfig
 from resnet_train.engine.compute import pick_device
-from resnet_train.errors import UserError, nearest
+from resnet_train.errors import RunError, UserError, nearest
 from resnet_train.files import check_result, expand, writing
 from resnet_train.models.resnet import ResNet
 from resnet_train.terminal import say
@@ -127,16 +127,20 @@ def _write(out: Path, arrays: dict[str, np.ndarray], told: dict[str, Any]) -> No
     """The arrays, and what is `told` of them: in .npz as arrays as well, in .safetensors as JSON in the header."""
     with writing(out) as part:
         if out.suffix == ".safetensors":
-            save_file = _import_safetensors(str(out))
-            save_file(arrays, part, metadata={key: json.dumps(value) for key, value in told.items()})
+            save_file, SafetensorError = _import_safetensors(str(out))
+            try:
+                save_file(arrays, part, metadata={key: json.dumps(value) for key, value in told.items()})
+            except SafetensorError as error:  # such as a full disk
+                raise RunError(f"out={out}: cannot be written ({error})") from error
         else:
             with part.open("wb") as file:
                 np.savez(file, **arrays, **{key: np.array(value) for key, value in told.items()})  # type: ignore[arg-type]
 
 
-def _import_safetensors(out: str) -> Any:
+def _import_safetensors(out: str) -> tuple[Any, Any]:
     try:
+        from safetensors import SafetensorError
         from safetensors.numpy import save_file
     except ImportError as error:
         raise UserError(f"out={out}: needs safetensors: pip install 'resnet-train[safetensors]'") from error
-    return save_file
+    return save_file, SafetensorError

@@ -22,6 +22,7 @@ from resnet_train.data.decode import from_pillow, read_image
 from resnet_train.data.imagenet_classes import imagenet_classes
 from resnet_train.engine.compute import compute_logits, pick_device
 from resnet_train.engine.limits import share_of_cores
+from resnet_train.errors import UserError
 from resnet_train.files import expand, write_result
 from resnet_train.models.resnet import ResNet
 from resnet_train.terminal import say
@@ -55,7 +56,12 @@ class Classifier:
         net the whole image at its size; minus the mean of the training images. EXIF rotation is not applied. Raises
         UserError for a file that is no image.
         """
-        pixels = from_pillow(image).permute(2, 0, 1) if isinstance(image, Image.Image) else read_image(expand(image))
+        try:
+            pixels = (
+                from_pillow(image).permute(2, 0, 1) if isinstance(image, Image.Image) else read_image(expand(image))
+            )
+        except OSError as error:  # Pillow opens a file lazily and reads it here
+            raise UserError(f"{getattr(image, 'filename', 'the image')}: is not a whole image ({error})") from error
         return self.normalise(view(pixels, self.config)[None])[0]
 
     def normalise(self, views: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from resnet_train.detection.train import PROTOCOL
 from resnet_train.engine import checkpoint
 from resnet_train.engine.compute import pick_device, to_device
 from resnet_train.engine.distributed import is_main, on_rank_zero, process_group, raise_on_all_ranks
+from resnet_train.engine.limits import most_workers
 from resnet_train.errors import UserError
 from resnet_train.files import expand, write_result
 from resnet_train.terminal import say
@@ -75,12 +76,13 @@ def _evaluate(asked: DetectTestConfig, device: torch.device) -> None:
         category_ids=examples.category_ids,
         precision="fp32",  # around each member's own
         device=device,
-        workers=first.config.data.workers,
+        workers=min(first.config.data.workers, most_workers()),
     )
     result = {
         **(first.told() if one else {"net": f"ensemble of {len(members)}"}),
         **({} if one else {"members": [member.told() for member in members]}),
         "data": first.config.data_label,
+        "root": str(expand(first.config.data.root or "").resolve()),
         "list": first.config.data.test,
         "images": len(examples.test),
         "boxes": sum(len(example.boxes) for example in examples.test),
@@ -97,6 +99,10 @@ def _evaluate(asked: DetectTestConfig, device: torch.device) -> None:
         out = expand(asked.out) if asked.out else _default_out(members, asked)
         write_result(out, result)
         say(_line(members, examples, result, out))
+        if first.config.data.test in first.config.data.train:
+            say(f"note: data.test={first.config.data.test} is a list that the detector was trained on")
+        if examples.faults:
+            say(f"note: left out or cut: {', '.join(f'{count} {kind}' for kind, count in examples.faults.items())}")
 
 
 def _member(path: Path, asked: DetectTestConfig) -> Member:
@@ -162,7 +168,9 @@ def _default_out(members: list[Member], asked: DetectTestConfig) -> Path:
     """Beside the first checkpoint, named after what was measured."""
     first = members[0]
     words = [first.path.stem] if len(members) == 1 else [f"ensemble-of-{len(members)}"]
-    words += [] if first.config.data_label == first.state["label"] else [plain_word(first.config.data_label)]
+    label, trained = first.config.data_label, config_from_checkpoint(first.state["config"]).data.root
+    elsewhere = expand(first.config.data.root or "").resolve() != expand(trained or "").resolve()
+    words += [plain_word(label)] if label != first.state["label"] else ["elsewhere"] if elsewhere else []
     words += ["refine"] if asked.refine else []
     words += ["scales", *map(str, asked.scales)] if asked.scales else []
     return first.path.with_name("-".join([*words, plain_word(first.config.data.test)]) + ".json")

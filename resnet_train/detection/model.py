@@ -21,6 +21,7 @@ from torchvision.models.detection.faster_rcnn import FasterRCNN, FastRCNNPredict
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, RoIPool
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+from torchvision.ops.poolers import initLevelMapper
 
 from resnet_train.models.resnet import ResNet
 
@@ -217,6 +218,8 @@ def resnet_detector(
     if len(frame.anchors) != 5:
         raise ValueError(f"a pyramid has five levels, and takes so many anchors, not {len(frame.anchors)}")
     align = MultiScaleRoIAlign(featmap_names=["0", "1", "2", "3"], output_size=7, sampling_ratio=2)
+    # Else it would guess the strides from the first image that it sees, and guess wrong from a small one.
+    align.scales, align.map_levels = [1 / 4, 1 / 8, 1 / 16, 1 / 32], initLevelMapper(2, 5)
     return _detector(Pyramid(net), align, TwoMLPHead(PYRAMID * 7 * 7, 1024), 1024, classes, frame)
 
 

@@ -53,7 +53,9 @@ def read_test(config: DetectConfig, classes: list[str]) -> Examples:
     found = _read(config, [], classes)
     if found.classes != classes:  # COCO's are those of its JSON
         other = next((name for name in found.classes if name not in classes), None)
-        told = f"has the class {other}, which the checkpoint does not" if other else "has them in another order"
+        missing = next((name for name in classes if name not in found.classes), None)
+        told = "has them in another order" if not missing else f"does not have the class {missing}"
+        told = f"has the class {other}, which the checkpoint does not" if other else told
         raise UserError(f"data.test={config.data.test}: {told}; its classes are {', '.join(classes)[:300]}")
     return found
 

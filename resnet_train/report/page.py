@@ -254,7 +254,7 @@ def _figure(out: Path, name: str, caption: str) -> str:
 
 
 def _tile(tile: Tile) -> str:
-    said, data = html.escape(", ".join(tile.lines)), base64.b64encode(tile.content).decode()
+    said, data = html.escape(", ".join(map(escape_and_clip, tile.lines))), base64.b64encode(tile.content).decode()
     kind = ' class="small"' if tile.small else ""
     lines = "<br>".join(html.escape(escape_and_clip(line)) for line in tile.lines)
     return f'<div><img{kind} alt="{said}" src="data:image/{tile.kind};base64,{data}"><p>{lines}</p></div>'

@@ -45,7 +45,7 @@ class Table:
         ]
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(header)
+        writer.writerow([_csv(word) for word in header])
         for row in self.rows:
             cells: list[Any] = []
             for cell, spread in zip(row, wide, strict=True):
@@ -68,7 +68,7 @@ def show(cell: Cell, signed: bool = False) -> str:
 
 def _csv(cell: Any) -> Any:
     """A cell as a spreadsheet may open it: text that begins like a formula is text."""
-    if isinstance(cell, str) and cell[:1] in ("=", "+", "-", "@"):
+    if isinstance(cell, str) and cell[:1] in ("=", "+", "-", "@", "\t", "\r"):
         return f"'{cell}"
     return "" if cell is None else cell
 
