@@ -169,7 +169,7 @@ def test_a_checkpoint_that_there_is_no_memory_for_is_not_called_damaged():
 def workers(job):
     """The processes that a launcher has started to train."""
     children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
-    return [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return [pid for pid in children if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 @pytest.mark.slow
