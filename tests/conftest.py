@@ -141,18 +141,13 @@ def as_one_of(processes, folder, text, *arguments):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _few_threads():
-    """One thread for each process of a test: sums are rounded alike everywhere, and the cores are not fought over."""
+def _one_thread():
+    """For each process of a test and for this one: sums are rounded alike, and the cores are not fought over.
+
+    For small batches a second thread costs more than it gives, most on a busy machine.
+    """
     os.environ["OMP_NUM_THREADS"] = "1"
-
-
-@pytest.fixture(scope="module")
-def one_thread():
-    """torch in this process: for small batches a second thread costs more than it gives, most on a busy machine."""
-    before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

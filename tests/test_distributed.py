@@ -35,7 +35,7 @@ from resnet_train.models import cifar_resnet
 from resnet_train.models.batchnorm import BatchNorm2d, GroupBatchNorm2d, update_statistics, use_group_batch_norm
 
 needs("sklearn")
-pytestmark = [pytest.mark.timeout(1200), pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.timeout(1200)
 # One thread for each process: kernels then add in one order, and what should be equal is so to the last bit.
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4", "--no-python"]

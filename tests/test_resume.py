@@ -31,7 +31,7 @@ from resnet_train.engine.resume import begin_run, claim_run
 from resnet_train.errors import SIGNALS, UserError
 
 needs("sklearn")
-pytestmark = pytest.mark.usefixtures("one_thread", "signals")
+pytestmark = pytest.mark.usefixtures("signals")
 SMALL = ["data.size=8", "augment.pad=1", "depth=8", "batch_size=32", "warmup.depth=0", "device=cpu", "precision=fp32"]
 SMALL += ["log_every=1", "eval_every=4", "checkpoint_every=4", "keep_every=4", "eval_batch_size=200", "compile=false"]
 DIGITS = ["data=digits", "data.validation=37", "iterations=12"]
@@ -56,7 +56,7 @@ def run(folder, *words):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, one_thread):
+def whole(tmp_path_factory):
     """A finished run, not to be changed."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     before = {number: signal.getsignal(number) for number in SIGNALS}
