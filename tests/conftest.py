@@ -12,7 +12,6 @@ from pathlib import Path
 import forked
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from resnet_train import cli
 from resnet_train.config.compose import compose
@@ -183,6 +182,8 @@ def metrics(folder):
 
 def curves(folder):
     """TensorBoard's points: {(writer, tag): [(iteration, value), …]}."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     found = {}
     for writer in sorted(folder.glob("tensorboard/*")):
         events = EventAccumulator(str(writer), size_guidance={"scalars": 0})

@@ -11,7 +11,9 @@ golden = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent.parent / "sc
 FILED = json.loads(golden.FILE.read_text())
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.long] * ("-1202" in n and n[-1] != "A")) for n in golden.NETS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.long] * ("-1202" in n and n[-1] != "A")) for n in golden.NETS]
+)
 def test_size_of_a_net(name):
     assert golden.size(*golden.NETS[name]) == FILED["nets"][name]
 
