@@ -12,7 +12,6 @@ from pathlib import Path
 import forked
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from resnet_train import cli
 from resnet_train.config.compose import compose
@@ -32,6 +31,16 @@ TINY = [
 ]
 TINY += ["eval_batch_size=50", "checkpoint_every=7", "device=cpu", "warmup.depth=8", "warmup.error=85"]
 TINY += ["warmup.iterations=15"]
+
+
+# What takes longest begins first, so that the workers of `make test`, who take file after file, end together.
+LONGEST = ("distributed", "detection", "weights", "report", "fuzz", "golden", "bench", "cli", "hostile", "responses")
+
+
+def pytest_collection_modifyitems(items):
+    """The files of `LONGEST` first, all else as it was."""
+    place = {f"test_{name}.py": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
 
 
 @pytest.fixture(scope="session")
@@ -141,18 +150,13 @@ def as_one_of(processes, folder, text, *arguments):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _few_threads():
-    """One thread for each process of a test: sums are rounded alike everywhere, and the cores are not fought over."""
+def _one_thread():
+    """For each process of a test and for this one: sums are rounded alike, and the cores are not fought over.
+
+    For small batches a second thread costs more than it gives, most on a busy machine.
+    """
     os.environ["OMP_NUM_THREADS"] = "1"
-
-
-@pytest.fixture(scope="module")
-def one_thread():
-    """torch in this process: for small batches a second thread costs more than it gives, most on a busy machine."""
-    before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
@@ -188,6 +192,8 @@ def metrics(folder):
 
 def curves(folder):
     """TensorBoard's points: {(writer, tag): [(iteration, value), …]}."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     found = {}
     for writer in sorted(folder.glob("tensorboard/*")):
         events = EventAccumulator(str(writer), size_guidance={"scalars": 0})

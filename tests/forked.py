@@ -5,6 +5,7 @@ nothing and has no second thread, so that a fork holds nothing that a new proces
 survive a fork, has not run yet. Each process of tests starts its own server with the first command.
 
 A fork ends as Python does, except that it takes no module apart. That remains to be seen by each command's new start.
+The processes that it starts through multiprocessing (a sweep's jobs, a launcher's) are forks as well, made by itself.
 """
 
 import atexit
@@ -23,7 +24,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from multiprocessing import process
+from multiprocessing import process, resource_tracker, util
 from pathlib import Path
 
 # The beginnings of variables that are read at an import: with others than the server's, a command is a new process.
@@ -53,7 +54,8 @@ class Popen(subprocess.Popen):
     def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *more):
         _, _, _, *pipes, _, _, _, _, _, new_session, _ = more
         environment = dict(os.environ if env is None else env)
-        if args[:2] != [sys.executable, "-c"] or sys.platform != "linux" or at_import(environment) != at_import(BEFORE):
+        same = at_import(environment) == at_import(BEFORE)
+        if list(args[:2]) != [sys.executable, "-c"] or sys.platform != "linux" or not same:
             super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *more)
             return
         request = {"words": args[2:], "cwd": os.path.abspath(cwd or "."), "new_session": new_session}
@@ -81,9 +83,9 @@ def run(words, *, input=None, capture_output=False, timeout=None, check=False, *
 
 
 def at_import(environment):
-    """What an import may have read of an environment; torch sets its compiler's folder itself and reads it later."""
-    free = "TORCHINDUCTOR_CACHE_DIR"
-    return {name: value for name, value in environment.items() if name.startswith(AT_IMPORT) and name != free}
+    """What an import may have read of an environment; torch sets some itself, and reads them later."""
+    free = ("TORCHINDUCTOR_CACHE_DIR", "TORCHELASTIC_")
+    return {name: of for name, of in environment.items() if name.startswith(AT_IMPORT) and not name.startswith(free)}
 
 
 def fork(request, streams):
@@ -157,11 +159,49 @@ def begin(streams, words, cwd, environment, new_session):
     os.environ.clear()
     os.environ.update(environment)
     tempfile.tempdir, process.ORIGINAL_DIR = None, os.getcwd()
-    sys.stdin = sys.__stdin__ = again(sys.stdin, "r")
-    sys.stdout = sys.__stdout__ = again(sys.stdout, "w")
-    sys.stderr = sys.__stderr__ = again(sys.stderr, "w")
+    util.spawnv_passfds = spawn
+    open_streams()
     sys.argv = ["-c", *words[1:]]
     return words[0]
+
+
+def spawn(path, args, passed, start=util.spawnv_passfds):
+    """The pid of a fork in place of the new process that multiprocessing asks for.
+
+    Who asks has computed nothing: sweeps and launchers leave that to these processes.
+    """
+    if "--multiprocessing-fork" not in args or at_import(os.environ) != at_import(BEFORE):
+        return start(path, args, passed)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # whose handlers are not the child's
+    child = os.fork()
+    if not child:
+        try:
+            for number in map(int, os.listdir("/proc/self/fd")):
+                if number > 2 and number not in passed:
+                    with contextlib.suppress(OSError):  # that of the list itself
+                        os.close(number)
+            for number in signal.valid_signals():
+                if callable(signal.getsignal(number)):
+                    signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            atexit._clear()
+            atexit.register(util._exit_function)
+            resource_tracker._resource_tracker._pid = None
+            sys.modules["resnet_train.engine.loop"].PARENT = os.getppid()
+            open_streams()
+            sys.argv = ["-c", *args[args.index("-c") + 2 :]]
+            do(args[args.index("-c") + 1])
+        finally:
+            os._exit(1)  # and never go on as who asked
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return child
+
+
+def open_streams():
+    """Open the standard streams anew."""
+    sys.stdin = sys.__stdin__ = again(0, sys.__stdin__, "r")
+    sys.stdout = sys.__stdout__ = again(1, sys.__stdout__, "w")
+    sys.stderr = sys.__stderr__ = again(2, sys.__stderr__, "w")
 
 
 def do(text):
@@ -189,9 +229,9 @@ def do(text):
     os._exit(code & 255)
 
 
-def again(stream, mode):
+def again(number, stream, mode):
     """A standard stream as Python opens it at its start: a terminal's by lines, stderr always, or with no buffer."""
-    number, direct = stream.fileno(), mode == "w" and stream.write_through
+    direct = mode == "w" and stream.write_through
     file = open(number, mode + "b", buffering=0 if direct else -1, closefd=False)  # noqa: SIM115
     lines = mode == "w" and not direct and (number == 2 or os.isatty(number))
     return io.TextIOWrapper(

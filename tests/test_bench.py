@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 
+import forked
 import pytest
 import torch
 import yaml
@@ -83,11 +84,11 @@ def measured(tmp_path_factory):
     pytest.importorskip("sklearn")
     folder, temporary = tmp_path_factory.mktemp("bench"), tmp_path_factory.mktemp("temporary")
     lines = [" ".join([name, *TINY, *LESS.get(name, []), f"out=new/{name}.json"]) for name in PROMISED]
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, "-c", DRIVER],
         cwd=folder,
         input="\n".join(lines),
-        env=os.environ | {"TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"TMPDIR": str(temporary)},
         capture_output=True,
         text=True,
     )

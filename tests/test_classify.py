@@ -19,7 +19,6 @@ from resnet_train.engine import checkpoint
 from resnet_train.engine.compute import compute_logits
 from resnet_train.models import cifar_resnet, imagenet_resnet
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = [(50, 70), (97, 40), (33, 33), (300, 201)]
 
 

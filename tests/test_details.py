@@ -24,7 +24,6 @@ from resnet_train.data.streaming import StreamingDataset
 from resnet_train.models import cifar_resnet, imagenet_resnet
 from resnet_train.report import mistakes
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 FILES = ["classes.csv", "confusion.csv", "mistakes.html", "predictions.csv"]
 EVIL = "<img src=x onerror=\"document.title='evil'\">"
 

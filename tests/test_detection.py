@@ -38,7 +38,7 @@ CPU = torch.device("cpu")
 SHAPES = ("disc", "square", "star")
 WORDS = ["data=voc", "data.root=tree", "data.train=[train]", "data.test=test", "recipe=short", "depth=18"]
 WORDS += ["iterations=7", "batch_size=2", "regions=8", "min_size=64", "max_size=96", "log_every=3", "eval_every=4"]
-WORDS += ["checkpoint_every=2", "anchors=[16,32]", "data.workers=0", "device=cpu", "precision=fp32", "warmup=3"]
+WORDS += ["checkpoint_every=4", "anchors=[16,32]", "data.workers=0", "device=cpu", "precision=fp32", "warmup=3"]
 
 
 def make_tree(folder, images=9, tested=5):

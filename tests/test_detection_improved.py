@@ -23,7 +23,6 @@ from resnet_train.models import imagenet_resnet
 
 pytest.importorskip("faster_coco_eval")
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.usefixtures("one_thread")
 FRAME = DetectorSettings([16, 32], 20, 8, 64, 96, [0.5, 0.4, 0.3], [0.2, 0.3, 0.4])
 LEVELS = DetectorSettings([16, 32, 64, 128, 256], 20, 8, 64, 96, [0.5, 0.4, 0.3], [0.2, 0.3, 0.4])
 

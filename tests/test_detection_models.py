@@ -15,7 +15,6 @@ from resnet_train.models.resnet import parameters
 
 FRAME = DetectorSettings([16, 32, 64], 20, 8, 96, 128, [0.5, 0.4, 0.3], [0.2, 0.3, 0.4])
 LEVELS = DetectorSettings([16, 32, 64, 128, 256], 20, 8, 96, 128, [0.5, 0.4, 0.3], [0.2, 0.3, 0.4])
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -26,8 +26,6 @@ from resnet_train.errors import UserError
 from resnet_train.models import cifar_resnet, imagenet_resnet
 from resnet_train.models.batchnorm import average_statistics, use_group_batch_norm
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_wrong_answers_by_hand():
     logits = torch.eye(7) * 5 - torch.arange(7.0) * 0.1

@@ -169,7 +169,7 @@ def test_a_checkpoint_that_there_is_no_memory_for_is_not_called_damaged():
 def workers(job):
     """The processes that a launcher has started to train."""
     children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
-    return [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return [pid for pid in children if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 @pytest.mark.slow
@@ -203,17 +203,18 @@ def test_a_limit_of_open_files_that_a_worker_would_meet_is_named_before_the_star
         (tmp_path / "tree" / part / "0.png").write_text("no image")
     words = ["data=imagenet", "data.root=tree", "depth=18", "device=cpu", "run_dir=run"]
 
-    def told(limit, workers):
-        line = ["sh", "-c", f'{limit}; exec "$@"', "sh", *start(*words, f"data.workers={workers}")]
-        done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    def told(hard, workers):
+        line = start(*words, f"data.workers={workers}")
+        line[2] = f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (24, {hard})); {line[2]}"
+        done = forked.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=200)
         return done.returncode, done.stderr
 
-    assert told("ulimit -n 24", 1) == (
+    assert told(24, 1) == (
         1,
         "error: data.workers=1: need 72 open files, and the limit is 24; raise it (ulimit -n), or use fewer\n",
     )
     assert not (tmp_path / "run").exists()
-    code, error = told("ulimit -S -n 24", 1)
+    code, error = told("resource.getrlimit(resource.RLIMIT_NOFILE)[1]", 1)
     assert (code, "is not an image" in error) == (2, True)
 
 

@@ -18,8 +18,6 @@ from resnet_train.data.streaming import StreamingDataset
 from resnet_train.errors import UserError
 from resnet_train.models import imagenet_resnet
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):

@@ -22,6 +22,22 @@ ENDS = [
     "import sys, threading; threading.Timer(0.1, print, ['late']).start()",
     "import sys; print(sys.stdin.read(), file=sys.stderr)",
     "import os, sys; print(os.isatty(1), sys.stdout.line_buffering, sys.stderr.line_buffering)",
+    """if True:
+    import atexit, multiprocessing, signal, sys
+    atexit.register(print, "last of the first")
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    held, told = open("/dev/null"), 'import multiprocessing as m, os, signal, sys; print(sys.argv, os.getcwd(), '
+    told += 'os.environ["X"], len(os.listdir("/proc/self/task")), m.current_process().name, m.parent_process().name, '
+    told += '[signal.getsignal(n) for n in (2, 10, 15)], sys.stdin.read(), [os.path.realpath(f"/proc/self/fd/{n}") '
+    told += 'for n in os.listdir("/proc/self/fd")].count("/dev/null"))'
+    for end in ("", "; sys.exit(3)", "; os.kill(os.getpid(), 9)", "; 1 / 0"):
+        job = multiprocessing.get_context("spawn").Process(target=exec, args=(told + end,))
+        print("begun")
+        job.start()
+        job.join()
+        print(job.exitcode)
+    """,
 ]
 
 
@@ -45,6 +61,15 @@ def test_a_fork_takes_signals(number):
         assert (job.poll(), os.getpgid(job.pid)) == (None, job.pid)
         os.killpg(job.pid, number)
     assert job.returncode == -number
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere all are new processes")
+def test_what_a_fork_starts_by_multiprocessing_is_a_fork():
+    """And takes its parent, the end of which ends a run, for its own."""
+    told = "import os, sys; from resnet_train.engine import loop"
+    told += "; print('torch' in sys.modules, loop.PARENT == os.getppid())"
+    text = f"import multiprocessing as m; m.get_context('spawn').Process(target=exec, args=({told!r},)).start()"
+    assert forked.run([*PYTHON, text], capture_output=True, text=True).stdout == "True True\n"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere all are new processes")

@@ -11,14 +11,9 @@ golden = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent.parent / "sc
 FILED = json.loads(golden.FILE.read_text())
 
 
-@pytest.fixture(scope="module")
-def losses():
-    """The losses of the tiny run, made here and now."""
-    pytest.importorskip("sklearn", reason="the tiny run is on scikit-learn's digits")
-    return golden.losses()
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * ("-1202" in n)) for n in golden.NETS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.long] * ("-1202" in n and n[-1] != "A")) for n in golden.NETS]
+)
 def test_size_of_a_net(name):
     assert golden.size(*golden.NETS[name]) == FILED["nets"][name]
 
@@ -28,20 +23,21 @@ def test_rates_of_a_run(overrides):
     assert [list(row) for row in golden.rates(overrides)] == FILED["rates"][overrides]
 
 
-def test_losses(losses):
+def test_losses():
     """Exact where processor, torch and threads are those of the file; elsewhere to a thousandth."""
+    pytest.importorskip("sklearn", reason="the tiny run is on scikit-learn's digits")
     same = golden.machine() == FILED["machine"]
-    assert losses == pytest.approx(list(FILED["losses"].values()), rel=0 if same else 1e-3, abs=0)
+    assert golden.losses() == pytest.approx(list(FILED["losses"].values()), rel=0 if same else 1e-3, abs=0)
 
 
-@pytest.mark.slow
-def test_losses_are_those_of_the_command(losses, command, tmp_path, monkeypatch):
-    """The script takes its steps as resnet-train does, bit for bit."""
-    monkeypatch.setenv("OMP_NUM_THREADS", str(golden.THREADS))
+def test_losses_are_those_of_the_command(command, tmp_path, monkeypatch):
+    """The script takes its steps as resnet-train does, bit for bit; here with one thread."""
+    pytest.importorskip("sklearn", reason="the tiny run is on scikit-learn's digits")
+    monkeypatch.setitem(golden.losses.__globals__, "THREADS", 1)
     result = command(*golden.TINY, "run_dir=run")
     assert result.returncode == 0, result.stderr
     lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
-    assert [line["loss"] for line in lines if line["split"] == "train"] == losses
+    assert [line["loss"] for line in lines if line["split"] == "train"] == golden.losses()
 
 
 def test_file_holds_what_the_script_makes_and_nothing_else():

@@ -170,16 +170,22 @@ def test_a_disk_that_is_full_for_tensorboard_is_told_without_its_trace(finished,
 
 def test_workers_without_room_to_hand_over_images_are_one_line(tmp_path):
     """Of 64 kB of shared memory a batch of 30 images of 64 px takes more than there is."""
-    small = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "$@"', "sh"]
-    if os.geteuid() != 0 or subprocess.run([*small, "true"], capture_output=True).returncode:
-        pytest.skip("only root can make /dev/shm small, for one process")
+    small = (
+        "import ctypes, subprocess, sys; own = ctypes.CDLL(None).unshare(0x20000) == 0;"  # CLONE_NEWNS
+        " own and subprocess.run('mount --make-rprivate / && mount -t tmpfs -o size=64k tmpfs /dev/shm', shell=True)"
+        ".returncode == 0 or sys.exit(77); "
+    )
     for part, images in (("train", 20), ("val", 1)):
         for name in ("cat", "dog"):
             for number in range(images):
                 photograph(tmp_path / "photos" / part / name / f"{number}.jpg", (80, 90), number)
     words = ["data=imagenet", "data.root=photos", "data.size=64", "data.workers=1", "depth=18", "batch_size=30"]
     words += ["iterations=2", "device=cpu", "compile=false", "run_dir=run"]
-    done = subprocess.run([*small, *start(*words)], cwd=tmp_path, capture_output=True, text=True)
+    line = start(*words)
+    line[2] = small + line[2]
+    done = forked.run(line, cwd=tmp_path, capture_output=True, text=True)
+    if done.returncode == 77:
+        pytest.skip("only root can make /dev/shm small, for one process")
     assert error(done, 1).startswith("error: /dev/shm, the memory that processes share, is full; make it larger ")
 
 
@@ -406,7 +412,7 @@ def test_a_launcher_that_counts_in_words_is_named(name, tmp_path):
 # Trains with two processes; the second's logits, and they alone, are far out from the tenth batch on: its loss is then
 # infinite, its gradients and all weights are not.
 FAR_OUT = """
-import functools, itertools, os, sys
+import functools, itertools, os
 import torch
 from resnet_train import cli
 from resnet_train.config.compose import compose
@@ -423,8 +429,8 @@ def job(config, directory):
         torch.nn.modules.module.register_module_forward_hook(far_out)
     return call("resnet_train.classification.run:train", config, directory)
 
-if __name__ == "__main__":
-    config, directory = prepare(cli.COMMANDS["train"], compose("train", sys.argv[1:]), sys.argv[1:], sweep=False)
+def train(words):
+    config, directory = prepare(cli.COMMANDS["train"], compose("train", words), words, sweep=False)
     finish(functools.partial(job, config, directory), config)
 """
 
@@ -448,8 +454,8 @@ def test_of_a_loss_that_is_not_finite_the_advice_is_not_what_is_done_already(pre
 def test_a_loss_that_is_not_finite_in_one_process_ends_all(tmp_path):
     (tmp_path / "far_out.py").write_text(FAR_OUT)
     words = [*RUN, "devices=2", "run_dir=run", "checkpoint_every=3"]
-    options = {"cwd": tmp_path, "capture_output": True, "text": True}
-    done = subprocess.run([sys.executable, "far_out.py", *words], **options)
+    text = "import sys; sys.path.append('.'); import far_out; far_out.train(sys.argv[1:])"
+    done = forked.run([sys.executable, "-c", text, *words], cwd=tmp_path, capture_output=True, text=True)
     assert error(done, 1).startswith(
         "error: the loss is not finite at iteration 12 or shortly before; run/checkpoints "
     )

@@ -25,7 +25,6 @@ from resnet_train.weights import state_dicts
 from resnet_train.weights.source import check_same_net, read_source
 
 needs("sklearn")
-pytestmark = pytest.mark.usefixtures("one_thread")
 DIGITS = ["data=digits", "depth=8", "batch_size=32", "precision=fp32", "device=cpu"]
 
 

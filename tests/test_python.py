@@ -21,7 +21,6 @@ from resnet_train.errors import UserError
 from resnet_train.models import cifar_resnet, imagenet_resnet
 from resnet_train.weights import source
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 PUBLISHED = ROOT / "results" / "cifar10" / "weights" / "resnet-20-A-seed-0.safetensors"
 
 

@@ -13,7 +13,6 @@ from resnet_train.models import cifar_resnet, imagenet_resnet
 from resnet_train.models.batchnorm import update_statistics
 from resnet_train.models.resnet import BasicBlock, Bottleneck, BottleneckV1, PaddedIdentity, multiply_adds, parameters
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 SHORTCUTS = ("A", "B", "C", "none")
 MEGA = {20: (0.27, 2), 32: (0.46, 2), 44: (0.66, 2), 56: (0.85, 2), 110: (1.7, 1), 1202: (19.4, 1)}  # table 6
 MULTIPLY_ADDS = {18: 1.8e9, 34: 3.6e9, 50: 3.8e9, 101: 7.6e9, 152: 11.3e9}  # table 1

@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import forked
@@ -18,7 +17,6 @@ import torch
 from conftest import metrics, needs, start
 from PIL import Image
 
-from resnet_train import cli
 from resnet_train.classification.run import build, build_or_resume, open_data, train
 from resnet_train.config.compose import compose
 from resnet_train.config.run_dir import check_run_dir
@@ -31,7 +29,7 @@ from resnet_train.engine.resume import begin_run, claim_run
 from resnet_train.errors import SIGNALS, UserError
 
 needs("sklearn")
-pytestmark = pytest.mark.usefixtures("one_thread", "signals")
+pytestmark = pytest.mark.usefixtures("signals")
 SMALL = ["data.size=8", "augment.pad=1", "depth=8", "batch_size=32", "warmup.depth=0", "device=cpu", "precision=fp32"]
 SMALL += ["log_every=1", "eval_every=4", "checkpoint_every=4", "keep_every=4", "eval_batch_size=200", "compile=false"]
 DIGITS = ["data=digits", "data.validation=37", "iterations=12"]
@@ -56,7 +54,7 @@ def run(folder, *words):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, one_thread):
+def whole(tmp_path_factory):
     """A finished run, not to be changed."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     before = {number: signal.getsignal(number) for number in SIGNALS}
@@ -366,20 +364,22 @@ def test_a_run_goes_on_with_its_own_images_only(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("cache")
-def test_a_sweep_does_not_take_a_run_on_other_images_for_its_own(tmp_path, command_here, monkeypatch, capsys):
+def test_a_sweep_does_not_take_a_run_on_other_images_for_its_own(tmp_path, command):
     first, other = photos(tmp_path / "photos"), photos(tmp_path / "other/photos", shift=50)
     words, place = [*SMALL, "data=imagefolder", "iterations=4"], tmp_path / "runs/photos/one"
     assert run(place, *words, f"data.root={first}") == 0
     before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
     sweep = ["-m", *words, f"run_dir={place}"]
-    monkeypatch.setattr(sys, "argv", ["resnet-train", *sweep, f"data.root={first}"])
-    cli.train()
-    assert f"{place}: finished, skipped\n" in capsys.readouterr().out
-    message = command_here("train", *sweep, f"data.root={other}", code=2)
-    assert f"error: data.root={other}: " in message
-    assert f"data.root={first}" in message
-    refused = command_here("train", *sweep[1:], f"data.root={other}", code=2)
-    assert f"holds a finished run on data.root={first}, not on data.root={other}; " in refused
+    done = command(*sweep, f"data.root={first}")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"{place}: finished, skipped\n" in done.stdout
+    done = command(*sweep, f"data.root={other}")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert f"error: data.root={other}: " in done.stderr
+    assert f"data.root={first}" in done.stderr
+    done = command(*sweep[1:], f"data.root={other}")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert f"holds a finished run on data.root={first}, not on data.root={other}; " in done.stderr
     assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == before
 
 

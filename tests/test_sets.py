@@ -27,7 +27,6 @@ from resnet_train.data.streaming import StreamingDataset, _RandomViews
 from resnet_train.data.views import BatchOrder, split_sizes
 from resnet_train.errors import RunError, UserError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 AUGMENT = Augment(4, True, [28, 40], None, colour_jitter=0.0, colour_noise=0.1)
 PLAIN = Augment(0, False, [24, 24], None, colour_jitter=0.0, colour_noise=0.0)

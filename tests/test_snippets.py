@@ -9,7 +9,6 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 ENTRIES = {"resnet-features": "features", "resnet-eval": "evaluate"}
 
 

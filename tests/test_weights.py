@@ -28,7 +28,6 @@ from resnet_train.models import cifar_resnet, imagenet_resnet
 from resnet_train.weights import state_dicts
 from resnet_train.weights.source import load, read_source
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 MEAN, STD = (torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (state_dicts.MEAN, IMAGENET_STD))
 
 
