@@ -37,7 +37,6 @@ COMMANDS = {
     "detect": "resnet-detect",
     "test": "resnet-detect test",
     "predict": "resnet-detect predict",
-    "test": "resnet-detect test",
 }
 HEAD = """# Every key
 
