@@ -196,10 +196,10 @@ def test_images_with_and_without_objects_give_finite_losses_and_boxes_inside(res
 def test_regions_of_a_pyramid_are_cut_by_its_strides_whatever_image_comes_first(resnet):
     """torchvision guesses them from the first image that it sees; from one of 40 px they would be twice too large."""
     images = [torch.rand(3, 40, 60), torch.rand(3, 100, 80)]
-    found = []
+    whole, found = detector(resnet, LEVELS, pyramid=True).eval(), []
+    whole.transform.min_size, whole.transform.max_size = (40,), 128
     for order in (images, images[::-1]):
-        net = detector(resnet, LEVELS, pyramid=True).eval()
-        net.transform.min_size, net.transform.max_size = (40,), 128
+        net = copy.deepcopy(whole)
         with torch.no_grad():
             found.append({image.shape: net([image])[0]["boxes"] for image in order})
     assert list(net.roi_heads.box_roi_pool.scales) == [1 / 4, 1 / 8, 1 / 16, 1 / 32]
