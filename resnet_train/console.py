@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import importlib
 import os
 import signal
@@ -123,13 +125,26 @@ def finish(
     if launcher_world_size():
         code = job()
         # torchrun takes another exit code for a failure: it would start all again, or end the whole job with 1.
-        sys.exit(0 if code > 128 and "TORCHELASTIC_RUN_ID" in os.environ else code)
+        _end(0 if code > 128 and "TORCHELASTIC_RUN_ID" in os.environ else code)
     if config.devices == 1 and not max_restarts:
         sys.exit(job())
     start_resource_tracker()
     from resnet_train.engine.launch import launch, pick_processes
 
     sys.exit(exit_code(lambda: launch(job, pick_processes(config.devices, config.device), max_restarts)))
+
+
+def _end(code: int) -> NoReturn:
+    """End one of a launcher's processes as multiprocessing ends its own: Python is not torn down.
+
+    For that a thread of Gloo that lets go of a tensor just then aborts the process (pthread_exit through C++ frames,
+    where it wants the interpreter's lock), and the launcher takes a finished run for a failed one.
+    """
+    atexit._run_exitfuncs()
+    with contextlib.suppress(OSError, ValueError):  # nobody listens any more
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
 
 
 def exit_code(job: Callable[[], int | None]) -> int:

@@ -306,28 +306,19 @@ def test_synchronised_batch_norm_is_refused_on_a_cpu_in_one_line(runs, alone):
 def test_training_images_depend_on_the_seed_and_not_on_the_processes():
     """Which images, their crops and their flips."""
     sets = MemoryDataset(name="digits", root=None, size=16, validation=137)
-    augment = {"pad": 4, "flip": True, "shorter_side": [0, 0], "colour_noise": 0.0}
-    the_same_images(sets, augment)
+    the_same_images(sets, Augment(4, True, None, None, colour_jitter=0.0, colour_noise=0.0))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_photographs_depend_on_the_seed_and_not_on_the_processes(photographs, workers):
     """Which images, their scales, crops, flips and colours."""
     sets = StreamingDataset(root=str(photographs), size=24, validation=0, workers=workers)
-    augment = {
-        "pad": 0,
-        "flip": True,
-        "shorter_side": [28, 40],
-        "area": None,
-        "colour_jitter": 0.4,
-        "colour_noise": 0.1,
-    }
-    the_same_images(sets, augment)
+    the_same_images(sets, Augment(0, True, [28, 40], None, colour_jitter=0.4, colour_noise=0.1))
 
 
 def the_same_images(sets, augment):
     def training(seed, rank, world):
-        order = BatchOrder(seed, 24, Augment(**augment), 2, rank, world)
+        order = BatchOrder(seed, 24, augment, 2, rank, world)
         batches = sets.train_batches(sets.mean_image(), CPU, order)
         found = [(images.clone(), labels.clone()) for images, labels in islice(batches, 2)]
         batches.close()
