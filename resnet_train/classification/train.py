@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -216,13 +217,18 @@ class ClassificationTask(TrainState):
         self.best, self.best_at = state["best"]
         self.iteration = state["iteration"]
 
+    @functools.cached_property
+    def _files_for_test(self) -> list[str]:
+        """Listed once: a tree may lie on a file server."""
+        return files_for_test(self.config.data.name, self.config.data.root)
+
     def begin_files(self) -> dict[str, Any]:
         """Which training images are held out, and which files are the test part of an undivided tree."""
         split: dict[str, Any] = {}
         if self.dataset.sizes["val"]:
             split["val"] = self.dataset.val_indices.tolist()
-        if tested := files_for_test(self.config.data.name, self.config.data.root):
-            split["test"] = tested
+        if self._files_for_test:
+            split["test"] = self._files_for_test
         return {"split.json": split} if split else {}
 
     def describe(self) -> list[str]:
@@ -234,7 +240,7 @@ class ClassificationTask(TrainState):
             f" test; {config.iterations} iterations of {self._describe_batch()}; {self.precision} on {self.device}"
             + ("; compiling" if self.compiled else "")
         ]
-        if tested := len(files_for_test(config.data.name, config.data.root)):
+        if tested := len(self._files_for_test):
             lines.append(f"note: {config.data.root} is not divided: {tested} of its files test (split.json)")
         if left_out := describe_left_out(self.dataset.left_out):
             lines.append(f"note: {left_out}")
