@@ -3,6 +3,7 @@
 #   scripts/gpu.sh prepare [DIR]        here: DIR (.gpu) and DIR-2 (.gpu-2) with all that such a machine lacks
 #   scripts/gpu.sh A                    there, 4 minutes: the GPU tests, the profile of a step
 #   scripts/gpu.sh unpack               there, 2 minutes: the GPU tests while what this call has brought is unpacked
+#   scripts/gpu.sh photographs          there, 2 minutes: ResNet-50 from files, and what a core reads of them
 #   scripts/gpu.sh B SECONDS RUN…       there: whole runs of table 6 side by side, such as resnet-20 plain-56,seed=1
 # There: Python 3.12 with torch 2.11 or newer, torchvision, triton, tensorboard, tqdm, matplotlib, scikit-learn, safetensors
 # and pytest. DIR holds the rest: wheels of hydra-core, omegaconf, antlr4 and simplejpeg (and faster-coco-eval, without which
@@ -31,6 +32,8 @@ prepare() {
   half() { (cd "$t" && find cifar10 -name '*.webp' -o -name '*.txt' | grep -E "/($1)\." | sort | tar -cf - -T -); }
   half 'airplane|automobile|bird|cat|deer|dog' > "$dir/cifar10-1.tar"
   half 'frog|horse|ship|truck' > "$dir-2/cifar10-2.tar"
+  mkdir "$t/photos" && tar -xzf "$shared/imagenet_sample.tar.gz" -C "$t/photos"
+  (cd "$t/photos" && find . -size -250k -name '*.JPEG' | sort | awk 'NR % 15 == 0' | tar -cf - -T -) > "$dir/photos.tar"
   rm -r "$t"
   du -sh "$dir" "$dir-2"
 }
@@ -102,6 +105,25 @@ part_a() {
   say "profile"
 }
 
+photographs() { # a dozen of them, many times over: what is read lies in memory
+  local photo copy part
+  mkdir -p "$WORK/photos" "$WORK/sample" && tar -xf "$GPU/photos.tar" -C "$WORK/sample"
+  find "$WORK/sample" -name '*.JPEG' | while read -r photo; do
+    for part in train val; do mkdir -p "$WORK/photos/$part/$(basename "$photo" .JPEG)"; done
+    for copy in $(seq "${COPIES:-800}"); do ln "$photo" "$WORK/photos/train/$(basename "$photo" .JPEG)/$copy.JPEG"; done
+    ln "$photo" "$WORK/photos/val/$(basename "$photo" .JPEG)/0.JPEG"
+  done
+  say "photographs: $(find "$WORK/photos" -name '*.JPEG' | wc -l)"
+  python3 -c 'import sys; from resnet_train.cli import train; sys.exit(train())' data=imagenet data.root="$WORK/photos" depth=50 \
+    device="${DEVICE:-cuda}" iterations=120 log_every=20 eval_every=120 run_dir="$WORK/runs/photographs" "$@" > "$OUT/photographs.txt" 2>&1
+  tail -30 "$OUT/photographs.txt" | cut -c1-300
+  cp "$WORK/runs/photographs/"{metrics.jsonl,environment.json} "$OUT"
+  say "ResNet-50"
+  timeout 60 python3 -c 'import sys; from resnet_train.cli import bench; sys.exit(bench())' loader data=imagenet \
+    data.root="$WORK/photos" rounds=2 seconds=1 device="${DEVICE:-cuda}" out="$OUT/loader.json"
+  say "loader"
+}
+
 part_b() {
   local limit=$1 run name alive
   shift
@@ -139,7 +161,8 @@ part_b() {
 case ${1:-} in
   prepare) prepare "${2:-}" ;;
   unpack) install && gpu_tests && wait ;;
+  photographs) install && photographs "${@:2}" ;;
   A) install && part_a ;;
   B) install && part_b "${@:2}" ;;
-  *) sed -n 2,6p "$0" && exit 2 ;;
+  *) sed -n 2,7p "$0" && exit 2 ;;
 esac
