@@ -324,8 +324,7 @@ def test_the_loop_runs_as_asked_logs_and_leaves_no_checkpoint(tmp_path):
 def test_bare_is_our_step_on_one_batch(tmp_path):
     _, training = checked("bench=loop", *TINY)
     run = subject.opened(training, subject.sets_of(training))
-    images, labels = next(subject.batches_of(run))
-    work = subject.bare(run, images, labels)
+    work = subject.bare(run)
     work.do(3)
     assert work.images == 12
     assert (run.iteration, run.metrics.seen) == (3, 36)

@@ -53,7 +53,7 @@ def loader(asked: BenchConfig, config: Config, folder: Path, device: torch.devic
 
     ours, theirs = Work(augment, batch), Work(transform, batch)
     works = {"ours, one thread": _on_one_thread(ours), "classic, one thread": _on_one_thread(theirs)}
-    works |= {"ours": ours, "bare": bare(run, *next(batches))}
+    works |= {"ours": ours, "bare": bare(run)}
     found = speeds(works, asked.seconds, asked.rounds, device)
     one, other, all_threads, step_ = found.values()
     rows = [

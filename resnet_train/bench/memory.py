@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from resnet_train.bench.subject import Outcome, bare, batches_of, changed, opened, recording, sets_of, trained
+from resnet_train.bench.subject import Outcome, bare, changed, opened, recording, sets_of, trained
 from resnet_train.bench.timing import (
     SPEED,
     in_new_process,
@@ -30,8 +30,7 @@ def memory(asked: BenchConfig, config: Config, folder: Path, device: torch.devic
     held = {name: in_new_process(_memory, way, asked.steps) for name, way in ways.items()}
     dataset = sets_of(config)
     runs = {name: opened(way, dataset) for name, way in ways.items()}
-    batch = next(batches_of(runs["plain"]))
-    found = speeds({name: bare(run, *batch) for name, run in runs.items()}, asked.seconds, asked.rounds, device)
+    found = speeds({name: bare(run) for name, run in runs.items()}, asked.seconds, asked.rounds, device)
     rows = [
         row(f"{name}, {when}", "MB", [size / 1e6], plain=[held["plain"][when] / 1e6])
         for name in ways

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from resnet_train.bench.subject import Outcome, bare, batches_of, changed, opened, sets_of
+from resnet_train.bench.subject import Outcome, bare, changed, opened, sets_of
 from resnet_train.bench.timing import (
     clocked,
     environment,
@@ -69,5 +69,5 @@ def _first_step(config: Config, cache: Path) -> float:
     """When the first step has ended, by the clock that all processes share."""
     with environment("TORCHINDUCTOR_CACHE_DIR", str(cache)):
         run = opened(config, sets_of(config))
-        clocked(lambda: bare(run, *next(batches_of(run))).do(1), run.device)
+        clocked(lambda: bare(run).do(1), run.device)
     return time.perf_counter()

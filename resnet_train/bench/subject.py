@@ -9,15 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
 from resnet_train.bench.synthetic import SyntheticDataset
 from resnet_train.bench.timing import (
     Work,
 )
 from resnet_train.classification.load import open_dataset, pick_compile
 from resnet_train.classification.run import build
-from resnet_train.classification.step import step
 from resnet_train.classification.train import ClassificationTask
 from resnet_train.config.train import Config
 from resnet_train.data.memory import MemoryDataset
@@ -75,14 +72,15 @@ def batches_of(run: ClassificationTask) -> Batches:
     return run.dataset.train_batches(run.mean, run.device, order)
 
 
-def bare(run: ClassificationTask, images: Tensor, labels: Tensor) -> Work:
-    """Our step on one batch."""
+def bare(run: ClassificationTask) -> Work:
+    """Our step on one batch, as the loop makes it: captured on a GPU, where it cuts its images itself."""
+    batch = next(run.batches())
 
     def do(count: int) -> None:
         for _ in range(count):
-            step(run, images, labels, run.learning_rate())
+            run.step(batch, run.learning_rate())
 
-    return Work(do, len(images))
+    return Work(do, run.config.batch_size)
 
 
 class _Until(Stop):

@@ -47,7 +47,6 @@ from resnet_train.bench.timing import (
 )
 from resnet_train.classification.evaluate import count_errors
 from resnet_train.classification.load import pick_eval_batch
-from resnet_train.classification.step import step
 from resnet_train.classification.train import ClassificationTask
 from resnet_train.config.commands import BenchConfig
 from resnet_train.config.train import Config
@@ -105,8 +104,8 @@ def steps(asked: BenchConfig, config: Config, folder: Path, device: torch.device
     dataset, works = sets_of(config), {}
     for precision, compiled in dict.fromkeys(kinds):
         run = opened(changed(config, precision=precision, compile=compiled), dataset)
-        images, labels = next(batches_of(run))
-        works[f"{precision} {'compiled' if run.compiled else 'eager'}"] = bare(run, images, labels)
+        works[f"{precision} {'compiled' if run.compiled else 'eager'}"] = bare(run)
+    images, labels = next(batches_of(run))
     batch = images.contiguous(), labels
     trainer = baseline.Trainer(build_network(config, len(dataset.classes)), device)
     works["classic"] = Work(functools.partial(trainer.steps, itertools.repeat(batch)), len(images))
@@ -128,7 +127,7 @@ def whole_loop(asked: BenchConfig, config: Config, folder: Path, device: torch.d
     with recording(run, folder) as logger:
         works = {
             "loop": Work(functools.partial(trained, run, folder, logger), batch, config.log_every),
-            "bare": bare(run, *next(batches_of(run))),
+            "bare": bare(run),
             "classic": Work(functools.partial(trainer.steps, batches), batch),
         }
         found = speeds(works, asked.seconds, asked.rounds, device)
@@ -140,15 +139,16 @@ def whole_loop(asked: BenchConfig, config: Config, folder: Path, device: torch.d
 
 def _shares(run: ClassificationTask, folder: Path, logger: MetricsLogger) -> dict[str, float]:
     """What the parts of the loop take of it, from one logged point to the next, each waited for."""
-    batches, clock, spent = batches_of(run), Clock(run.iteration), dict.fromkeys(("data", "step", "record"), 0.0)
-    lr, batch = run.learning_rate(), list(next(batches_of(run)))
+    batches, clock, spent = run.batches(), Clock(run.iteration), dict.fromkeys(("data", "step", "record"), 0.0)
+    lr, batch = run.learning_rate(), next(batches)
 
     def fetch() -> None:
-        batch[:] = next(batches)
+        nonlocal batch
+        batch = next(batches)
 
     for _ in range(run.config.log_every):
         spent["data"] += clocked(fetch, run.device)
-        spent["step"] += clocked(lambda: step(run, batch[0], batch[1], lr), run.device)
+        spent["step"] += clocked(lambda: run.step(batch, lr), run.device)
         spent["record"] += clocked(logger.bar.update, run.device)
     with contextlib.redirect_stdout(io.StringIO()):
         spent["record"] += clocked(lambda: log_training(run, folder, logger, clock, lr), run.device)
