@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -258,8 +259,6 @@ def test_checkpoints_of_nets_and_of_detectors_are_told_apart(whole, pretrained, 
     assert "is a detector's, which resnet-detect reads" in command_here("evaluate", f"checkpoint={last}", code=2)
     told = command_here("detect", "predict", image, f"checkpoint={trained}", code=2)
     assert "is a checkpoint of resnet-train, not of resnet-detect" in told
-    with pytest.raises(UserError, match="is a detector's"):
-        build_new(configured(tree, f"init_from={last}"), 3)
 
 
 @pytest.mark.long
@@ -337,7 +336,7 @@ def test_the_papers_schedules():
 @pytest.mark.slow
 def test_a_checkpoint_that_declares_more_classes_than_it_has_weights_for_is_refused_before_a_detector_is_made(tree):
     config = configured(tree)
-    model, backbone = build_new(config, 3)
+    model, backbone = build_new(config, list(SHAPES))
     state = {"detector": dataclasses.asdict(backbone), "model": model.state_dict(), "classes": ["a", "b", "c"]}
     build_like_checkpoint(config, state)
     with pytest.raises(UserError, match=r"box_predictor\.cls_score\.weight is 4x512, not 1000001x512"):
@@ -348,22 +347,22 @@ def test_vgg16_begins_with_torchvisions_weights_and_another_net_is_refused(tree,
     torch.manual_seed(0)
     state = vgg16(weights=None).state_dict()
     torch.save(state, tmp_path / "vgg16.pth")
-    model, backbone = build_new(configured(tree, "backbone=vgg16", f"init_from={tmp_path}/vgg16.pth"), 3)
+    model, backbone = build_new(configured(tree, "backbone=vgg16", f"init_from={tmp_path}/vgg16.pth"), list(SHAPES))
     own = model.state_dict()
     for name, value in state.items():
         place = "backbone." if name.startswith("features") else "roi_heads.box_head."
         assert name.startswith("classifier.6") or torch.equal(own[place + name], value)
     assert backbone.pretrained == "VGG-16 of vgg16.pth"
     with pytest.raises(UserError, match="is not torchvision's vgg16"):
-        build_new(configured(tree, "backbone=vgg16", f"init_from={pretrained}"), 3)
+        build_new(configured(tree, "backbone=vgg16", f"init_from={pretrained}"), list(SHAPES))
 
 
 def test_weights_of_another_net_are_refused_and_leave_no_folder(tree, pretrained, tmp_path):
     with pytest.raises(UserError, match="holds ImageNet resnet-18-B; use depth=18"):
-        build_new(configured(tree, f"init_from={pretrained}", "depth=34"), 3)
+        build_new(configured(tree, f"init_from={pretrained}", "depth=34"), list(SHAPES))
     torch.save(imagenet_resnet(18, "none").state_dict(), tmp_path / "plain.pth")
     with pytest.raises(UserError, match="which may be a plain one; resnet-weights import FILE arch=resnet"):
-        build_new(configured(tree, f"init_from={tmp_path / 'plain.pth'}"), 3)
+        build_new(configured(tree, f"init_from={tmp_path / 'plain.pth'}"), list(SHAPES))
     with pytest.raises(UserError, match="use depth=18"):
         run_detector(configured(tree, f"init_from={pretrained}", "depth=34"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -371,18 +370,55 @@ def test_weights_of_another_net_are_refused_and_leave_no_folder(tree, pretrained
 
 def test_pixels_are_those_of_the_source(tree, pretrained):
     """torchvision's weights: images in 0 to 1 minus ImageNet's mean, over its standard deviation."""
-    model, _ = build_new(configured(tree, f"init_from={pretrained}"), 3)
+    model, _ = build_new(configured(tree, f"init_from={pretrained}"), list(SHAPES))
     assert model.transform.image_mean == pytest.approx([0.485, 0.456, 0.406])
     assert model.transform.image_std == pytest.approx([0.229, 0.224, 0.225])
 
 
 def test_batch_norm_is_fixed_with_weights_and_trained_without(tree, pretrained):
-    fixed, _ = build_new(configured(tree, f"init_from={pretrained}"), 3)
-    free, _ = build_new(configured(tree), 3)
+    fixed, _ = build_new(configured(tree, f"init_from={pretrained}"), list(SHAPES))
+    free, _ = build_new(configured(tree), list(SHAPES))
     for model, training in ((fixed.train(), False), (free.train(), True)):
         norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
         assert {module.training for module in norms} == {training}
         assert {p.requires_grad for module in norms for p in module.parameters()} == {training}
+
+
+def test_a_detector_goes_on_on_other_classes_by_their_names(tree, whole, tmp_path):
+    last = whole[0] / "checkpoints/last.pt"
+    state = checkpoint.load(last, detector=True)
+    state["classes"] = ["airplane", "square", "couch"]  # as COCO names them
+    checkpoint.save(tmp_path / "coco.pt", state)
+    names = ["sofa", "aeroplane", "person", "square"]
+    model, backbone = build_new(configured(tree, f"init_from={tmp_path}/coco.pt"), names)
+    assert backbone.detector == "the detector resnet-18 of coco.pt, trained on tree, 3 of 4 classes with it"
+    new, old = model.state_dict(), state["model"]
+    for part, each in (("cls_score", 1), ("bbox_pred", 4)):
+        for kind in ("weight", "bias"):
+            name = f"roi_heads.box_predictor.{part}.{kind}"
+            ours, theirs = new.pop(name).unflatten(0, (-1, each)), old[name].unflatten(0, (-1, each))
+            assert torch.equal(ours[[0, 1, 2, 4]], theirs[[0, 3, 1, 2]])
+            assert not torch.equal(ours[3], theirs[3])
+    assert all(torch.equal(new[name], old[name]) for name in new)
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [("depth=34", "depth=18"), ("anchors=[16,32,64]", "anchors=[16,32]"), ("context=true", "context=false")],
+)
+def test_a_detector_of_another_shape_is_refused_with_the_key(tree, whole, word, told):
+    last = whole[0] / "checkpoints/last.pt"
+    with pytest.raises(UserError, match=re.escape(f"init_from={last}: is a detector with {told}; use that")):
+        build_new(configured(tree, f"init_from={last}", word), list(SHAPES))
+
+
+def test_a_run_from_a_detector_says_so(tree, whole, tmp_path):
+    last = whole[0] / "checkpoints/last.pt"
+    shutil.copytree(tree, tmp_path / "tree")
+    done = detect(tmp_path, f"init_from={last}", "freeze=layer1", "iterations=2", "run_dir=tuned")
+    assert done.returncode == 0, done.stderr
+    told = "starts from the detector resnet-18 of last.pt, trained on tree, 3 of 3 classes with it;"
+    assert told + " batch norm stays as it has it; frozen up to layer1" in done.stdout
 
 
 def test_two_evaluators_agree_on_perfect_detections(tree):

@@ -14,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from resnet_train.config.compose import compose
+from resnet_train.config.detection import check_detect
 from resnet_train.detection.annotations import load
 from resnet_train.detection.coco import read_coco
 from resnet_train.detection.voc import VOC_CLASSES, read_voc
@@ -599,6 +601,91 @@ def test_whole_boxes_are_those_pixels_of_theirs_that_the_image_has(fuzzed, rows)
         if columns and lines:
             wanted.append([columns[0] - 1, lines[0] - 1, columns[-1], lines[-1]])
     assert read(fuzzed, "skip").train[1].boxes.tolist() == wanted
+
+
+# --- ImageNet detection -----------------------------------------------------------------------------------------------
+
+
+def add_det(root, split, name, text):
+    """An image of ILSVRC's tree with its annotation."""
+    draw(root / "Data/DET" / split / f"{name}.JPEG")
+    path = root / "Annotations/DET" / split / f"{name}.xml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+@pytest.fixture
+def det(tmp_path):
+    """ILSVRC's tree: two training images of two classes in two folders, one a negative of one class, and two of val."""
+    root = tmp_path / "ILSVRC"
+    add_det(root, "train", "ILSVRC2013_train/n01/n01_1", annotation(thing(name="n01"), filename="n01_1"))
+    add_det(root, "train", "ILSVRC2014_train_0000/b", annotation(thing(name="n01"), thing(name="n02"), filename="b"))
+    for number in (1, 2):
+        add_det(root, "val", f"v{number}", annotation(thing(name="n02"), filename=f"v{number}"))
+    lists = root / "ImageSets/DET"
+    lists.mkdir(parents=True)
+    both = "ILSVRC2014_train_0000/b"
+    (lists / "train_1.txt").write_text(f"ILSVRC2013_train/n01/n01_1 1\n{both} 0\n")
+    (lists / "train_2.txt").write_text(f"{both} 1\nILSVRC2013_train_extra0/negative -1\n")
+    (lists / "val.txt").write_text("v1 1\nv2 2\n")
+    (lists / "val1.txt").write_text("v1 1\n")
+    (lists / "val2.txt").write_text("v2 2\n")
+    return root
+
+
+def test_det_joins_the_lists_by_class_and_finds_images_in_their_folders(det):
+    found = read_voc(det, train=["train", "val1"], test="val2", classes=None, broken="stop", det=True)
+    names = ["train/ILSVRC2013_train/n01/n01_1", "train/ILSVRC2014_train_0000/b", "val/v1"]
+    assert [example.name for example in found.train] == names
+    assert [example.labels.tolist() for example in found.train] == [[1], [1, 2], [2]]
+    assert [(example.name, example.path) for example in found.test] == [("val/v2", det / "Data/DET/val/v2.JPEG")]
+    assert found.classes == ["n01", "n02"]
+    assert not found.faults
+
+
+def test_a_list_of_its_own_goes_before_those_by_class(det):
+    (det / "ImageSets/DET/train.txt").write_text("ILSVRC2014_train_0000/b\n")
+    found = read_voc(det, train=["train"], test="val", classes=None, broken="stop", det=True)
+    assert [example.name for example in found.train] == ["train/ILSVRC2014_train_0000/b"]
+
+
+@pytest.mark.parametrize("broken", ["stop", "skip"])
+def test_an_image_twice_in_a_list_of_det_stops_or_is_taken_once(det, broken):
+    (det / "ImageSets/DET/val1.txt").write_text("v1 1\nv1 2\n")
+    given = {"train": ["val1"], "test": "val2", "classes": None, "broken": broken, "det": True}
+    if broken == "stop":
+        with pytest.raises(UserError, match="is given twice"):
+            read_voc(det, **given)
+    else:
+        assert read_voc(det, **given).faults == {TWICE: 1}
+
+
+@pytest.mark.parametrize("word", ["../../secret", "a//b", "a/./b"])
+def test_names_in_det_that_lead_elsewhere_are_refused(det, word):
+    (det / "ImageSets/DET/val1.txt").write_text(f"{word} 1\n")
+    with pytest.raises(UserError, match="is not the name of an image in its folder"):
+        read_voc(det, train=["val1"], test="val2", classes=None, broken="skip", det=True)
+
+
+def test_a_list_of_det_that_is_not_there_is_told_with_those_that_are(det):
+    words = ["data=det", f"data.root={det}", "data.test=val3"]
+    with pytest.raises(UserError, match=re.escape(f"data.test=val3: {det} has train, val, val1, val2; did you mean")):
+        check_detect(compose("detect", words))
+
+
+@pytest.mark.parametrize(
+    ("data", "train", "test"),
+    [
+        ("voc", ["2007_trainval", "2012_trainval"], "2007_test"),
+        ("voc12", ["2007_trainval", "2007_test", "2012_trainval"], "2012_test"),
+        ("coco", ["train2014"], "val2014"),
+        ("coco_trainval", ["train2014", "valminusminival2014"], "minival2014"),
+        ("det", ["train", "val1"], "val2"),
+    ],
+)
+def test_the_lists_of_tables_7_to_12(data, train, test):
+    found = compose("detect", [f"data={data}"])
+    assert (found["data"]["train"], found["data"]["test"]) == (train, test)
 
 
 # --- COCO ------------------------------------------------------------------------------------------------------------

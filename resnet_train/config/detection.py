@@ -25,12 +25,18 @@ from resnet_train.config.train import check_depth, check_divisible
 from resnet_train.errors import UserError, nearest
 from resnet_train.files import expand
 
+LIST_FILES = {
+    "voc": "VOC*/ImageSets/Main/*.txt",
+    "coco": "annotations/instances_*.json",
+    "det": "ImageSets/DET/*.txt",
+}
+
 
 @dataclass(frozen=True)
 class DetectData:
     """Pictures with boxes: configs/detection/data/."""
 
-    name: Literal["voc", "coco"]
+    name: Literal["voc", "coco", "det"]
     root: keys.Root
     train: list[str]
     test: str
@@ -181,11 +187,10 @@ def _check_data(data: DetectData, named: Mapping[str, list[str]]) -> None:
         raise UserError("data.classes: COCO's are those of its JSON; remove it")
     for key, lists in named.items():
         for name in lists:
-            if not list_file(root, data.name, name).is_file():
-                there = lists_of(root, data.name)
-                if not there:
-                    kind = "VOC*/ImageSets/Main/*.txt" if data.name == "voc" else "annotations/instances_*.json"
-                    raise UserError(f"data.root={data.root}: has no {kind}")
+            there = lists_of(root, data.name)
+            if not there:
+                raise UserError(f"data.root={data.root}: has no {LIST_FILES[data.name]}")
+            if name not in there and not list_file(root, data.name, name).is_file():
                 raise UserError(f"{key}={name}: {data.root} has {', '.join(there)}{nearest(name, there)}")
 
 

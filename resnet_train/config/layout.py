@@ -13,6 +13,7 @@ from resnet_train.files import expand
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 LISTS = "ImageSets/Main"  # of VOC
+DET_LISTS = "ImageSets/DET"  # of ILSVRC
 CIFAR_FOLDER = "cifar-10-batches-py"
 PACKED = "pack.json"  # in a folder that resnet-pack has written, once it is whole
 PACKING = "packing"  # in one where it is not: what is done so far
@@ -196,14 +197,26 @@ def list_file(root: Path, kind: str, name: str) -> Path:
     """The file that says which images are in the list `name`: 2007_trainval, or in one folder trainval; train2014."""
     if kind == "coco":
         return root / "annotations" / f"instances_{name}.json"
+    if kind == "det":
+        return root / DET_LISTS / f"{name}.txt"
     year, _, rest = name.partition("_")
     folder = root / f"VOC{year}"
     return folder / LISTS / f"{rest}.txt" if rest and folder.is_dir() else root / LISTS / f"{name}.txt"
+
+
+def lists_by_class(root: Path) -> list[Path]:
+    """ILSVRC's training lists, one for each class: ImageSets/DET/train_1.txt, …, train_200.txt."""
+    found = {path.stem.removeprefix("train_"): path for path in root.glob(f"{DET_LISTS}/train_*.txt")}
+    return [found[number] for number in sorted((name for name in found if name.isdecimal()), key=int)]
 
 
 def lists_of(root: Path, kind: str) -> list[str]:
     """The names of the lists that there are."""
     if kind == "coco":
         return sorted(path.stem.removeprefix("instances_") for path in root.glob("annotations/instances_*.json"))
+    if kind == "det":
+        parts = lists_by_class(root)
+        names = {path.stem for path in root.glob(f"{DET_LISTS}/*.txt")} - {path.stem for path in parts}
+        return sorted(names | ({"train"} if parts else set()))
     years = (f"{path.parts[-4].removeprefix('VOC')}_{path.stem}" for path in root.glob(f"VOC*/{LISTS}/*.txt"))
     return sorted([*years, *(path.stem for path in root.glob(f"{LISTS}/*.txt"))])

@@ -27,6 +27,7 @@ T = TypeVar("T")
 def format_value(value: Any) -> str:
     """A value as it is typed, if not too long."""
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    text = text.replace(", ", ",") if isinstance(value, list) else text
     return text if len(text) <= 60 else text[:57] + "..."
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from resnet_train.config.detection import DetectConfig
+from resnet_train.config.detection import DetectConfig, config_from_checkpoint
+from resnet_train.config.schema import format_value
 from resnet_train.data.augment import IMAGENET_STD
 from resnet_train.detection.model import Detector, DetectorSettings, resnet_detector, vgg_detector
 from resnet_train.engine import checkpoint
@@ -29,17 +30,35 @@ class Backbone:
     mean: list[float]  # of images in 0 to 1, subtracted from them
     std: list[float]  # and what is left divided by
     pretrained: str | None  # the net in words; None: random weights
+    detector: str | None = None  # the detector that training went on from, in words
 
 
-def build_new(config: DetectConfig, classes: int) -> tuple[Detector, Backbone]:
-    """The detector as training begins: around the weights of `init_from`, else around random ones. Raises UserError.
+# Pascal VOC's names of classes that COCO names otherwise.
+COCO_NAMES = {
+    "aeroplane": "airplane",
+    "diningtable": "dining table",
+    "motorbike": "motorcycle",
+    "pottedplant": "potted plant",
+    "sofa": "couch",
+    "tvmonitor": "tv",
+}
+PER_CLASS = {"roi_heads.box_predictor.cls_score": 1, "roi_heads.box_predictor.bbox_pred": 4}  # rows of each class
 
-    With weights, batch norm stays as they have it (appendix A); random ones could not do without it.
+
+def build_new(config: DetectConfig, names: list[str]) -> tuple[Detector, Backbone]:
+    """The detector of the classes `names` as training begins: around the weights of `init_from`, else random ones.
+
+    With weights, batch norm stays as they have it (appendix A); random ones could not do without it. A detector's are
+    taken whole (appendix B, from COCO to VOC). Raises UserError.
     """
+    classes = len(names)
     plain = Backbone("B", "1x1", list(state_dicts.MEAN), list(IMAGENET_STD), None)
     if config.init_from is None:
         return _assemble(config, plain, classes)
     path = Path(config.init_from)
+    found = state_dicts.read(path)
+    if checkpoint.is_ours(found) and "detector" in found:
+        return _go_on_from(config, found, names, path)
     if config.backbone == "vgg16":
         backbone = dataclasses.replace(plain, pretrained=f"VGG-16 of {path.name}")
         model, _ = _assemble(config, backbone, classes)
@@ -84,6 +103,33 @@ def build_like_checkpoint(config: DetectConfig, state: dict[str, Any]) -> tuple[
         backbone, classes = Backbone(**state["detector"]), len(state["classes"])
         checkpoint.check_net(state["model"], lambda: _assemble(config, backbone, classes)[0], config.depth)
         return _assemble(config, backbone, classes)
+
+
+def _go_on_from(config: DetectConfig, state: dict[str, Any], names: list[str], path: Path) -> tuple[Detector, Backbone]:
+    """The detector of a checkpoint's `state`, for the classes `names`: those that it does not know begin anew."""
+    with checkpoint.checkpoint_errors(f"init_from={path}"):
+        theirs = config_from_checkpoint(state["config"])
+    for key in ("backbone", "depth", "pyramid", "context", "anchors"):
+        if (value := getattr(theirs, key)) != getattr(config, key):
+            raise UserError(f"init_from={path}: is a detector with {key}={format_value(value)}; use that")
+    old, backbone = build_like_checkpoint(theirs, state)
+    with checkpoint.checkpoint_errors(f"init_from={path}"):
+        old.load_state_dict(state["model"])
+    known = {COCO_NAMES.get(name, name): row for row, name in enumerate(state["classes"], 1)}
+    rows = [(0, 0)]  # the background's
+    rows += [(row, known[own]) for row, name in enumerate(names, 1) if (own := COCO_NAMES.get(name, name)) in known]
+    origin = f"the detector {theirs.net} of {path.name}, trained on {state['label']}"
+    backbone = dataclasses.replace(backbone, detector=f"{origin}, {len(rows) - 1} of {len(names)} classes with it")
+    model, _ = _assemble(config, backbone, len(names))
+    weights = model.state_dict()
+    for name, value in old.state_dict().items():
+        if (each := PER_CLASS.get(name.rpartition(".")[0])) is None:
+            weights[name] = value
+            continue
+        for row, other in rows:
+            weights[name][each * row : each * (row + 1)] = value[each * other : each * (other + 1)]
+    model.load_state_dict(weights)
+    return model, backbone
 
 
 def _assemble(config: DetectConfig, backbone: Backbone, classes: int) -> tuple[Detector, Backbone]:

@@ -65,7 +65,8 @@ def _read(config: DetectConfig, train: list[str], classes: list[str] | None) -> 
     assert data.root is not None  # the check of the configuration has seen to it
     if data.name == "coco":
         return read_coco(Path(data.root), train=train, test=data.test, broken=data.broken)
-    return read_voc(Path(data.root), train=train, test=data.test, classes=classes, broken=data.broken)
+    det = data.name == "det"
+    return read_voc(Path(data.root), train=train, test=data.test, classes=classes, broken=data.broken, det=det)
 
 
 def build(
@@ -79,7 +80,7 @@ def build(
         with checkpoint.checkpoint_errors(state["path"]):
             precision = precision_of(state)
     else:
-        model, backbone = build_new(config, len(examples.classes))
+        model, backbone = build_new(config, examples.classes)
     model = to_device(model, device, precision)
     trained = {"params": [p for p in model.parameters() if p.requires_grad], "weight_decay": config.weight_decay}
     task = DetectionTask(

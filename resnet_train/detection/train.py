@@ -175,7 +175,7 @@ class DetectionTask:
         """Those that runs are told apart by, for TensorBoard's table of runs."""
         keys = ("backbone", "depth", "pyramid", "context", "seed", "iterations", "batch_size", "lr", "min_size")
         values = {key: getattr(self.config, key) for key in keys}
-        return values | {"data": self.label, "pretrained": self.backbone.pretrained or "no"}
+        return values | {"data": self.label, "pretrained": self.backbone.detector or self.backbone.pretrained or "no"}
 
     def state(self) -> dict[str, Any]:
         """A checkpoint's content: tensors and plain values only. All processes call this."""
@@ -217,10 +217,10 @@ class DetectionTask:
             f" test, {len(examples.classes)} classes; {config.iterations} iterations of {config.batch_size};"
             f" {self.precision} on {self.device}"
         ]
-        if self.backbone.pretrained:
+        if origin := self.backbone.detector or self.backbone.pretrained:
             frozen = f"; frozen up to {config.freeze}" if config.freeze else ""
-            norm = "" if config.backbone == "vgg16" else "; batch norm stays as it has it"
-            lines.append(f"starts from {self.backbone.pretrained}{norm}{frozen}")
+            norm = "; batch norm stays as it has it" if self.backbone.pretrained and config.backbone != "vgg16" else ""
+            lines.append(f"starts from {origin}{norm}{frozen}")
         else:
             lines.append(
                 "starts from random weights, which the paper does not: the figures say nothing about its tables 7 and 8"

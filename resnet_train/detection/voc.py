@@ -1,13 +1,15 @@
-"""Pascal VOC trees."""
+"""Pascal VOC trees, and ILSVRC's for detection (DET), which have annotations like theirs."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 from xml.etree import ElementTree
 
 from tqdm import tqdm
 
+from resnet_train.config.layout import list_file, lists_by_class
 from resnet_train.data.decode import image_size
 from resnet_train.detection.annotations import (
     BAD_ANNOTATION,
@@ -44,8 +46,29 @@ VOC_CLASSES = (
 LARGEST_XML = 10_000_000  # bytes: no annotation is near that
 
 
-def read_voc(root: Path, *, train: list[str], test: str, classes: list[str] | None, broken: str) -> Examples:
+class Listed(NamedTuple):
+    """An image of a list: its annotation, the folder that it lies in, and its name in records."""
+
+    annotation: Path
+    folder: Path
+    name: str
+
+
+class Listing(NamedTuple):
+    """An images' folder: where each file really lies, and the images by their names without suffix."""
+
+    files: dict[str, str]
+    stems: dict[str, list[str]]
+
+
+def read_voc(
+    root: Path, *, train: list[str], test: str, classes: list[str] | None, broken: str, det: bool = False
+) -> Examples:
     """Lists of a VOCdevkit (2007_trainval is VOC2007/ImageSets/Main/trainval.txt) or of one tree like it (trainval).
+
+    With `det` those of ILSVRC's tree for detection: ImageSets/DET/val1.txt, Annotations/DET/val/, Data/DET/val/, and
+    likewise train/ for lists whose name begins so; `train` is, where it is no file, the union of what ILSVRC's lists
+    by class, train_1.txt to train_200.txt, have as positive (1) or partly so (0).
 
     The classes, where none are given, are VOC's own 20 if every object in the training lists is one of them, else the
     sorted names that occur in the training lists. A class that occurs in the test list alone is unknown, a fault.
@@ -55,20 +78,24 @@ def read_voc(root: Path, *, train: list[str], test: str, classes: list[str] | No
     outside is cut and counted. Difficult objects are `ignored`. `broken`: stop or skip, see above. Raises UserError.
     """
     faults = Faults(broken)
-    lists = {name: _annotations(root, name) for name in dict.fromkeys([*train, test])}
+    read_list = _det_list if det else _voc_list
+    lists = {name: read_list(root, name) for name in dict.fromkeys([*train, test])}
     if classes is None:
-        named = {kind for name in train for path in lists[name] for kind in _kinds(path)}
+        named = {kind for name in train for image in lists[name] for kind in _kinds(image.annotation)}
         classes = list(VOC_CLASSES) if named <= set(VOC_CLASSES) else sorted(named)
     elif len(set(classes)) < len(classes):
         raise UserError(f"data.classes: {', '.join(classes)[:200]}: has a name twice")
     found: dict[str, Found] = {}
-    for name, paths in lists.items():
-        files, found[name] = list_files(paths[0].parents[1] / "JPEGImages"), []
-        images = group_by_stem(files)
-        for path in tqdm(paths, desc=f"reading {name}", leave=False, disable=None):
+    folders: dict[Path, Listing] = {}
+    for name, images in lists.items():
+        found[name] = []
+        for image in tqdm(images, desc=f"reading {name}", leave=False, disable=None):
             with faults:
-                example = _voc_example(root, path, files, images, classes, faults)
-                found[name].append((files[example.path.name], example))
+                if image.folder not in folders:
+                    files = list_files(image.folder)
+                    folders[image.folder] = Listing(files, group_by_stem(files))
+                example = _voc_example(image, folders[image.folder], classes, faults)
+                found[name].append((folders[image.folder].files[example.path.name], example))
     examples = collect_examples(dict(enumerate(classes, 1)), found, train, test, faults)
     numbers = iter(range(1, 1 + len(examples.train) + len(examples.test)))
     for part in (examples.train, examples.test):
@@ -76,18 +103,46 @@ def read_voc(root: Path, *, train: list[str], test: str, classes: list[str] | No
     return examples
 
 
-def _annotations(root: Path, name: str) -> list[Path]:
-    """The annotation of each image in a list; the first word of a line is the image, what follows are flags."""
+def _voc_list(root: Path, name: str) -> list[Listed]:
+    """The images of a list of VOC's."""
     file = file_of_list(root, "voc", name)
-    try:
-        words = [line.split()[0] for line in read_regular(file).decode("utf-8-sig").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: is no list of images that can be read ({error})") from error
-    if not words:
-        raise UserError(f"{file}: is empty")
+    tree = file.parents[2]
+    words = [first for first, *_ in _lines(file)]
     for word in words:
         check_plain(word, file)
-    return [file.parents[2] / "Annotations" / f"{word}.xml" for word in words]
+    before = "" if tree == root else f"{tree.name}/"
+    return [Listed(tree / "Annotations" / f"{word}.xml", tree / "JPEGImages", f"{before}{word}") for word in words]
+
+
+def _det_list(root: Path, name: str) -> list[Listed]:
+    """The images of a list of ILSVRC's; those by class have each image that holds several of them several times."""
+    split = "train" if name.startswith("train") else "test" if name.startswith("test") else "val"
+    parts = lists_by_class(root) if name == "train" and not list_file(root, "det", name).is_file() else []
+    words: list[tuple[str, Path]] = []
+    for file in parts:
+        before = {word for word, _ in words}  # of other classes' lists; in its own none comes twice
+        words += [(first, file) for first, *flags in _lines(file) if flags[:1] != ["-1"] and first not in before]
+    if not parts:
+        file = file_of_list(root, "det", name)
+        words = [(first, file) for first, *_ in _lines(file)]
+    found = []
+    for word, file in words:
+        for part in word.split("/"):
+            check_plain(part, file)
+        folder = (root / "Data" / "DET" / split / word).parent
+        found.append(Listed(root / "Annotations" / "DET" / split / f"{word}.xml", folder, f"{split}/{word}"))
+    return found
+
+
+def _lines(file: Path) -> list[list[str]]:
+    """The words of each line of a list: the first is the image, what follows are flags."""
+    try:
+        lines = [line.split() for line in read_regular(file).decode("utf-8-sig").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: is no list of images that can be read ({error})") from error
+    if not lines:
+        raise UserError(f"{file}: is empty")
+    return lines
 
 
 def _kinds(path: Path) -> set[str]:
@@ -98,19 +153,12 @@ def _kinds(path: Path) -> set[str]:
         return set()
 
 
-def _voc_example(
-    root: Path,
-    path: Path,
-    files: dict[str, str],
-    images: dict[str, list[str]],
-    classes: list[str],
-    faults: Faults,
-) -> Example:
-    """`files`: where each in the images' folder really lies; `images`: the images of them, `group_by_stem`."""
-    node, tree, stem = _xml(path), path.parents[1], path.name.removesuffix(".xml")
-    names = (f"{stem}.jpg", _text(node, "filename"), *images.get(stem, ()))
-    image = tree / "JPEGImages" / next((name for name in names if name in files), names[0])
-    if image.name not in files:
+def _voc_example(listed: Listed, listing: Listing, classes: list[str], faults: Faults) -> Example:
+    path = listed.annotation
+    node, stem = _xml(path), path.name.removesuffix(".xml")
+    names = (f"{stem}.jpg", _text(node, "filename"), *listing.stems.get(stem, ()))
+    image = listed.folder / next((name for name in names if name in listing.files), names[0])
+    if image.name not in listing.files:
         raise Fault(NO_IMAGE, f"{path}: there is no image {image}")
     try:
         size = image_size(image)
@@ -124,7 +172,7 @@ def _voc_example(
     for number, thing in enumerate(node.findall("object"), 1):  # not the parts of one, which have boxes too
         with faults:
             objects.append(_voc_object(thing, f"{path}: object {number}", size, classes, faults))
-    return make_example(image, stem if tree == root else f"{tree.name}/{stem}", 0, size, objects)
+    return make_example(image, listed.name, 0, size, objects)
 
 
 def _voc_object(
