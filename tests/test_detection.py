@@ -278,7 +278,7 @@ def test_it_learns(tree):
     before = measure()
     iterations = range(config.iterations)
     batches = training_batches(examples.train, seed=1, batch_size=3, iterations=iterations, workers=0, device=CPU)
-    for images, targets in batches:
+    for images, targets, _ in batches:
         step(run, images, targets, learning_rate(run.iteration, config))
     assert before < 20
     assert measure() > 50
@@ -294,7 +294,7 @@ def test_batches_depend_on_seed_and_iteration_alone(tree):
     def same(some, others):
         return all(
             torch.equal(image, other) and all(torch.equal(target[key], wanted[key]) for key in wanted)
-            for (images, targets), (images2, targets2) in zip(some, others, strict=True)
+            for (images, targets, *_), (images2, targets2, *_) in zip(some, others, strict=True)
             for image, other, target, wanted in zip(images, images2, targets, targets2, strict=True)
         )
 

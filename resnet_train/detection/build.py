@@ -100,7 +100,7 @@ def _assemble(config: DetectConfig, backbone: Backbone, classes: int) -> tuple[D
         model = vgg_detector(classes, frame)
     else:
         net = imagenet_resnet(config.depth, backbone.shortcut, bottleneck_stride=backbone.bottleneck_stride)
-        model = resnet_detector(net, classes, frame, pyramid=config.pyramid, context=config.context)
+        model = resnet_detector(net, classes, frame, pyramid=config.pyramid, context=config.context, masks=config.masks)
     model.freeze(config.freeze, norm=backbone.pretrained is not None)
     return model, backbone
 

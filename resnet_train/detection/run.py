@@ -14,7 +14,8 @@ from resnet_train.detection.annotations import Examples
 from resnet_train.detection.build import build_like_checkpoint, build_new, precision_of
 from resnet_train.detection.coco import read_coco
 from resnet_train.detection.evaluate import check_shape
-from resnet_train.detection.train import LOSSES, DetectionTask
+from resnet_train.detection.masks import check_masks
+from resnet_train.detection.train import DetectionTask, losses_of
 from resnet_train.detection.voc import read_voc
 from resnet_train.engine import checkpoint
 from resnet_train.engine.compute import pick_device, pick_precision, sgd, to_device
@@ -45,6 +46,8 @@ def read_examples(config: DetectConfig) -> Examples:
     found = _read(config, config.data.train, config.data.classes)
     for example in (*found.train, *found.test):
         check_shape(str(example.path), (example.height, example.width), config.min_size, config.max_size)
+    for example in found.train if config.masks else ():
+        check_masks(example, config.min_size, config.max_size)
     return found
 
 
@@ -64,7 +67,7 @@ def _read(config: DetectConfig, train: list[str], classes: list[str] | None) -> 
     data = config.data
     assert data.root is not None  # the check of the configuration has seen to it
     if data.name == "coco":
-        return read_coco(Path(data.root), train=train, test=data.test, broken=data.broken)
+        return read_coco(Path(data.root), train=train, test=data.test, broken=data.broken, masks=config.masks)
     return read_voc(Path(data.root), train=train, test=data.test, classes=classes, broken=data.broken)
 
 
@@ -92,7 +95,7 @@ def build(
         net=model,
         optimizer=sgd([trained], lr=config.lr, momentum=config.momentum, precision=precision),
         scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
-        losses=torch.zeros(world_size(), len(LOSSES), dtype=torch.float64, device=device),
+        losses=torch.zeros(world_size(), len(losses_of(config)), dtype=torch.float64, device=device),
     )
     if state is not None:
         with checkpoint.checkpoint_errors(state["path"]):
