@@ -1,6 +1,7 @@
 """Whole runs of `resnet-detect` on pictures made here: what they leave, how they go on, alone and in two processes."""
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from torchvision.models import vgg16
 from resnet_train import cli
 from resnet_train.config.compose import compose
 from resnet_train.config.detection import check_detect
+from resnet_train.data.sampler import batch_indices
 from resnet_train.detection.build import build_like_checkpoint, build_new
 from resnet_train.detection.evaluate import evaluate
 from resnet_train.detection.loader import mirrored, training_batches
@@ -30,6 +32,7 @@ from resnet_train.detection.run import detect as run_detector
 from resnet_train.detection.train import learning_rate, step
 from resnet_train.detection.voc import read_voc
 from resnet_train.engine import checkpoint
+from resnet_train.engine.distributed import process_group, rank, world_size
 from resnet_train.errors import UserError
 from resnet_train.models import imagenet_resnet
 
@@ -421,3 +424,90 @@ def test_what_cannot_be_is_told_in_one_line(tree, monkeypatch, capsys, words, to
     assert told in error
     assert error.count("\n") == 1
     assert not (tree.parent / "new").exists()
+
+
+def sampled_regions(tree, pretrained, out):
+    """The regions that this process samples of each of its images of the first batch, written to `out`."""
+    with process_group(CPU, 60):
+        config = configured(tree, f"init_from={pretrained}", "batch_size=4")
+        task, regions = build(config, read_examples(config), CPU), []
+        task.model.roi_heads.box_roi_pool.register_forward_hook(lambda _, given, __: regions.extend(given[1]))
+        task.step(next(task.batches()), 0.01)
+        torch.save(regions, f"{out}/{rank()}-of-{world_size()}.pt")
+
+
+def test_the_same_regions_are_sampled_on_another_number_of_processes(tree, pretrained, tmp_path):
+    """Each image's, whichever process has it and whatever else that process has."""
+    text = "from test_detection import sampled_regions; sampled_regions(*sys.argv[1:])"
+    for processes in (1, 2):
+        as_one_of(processes, tmp_path, text, str(tree), str(pretrained), str(tmp_path))
+    alone, first, second = (
+        torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("0-of-1", "0-of-2", "1-of-2")
+    )
+    assert [len(one) for one in alone] == [8] * 4
+    for wanted, found in zip(alone, [first[0], second[0], first[1], second[1]], strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-2)
+    assert not torch.allclose(alone[0], alone[1])
+
+
+@pytest.fixture
+def cut_tree(tree, tmp_path):
+    """The tree with a training and a test image whose headers are whole and whose pixels are cut off."""
+    shutil.copytree(tree, tmp_path / "cut")
+    for name in ("002", "010"):
+        path = tmp_path / f"cut/JPEGImages/{name}.jpg"
+        path.write_bytes(path.read_bytes()[:700])
+    return tmp_path / "cut"
+
+
+def test_broken_pixels_stop_a_detector_with_their_name(cut_tree):
+    config = configured(cut_tree)
+    task = build(config, read_examples(config), CPU)
+    with pytest.raises(UserError, match=r"002\.jpg: is not an image that can be read"):
+        list(task.batches())
+    with pytest.raises(UserError, match=r"010\.jpg: is not an image that can be read"):
+        list(task.evaluate())
+
+
+def test_broken_pixels_are_skipped_and_counted_where_asked(cut_tree, capsys):
+    """In training the next image stands for the broken one; a test is of one image less, and says so."""
+    config = configured(cut_tree, "data.broken=skip", "batch_size=3", "iterations=7")
+    examples = read_examples(config)
+    assert examples.faults == {}
+    task = build(config, examples, CPU)
+    place = next(index for index, one in enumerate(examples.train) if one.name == "002")
+    times = sum(batch_indices(0, step, 3, 9).eq(place).sum().item() for step in range(6))
+    assert times == 2
+    for batch in itertools.islice(task.batches(), 6):
+        assert [len(batch.images), len(batch.targets)] == [3, 3]
+        task.step(batch, 0.01)
+    assert task.state()["skipped"] == times
+    resumed = build(config, examples, CPU, task.state() | {"path": "last.pt"})
+    assert resumed.train_point()["skipped"] == task.train_point()["skipped"] == times
+    assert task.train_point()["skipped"] == 0
+    assert capsys.readouterr().err.count("skipped: ") == 1
+    (point,) = task.evaluate()
+    assert (point.values["images"], point.values["skipped"]) == (4, 1)
+    assert "010.jpg: is not an image that can be read" in capsys.readouterr().err
+    whole = evaluate(
+        task.model,
+        [one for one in examples.test if one.name != "010"],
+        classes=SHAPES,
+        category_ids=[1, 2, 3],
+        precision="fp32",
+        device=CPU,
+        workers=0,
+    )[0]
+    assert whole == {name: task.measured[name] for name in whole}
+    assert [name for name, _ in point.images] == ["009", "011", "012"]
+
+
+def test_only_broken_pixels_are_told(cut_tree):
+    for path in cut_tree.glob("JPEGImages/*.jpg"):
+        path.write_bytes(path.read_bytes()[:700])
+    config = configured(cut_tree, "data.broken=skip")
+    task = build(config, read_examples(config), CPU)
+    with pytest.raises(UserError, match="; and so are the 8 after it"):
+        next(task.batches())
+    with pytest.raises(UserError, match=r"data\.test: has no image whose pixels can be read"):
+        next(task.evaluate())
