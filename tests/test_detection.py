@@ -141,17 +141,24 @@ def test_tensorboard_has_losses_maps_pictures_and_a_row_of_hyper_parameters(whol
     assert found["test"]["images"] == ["009", "010", "011", "012"]
 
 
-def test_a_killed_run_goes_on_to_the_same_weights_and_figures(whole, tree, pretrained):
-    """Killed once a checkpoint is there, with half an interval of losses in it."""
-    folder = tree.parent / "killed"
-    words = ["run_dir=killed", f"init_from={pretrained}", "freeze=layer1"]
-    job = forked.Popen(start(*WORDS, *words, entry="detect"), cwd=tree.parent, stdout=subprocess.DEVNULL)
+def kill_at_the_first_checkpoint(folder, words, iterations):
+    """Begin a run in `folder` and kill it, with half an interval of losses in it, once a checkpoint is there."""
+    job = forked.Popen(
+        start(*words, f"run_dir={folder.name}", entry="detect"), cwd=folder.parent, stdout=subprocess.DEVNULL
+    )
     while not (folder / "checkpoints/last.pt").exists():
         assert job.poll() is None
         time.sleep(0.01)
     job.send_signal(signal.SIGKILL)
     job.wait()
-    assert 0 < checkpoint.load(folder / "checkpoints/last.pt", detector=True)["iteration"] < 7
+    assert 0 < checkpoint.load(folder / "checkpoints/last.pt", detector=True)["iteration"] < iterations
+
+
+def test_a_killed_run_goes_on_to_the_same_weights_and_figures(whole, tree, pretrained):
+    """Killed once a checkpoint is there, with half an interval of losses in it."""
+    folder = tree.parent / "killed"
+    words = ["run_dir=killed", f"init_from={pretrained}", "freeze=layer1"]
+    kill_at_the_first_checkpoint(folder, [*WORDS, *words], iterations=7)
     done = detect(tree.parent, *words)
     assert (done.returncode, done.stderr) == (0, "")
     assert "resuming from iteration" in done.stdout

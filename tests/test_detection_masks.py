@@ -7,10 +7,11 @@ import itertools
 import json
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
-from conftest import as_one_of
+from conftest import as_one_of, metrics, start
 from PIL import Image, ImageDraw
 from pycocotools import mask as pycoco_mask
 from pycocotools.coco import COCO
@@ -408,9 +409,8 @@ def steps(task, count):
     return task
 
 
-@pytest.mark.parametrize("kind", ["c4", "pyramid", "bf16"])
-def test_training_goes_on_from_a_checkpoint_to_the_same_weights(tree, tmp_path, kind):
-    more = {"pyramid": ["pyramid=true", "anchors=[8,16,32,64,128]"], "bf16": ["precision=bf16"]}.get(kind, [])
+@pytest.mark.parametrize("more", [["precision=bf16"], ["pyramid=true", "anchors=[8,16,32,64,128]"]], ids=["c4", "fpn"])
+def test_training_goes_on_from_a_checkpoint_to_the_same_weights(tree, tmp_path, more):
     config = configured(tree, *more)
     examples = read_examples(config)
     whole = steps(build(config, examples, CPU), 3)
@@ -622,3 +622,21 @@ def test_a_mask_outside_of_its_image_in_part_is_cut():
     text = read_mask([[-4, -4, 4, -4, 4, 4, -4, 4]], (12, 10), "")
     assert mask_of(text, (10, 12)).nonzero().max() == 3
     assert training_masks([text], (10, 12), (20, 24), flip=True)[0, :8, -8:].all()
+
+
+@pytest.mark.long
+def test_two_processes_train_masks_together_and_a_killed_run_goes_on(tree):
+    """The whole command, from random weights; what is left is what an undisturbed run leaves."""
+    from test_detection import kill_at_the_first_checkpoint
+
+    words = [*WORDS, f"data.root={tree}", "devices=2", "iterations=6", "checkpoint_every=2", "batch_size=4"]
+    done = forked.run(start(*words, "run_dir=whole", entry="detect"), cwd=tree.parent, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "of masks" in done.stdout
+    kill_at_the_first_checkpoint(tree.parent / "killed", words, iterations=6)
+    done = forked.run(start(*words, "run_dir=killed", entry="detect"), cwd=tree.parent, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "resuming from iteration" in done.stdout
+    last = "checkpoints/last.pt"
+    assert (tree.parent / "killed" / last).read_bytes() == (tree.parent / "whole" / last).read_bytes()
+    assert metrics(tree.parent / "killed") == metrics(tree.parent / "whole")

@@ -33,6 +33,7 @@ VGG_ENDS = {"conv1": 5, "layer1": 10, "layer2": 17, "layer3": 24}
 STRIDE = 16
 PYRAMID = 256  # channels of the feature pyramid
 RATIOS = (0.5, 1.0, 2.0)  # of an anchor's height to its width
+LOSSES = ("loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg")  # torchvision's names
 NMS = 0.3  # Fast R-CNN's threshold of overlap among the detections of a class
 
 
@@ -262,6 +263,11 @@ def _detector(
         part.fg_bg_sampler = RegionSampler(usual.batch_size_per_image, usual.positive_fraction)
     detector.roi_heads.box_roi_pool = pool  # afterwards: its own check knows of RoIAlign alone
     return detector
+
+
+def losses_of(masks: bool) -> tuple[str, ...]:
+    """The names of a detector's losses."""
+    return (*LOSSES, "loss_mask") if masks else LOSSES
 
 
 def _channels(net: ResNet, stage: str) -> int:

@@ -15,7 +15,8 @@ from resnet_train.detection.build import build_like_checkpoint, build_new, preci
 from resnet_train.detection.coco import read_coco
 from resnet_train.detection.evaluate import check_shape
 from resnet_train.detection.masks import check_masks
-from resnet_train.detection.train import DetectionTask, losses_of
+from resnet_train.detection.model import losses_of
+from resnet_train.detection.train import DetectionTask
 from resnet_train.detection.voc import read_voc
 from resnet_train.engine import checkpoint
 from resnet_train.engine.compute import pick_device, pick_precision, sgd, to_device
@@ -95,7 +96,7 @@ def build(
         net=model,
         optimizer=sgd([trained], lr=config.lr, momentum=config.momentum, precision=precision),
         scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
-        losses=torch.zeros(world_size(), len(losses_of(config)), dtype=torch.float64, device=device),
+        losses=torch.zeros(world_size(), len(losses_of(config.masks)), dtype=torch.float64, device=device),
     )
     if state is not None:
         with checkpoint.checkpoint_errors(state["path"]):

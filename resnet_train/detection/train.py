@@ -20,7 +20,7 @@ from resnet_train.detection.draw import draw_detections
 from resnet_train.detection.evaluate import evaluate
 from resnet_train.detection.loader import Batch, tell_skipped, training_batches
 from resnet_train.detection.metrics import mask_figures
-from resnet_train.detection.model import Detector
+from resnet_train.detection.model import Detector, losses_of
 from resnet_train.detection.sampling import seeds
 from resnet_train.engine import schedule
 from resnet_train.engine.compute import autocast, wrap_ddp
@@ -30,7 +30,6 @@ from resnet_train.models.batchnorm import update_statistics
 from resnet_train.models.resnet import parameters
 from resnet_train.report import curves
 
-LOSSES = ("loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg")  # torchvision's names
 PICTURES = 4  # test images that TensorBoard shows with what was found in them
 PROTOCOL = "every test image once, whole"
 
@@ -48,7 +47,7 @@ def step(task: DetectionTask, images: list[Tensor], targets: list[dict[str, Tens
         losses = task.net([image.float() / 255 for image in images], targets)
     if not len(task.model.roi_heads.fg_bg_sampler.positive):  # no proposals and no objects: means of nothing
         losses |= {name: losses[name].nan_to_num() for name in ("loss_classifier", "loss_box_reg")}
-    parts = torch.stack([losses[name].float() for name in losses_of(task.config)])
+    parts = torch.stack([losses[name].float() for name in losses_of(task.config.masks)])
     # Backward
     task.scaler.scale(parts.sum()).backward()
     # Update
@@ -59,11 +58,6 @@ def step(task: DetectionTask, images: list[Tensor], targets: list[dict[str, Tens
     # Sums for the log
     task.losses[rank()] += parts.detach()
     task.iteration += 1
-
-
-def losses_of(config: DetectConfig) -> tuple[str, ...]:
-    """The names of the losses, torchvision's."""
-    return (*LOSSES, "loss_mask") if config.masks else LOSSES
 
 
 def learning_rate(iteration: int, config: DetectConfig) -> float:
@@ -126,7 +120,7 @@ class DetectionTask:
                     [torch.zeros(3, 64, 64, device=self.device)],
                     [{key: value.to(self.device) for key, value in target.items()}],
                 )
-            return torch.stack([losses[name].float() for name in losses_of(self.config)]).sum()
+            return torch.stack([losses[name].float() for name in losses_of(self.config.masks)]).sum()
 
         self.net = wrap_ddp(self.model, first)
 
@@ -163,7 +157,7 @@ class DetectionTask:
         skipped = {"skipped": self._skipped()} if self.config.data.broken == "skip" else {}
         self.losses.zero_()
         self.skipped = 0
-        return {"loss": sum(means), **dict(zip(losses_of(self.config), means, strict=True)), **skipped}
+        return {"loss": sum(means), **dict(zip(losses_of(self.config.masks), means, strict=True)), **skipped}
 
     def _skipped(self) -> int:
         """Broken images since the last point, in all processes."""
@@ -196,13 +190,16 @@ class DetectionTask:
             for example, boxes in shown
             if boxes  # else its pixels are broken
         ]
-        images_seen = len(examples.test) - self.measured.get("skipped", 0)
-        yield Point("test", values | {"images": images_seen, "protocol": PROTOCOL}, images)
+        seen = len(examples.test) - self.measured.get("skipped", 0)
+        yield Point("test", values | {"images": seen, "protocol": PROTOCOL}, images)
 
     def hyper_parameters(self) -> dict[str, str | bool | int | float]:
         """Those that runs are told apart by, for TensorBoard's table of runs."""
-        keys = "backbone depth pyramid context masks seed iterations batch_size lr min_size".split()
-        values = {key: getattr(self.config, key) for key in keys}
+        net, recipe = (
+            ("backbone", "depth", "pyramid", "context", "masks"),
+            ("iterations", "batch_size", "lr", "min_size"),
+        )
+        values = {key: getattr(self.config, key) for key in (*net, "seed", *recipe)}
         return values | {"data": self.label, "pretrained": self.backbone.pretrained or "no"}
 
     def state(self) -> dict[str, Any]:
