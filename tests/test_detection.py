@@ -1,6 +1,7 @@
 """Whole runs of `resnet-detect` on pictures made here: what they leave, how they go on, alone and in two processes."""
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from torchvision.models import vgg16
 from resnet_train import cli
 from resnet_train.config.compose import compose
 from resnet_train.config.detection import check_detect
+from resnet_train.data.sampler import batch_indices
 from resnet_train.detection.build import build_like_checkpoint, build_new
 from resnet_train.detection.evaluate import evaluate
 from resnet_train.detection.loader import mirrored, training_batches
@@ -31,6 +33,7 @@ from resnet_train.detection.run import detect as run_detector
 from resnet_train.detection.train import learning_rate, step
 from resnet_train.detection.voc import read_voc
 from resnet_train.engine import checkpoint
+from resnet_train.engine.distributed import process_group, rank, world_size
 from resnet_train.errors import UserError
 from resnet_train.models import imagenet_resnet
 
@@ -139,17 +142,24 @@ def test_tensorboard_has_losses_maps_pictures_and_a_row_of_hyper_parameters(whol
     assert found["test"]["images"] == ["009", "010", "011", "012"]
 
 
-def test_a_killed_run_goes_on_to_the_same_weights_and_figures(whole, tree, pretrained):
-    """Killed once a checkpoint is there, with half an interval of losses in it."""
-    folder = tree.parent / "killed"
-    words = ["run_dir=killed", f"init_from={pretrained}", "freeze=layer1"]
-    job = forked.Popen(start(*WORDS, *words, entry="detect"), cwd=tree.parent, stdout=subprocess.DEVNULL)
+def kill_at_the_first_checkpoint(folder, words, iterations):
+    """Begin a run in `folder` and kill it, with half an interval of losses in it, once a checkpoint is there."""
+    job = forked.Popen(
+        start(*words, f"run_dir={folder.name}", entry="detect"), cwd=folder.parent, stdout=subprocess.DEVNULL
+    )
     while not (folder / "checkpoints/last.pt").exists():
         assert job.poll() is None
         time.sleep(0.01)
     job.send_signal(signal.SIGKILL)
     job.wait()
-    assert 0 < checkpoint.load(folder / "checkpoints/last.pt", detector=True)["iteration"] < 7
+    assert 0 < checkpoint.load(folder / "checkpoints/last.pt", detector=True)["iteration"] < iterations
+
+
+def test_a_killed_run_goes_on_to_the_same_weights_and_figures(whole, tree, pretrained):
+    """Killed once a checkpoint is there, with half an interval of losses in it."""
+    folder = tree.parent / "killed"
+    words = ["run_dir=killed", f"init_from={pretrained}", "freeze=layer1"]
+    kill_at_the_first_checkpoint(folder, [*WORDS, *words], iterations=7)
     done = detect(tree.parent, *words)
     assert (done.returncode, done.stderr) == (0, "")
     assert "resuming from iteration" in done.stdout
@@ -277,7 +287,7 @@ def test_it_learns(tree):
     before = measure()
     iterations = range(config.iterations)
     batches = training_batches(examples.train, seed=1, batch_size=3, iterations=iterations, workers=0, device=CPU)
-    for images, targets in batches:
+    for images, targets, _ in batches:
         step(run, images, targets, learning_rate(run.iteration, config))
     assert before < 20
     assert measure() > 50
@@ -293,7 +303,7 @@ def test_batches_depend_on_seed_and_iteration_alone(tree):
     def same(some, others):
         return all(
             torch.equal(image, other) and all(torch.equal(target[key], wanted[key]) for key in wanted)
-            for (images, targets), (images2, targets2) in zip(some, others, strict=True)
+            for (images, targets, *_), (images2, targets2, *_) in zip(some, others, strict=True)
             for image, other, target, wanted in zip(images, images2, targets, targets2, strict=True)
         )
 
@@ -457,3 +467,90 @@ def test_what_cannot_be_is_told_in_one_line(tree, monkeypatch, capsys, words, to
     assert told in error
     assert error.count("\n") == 1
     assert not (tree.parent / "new").exists()
+
+
+def sampled_regions(tree, pretrained, out):
+    """The regions that this process samples of each of its images of the first batch, written to `out`."""
+    with process_group(CPU, 60):
+        config = configured(tree, f"init_from={pretrained}", "batch_size=4")
+        task, regions = build(config, read_examples(config), CPU), []
+        task.model.roi_heads.box_roi_pool.register_forward_hook(lambda _, given, __: regions.extend(given[1]))
+        task.step(next(task.batches()), 0.01)
+        torch.save(regions, f"{out}/{rank()}-of-{world_size()}.pt")
+
+
+def test_the_same_regions_are_sampled_on_another_number_of_processes(tree, pretrained, tmp_path):
+    """Each image's, whichever process has it and whatever else that process has."""
+    text = "from test_detection import sampled_regions; sampled_regions(*sys.argv[1:])"
+    for processes in (1, 2):
+        as_one_of(processes, tmp_path, text, str(tree), str(pretrained), str(tmp_path))
+    alone, first, second = (
+        torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("0-of-1", "0-of-2", "1-of-2")
+    )
+    assert [len(one) for one in alone] == [8] * 4
+    for wanted, found in zip(alone, [first[0], second[0], first[1], second[1]], strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-2)
+    assert not torch.allclose(alone[0], alone[1])
+
+
+@pytest.fixture
+def cut_tree(tree, tmp_path):
+    """The tree with a training and a test image whose headers are whole and whose pixels are cut off."""
+    shutil.copytree(tree, tmp_path / "cut")
+    for name in ("002", "010"):
+        path = tmp_path / f"cut/JPEGImages/{name}.jpg"
+        path.write_bytes(path.read_bytes()[:700])
+    return tmp_path / "cut"
+
+
+def test_broken_pixels_stop_a_detector_with_their_name(cut_tree):
+    config = configured(cut_tree)
+    task = build(config, read_examples(config), CPU)
+    with pytest.raises(UserError, match=r"002\.jpg: is not an image that can be read"):
+        list(task.batches())
+    with pytest.raises(UserError, match=r"010\.jpg: is not an image that can be read"):
+        list(task.evaluate())
+
+
+def test_broken_pixels_are_skipped_and_counted_where_asked(cut_tree, capsys):
+    """In training the next image stands for the broken one; a test is of one image less, and says so."""
+    config = configured(cut_tree, "data.broken=skip", "batch_size=3", "iterations=7")
+    examples = read_examples(config)
+    assert examples.faults == {}
+    task = build(config, examples, CPU)
+    place = next(index for index, one in enumerate(examples.train) if one.name == "002")
+    times = sum(batch_indices(0, step, 3, 9).eq(place).sum().item() for step in range(6))
+    assert times == 2
+    for batch in itertools.islice(task.batches(), 6):
+        assert [len(batch.images), len(batch.targets)] == [3, 3]
+        task.step(batch, 0.01)
+    assert task.state()["skipped"] == times
+    resumed = build(config, examples, CPU, task.state() | {"path": "last.pt"})
+    assert resumed.train_point()["skipped"] == task.train_point()["skipped"] == times
+    assert task.train_point()["skipped"] == 0
+    assert capsys.readouterr().err.count("skipped: ") == 1
+    (point,) = task.evaluate()
+    assert (point.values["images"], point.values["skipped"]) == (4, 1)
+    assert "010.jpg: is not an image that can be read" in capsys.readouterr().err
+    whole = evaluate(
+        task.model,
+        [one for one in examples.test if one.name != "010"],
+        classes=SHAPES,
+        category_ids=[1, 2, 3],
+        precision="fp32",
+        device=CPU,
+        workers=0,
+    )[0]
+    assert whole == {name: task.measured[name] for name in whole}
+    assert [name for name, _ in point.images] == ["009", "011", "012"]
+
+
+def test_only_broken_pixels_are_told(cut_tree):
+    for path in cut_tree.glob("JPEGImages/*.jpg"):
+        path.write_bytes(path.read_bytes()[:700])
+    config = configured(cut_tree, "data.broken=skip")
+    task = build(config, read_examples(config), CPU)
+    with pytest.raises(UserError, match="; and so are the 8 after it"):
+        next(task.batches())
+    with pytest.raises(UserError, match=r"data\.test: has no image whose pixels can be read"):
+        next(task.evaluate())

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torchvision.models import vgg16
 
-from resnet_train.detection.model import DetectorSettings, Pool, resnet_detector, vgg_detector
+from resnet_train.detection.model import DetectorSettings, resnet_detector, vgg_detector
+from resnet_train.detection.pooling import Pool
 from resnet_train.models import cifar_resnet, imagenet_resnet
 from resnet_train.models.batchnorm import update_statistics
 from resnet_train.models.resnet import parameters

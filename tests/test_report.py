@@ -1050,6 +1050,24 @@ def test_detectors_of_other_data_have_a_table_of_their_own(tmp_path):
     assert table.header == ["detector", "mAP, VOC 2007's rule", "mAP, VOC 2010's rule"]
 
 
+def test_the_figures_of_masks_stand_beside_those_of_boxes(tmp_path):
+    """And nothing in the row of a detector without."""
+    for masks, name in ((True, "a"), (False, "b")):
+        place = detector_run(tmp_path / name, label="tiny")
+        change(place / "config.json", data__name="coco", masks=masks)
+        lines = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
+        for line in lines[1:]:
+            line |= {"map50": line["map07"], "map": 5} | ({"mask_map50": 30, "mask_map": 3} if masks else {})
+        (place / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (section,) = detection.sections(detection.find(runs.find([tmp_path])[1]))
+    (table,) = section.tables
+    assert table.header == ["detector", "mAP@.5", "mAP@[.5,.95]", "of masks, @.5", "of masks, @[.5,.95]"]
+    assert table.shown() == [
+        ["resnet-18, random weights", "40.00 (n=1)", "5.00 (n=1)", tables.NOTHING, tables.NOTHING],
+        ["resnet-18-masks, random weights", "40.00 (n=1)", "5.00 (n=1)", "30.00 (n=1)", "3.00 (n=1)"],
+    ]
+
+
 def test_detectors_of_other_settings_stand_apart(tmp_path):
     detector_run(tmp_path, maps=(1, 40.0))
     detector_run(tmp_path, maps=(1, 40.0), seed=1, iterations=200)

@@ -54,6 +54,7 @@ class DetectConfig:
     depth: Annotated[keys.Depth, OnlyFor("resnet")]
     pyramid: Annotated[bool, OnlyFor("resnet")]
     context: Annotated[bool, OnlyFor("resnet")]
+    masks: Annotated[bool, OnlyFor("resnet")]
     init_from: keys.InitFrom
     seed: keys.Seed
     precision: Literal["auto", "bf16", "fp16", "fp32"]
@@ -88,10 +89,11 @@ class DetectConfig:
 
     @property
     def net(self) -> str:
-        """The network's name: resnet-101, resnet-101-pyramid, resnet-101-context, vgg-16."""
+        """The network's name: resnet-101, resnet-101-pyramid, resnet-101-context, resnet-101-masks, vgg-16."""
         if self.backbone == "vgg16":
             return "vgg-16"
-        return f"resnet-{self.depth}" + "-pyramid" * self.pyramid + "-context" * self.context
+        words = [word for word in ("pyramid", "context", "masks") if getattr(self, word)]
+        return "-".join([f"resnet-{self.depth}", *words])
 
     @property
     def data_label(self) -> str:
@@ -172,6 +174,8 @@ def _check_backbone(config: DetectConfig, asked: Collection[str]) -> None:
         raise UserError(f"anchors={config.anchors}: pyramid=true has five levels; give five, as [32,64,128,256,512]")
     if config.pyramid and config.context:
         raise UserError("context=true: is for conv5_x on each region, which pyramid=true has not; remove one of them")
+    if config.masks and config.data.name != "coco":
+        raise UserError(f"masks=true: data={config.data.name} has boxes alone; use data=coco, or remove it")
     if config.anchors != sorted(set(config.anchors)) or not config.anchors:
         raise UserError(f"anchors={config.anchors}: must rise, as [128,256,512] does")
 
@@ -250,7 +254,7 @@ def run_directory(config: DetectConfig, asked: Iterable[str]) -> Path:
     """Where the run goes: `run_dir`, or runs/DATA-detection/NET/ and the values of other keys that were `asked` for."""
     if config.run_dir is not None:
         return expand(config.run_dir)
-    told = {"data", "backbone", "depth", "pyramid", "context", "seed"} | marked(Free, DetectConfig).keys()
+    told = {"data", "backbone", "depth", "pyramid", "context", "masks", "seed"} | marked(Free, DetectConfig).keys()
     values = flat(config.plain())
     place = Path("runs") / f"{plain_word(config.data_label) or 'images'}-detection" / config.net
     return place / run_name(values, set(asked) - told, config.seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from resnet_train.data.imagefolder import ImageSource, image_of
 from resnet_train.data.sampler import held_out
 from resnet_train.errors import UserError
 
+T = TypeVar("T")
 Batches = Iterator[tuple[Tensor, Tensor]]
 # Of a batch of images: views of them (V times N, 3, H, W), which N images of the batch these show, V times over, and
 # the labels of all.
@@ -60,21 +62,34 @@ def single_views(batches: Batches) -> Iterator[Views]:
         yield [(images, torch.arange(len(labels), device=images.device))], labels
 
 
+def skip_broken(read: Callable[[int], T], index: int, size: int, *, skip: bool) -> tuple[T, str]:
+    """What `read` makes of the image `index` of `size`, and "".
+
+    With `skip`, in place of one that is broken what it makes of the next that is not, and a line of each broken one.
+    Raises ImageError for one that is broken, or for TRIES of them in a row.
+    """
+    broken: list[str] = []
+    tries = min(size, TRIES) if skip else 1
+    for step in range(tries):
+        try:
+            return read((index + step) % size), "\n".join(broken)
+        except ImageError as error:
+            broken.append(str(error))
+    raise ImageError(broken[0] if tries == 1 else f"{broken[0]}; and so are the {tries - 1} after it")
+
+
 class CroppedViews(Dataset[tuple[Tensor, int, str]]):
     """Square uint8 crops (S, S, 3) of photographs, as each view says, their labels, and which were broken, if any."""
 
     def __init__(self, part: ImageSource, size: int, broken: str = "stop") -> None:
-        self.part, self.size, self.tries = part, size, min(len(part), TRIES) if broken == "skip" else 1
+        self.part, self.size, self.skip = part, size, broken == "skip"
 
     def __getitem__(self, view: View) -> tuple[Tensor, int, str]:
         index, what = view
-        broken: list[str] = []
-        for step in range(self.tries):
-            try:
-                return *self._cut((index + step) % len(self.part), what), "\n".join(broken)
-            except ImageError as error:
-                broken.append(str(error))
-        raise ImageError(broken[0] if self.tries == 1 else f"{broken[0]}; and so are the {self.tries - 1} after it")
+        (image, label), broken = skip_broken(
+            lambda place: self._cut(place, what), index, len(self.part), skip=self.skip
+        )
+        return image, label, broken
 
     def _cut(self, index: int, what: Callable[[int, int], Box] | None) -> tuple[Tensor, int]:
         if what is None:  # as exact as can be

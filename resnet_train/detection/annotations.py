@@ -7,7 +7,7 @@ import json
 import os
 import struct
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ UNKNOWN = "boxes left out: unknown class"
 INCOMPLETE = "boxes left out: fields missing or of the wrong type"
 NO_SUCH_IMAGE = "boxes left out: of an image that does not exist"
 BOX_TWICE = "boxes left out: an id given twice"
+NO_MASK = "boxes left out: no mask, or one that cannot be read"
 UNREADABLE = "images left out: unreadable"
 NO_ANNOTATION = "images left out: no annotation"
 BAD_ANNOTATION = "images left out: unreadable annotation"
@@ -52,6 +53,7 @@ class Example:
     labels: Tensor  # int64 (n,): from 1; 0 is the background
     ignored: Tensor  # bool (n,): VOC's difficult, COCO's iscrowd: neither trained on nor counted in a test
     areas: Tensor  # float32 (n,): COCO's area (of the segment); else the box's
+    masks: tuple[bytes, ...] = ()  # COCO's run lengths in text, of each box; none where masks are not read
 
 
 @dataclass
@@ -185,7 +187,9 @@ def box_area(box: list[float]) -> float:
     return (box[2] - box[0]) * (box[3] - box[1])
 
 
-def make_example(path: Path, name: str, image_id: int, size: tuple[int, int], objects: list[Object]) -> Example:
+def make_example(
+    path: Path, name: str, image_id: int, size: tuple[int, int], objects: list[Object], masks: Sequence[bytes] = ()
+) -> Example:
     """The example of an image of `size`, its width and height, with these objects."""
     labels, boxes, ignored, areas = zip(*objects, strict=True) if objects else ((), (), (), ())
     return Example(
@@ -197,6 +201,7 @@ def make_example(path: Path, name: str, image_id: int, size: tuple[int, int], ob
         labels=torch.tensor(labels, dtype=torch.int64),
         ignored=torch.tensor(ignored, dtype=torch.bool),
         areas=torch.tensor(areas, dtype=torch.float32),
+        masks=tuple(masks),
     )
 
 
@@ -224,6 +229,7 @@ def collect_examples(
                 digest.update(json.dumps(row).encode())
                 for values in (example.boxes, example.labels, example.ignored, example.areas):
                     digest.update(values.numpy().tobytes())
+                digest.update(b" ".join(example.masks))
     for part, examples in parts.items():
         if (train or part == "test") and all(example.ignored.all() for example in examples):
             what = "to learn from" if part == "train" else "to find"

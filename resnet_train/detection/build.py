@@ -42,7 +42,11 @@ COCO_NAMES = {
     "sofa": "couch",
     "tvmonitor": "tv",
 }
-PER_CLASS = {"roi_heads.box_predictor.cls_score": 1, "roi_heads.box_predictor.bbox_pred": 4}  # rows of each class
+PER_CLASS = {  # rows of each class
+    "roi_heads.box_predictor.cls_score": 1,
+    "roi_heads.box_predictor.bbox_pred": 4,
+    "roi_heads.mask_predictor.mask_fcn_logits": 1,
+}
 
 
 def build_new(config: DetectConfig, names: list[str]) -> tuple[Detector, Backbone]:
@@ -109,7 +113,7 @@ def _go_on_from(config: DetectConfig, state: dict[str, Any], names: list[str], p
     """The detector of a checkpoint's `state`, for the classes `names`: those that it does not know begin anew."""
     with checkpoint.checkpoint_errors(f"init_from={path}"):
         theirs = config_from_checkpoint(state["config"])
-    for key in ("backbone", "depth", "pyramid", "context", "anchors"):
+    for key in ("backbone", "depth", "pyramid", "context", "masks", "anchors"):
         if (value := getattr(theirs, key)) != getattr(config, key):
             raise UserError(f"init_from={path}: is a detector with {key}={format_value(value)}; use that")
     old, backbone = build_like_checkpoint(theirs, state)
@@ -146,7 +150,7 @@ def _assemble(config: DetectConfig, backbone: Backbone, classes: int) -> tuple[D
         model = vgg_detector(classes, frame)
     else:
         net = imagenet_resnet(config.depth, backbone.shortcut, bottleneck_stride=backbone.bottleneck_stride)
-        model = resnet_detector(net, classes, frame, pyramid=config.pyramid, context=config.context)
+        model = resnet_detector(net, classes, frame, pyramid=config.pyramid, context=config.context, masks=config.masks)
     model.freeze(config.freeze, norm=backbone.pretrained is not None)
     return model, backbone
 

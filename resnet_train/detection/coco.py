@@ -37,34 +37,38 @@ from resnet_train.detection.annotations import (
     read_box,
     read_field,
 )
+from resnet_train.detection.masks import read_mask
 from resnet_train.errors import UserError
 from resnet_train.files import read_regular
 
 
-def read_coco(root: Path, *, train: list[str], test: str, broken: str) -> Examples:
+def read_coco(root: Path, *, train: list[str], test: str, broken: str, masks: bool = False) -> Examples:
     """Lists of a COCO tree: annotations/instances_LIST.json, images in LIST/ or images/LIST/.
 
     The classes are the categories in the order of their ids, the same in all lists; boxes are [x, y, width, height],
     continuous; sizes are the JSON's, and held against the image's by `load`. Crowds are `ignored`. Without `area` it is
-    the box's, without `iscrowd` an object is no crowd. `broken`: stop or skip, see above. Raises UserError.
+    the box's, without `iscrowd` an object is no crowd. With `masks` an
+    object needs one, polygons or RLE. `broken`: stop or skip, see above. Raises UserError.
     """
     faults, classes = Faults(broken), dict[int, str]()
     found: dict[str, Found] = {}
     for name in dict.fromkeys([*train, test]):
         file = file_of_list(root, "coco", name)
-        content = _json(file)
+        content = _json(file, masks)
         own = _categories(content["categories"], file)
         classes = classes or own
         if own != classes:
             raise UserError(f"{file}: has other categories than {list_file(root, 'coco', train[0])}")
         folder = next((place for place in (root / name, root / "images" / name) if place.is_dir()), root / name)
-        found[name] = _coco_list(file, content, folder, faults, {key: label for label, key in enumerate(classes, 1)})
+        labels = {key: label for label, key in enumerate(classes, 1)}
+        found[name] = _coco_list(file, content, folder, faults, labels, masks)
     return collect_examples(classes, found, train, test, faults)
 
 
-def _json(file: Path) -> dict[str, Any]:
+def _json(file: Path, masks: bool) -> dict[str, Any]:
     def lean(row: dict[str, Any]) -> dict[str, Any]:
-        row.pop("segmentation", None)  # most of the file, and of memory
+        if not masks:
+            row.pop("segmentation", None)  # most of the file, and of memory
         return row
 
     try:
@@ -76,6 +80,9 @@ def _json(file: Path) -> dict[str, Any]:
     for key in ("images", "annotations", "categories"):
         if not isinstance(found, dict) or not isinstance(found.get(key), list):
             raise UserError(f"{file}: has no list {key!r}, as COCO's instances have")
+    rows = found["annotations"]
+    if masks and rows and not any(isinstance(row, dict) and row.get("segmentation") for row in rows):
+        raise UserError(f"masks=true: {file}: has no segmentation in any annotation")
     return found
 
 
@@ -90,10 +97,12 @@ def _categories(rows: list[Any], file: Path) -> dict[int, str]:
     return dict(sorted(found.items()))
 
 
-def _coco_list(file: Path, content: dict[str, Any], folder: Path, faults: Faults, labels: dict[int, int]) -> Found:
+def _coco_list(
+    file: Path, content: dict[str, Any], folder: Path, faults: Faults, labels: dict[int, int], masks: bool
+) -> Found:
     files = {"": list_files(folder)}  # of each inner folder; once: no question to the file system for each of 118,000
     known: set[int] = set()
-    images: dict[int, tuple[str, str, tuple[int, int], list[Object]]] = {}
+    images: dict[int, tuple[str, str, tuple[int, int], list[Object], list[bytes]]] = {}
     for place, row in enumerate(content["images"]):
         with faults:
             where = f"{file}: images[{place}]"
@@ -115,7 +124,7 @@ def _coco_list(file: Path, content: dict[str, Any], folder: Path, faults: Faults
             sides = 0 < width <= LARGEST_SIDE and 0 < height <= LARGEST_SIDE
             if not sides or width * height > LARGEST_IMAGE:
                 raise Fault(OTHER_SIZE, f"{where}: {name!r:.80}: cannot be {width}x{height}")
-            images[identity] = name, files[inner][base], (width, height), []
+            images[identity] = name, files[inner][base], (width, height), [], []
     seen: set[int] = set()
     for place, row in enumerate(tqdm(content["annotations"], desc=f"reading {file.name}", leave=False, disable=None)):
         with faults:
@@ -130,11 +139,13 @@ def _coco_list(file: Path, content: dict[str, Any], folder: Path, faults: Faults
             if category not in labels:
                 raise Fault(UNKNOWN, f"{where}: its category_id {category} does not exist")
             if image in images:  # else it is left out, and with it this
-                *_, size, objects = images[image]
+                *_, size, objects, texts = images[image]
+                mask = [read_mask(row.pop("segmentation", None), size, where)] if masks else []
                 objects.append((labels[category], *_coco_object(row, where, size, faults)))
+                texts += mask
     return [
-        (real, make_example(folder / name, name, identity, size, objects))
-        for identity, (name, real, size, objects) in images.items()
+        (real, make_example(folder / name, name, identity, size, objects, texts))
+        for identity, (name, real, size, objects, texts) in images.items()
     ]
 
 

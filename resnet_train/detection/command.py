@@ -16,6 +16,7 @@ from resnet_train.detection.annotations import Examples
 from resnet_train.detection.build import build_like_checkpoint, precision_of
 from resnet_train.detection.ensemble import Ensemble
 from resnet_train.detection.evaluate import check_shape, evaluate
+from resnet_train.detection.metrics import mask_figures
 from resnet_train.detection.model import Detector
 from resnet_train.detection.multiscale import longest
 from resnet_train.detection.refine import VOTERS
@@ -65,7 +66,7 @@ def evaluate_checkpoints(asked: DetectTestConfig) -> None:
 def _evaluate(asked: DetectTestConfig, device: torch.device) -> None:
     members = [_member(expand(name), asked) for name in asked.checkpoint]
     first, one = members[0], len(members) == 1
-    raise_on_all_ranks(lambda: _check_members(members))
+    raise_on_all_ranks(lambda: _check_members(members, asked.scales))
     examples = raise_on_all_ranks(lambda: _read(members, asked.scales or []))
     models, precisions = zip(*raise_on_all_ranks(lambda: [_restore(member, device) for member in members]), strict=True)
     start = time.perf_counter()
@@ -77,6 +78,7 @@ def _evaluate(asked: DetectTestConfig, device: torch.device) -> None:
         precision="fp32",  # around each member's own
         device=device,
         workers=min(first.config.data.workers, most_workers()),
+        skip=first.config.data.broken == "skip",
     )
     result = {
         **(first.told() if one else {"net": f"ensemble of {len(members)}"}),
@@ -84,7 +86,7 @@ def _evaluate(asked: DetectTestConfig, device: torch.device) -> None:
         "data": first.config.data_label,
         "root": str(expand(first.config.data.root or "").resolve()),
         "list": first.config.data.test,
-        "images": len(examples.test),
+        "images": len(examples.test) - measured.get("skipped", 0),
         "boxes": sum(len(example.boxes) for example in examples.test),
         "faults": examples.faults,
         "protocol": _protocol(asked, len(members)),
@@ -111,13 +113,17 @@ def _member(path: Path, asked: DetectTestConfig) -> Member:
     return Member(path, config, state)
 
 
-def _check_members(members: list[Member]) -> None:
+def _check_members(members: list[Member], scales: list[int] | None) -> None:
     """Refuse an ensemble whose members are not of the same classes and pictures. Raises UserError."""
     first = members[0]
+    if first.config.masks and scales:
+        raise UserError(f"scales={format_value(scales)}: {first.path} finds masks, which is for one scale; remove it")
 
     def known(member: Member) -> dict[str, Any]:
         data, anchors = member.config.data, member.config.anchors
-        return {"classes": member.state["classes"], "anchors": anchors, "data.root": data.root, "data.test": data.test}
+        same = {"classes": member.state["classes"], "anchors": anchors, "masks": member.config.masks}
+        same |= {"pyramid": member.config.pyramid} if member.config.masks else {}  # its masks have other sizes
+        return {**same, "data.root": data.root, "data.test": data.test}
 
     for other in members[1:]:
         for key, here in known(first).items():
@@ -180,6 +186,6 @@ def _line(members: list[Member], examples: Examples, result: dict[str, Any], out
     what = " + ".join(f"{m.config.net} (seed {m.config.seed}, iteration {m.state['iteration']})" for m in members)
     return (
         f"{what} on {result['data']} {result['list']}, {result['protocol']}: {result['map07']:.2f} % mAP by VOC 2007's"
-        f" rule, {result['map10']:.2f} by VOC 2010's, {result['map']:.2f} by COCO's @[.5,.95], on"
-        f" {len(examples.test)} images; {out}"
+        f" rule, {result['map10']:.2f} by VOC 2010's, {result['map']:.2f} by COCO's @[.5,.95]{mask_figures(result)}, on"
+        f" {result['images']} images; {out}"
     )

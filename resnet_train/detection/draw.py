@@ -3,30 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.utils import draw_bounding_boxes
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+
+from resnet_train.detection.masks import mask_of
 
 # Told apart on most pictures; the sixth class takes the first again, with its name beside it.
 COLOURS = ("#00ff40", "#ff3030", "#30a0ff", "#ffd000", "#ff60ff")
 
 
-def draw_detections(image: Tensor, found: Mapping[str, Tensor], classes: Sequence[str], score: float) -> Tensor:
+def likely(found: Mapping[str, Any], score: float) -> dict[str, Any]:
+    """Those of the detections that have at least `score`."""
+    kept = found["scores"] >= score
+    some = {name: value[kept] for name, value in found.items() if name != "masks"}
+    if "masks" in found:
+        some["masks"] = [text for text, one in zip(found["masks"], kept.tolist(), strict=True) if one]
+    return some
+
+
+def draw_detections(image: Tensor, found: Mapping[str, Any], classes: Sequence[str], score: float) -> Tensor:
     """An image (3, H, W) uint8 with the boxes of at least `score`, their classes and scores: the same shape.
 
-    `found`: boxes (n, 4) in pixels, labels from 1 and scores.
+    `found`: boxes (n, 4) in pixels, labels from 1 and scores; masks as run lengths, if it has any, are drawn too.
     """
-    kept = found["scores"] >= score
-    if not kept.any():
+    found = likely(found, score)
+    labels, scores = found["labels"].tolist(), found["scores"].tolist()
+    if not labels:
         return image
-    labels, scores = found["labels"][kept].tolist(), found["scores"][kept].tolist()
-    edges = found["boxes"][kept].round() - torch.tensor([0, 0, 1, 1])  # the last pixel that is drawn is inside
+    colours = [COLOURS[(label - 1) % len(COLOURS)] for label in labels]
+    for text, colour in zip(found.get("masks", ()), colours, strict=False):
+        mask = mask_of(text, image.shape[1:])
+        if mask.any():
+            image = draw_segmentation_masks(image, mask, alpha=0.5, colors=colour)
+    edges = found["boxes"].round() - torch.tensor([0, 0, 1, 1])  # the last pixel that is drawn is inside
     edges[:, 2:] = edges[:, 2:].maximum(edges[:, :2])
     return draw_bounding_boxes(
         image,
         edges.to(torch.int64),
         [f"{classes[label - 1]} {value:.2f}" for label, value in zip(labels, scores, strict=True)],
-        colors=[COLOURS[(label - 1) % len(COLOURS)] for label in labels],
+        colors=colours,
         width=max(1, min(image.shape[1:]) // 200),
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.detection.roi_heads import maskrcnn_inference
 from torchvision.models.detection.transform import resize_boxes
 from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
 
@@ -55,11 +56,14 @@ class Ensemble(nn.Module):
         boxes, scores, labels = candidates(boxes, scores, heads.score_thresh)
         kept = batched_nms(boxes, scores, labels, heads.nms_thresh)[: heads.detections_per_img]
         places = vote(boxes, scores, labels, kept) if self.refine else boxes[kept]
-        return {
+        found = {
             "boxes": resize_boxes(places, shape, tuple(image.shape[-2:])),
             "labels": labels[kept],
             "scores": scores[kept],
         }
+        if heads.has_mask():
+            found["masks"] = self._outline(looks, places, labels[kept], shape)
+        return found
 
     def _judge(self, looks: list[Look], regions: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
         """Each class's score (n, K + 1), the background's first, and box (n, K + 1, 4): the members' means."""
@@ -72,6 +76,17 @@ class Ensemble(nn.Module):
             places = heads.box_coder.decode(moves, [regions]).view(*logits.shape, 4)  # else flat where there is none
             boxes.append(clip_boxes_to_image(places, shape))
         return torch.stack(scores).mean(0), torch.stack(boxes).mean(0)
+
+    def _outline(self, looks: list[Look], places: Tensor, labels: Tensor, shape: Shape) -> Tensor:
+        """The masks of boxes (n, 4) that were found, (n, 1, M, M) over each: the members' means, at one scale."""
+        masks = []
+        for member, precision, seen in zip(self.members, self.precisions, looks, strict=True):
+            heads, (view,) = member.roi_heads, seen.views
+            with autocast(places.device, precision):
+                pooled = heads.mask_roi_pool(view.maps, [resize_boxes(places, shape, view.shape)], [view.shape])
+                logits = heads.mask_predictor(heads.mask_head(pooled))
+            masks += maskrcnn_inference(logits, [labels])
+        return torch.stack(masks).mean(0)
 
 
 def union(proposals: Sequence[Tensor]) -> Tensor:

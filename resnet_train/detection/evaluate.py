@@ -13,23 +13,34 @@ from tqdm import tqdm
 
 from resnet_train.classification.evaluate import eval_mode
 from resnet_train.detection.annotations import Example
-from resnet_train.detection.loader import test_images
+from resnet_train.detection.loader import tell_skipped, test_images
+from resnet_train.detection.masks import paste
 from resnet_train.detection.metrics import coco_map, voc_map
 from resnet_train.engine.compute import autocast
 from resnet_train.engine.distributed import is_main, on_rank_zero, rank, world_size
 from resnet_train.errors import UserError
 
-Found = dict[str, Tensor]  # boxes (n, 4) in pixels of the image, labels from 1, scores
+# Boxes (n, 4) in pixels of the image, labels from 1, scores, and of a detector with masks these, as run lengths.
+Found = dict[str, Any]
 
 
-def detections(model: nn.Module, images: Iterable[Tensor], precision: str) -> Iterator[Found]:
-    """What `model`, a Detector or an Ensemble, finds in each image, (3, H, W) uint8 on its device; on the CPU."""
+def detections(model: nn.Module, images: Iterable[Tensor | str], precision: str) -> Iterator[Found]:
+    """What `model`, a Detector or an Ensemble, finds in each image, (3, H, W) uint8 on its device; on the CPU.
+
+    For the line of a broken image nothing, {}.
+    """
     with eval_mode(model):
         for image in images:
+            if isinstance(image, str):
+                yield {}
+                continue
             with autocast(image.device, precision):
                 (found,) = model([image.float() / 255])
             found["boxes"] = clip_boxes_to_image(found["boxes"], image.shape[1:])  # scaled back they may end beyond
-            yield {name: value.cpu() for name, value in found.items()}
+            found = {name: value.cpu() for name, value in found.items()}
+            if "masks" in found:
+                found["masks"] = paste(found["masks"], found["boxes"], image.shape[1:])
+            yield found
 
 
 def check_shape(name: str, shape: Sequence[int], min_size: int, max_size: float) -> None:
@@ -49,15 +60,17 @@ def evaluate(
     precision: str,
     device: torch.device,
     workers: int,
+    skip: bool = False,
 ) -> tuple[dict[str, Any], list[Found]]:
-    """Average precision by VOC's and by COCO's rules, in %, and what was found in the first process's images.
+    """Average precision by VOC's and by COCO's rules, in %, and what was found in this process's images.
 
-    Of several processes each takes every so-manieth image, and all get the same figures, those of one process.
+    Of several processes each takes every so-manieth image, and all get the same figures, those of one process. With
+    `skip` images whose pixels are broken are left out and counted (`skipped`); otherwise one raises UserError.
     """
     mine = examples[rank() :: world_size()]
-    images = test_images(mine, workers=workers, device=device)
+    images = test_images(mine, workers=workers, device=device, skip=skip)
     bar = tqdm(images, total=len(mine), desc="test", unit="image", leave=False, disable=None if is_main() else True)
-    found = list(detections(model, bar, precision))
+    found = list(detections(model, _told(bar), precision))
     shares: list[list[Found]] = [found]
     if world_size() > 1:
         shares = [[] for _ in range(world_size())]
@@ -65,10 +78,27 @@ def evaluate(
     whole: list[Found] = [{} for _ in examples]
     for start, share in enumerate(shares):
         whole[start :: world_size()] = share
-    return on_rank_zero(lambda: _measured(examples, whole, classes, category_ids)), found
+    measured = on_rank_zero(lambda: _measured(examples, whole, classes, category_ids))
+    return measured | ({"skipped": whole.count({})} if skip else {}), found
+
+
+def _told(images: Iterable[Tensor | str]) -> Iterator[Tensor | str]:
+    """The same, the lines of broken images printed."""
+    for image in images:
+        if isinstance(image, str):
+            tell_skipped([image])
+        yield image
 
 
 def _measured(
     examples: Sequence[Example], found: list[Found], classes: list[str], category_ids: list[int]
 ) -> dict[str, Any]:
-    return voc_map(examples, found, classes) | coco_map(examples, found, classes, category_ids)
+    seen = [example for example, row in zip(examples, found, strict=True) if row]
+    found = [row for row in found if row]
+    if not seen:
+        raise UserError("data.test: has no image whose pixels can be read")
+    measured = voc_map(seen, found, classes) | coco_map(seen, found, classes, category_ids)
+    if all("masks" in row for row in found):
+        masks = coco_map(seen, found, classes, category_ids, masks=True)
+        measured |= {f"mask_{name}": value for name, value in masks.items()}
+    return measured

@@ -2,50 +2,88 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+import functools
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
+from resnet_train.data.decode import ImageError
 from resnet_train.data.loader import checked_batches, leave_signals
 from resnet_train.data.sampler import batch_indices, generator
+from resnet_train.data.views import skip_broken
 from resnet_train.detection.annotations import Example, load
+from resnet_train.detection.masks import training_masks
+from resnet_train.terminal import printable
 
-Batch = tuple[list[Tensor], list[dict[str, Tensor]]]  # images (3, H, W) uint8, and the boxes and labels in each
+Target = dict[str, Tensor]
+
+
+class Batch(NamedTuple):
+    """What a process looks at in an iteration."""
+
+    images: list[Tensor]  # (3, H, W) uint8
+    targets: list[Target]  # of each: boxes (n, 4), labels (n,) and, where asked for, masks
+    broken: list[str]  # lines of the images that could not be decoded, for which others stand
 
 
 class _Training(Dataset[Batch]):
     """This process's share of the batch of each iteration."""
 
-    def __init__(self, examples: Sequence[Example], seed: int, batch_size: int, rank: int, world: int) -> None:
-        self.examples, self.seed, self.batch_size, self.rank, self.world = examples, seed, batch_size, rank, world
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        seed: int,
+        batch_size: int,
+        share: slice,
+        masks: tuple[int, int] | None,
+        skip: bool,
+    ) -> None:
+        self.examples, self.seed, self.batch_size, self.share = examples, seed, batch_size, share
+        self.masks, self.skip = masks, skip
 
     def __getitem__(self, iteration: int) -> Batch:
         indices = batch_indices(self.seed, iteration, self.batch_size, len(self.examples))
         flips = torch.randint(0, 2, (self.batch_size,), generator=generator(self.seed, "flips", iteration)).bool()
-        share = slice(self.rank, None, self.world)
-        images, targets = [], []
-        for index, flip in zip(indices[share].tolist(), flips[share].tolist(), strict=True):
-            example = self.examples[index]
-            image, boxes = load(example), example.boxes[~example.ignored]
-            if flip:
-                image, boxes = image.flip(2), mirrored(boxes, example.width)
+        images, targets, lines = [], [], list[str]()
+        for index, flip in zip(indices[self.share].tolist(), flips[self.share].tolist(), strict=True):
+            read = functools.partial(self._read, flip=flip)
+            (image, target), broken = skip_broken(read, index, len(self.examples), skip=self.skip)
             images.append(image)
-            targets.append({"boxes": boxes, "labels": example.labels[~example.ignored]})
-        return images, targets
+            targets.append(target)
+            lines += broken.splitlines()
+        return Batch(images, targets, lines)
+
+    def _read(self, index: int, flip: bool) -> tuple[Tensor, Target]:
+        """An image and what is in it, mirrored or not."""
+        example = self.examples[index]
+        kept = ~example.ignored
+        image, boxes = load(example), example.boxes[kept]
+        target = {"boxes": mirrored(boxes, example.width) if flip else boxes, "labels": example.labels[kept]}
+        if self.masks:
+            texts = [text for text, one in zip(example.masks, kept.tolist(), strict=True) if one]
+            target["masks"] = training_masks(texts, image.shape[1:], self.masks, flip=flip)
+        return image.flip(2) if flip else image, target
 
 
-class _Images(Dataset[Tensor]):
-    def __init__(self, examples: Sequence[Example]) -> None:
-        self.examples = examples
+class _Images(Dataset[Tensor | str]):
+    def __init__(self, examples: Sequence[Example], skip: bool) -> None:
+        self.examples, self.skip = examples, skip
 
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, index: int) -> Tensor:
-        return load(self.examples[index])
+    def __getitem__(self, index: int) -> Tensor | str:
+        try:
+            return load(self.examples[index])
+        except ImageError as error:
+            if not self.skip:
+                raise
+            return str(error)
 
 
 def mirrored(boxes: Tensor, width: int) -> Tensor:
@@ -64,23 +102,38 @@ def training_batches(
     device: torch.device,
     rank: int = 0,
     world: int = 1,
+    masks: tuple[int, int] | None = None,
+    skip: bool = False,
 ) -> Iterator[Batch]:
     """This process's share of the batches of `iterations`, on `device`; half of the images are mirrored.
 
-    What is ignored (difficult objects, crowds) is left out. Raises UserError for an image that cannot be read.
+    What is ignored (difficult objects, crowds) is left out. `masks`: the min_size and max_size at which they come. With
+    `skip` the next image stands for one whose pixels are broken; otherwise that raises UserError.
     """
-    data = _Training(examples, seed, batch_size, rank, world)
-    for images, targets in _loaded(data, iterations, workers, device):
-        yield (
-            [image.to(device, non_blocking=True) for image in images],
-            [{name: value.to(device, non_blocking=True) for name, value in target.items()} for target in targets],
+    data = _Training(examples, seed, batch_size, slice(rank, None, world), masks, skip)
+    for batch in _loaded(data, iterations, workers, device):
+        yield Batch(
+            [image.to(device, non_blocking=True) for image in batch.images],
+            [{name: value.to(device, non_blocking=True) for name, value in target.items()} for target in batch.targets],
+            batch.broken,
         )
 
 
-def test_images(examples: Sequence[Example], *, workers: int, device: torch.device) -> Iterator[Tensor]:
-    """Each image, (3, H, W) uint8, on `device`, in order. Raises UserError for one that cannot be read."""
-    for image in _loaded(_Images(examples), range(len(examples)), workers, device):
-        yield image.to(device, non_blocking=True)
+def test_images(
+    examples: Sequence[Example], *, workers: int, device: torch.device, skip: bool
+) -> Iterator[Tensor | str]:
+    """Each image, (3, H, W) uint8, on `device`, in order.
+
+    For one whose pixels are broken its line with `skip`; otherwise that raises UserError.
+    """
+    for image in _loaded(_Images(examples, skip), range(len(examples)), workers, device):
+        yield image if isinstance(image, str) else image.to(device, non_blocking=True)
+
+
+def tell_skipped(lines: Iterable[str]) -> None:
+    """Print the lines of broken images, beside a progress bar."""
+    for line in lines:
+        tqdm.write(printable(f"skipped: {line}"), file=sys.stderr)
 
 
 def _loaded(data: Dataset[Any], order: range, workers: int, device: torch.device) -> Iterator[Any]:

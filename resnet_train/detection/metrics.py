@@ -7,7 +7,7 @@ Figures are in percent; where no object can tell one it is None, never a NaN.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from resnet_train.detection.annotations import Example
+from resnet_train.detection.masks import mask_code, rle
 from resnet_train.errors import RunError, UserError
 
-Detections = Sequence[Mapping[str, Tensor]]
+Detections = Sequence[Mapping[str, Any]]
 Columns = dict[str, np.ndarray]
 ELEVEN = np.arange(11) / 10  # not 0.1 * k: 0.1 * 3 is above 3 / 10, and a recall of 3 in 10 would miss it
 COCO_FIGURES = (  # in the order of pycocotools; the recalls are means over the thresholds of overlap, as "map" is
@@ -81,12 +82,15 @@ def coco_map(
     detections: Detections,
     classes: int | Sequence[str],
     category_ids: Sequence[int] | None = None,
+    *,
+    masks: bool = False,
 ) -> dict[str, Any]:
     """COCO's figures by faster-coco-eval: those of `COCO_FIGURES`, where "map" is mAP@[.5:.95].
 
-    Ignored objects are COCO's crowds. A class without others is left out of the means. `category_ids` are the data
-    set's own for the labels 1, 2, …; without them the labels. Of equal scores that of the lowest image_id goes first,
-    as in pycocotools. Raises RunError as `voc_curve`, and UserError where the package is missing.
+    They are of the overlap of boxes, or with `masks` of that of masks, which objects and detections then have. Ignored
+    objects are COCO's crowds. A class without others is left out of the means. `category_ids` are the data set's own
+    for the labels 1, 2, …; without them the labels. Of equal scores that of the lowest image_id goes first, as in
+    pycocotools. Raises RunError as `voc_curve`, and UserError where the package is missing.
     """
     try:
         from faster_coco_eval import COCO, COCOeval_faster  # type: ignore[import-untyped]
@@ -95,8 +99,16 @@ def coco_map(
     ids = list(category_ids or range(1, len(_names(classes)) + 1))
     order = sorted(range(len(examples)), key=lambda index: examples[index].image_id)
     truth, found = _columns([examples[index] for index in order], [detections[index] for index in order])
-    common = {"images": [{"id": place} for place in range(len(order))], "categories": [{"id": id_} for id_ in ids]}
+    sizes = [(examples[index].height, examples[index].width) for index in order]
+    images = [{"id": place, "height": height, "width": width} for place, (height, width) in enumerate(sizes)]
+    common = {"images": images, "categories": [{"id": id_} for id_ in ids]}
     quiet = {"print_function": lambda *_: None}
+
+    def outlines(columns: Columns, texts: Iterable[bytes]) -> dict[str, np.ndarray]:
+        if not masks:
+            return {}
+        rows = zip(columns["images"].tolist(), texts, strict=True)
+        return {"segmentation": np.array([rle(text, sizes[place]) for place, text in rows], object)}
 
     def data_set(columns: Columns, **more: np.ndarray) -> Any:
         sides = columns["boxes"][:, 2:] - columns["boxes"][:, :2]
@@ -111,13 +123,29 @@ def coco_map(
         return COCO({**common, "annotations": [dict(zip(fields, row, strict=True)) for row in rows]}, **quiet)
 
     areas = (found["boxes"][:, 2:] - found["boxes"][:, :2]).prod(1)
-    objects = data_set(truth, area=truth["areas"], iscrowd=truth["ignored"].astype(int))
-    judge = COCOeval_faster(objects, data_set(found, area=areas, score=found["scores"]), "bbox", **quiet)
+    drawn = outlines(found, (text for index in order for text in detections[index].get("masks", ())))
+    if masks:
+        areas = np.array(mask_code().area(drawn["segmentation"].tolist()), float)
+    objects = data_set(
+        truth,
+        area=truth["areas"],
+        iscrowd=truth["ignored"].astype(int),
+        **outlines(truth, (text for index in order for text in examples[index].masks)),
+    )
+    detected = data_set(found, area=areas, score=found["scores"], **drawn)
+    judge = COCOeval_faster(objects, detected, "segm" if masks else "bbox", **quiet)
     judge.run()
     # Where there is no object COCO says -1.
     return {
         name: 100 * float(value) if value >= 0 else None for name, value in zip(COCO_FIGURES, judge.stats, strict=True)
     }
+
+
+def mask_figures(measured: Mapping[str, Any]) -> str:
+    """COCO's figures of masks in words, or nothing where none were found."""
+    if "mask_map" not in measured:
+        return ""
+    return f" (at .5 {measured['map50']:.2f}; of masks {measured['mask_map']:.2f}, at .5 {measured['mask_map50']:.2f})"
 
 
 def _names(classes: int | Sequence[str]) -> list[str]:

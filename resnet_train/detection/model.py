@@ -19,10 +19,12 @@ from torchvision.models import vgg16
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FasterRCNN, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.rpn import RPNHead
-from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, RoIPool
+from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
-from torchvision.ops.poolers import initLevelMapper
 
+from resnet_train.detection.mask_branch import add_mask_branch
+from resnet_train.detection.pooling import ContextPool, Pool, Pooled, align
+from resnet_train.detection.sampling import RegionSampler
 from resnet_train.models.resnet import ResNet
 
 STAGES = ("conv1", "layer1", "layer2", "layer3", "layer4")  # the paper's conv1, conv2_x, …, conv5_x
@@ -31,6 +33,7 @@ VGG_ENDS = {"conv1": 5, "layer1": 10, "layer2": 17, "layer3": 24}
 STRIDE = 16
 PYRAMID = 256  # channels of the feature pyramid
 RATIOS = (0.5, 1.0, 2.0)  # of an anchor's height to its width
+LOSSES = ("loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg")  # torchvision's names
 NMS = 0.3  # Fast R-CNN's threshold of overlap among the detections of a class
 
 
@@ -55,8 +58,17 @@ class RoIHead(nn.Module):
         super().__init__()
         self.layer4 = net.get_submodule("layer4")
 
+    keep = False  # the maps of the last regions, in training, for a mask branch
+    maps: Tensor | None = None
+
+    def conv5(self, x: Tensor) -> Tensor:
+        """Regions (K, C, 14, 14) to maps (K, 2C, 7, 7)."""
+        return self.layer4(x).float()
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer4(x).float().mean((2, 3))
+        maps = self.conv5(x)
+        self.maps = maps if self.keep and self.training else None
+        return maps.mean((2, 3))
 
 
 class Pyramid(nn.Module):
@@ -101,27 +113,6 @@ class PerRegionVGG(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(x.flatten(1)).float()
-
-
-class Pool(RoIPool):
-    """RoI pooling (Fast R-CNN, section 2.1) of the one feature map, as torchvision's detector calls it."""
-
-    def forward(self, maps: dict[str, Tensor], boxes: list[Tensor], _: list[tuple[int, int]]) -> Tensor:
-        return super().forward(maps["0"], boxes)
-
-
-Pooled = tuple[Tensor, Tensor, list[int]]  # regions of all images, each image as a whole, the regions of each
-
-
-class ContextPool(Pool):
-    """Likewise, and with the whole image as a region besides (appendix B)."""
-
-    def forward(  # type: ignore[override]
-        self, maps: dict[str, Tensor], boxes: list[Tensor], shapes: list[tuple[int, int]]
-    ) -> Pooled:
-        wholes = [boxes[0].new_tensor([[0, 0, width, height]]) for height, width in shapes]
-        regions, context = (super(ContextPool, self).forward(maps, places, shapes) for places in (boxes, wholes))
-        return regions, context, [len(places) for places in boxes]
 
 
 class ContextHead(RoIHead):
@@ -201,26 +192,38 @@ class DetectorSettings:
 
 
 def resnet_detector(
-    net: ResNet, classes: int, frame: DetectorSettings, *, pyramid: bool = False, context: bool = False
+    net: ResNet,
+    classes: int,
+    frame: DetectorSettings,
+    *,
+    pyramid: bool = False,
+    context: bool = False,
+    masks: bool = False,
 ) -> Detector:
     """Faster R-CNN around the convolutions of `net`, an ImageNet net whose classifier is left out.
 
     `classes`: without the background. `context`: beside a region's features those of its image; not with a pyramid.
-    Raises ValueError for a CIFAR net, and for other than five anchors of a pyramid.
+    `masks`: with Mask R-CNN's branch, and RoIAlign, which it needs, in place of RoI pooling. Raises ValueError for a
+    CIFAR net, and for other than five anchors of a pyramid.
     """
     if not hasattr(net, "layer4"):
         raise ValueError("a CIFAR net has no conv5_x; use an ImageNet net")
     if not pyramid:
         width = _channels(net, "layer4")
-        if context:
-            return _detector(C4Backbone(net), ContextPool(14, 1 / STRIDE), ContextHead(net), 2 * width, classes, frame)
-        return _detector(C4Backbone(net), Pool(14, 1 / STRIDE), RoIHead(net), width, classes, frame)
+        pool = align([STRIDE], 14) if masks else Pool(14, 1 / STRIDE)
+        shared, head = C4Backbone(net), ContextHead(net) if context else RoIHead(net)
+        seen = ContextPool(pool) if context else pool
+        detector = _detector(shared, seen, head, 2 * width if context else width, classes, frame)
+        if masks:
+            add_mask_branch(detector, classes, pool, width)
+        return detector
     if len(frame.anchors) != 5:
         raise ValueError(f"a pyramid has five levels, and takes so many anchors, not {len(frame.anchors)}")
-    align = MultiScaleRoIAlign(featmap_names=["0", "1", "2", "3"], output_size=7, sampling_ratio=2)
-    # Else it would guess the strides from the first image that it sees, and guess wrong from a small one.
-    align.scales, align.map_levels = [1 / 4, 1 / 8, 1 / 16, 1 / 32], initLevelMapper(2, 5)
-    return _detector(Pyramid(net), align, TwoMLPHead(PYRAMID * 7 * 7, 1024), 1024, classes, frame)
+    strides = [4, 8, 16, 32]
+    detector = _detector(Pyramid(net), align(strides, 7), TwoMLPHead(PYRAMID * 7 * 7, 1024), 1024, classes, frame)
+    if masks:
+        add_mask_branch(detector, classes, align(strides, 14), None)
+    return detector
 
 
 def vgg_detector(classes: int, frame: DetectorSettings) -> Detector:
@@ -255,8 +258,16 @@ def _detector(
         box_nms_thresh=NMS,
         box_batch_size_per_image=frame.regions,
     )
+    for part in (detector.rpn, detector.roi_heads):
+        usual = part.fg_bg_sampler
+        part.fg_bg_sampler = RegionSampler(usual.batch_size_per_image, usual.positive_fraction)
     detector.roi_heads.box_roi_pool = pool  # afterwards: its own check knows of RoIAlign alone
     return detector
+
+
+def losses_of(masks: bool) -> tuple[str, ...]:
+    """The names of a detector's losses."""
+    return (*LOSSES, "loss_mask") if masks else LOSSES
 
 
 def _channels(net: ResNet, stage: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from PIL import Image
 from resnet_train.config.detection import PredictConfig, config_from_checkpoint
 from resnet_train.data.decode import read_image
 from resnet_train.detection.build import build_like_checkpoint, precision_of
-from resnet_train.detection.draw import draw_detections
-from resnet_train.detection.evaluate import check_shape, detections
+from resnet_train.detection.draw import draw_detections, likely
+from resnet_train.detection.evaluate import Found, check_shape, detections
+from resnet_train.detection.masks import rle
 from resnet_train.engine import checkpoint
 from resnet_train.engine.compute import pick_device, to_device
 from resnet_train.files import expand, write_result, write_whole
@@ -34,16 +36,7 @@ def predict(asked: PredictConfig, images: list[str]) -> None:
         image = read_image(expand(name))
         check_shape(name, image.shape[1:], config.min_size, config.max_size)
         (found,) = detections(model, [image.to(device)], precision)
-        kept = found["scores"] >= asked.score
-        rows = [
-            {"class": classes[label - 1], "score": score, "box": box}
-            for box, score, label in zip(
-                found["boxes"][kept].tolist(),
-                found["scores"][kept].tolist(),
-                found["labels"][kept].tolist(),
-                strict=True,
-            )
-        ]
+        rows = _rows(likely(found, asked.score), classes, image.shape[1:])
         picture = out / f"{Path(name).stem}.png"
         png = io.BytesIO()
         Image.fromarray(draw_detections(image, found, classes, asked.score).permute(1, 2, 0).numpy()).save(png, "PNG")
@@ -56,4 +49,16 @@ def predict(asked: PredictConfig, images: list[str]) -> None:
             say(f"  {row['class']} {row['score']:.2f}  {place}")
     named: dict[str, Any] = {"checkpoint": str(path.absolute()), "net": config.net, "data": config.data_label}
     named |= {"score": asked.score, "iteration": state["iteration"], "boxes": "left, top, right, bottom, in pixels"}
+    named |= {"masks": "run lengths, as pycocotools reads them"} if config.masks else {}
     write_result(out / "detections.json", {**named, "images": told})
+
+
+def _rows(found: Found, classes: list[str], shape: Sequence[int]) -> list[dict[str, Any]]:
+    """What the JSON says of each object in an image of `shape` (H, W)."""
+    rows: list[dict[str, Any]] = [
+        {"class": classes[label - 1], "score": score, "box": box}
+        for box, score, label in zip(*(found[name].tolist() for name in ("boxes", "scores", "labels")), strict=True)
+    ]
+    for row, text in zip(rows, found.get("masks", ()), strict=False):
+        row["mask"] = {**rle(text, shape), "counts": text.decode()}
+    return rows

@@ -14,7 +14,9 @@ from resnet_train.detection.annotations import Examples
 from resnet_train.detection.build import build_like_checkpoint, build_new, precision_of
 from resnet_train.detection.coco import read_coco
 from resnet_train.detection.evaluate import check_shape
-from resnet_train.detection.train import LOSSES, DetectionTask
+from resnet_train.detection.masks import check_masks
+from resnet_train.detection.model import losses_of
+from resnet_train.detection.train import DetectionTask
 from resnet_train.detection.voc import read_voc
 from resnet_train.engine import checkpoint
 from resnet_train.engine.compute import pick_device, pick_precision, sgd, to_device
@@ -45,6 +47,8 @@ def read_examples(config: DetectConfig) -> Examples:
     found = _read(config, config.data.train, config.data.classes)
     for example in (*found.train, *found.test):
         check_shape(str(example.path), (example.height, example.width), config.min_size, config.max_size)
+    for example in found.train if config.masks else ():
+        check_masks(example, config.min_size, config.max_size)
     return found
 
 
@@ -64,7 +68,7 @@ def _read(config: DetectConfig, train: list[str], classes: list[str] | None) -> 
     data = config.data
     assert data.root is not None  # the check of the configuration has seen to it
     if data.name == "coco":
-        return read_coco(Path(data.root), train=train, test=data.test, broken=data.broken)
+        return read_coco(Path(data.root), train=train, test=data.test, broken=data.broken, masks=config.masks)
     det = data.name == "det"
     return read_voc(Path(data.root), train=train, test=data.test, classes=classes, broken=data.broken, det=det)
 
@@ -93,7 +97,7 @@ def build(
         net=model,
         optimizer=sgd([trained], lr=config.lr, momentum=config.momentum, precision=precision),
         scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
-        losses=torch.zeros(world_size(), len(LOSSES), dtype=torch.float64, device=device),
+        losses=torch.zeros(world_size(), len(losses_of(config.masks)), dtype=torch.float64, device=device),
     )
     if state is not None:
         with checkpoint.checkpoint_errors(state["path"]):

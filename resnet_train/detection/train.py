@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from resnet_train.config.detection import DetectConfig
 from resnet_train.config.run_dir import as_stored
-from resnet_train.data.sampler import generator
 from resnet_train.detection.annotations import Examples, load
 from resnet_train.detection.build import Backbone
 from resnet_train.detection.draw import draw_detections
 from resnet_train.detection.evaluate import evaluate
-from resnet_train.detection.loader import training_batches
-from resnet_train.detection.model import Detector
+from resnet_train.detection.loader import Batch, tell_skipped, training_batches
+from resnet_train.detection.metrics import mask_figures
+from resnet_train.detection.model import Detector, losses_of
+from resnet_train.detection.sampling import seeds
 from resnet_train.engine import schedule
 from resnet_train.engine.compute import autocast, wrap_ddp
 from resnet_train.engine.distributed import all_reduce_sum, is_main, rank, restore_rank_sums, world_size
@@ -29,7 +30,6 @@ from resnet_train.models.batchnorm import update_statistics
 from resnet_train.models.resnet import parameters
 from resnet_train.report import curves
 
-LOSSES = ("loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg")  # torchvision's names
 PICTURES = 4  # test images that TensorBoard shows with what was found in them
 PROTOCOL = "every test image once, whole"
 
@@ -38,12 +38,16 @@ def step(task: DetectionTask, images: list[Tensor], targets: list[dict[str, Tens
     """One iteration on this process's share of a batch; images are (3, H, W) uint8."""
     for group in task.optimizer.param_groups:
         group["lr"] = lr
-    # torchvision samples anchors and regions, and VGG drops units, from torch's own random state.
-    torch.manual_seed(generator(task.config.seed, f"regions of {rank()}", task.iteration).initial_seed())
+    # Anchors and regions are sampled from a seed of each image, whichever process has it, as the loader deals them.
+    places = range(rank(), task.config.batch_size, world_size())
+    for what, part in (("anchors", task.model.rpn), ("regions", task.model.roi_heads)):
+        part.fg_bg_sampler.seeds = seeds(task.config.seed, what, task.iteration, places)
     # Forward
     with autocast(task.device, task.precision):
         losses = task.net([image.float() / 255 for image in images], targets)
-    parts = torch.stack([losses[name].float() for name in LOSSES])
+    if not len(task.model.roi_heads.fg_bg_sampler.positive):  # no proposals and no objects: means of nothing
+        losses |= {name: losses[name].nan_to_num() for name in ("loss_classifier", "loss_box_reg")}
+    parts = torch.stack([losses[name].float() for name in losses_of(task.config.masks)])
     # Backward
     task.scaler.scale(parts.sum()).backward()
     # Update
@@ -86,6 +90,8 @@ class DetectionTask:
     scaler: torch.amp.GradScaler
     losses: Tensor  # sums since the last logged point, a row for each process; on the device, read seldom
     iteration: int = 0
+    skipped: int = 0  # broken images that others stood in for since the last logged point, in this process
+    told: set[str] = dataclasses.field(default_factory=set)  # the lines of broken images that have been printed
     measured: dict[str, Any] = dataclasses.field(default_factory=dict)  # by the last test
     compiled = False
     best_at = 0  # nothing is held out
@@ -106,6 +112,7 @@ class DetectionTask:
     def wrap_ddp(self) -> None:
         """Average gradients over all processes from now on."""
         target = {"boxes": torch.tensor([[8.0, 8, 40, 40]]), "labels": torch.ones(1, dtype=torch.int64)}
+        target |= {"masks": torch.ones(1, 64, 64, dtype=torch.uint8)} if self.config.masks else {}
 
         def first(net: nn.Module) -> Tensor:
             with autocast(self.device, self.precision):
@@ -113,11 +120,11 @@ class DetectionTask:
                     [torch.zeros(3, 64, 64, device=self.device)],
                     [{key: value.to(self.device) for key, value in target.items()}],
                 )
-            return torch.stack([losses[name].float() for name in LOSSES]).sum()
+            return torch.stack([losses[name].float() for name in losses_of(self.config.masks)]).sum()
 
         self.net = wrap_ddp(self.model, first)
 
-    def batches(self) -> Iterator[tuple[list[Tensor], list[dict[str, Tensor]]]]:
+    def batches(self) -> Iterator[Batch]:
         """This process's part of the training batches that are left."""
         return training_batches(
             self.examples.train,
@@ -128,22 +135,33 @@ class DetectionTask:
             device=self.device,
             rank=rank(),
             world=world_size(),
+            masks=(self.config.min_size, self.config.max_size) if self.config.masks else None,
+            skip=self.config.data.broken == "skip",
         )
 
     def learning_rate(self) -> float:
         """Of the next step."""
         return learning_rate(self.iteration, self.config)
 
-    def step(self, batch: tuple[list[Tensor], list[dict[str, Tensor]]], lr: float) -> None:
+    def step(self, batch: Batch, lr: float) -> None:
         """One iteration with a batch of `batches`."""
-        step(self, *batch, lr)
+        tell_skipped(line for line in batch.broken if line not in self.told)
+        self.told |= set(batch.broken)
+        self.skipped += len(batch.broken)
+        step(self, batch.images, batch.targets, lr)
 
     def train_point(self) -> dict[str, Any]:
         """The mean losses since the last point."""
         steps = (self.iteration - 1) % self.config.log_every + 1
         means = (all_reduce_sum(self.losses.clone()).sum(0) / (world_size() * steps)).tolist()
+        skipped = {"skipped": self._skipped()} if self.config.data.broken == "skip" else {}
         self.losses.zero_()
-        return {"loss": sum(means), **dict(zip(LOSSES, means, strict=True))}
+        self.skipped = 0
+        return {"loss": sum(means), **dict(zip(losses_of(self.config.masks), means, strict=True)), **skipped}
+
+    def _skipped(self) -> int:
+        """Broken images since the last point, in all processes."""
+        return int(all_reduce_sum(torch.tensor(self.skipped, device=self.device)))
 
     def _share_statistics(self) -> None:
         """Where batch norm is trained, each process has averages of its own images: take the first's."""
@@ -163,18 +181,22 @@ class DetectionTask:
             precision=self.precision,
             device=self.device,
             workers=self.config.data.workers,
+            skip=self.config.data.broken == "skip",
         )
         values = {name: value for name, value in self.measured.items() if isinstance(value, (int, float))}
         shown = list(zip(examples.test[:: world_size()], found, strict=False))[:PICTURES] if is_main() else []
         images = [
-            (example.name, draw_detections(load(example), boxes, examples.classes, 0.5)) for example, boxes in shown
+            (example.name, draw_detections(load(example), boxes, examples.classes, 0.5))
+            for example, boxes in shown
+            if boxes  # else its pixels are broken
         ]
-        yield Point("test", values | {"images": len(examples.test), "protocol": PROTOCOL}, images)
+        seen = len(examples.test) - self.measured.get("skipped", 0)
+        yield Point("test", values | {"images": seen, "protocol": PROTOCOL}, images)
 
     def hyper_parameters(self) -> dict[str, str | bool | int | float]:
         """Those that runs are told apart by, for TensorBoard's table of runs."""
-        keys = ("backbone", "depth", "pyramid", "context", "seed", "iterations", "batch_size", "lr", "min_size")
-        values = {key: getattr(self.config, key) for key in keys}
+        net = ("backbone", "depth", "pyramid", "context", "masks")
+        values = {key: getattr(self.config, key) for key in (*net, "seed", "iterations", "batch_size", "lr", "min_size")}
         return values | {"data": self.label, "pretrained": self.backbone.detector or self.backbone.pretrained or "no"}
 
     def state(self) -> dict[str, Any]:
@@ -195,6 +217,7 @@ class DetectionTask:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "sums": all_reduce_sum(self.losses.clone()).cpu(),
+            "skipped": self._skipped(),
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -204,6 +227,7 @@ class DetectionTask:
         self.scaler.load_state_dict(state["scaler"])
         restore_rank_sums(self.losses, state["sums"])
         self.iteration, self.measured = state["iteration"], state["measured"]
+        self.skipped = state["skipped"] if is_main() else 0
 
     def begin_files(self) -> dict[str, Any]:
         """None."""
@@ -232,9 +256,8 @@ class DetectionTask:
         before = state["config"].get("devices")
         if before == world_size():
             return []
-        return [
-            f"note: begun on {before} devices; on {world_size()} other regions are sampled than there would have been"
-        ]
+        own = "" if self.backbone.pretrained else ", and batch norm sees other images together"
+        return [f"note: begun on {before} devices; on {world_size()} sums round otherwise{own}"]
 
     def summary(self, metrics: list[dict[str, Any]]) -> dict[str, Any]:
         """What summary.json says of the finished run."""
@@ -266,8 +289,8 @@ class DetectionTask:
         last = summary["last"]
         return (
             f"{self._title()}: {last['map07']:.2f} % mAP by VOC 2007's rule, {last['map10']:.2f} by VOC 2010's,"
-            f" {last['map']:.2f} by COCO's @[.5,.95], on {len(self.examples.test)} images at iteration"
-            f" {self.iteration}, the last"
+            f" {last['map']:.2f} by COCO's @[.5,.95]{mask_figures(last)}, on {len(self.examples.test)} images at"
+            f" iteration {self.iteration}, the last"
         )
 
     def _title(self) -> str:

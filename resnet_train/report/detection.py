@@ -27,6 +27,10 @@ COLUMNS: dict[str, list[tuple[str, str, int | None]]] = {
     "voc": [("map07", "mAP, VOC 2007's rule", 0), ("map10", "mAP, VOC 2010's rule", 1)],
     "coco": [("map50", "mAP@.5", 0), ("map", "mAP@[.5,.95]", 1)],
 }
+MASKS: list[tuple[str, str, int | None]] = [
+    ("mask_map50", "of masks, @.5", None),
+    ("mask_map", "of masks, @[.5,.95]", None),
+]
 PAPERS_DATA = {"voc": ("VOCdevkit",), "coco": ("coco", "COCO")}
 PAPERS = {"voc": ("paper, VOC 2007 test", "paper, VOC 2012 test"), "coco": ("paper, COCO val, @.5", "@[.5,.95]")}
 
@@ -86,7 +90,8 @@ def _read(folder: Path, place: str, metrics: list[dict[str, Any]]) -> Detector:
     kind, parts = data["name"], [word(name) for name in data["train"]]
     net = "vgg-16" if config["backbone"] == "vgg16" else f"resnet-{whole(config['depth'])}"
     lines = [line for line in metrics if line["split"] == "test"]
-    keys = [key for key, _, _ in COLUMNS[kind]]
+    masks = bool(config.get("masks"))  # of later runs
+    keys = [key for key, _, _ in COLUMNS[kind] + MASKS * masks]
     test = [
         {"iteration": whole(line["iteration"])} | {key: number(line[key], 0, 100) for key in keys} for line in lines
     ]
@@ -95,7 +100,7 @@ def _read(folder: Path, place: str, metrics: list[dict[str, Any]]) -> Detector:
         place=place,
         kind=kind,
         data=word(metrics[0]["data"]),
-        net=net + "-pyramid" * bool(config["pyramid"]) + "-context" * bool(config["context"]),
+        net=net + "-pyramid" * bool(config["pyramid"]) + "-context" * bool(config["context"]) + "-masks" * masks,
         source=None if config["init_from"] is None else word(config["init_from"]),
         seed=whole(config["seed"]),
         iterations=whole(config["iterations"], 1),
@@ -136,7 +141,8 @@ def _section(group: list[Detector], where: str) -> Section:
 def table(group: list[Detector], where: str = "") -> Table:
     """Mean average precision in %, means over the seeds of finished runs; table 7 or 8 where the paper has the data."""
     kind, first = group[0].kind, group[0]
-    columns, published = COLUMNS[kind], first.published
+    with_masks = any(MASKS[0][0] in line for run in group for line in run.test)
+    columns, published = COLUMNS[kind] + MASKS * with_masks, first.published
     printed = {"voc": 7, "coco": 8}[kind]
     header = ["detector", *(f"{'ours, ' * published}{name}" for _, name, _ in columns), *PAPERS[kind] * published]
     name, title = (f"table-{printed}", f"Table {printed}: mAP") if published else ("detectors", "Detectors: mAP")
@@ -150,7 +156,8 @@ def table(group: list[Detector], where: str = "") -> Table:
     for (name, _), seeds in sorted(named.items(), key=str):
         runs = list(seeds.values())
         done = [run for run in runs if run.finished]
-        row: list[Cell] = [name, *(spread([run.test[-1][key] for run in done]) for key, _, _ in columns)]
+        found = [[run.test[-1][key] for run in done if key in run.test[-1]] for key, _, _ in columns]
+        row: list[Cell] = [name, *map(spread, found)]
         row += (paper.DETECTION[kind].get(runs[0].net) or (None, None)) if published else ()
         made.rows.append(row)
         made.notes += [f"{name}, seed {run.seed}: unfinished; in no mean" for run in runs if not run.finished]
