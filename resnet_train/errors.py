@@ -186,6 +186,8 @@ def _likeness(word: str, other: str) -> float:
         return 1
     if len(word) >= 3 and other.startswith(word):
         return 0.9
+    if len(word) == len(other) and sorted(word) == sorted(other) and sum(map(str.__ne__, word, other)) == 2:
+        return 0.9  # two letters are swapped, in a short word too
     matcher = difflib.SequenceMatcher(None, other, word)
     alike = matcher.real_quick_ratio() >= NEAR and matcher.quick_ratio() >= NEAR  # at once for words of any length
     return matcher.ratio() if alike else 0

@@ -56,11 +56,18 @@ def read_voc(root: Path, *, train: list[str], test: str, classes: list[str] | No
     """
     faults = Faults(broken)
     lists = {name: _annotations(root, name) for name in dict.fromkeys([*train, test])}
+    named = {kind for name in train for path in lists[name] for kind in _kinds(path)}
     if classes is None:
-        named = {kind for name in train for path in lists[name] for kind in _kinds(path)}
         classes = list(VOC_CLASSES) if named <= set(VOC_CLASSES) else sorted(named)
     elif len(set(classes)) < len(classes):
         raise UserError(f"data.classes: {', '.join(classes)[:200]}: has a name twice")
+    others = sorted(named - set(classes))
+    for kind in classes if others else ():  # else none is left out, and one may be for the test or for later
+        if kind not in named:
+            near = nearest(kind, others)
+            raise UserError(
+                f"data.classes: {kind}: no training object is one; others are {', '.join(others)[:200]}{near}"
+            )
     found: dict[str, Found] = {}
     for name, paths in lists.items():
         files, found[name] = list_files(paths[0].parents[1] / "JPEGImages"), []
