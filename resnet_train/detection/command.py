@@ -116,8 +116,8 @@ def _check_members(members: list[Member]) -> None:
     first = members[0]
 
     def known(member: Member) -> dict[str, Any]:
-        data, anchors = member.config.data, member.config.anchors
-        return {"classes": member.state["classes"], "anchors": anchors, "data.root": data.root, "data.test": data.test}
+        data = member.config.data
+        return {"classes": member.state["classes"], "data.root": data.root, "data.test": data.test}
 
     for other in members[1:]:
         for key, here in known(first).items():
