@@ -367,9 +367,7 @@ def test_the_union_has_each_box_once_in_order():
         (["data.test=tset"], "has test, train; did you mean test?"),
     ],
 )
-def test_a_list_that_is_not_there_is_told_before_anything_starts(
-    saved, tree, tmp_path, monkeypatch, capsys, words, told
-):  # noqa: F811
+def test_a_list_that_is_not_there_is_told_at_once(saved, tree, tmp_path, monkeypatch, words, told):  # noqa: F811
     """Of a checkpoint in its run's folder, which says where the pictures lie."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
