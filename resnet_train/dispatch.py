@@ -179,7 +179,8 @@ def _prepare_all(
         )
         if command.data and found[1] in [directory for _, directory in prepared]:
             named = any(item.startswith("run_dir=") for item in asked)
-            what = "run_dir=" if named else "a value named twice, or the key that the jobs themselves set"
+            what = "a value named twice, or the key that the jobs themselves set"
+            what = "run_dir=" if named else f"{what}, or one that no folder is named after, such as compile"
             raise UserError(f"run_dir: two jobs of the sweep would share {found[1]}; leave out {what}")
         prepared.append(found)
     return prepared

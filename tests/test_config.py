@@ -883,7 +883,10 @@ def test_the_last_of_two_words_counts():
     assert directory("iterations=6", "iterations=7") != directory("iterations=7", "iterations=6")
 
 
-@pytest.mark.parametrize("key", OTHER | PLATEAU | PHOTOS)
+UNNAMED = ("compile", "log_every", "eval_every")
+
+
+@pytest.mark.parametrize("key", [key for key in OTHER | PLATEAU | PHOTOS if key not in UNNAMED])
 def test_another_value_is_another_directory(key, tmp_path):
     base = base_of(key, tmp_path)
     asked = [base] + [[*base, f"{key}={value}"] for value in (OTHER | PLATEAU | PHOTOS)[key]]
@@ -894,6 +897,14 @@ def test_another_value_is_another_directory(key, tmp_path):
 def test_free_keys_do_not_move_a_run():
     free = [f"{key}={value}" for key, value in FREE.items() if value and key != "run_dir"]
     assert directory(*free) == directory()
+    assert directory(*(f"{key}={OTHER[key][0]}" for key in UNNAMED)) == directory()
+    assert directory("schedule=plateau", "log_every=10") != directory("schedule=plateau")
+
+
+def test_a_file_that_is_begun_with_is_named_without_its_folders(tmp_path):
+    found = [directory(f"init_from=/{folder}/resnet18.pth").name for folder in ("a/b/c", "a/b/d")]
+    assert found[0] != found[1]
+    assert all(re.fullmatch(r"init_from-resnet18-[0-9a-f]{6}\+seed-0", name) for name in found)
 
 
 def test_run_dir_is_taken_as_it_is(tmp_path):
@@ -959,7 +970,7 @@ def many(**changed):
 def test_forty_words_are_a_short_name_and_still_tell_runs_apart():
     found = directory(*many())
     assert len(many()) == 40
-    assert all(len(part) <= 180 for part in found.parts)
+    assert all(len(part) <= 100 for part in found.parts)
     assert found == directory(*many()[::-1])
     assert found != directory(*many(zero_gamma="false"))
     assert found != directory(*many(**{"warmup.error": "71"}))

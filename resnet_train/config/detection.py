@@ -19,8 +19,8 @@ from resnet_train.config.paths import (
     check_out,
     check_paths,
 )
-from resnet_train.config.run_dir import plain_word, run_name
-from resnet_train.config.schema import as_list, flat, format_value, from_dict, marked, unread_keys
+from resnet_train.config.run_dir import plain_word, run_name, unnamed
+from resnet_train.config.schema import as_list, flat, format_value, from_dict, unread_keys
 from resnet_train.config.train import check_depth, check_divisible
 from resnet_train.errors import UserError, nearest
 from resnet_train.files import expand, read_if_object
@@ -73,8 +73,8 @@ class DetectConfig:
     max_size: Annotated[int, Range(32, 8192)]
     anchors: Annotated[list[int], Range(1, 4096)]
     proposals: Annotated[int, Range(1, 10_000)]
-    log_every: keys.Interval
-    eval_every: keys.Interval
+    log_every: keys.LoggingInterval
+    eval_every: keys.LoggingInterval
 
     def plain(self) -> dict[str, Any]:
         """The configuration as nested dictionaries of plain values, for JSON and checkpoints."""
@@ -277,7 +277,7 @@ def run_directory(config: DetectConfig, asked: Iterable[str]) -> Path:
     """Where the run goes: `run_dir`, or runs/DATA-detection/NET/ and the values of other keys that were `asked` for."""
     if config.run_dir is not None:
         return expand(config.run_dir)
-    told = {"data", "backbone", "depth", "pyramid", "context", "seed"} | marked(Free, DetectConfig).keys()
+    told = {"data", "backbone", "depth", "pyramid", "context", "seed"} | unnamed(DetectConfig)
     values = flat(config.plain())
     place = Path("runs") / f"{plain_word(config.data_label) or 'images'}-detection" / config.net
     return place / run_name(values, set(asked) - told, config.seed)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from resnet_train.config import keys
 from resnet_train.config.augment import Augment
 from resnet_train.config.data import Data, check_family, check_held_out, training_images
-from resnet_train.config.keys import Alias, Counted, Free, OnlyFor, Range, StoredAs
+from resnet_train.config.keys import Alias, Counted, Free, OnlyFor, Range, StoredAs, Unnamed
 from resnet_train.config.layout import check_source, name_data
 from resnet_train.config.paths import anchored, check_paths
 from resnet_train.config.schema import coerce, format_value, from_dict, marked, types_of, unread_keys
@@ -80,9 +80,9 @@ class Config:
     warmup: Warmup
     normalise: Annotated[Literal["image", "channels", "standard"], OnlyFor("imagenet")]
     augment: Augment
-    compile: bool | Literal["auto"]
-    log_every: keys.Interval
-    eval_every: keys.Interval
+    compile: Annotated[bool | Literal["auto"], Unnamed()]
+    log_every: keys.LoggingInterval
+    eval_every: keys.LoggingInterval
     init_from: keys.InitFrom
     freeze: Annotated[Literal["conv1", "layer1", "layer2", "layer3", "layer4"] | None, Alias("frozen_stages")]
 
