@@ -165,6 +165,15 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
     return f"; did you mean {found}?" if found else ""
 
 
+def nearest_data(word: str, allowed: Iterable[str]) -> str:
+    """What `nearest` says of a data set's name; of a folder, and of what is like none, how a folder is named."""
+    names = list(allowed)
+    folder = next((name for name in ("imagefolder", "voc") if name in names), None)
+    if folder is None or word in ("", "None", "null") or (closest(word, names) and not os.path.isdir(word)):
+        return nearest(word, names)
+    return f"; a folder of your own is data={folder} data.root={word}"
+
+
 def closest(word: str, allowed: Iterable[str]) -> str | None:
     """The allowed word most like `word`, if one is near."""
     words = {item.lower(): item for item in allowed}

@@ -23,6 +23,7 @@ from resnet_train.data.memory import MemoryDataset
 from resnet_train.data.streaming import StreamingDataset
 from resnet_train.models import cifar_resnet, imagenet_resnet
 from resnet_train.report import mistakes
+from resnet_train.terminal import format_share
 
 FILES = ["classes.csv", "confusion.csv", "mistakes.html", "predictions.csv"]
 EVIL = "<img src=x onerror=\"document.title='evil'\">"
@@ -59,6 +60,17 @@ def test_every_answer_is_the_nets(looked, trained):
     assert [float(row[3]) for row in rows] == pytest.approx(odds.max(1).values.tolist(), abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("share", "shown"),
+    [
+        *[(0.0, "0.00 %"), (0.632, "63.20 %"), (0.9951, "99.51 %"), (0.99996, "99.996 %"), (0.999998, "99.9998 %")],
+        *[(1 - 2e-9, "99.9999998 %"), (0.99990001, "99.990 %"), (1.0, "100 %")],
+    ],
+)
+def test_the_surest_are_told_apart(share, shown):
+    assert format_share(share) == shown
+
+
 def test_all_files_tell_the_same_count(looked):
     result = json.loads((looked / "1" / "last.json").read_text())
     _, rows = table(looked / "1" / "last-predictions.csv")
@@ -86,7 +98,7 @@ def test_the_page_has_the_surest_mistakes_as_pictures_and_needs_no_network(looke
     assert len(tiles) == min(mistakes.MOST, len(wrong))
     images = MemoryDataset(name="digits", root=None, size=32, validation=0).parts["test"].images
     for (content, words), row in zip(tiles, wrong, strict=False):
-        assert words == f"{row[1]}<br>taken for {row[2]}, {100 * float(row[3]):.2f} %<br>{row[0]}"
+        assert words == f"{row[1]}<br>taken for {row[2]}, {format_share(float(row[3]))}<br>{row[0]}"
         with Image.open(io.BytesIO(base64.b64decode(content))) as picture:
             assert picture.tobytes() == images[int(row[0])].numpy().tobytes()
     assert page.count("data:image/svg+xml;base64,") == 2  # of classes, and of what is taken for what

@@ -70,7 +70,7 @@ def write_details(
     """
     names, classes, count = dataset.names(result["split"]), dataset.classes, len(dataset.classes)
     labels, told = (found[:, column].long().tolist() for column in (0, 1))
-    odds = [round(value, 6) for value in found[:, 2].tolist()]
+    odds = [round(value, 12) for value in found[:, 2].tolist()]
     confusion = np.bincount(np.array(labels) * count + told, minlength=count * count).reshape(count, count).tolist()
     predictions = Table("predictions", "", ["image", "label", "prediction", "probability"])
     rows = zip(names, labels, told, odds, strict=True)

@@ -121,7 +121,9 @@ def check_train(values: Mapping[str, Any], asked: Collection[str] = (), *, needs
     check_depth(config.depth, config.data.family)
     for key in unread:
         if key in asked:
-            raise UserError(f"{key}: is not used by {config.data.family} data; remove it")
+            other = "imagenet" if config.data.family == "cifar" else "cifar10"
+            here = f"data={config.data.name} (data.family={config.data.family})"
+            raise UserError(f"{key}: is for data={other}; {here} does not use it; remove it")
     if config.devices != "auto":
         split_batch(config, config.devices)
     if config.precision == "fp16" and config.device == "cpu":

@@ -15,6 +15,7 @@ from resnet_train.report.figures import Picture
 from resnet_train.report.page import Section, Tile, html_page
 from resnet_train.report.tables import Table
 from resnet_train.report.values import escape_and_clip
+from resnet_train.terminal import format_share
 
 MOST = 40  # mistakes that are shown as pictures
 FEW = 40  # classes that have a row and a bar each; of more the worst have
@@ -88,7 +89,7 @@ def page(
     ]
     sure.gallery = [
         dataclasses.replace(
-            one.tile, lines=(one.label, f"taken for {one.answer}, {100 * one.probability:.2f} %", one.name)
+            one.tile, lines=(one.label, f"taken for {one.answer}, {format_share(one.probability)}", one.name)
         )
         for one in pictures
     ]
