@@ -254,6 +254,7 @@ def test_a_signal_to_the_compiler_as_well_is_no_fault_of_the_compilers(number, t
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
     job = subprocess.Popen(start(*words), cwd=tmp_path, env=environment, **options)
 
+    assert job.stdout.readline() == "run: starting\n"
     assert "; compiling; " in job.stdout.readline()
     wait(job, lambda: any(b"cc1plus" in line for line in running(job.pid)), every=0.01)
     os.killpg(job.pid, number)
