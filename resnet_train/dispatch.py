@@ -51,7 +51,7 @@ from resnet_train.console import (
     say_start,
 )
 from resnet_train.engine.limits import check_open_files
-from resnet_train.errors import UserError, from_os_error
+from resnet_train.errors import UserError, from_os_error, nearest
 from resnet_train.sweep import check_all_finished, check_place, run_apart, run_here
 from resnet_train.terminal import say
 
@@ -79,11 +79,13 @@ class Command:
 def main(command: Command, *more: Command, words: list[str] | None = None) -> None:
     """Do what a command line asks for: of `command`, or of one of `more` that are typed with a word more."""
     words = sys.argv[1:] if words is None else words
-    for other in more:
-        if words[:1] == [other.name]:
-            command, words = other, words[1:]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its exceptions to us instead of printing them
+    first, others = words[0] if words else "", {other.name: other for other in more}
+    if first in others:
+        command, words = others[first], words[1:]
     try:
+        if near := "" if first in others else nearest(first, others):
+            raise UserError(f"{first!r}: is not key=value{near}")
         _follow(command, words)
     except UserError as error:
         fail(error)
@@ -179,7 +181,8 @@ def _prepare_all(
         )
         if command.data and found[1] in [directory for _, directory in prepared]:
             named = any(item.startswith("run_dir=") for item in asked)
-            what = "run_dir=" if named else "a value named twice, or the key that the jobs themselves set"
+            what = "a value named twice, or the key that the jobs themselves set"
+            what = "run_dir=" if named else f"{what}, or one that no folder is named after, such as compile"
             raise UserError(f"run_dir: two jobs of the sweep would share {found[1]}; leave out {what}")
         prepared.append(found)
     return prepared

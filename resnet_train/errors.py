@@ -165,6 +165,15 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
     return f"; did you mean {found}?" if found else ""
 
 
+def nearest_data(word: str, allowed: Iterable[str]) -> str:
+    """What `nearest` says of a data set's name; of a folder, and of what is like none, how a folder is named."""
+    names = list(allowed)
+    folder = next((name for name in ("imagefolder", "voc") if name in names), None)
+    if folder is None or word in ("", "None", "null") or (closest(word, names) and not os.path.isdir(word)):
+        return nearest(word, names)
+    return f"; a folder of your own is data={folder} data.root={word}"
+
+
 def closest(word: str, allowed: Iterable[str]) -> str | None:
     """The allowed word most like `word`, if one is near."""
     words = {item.lower(): item for item in allowed}
@@ -186,6 +195,8 @@ def _likeness(word: str, other: str) -> float:
         return 1
     if len(word) >= 3 and other.startswith(word):
         return 0.9
+    if len(word) == len(other) and sorted(word) == sorted(other) and sum(map(str.__ne__, word, other)) == 2:
+        return 0.9  # two letters are swapped, in a short word too
     matcher = difflib.SequenceMatcher(None, other, word)
     alike = matcher.real_quick_ratio() >= NEAR and matcher.quick_ratio() >= NEAR  # at once for words of any length
     return matcher.ratio() if alike else 0

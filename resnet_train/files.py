@@ -31,6 +31,15 @@ def nearest_existing(path: Path) -> Path:
     return next(place for place in (path, *path.absolute().parents) if place.exists())
 
 
+def remove_empty(folder: Path, above: Path) -> None:
+    """Remove an empty `folder`, and those around it that hold nothing else, below `above`."""
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+        for parent in folder.absolute().parents:
+            if above.absolute() in parent.parents:
+                parent.rmdir()
+
+
 @contextlib.contextmanager
 def lock_directory(folder: Path, key: str, doing: str, patience: int = 0) -> Iterator[None]:
     """Make the folder that `key` named and hold it against a second process, which is refused.

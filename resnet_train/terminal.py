@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import TextIO
 
@@ -14,3 +15,11 @@ def printable(text: object) -> str:
 def say(text: object, file: TextIO | None = None) -> None:
     """Print one line, at once."""
     print(printable(text), file=file or sys.stdout, flush=True)
+
+
+def format_share(share: float) -> str:
+    """A share from 0 to 1 in %, with the digits that tell one near 1 from certainty: 63.20 %, 99.9998 %."""
+    rest = 100 * (1 - share)
+    if rest <= 0:
+        return "100 %"
+    return f"{100 * share:.{max(2, -math.floor(math.log10(rest)))}f} %"

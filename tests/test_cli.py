@@ -89,6 +89,13 @@ WRONG_EVAL = [
     (f"hydra.mode=MULTIRUN checkpoint={__file__}", ["-m"]),
     ("chekpoint=x", ["chekpoint=x", "did you mean checkpoint?"]),
 ]
+# Of `resnet-detect`, whose first word may be another command's, and of `resnet-report`.
+WRONG_FIRST = [
+    ("detect", "tset last.pt", ["'tset': is not key=value; did you mean test?"]),
+    ("detect", "predicts a.jpg", ["'predicts': is not key=value; did you mean predict?"]),
+    ("detect", "data=VOCdevkit", ["allowed are coco, voc; a folder of your own is data=voc data.root=VOCdevkit"]),
+    ("report", "complexty", ["complexty: there is no such folder; did you mean complexity?"]),
+]
 # What torch or the data must judge, within the job.
 LATE = [("data=imagefolder data.root=../tree device=cpu", ["tree/train/cat/0.png", "not an image"])]
 LATE_EVAL = [(f"checkpoint={__file__}", [__file__])]
@@ -110,7 +117,7 @@ os.chdir(str(number))
 for stream in (1, 2):
     os.dup2(os.open(f"../{number}.{stream}", os.O_CREAT | os.O_WRONLY), stream)
 atexit.register(lambda: Path(f"../{number}.torch").write_text(str("torch" in sys.modules)))
-sys.argv = [{"train": "resnet-train", "evaluate": "resnet-eval"}[entry], *line.split()]
+sys.argv = ["resnet-eval" if entry == "evaluate" else f"resnet-{entry}", *line.split()]
 getattr(cli, entry)()
 """
 
@@ -135,6 +142,7 @@ def outcomes(tmp_path_factory):
         (folder / "tree" / part / "0.png").write_text("no image")
     lines = [("train", line) for line in [*RIGHT, *(line for line, _ in WRONG)]]
     lines += [("evaluate", line) for line in ["--help", *(line for line, _ in WRONG_EVAL)]]
+    lines += [(entry, line) for entry, line, _ in WRONG_FIRST]
     subprocess.run(
         [sys.executable, "-c", DRIVER],
         input=json.dumps(lines),
@@ -339,7 +347,7 @@ def test_completion_is_a_script(outcomes):
 
 @pytest.mark.parametrize(
     ("entry", "line", "parts"),
-    [("train", *row) for row in WRONG] + [("evaluate", *row) for row in WRONG_EVAL],
+    [("train", *row) for row in WRONG] + [("evaluate", *row) for row in WRONG_EVAL] + WRONG_FIRST,
 )
 def test_a_wrong_command_line_is_one_line_without_torch_and_leaves_nothing(outcomes, entry, line, parts):
     """A sweep with one wrong job begins none of them."""

@@ -318,7 +318,10 @@ def test_what_photographs_need_can_be_changed(key, tmp_path):
 def test_what_a_family_does_not_read_is_refused(family, key, tmp_path):
     base = needs_root("imagenet", tmp_path) if family == "imagenet" else []
     value = (OTHER | PHOTOS | {"data.workers": ("7",), "data.broken": ("skip",), "augment.area": ("[0.08,1]",)})[key][0]
-    assert refusal(*base, f"{key}={value}").startswith(f"{key}: ")
+    told = refusal(*base, f"{key}={value}")
+    here = f"data={'cifar10' if family == 'cifar' else family} (data.family={family})"
+    other = "imagenet" if family == "cifar" else "cifar10"
+    assert told == f"{key}: is for data={other}; {here} does not use it; remove it"
     assert not base_of(key, tmp_path / "other") or family == "cifar"
 
 
@@ -682,6 +685,11 @@ def test_advice_is_taken_when_it_is_followed(line):
         ("recipe.iterations=5", "no key recipe.iterations"),
         ("recipe=torch", "cifar10, digits, imagefolder, imagenet, torch2016, torchvision"),
         ("~nosuch", "no key nosuch"),
+        ("schedule.l=1", "there is no key schedule.l; schedule has name, lr, factor, drops"),
+        ("data=photos", "a folder of your own is data=imagefolder data.root=photos"),
+        ("data=some/photos", "a folder of your own is data=imagefolder data.root=some/photos"),
+        ("data=svhn", "a folder of your own is data=imagefolder data.root=svhn"),
+        ("data.name=svhn", "a folder of your own is data=imagefolder data.root=svhn"),
     ],
 )
 def test_a_key_or_option_that_does_not_exist_is_named(line, advice):
@@ -694,7 +702,14 @@ def test_a_key_or_option_that_does_not_exist_is_named(line, advice):
     "key", ["optimizer", "augment.mixup", "augment.cutmix", "ema", "amp", "dropout", "label_smoothing", "num_classes"]
 )
 def test_nothing_is_suggested_where_nothing_is_near(key):
-    assert refusal(f"{key}=1") == f"{key}=1: there is no key {key}"
+    others = "; augment has pad, flip, shorter_side, area, colour_jitter, colour_noise" if "." in key else ""
+    assert refusal(f"{key}=1") == f"{key}=1: there is no key {key}{others}"
+
+
+def test_a_folder_is_no_data_set_however_like_one_it_is_called(tmp_path):
+    (tmp_path / "imagenett").mkdir()
+    assert refusal("data=imagenett").endswith("; a folder of your own is data=imagefolder data.root=imagenett")
+    assert refusal("data=imagenet1").endswith("; did you mean imagenet?")
 
 
 @pytest.mark.parametrize(
@@ -702,7 +717,7 @@ def test_nothing_is_suggested_where_nothing_is_near(key):
     [
         *[("augmnt.flip", "augment.flip"), ("flp", "augment.flip"), ("eval_batch", "eval_batch_size")],
         *[("val", "validation"), ("noen", "none"), ("schedule.lrr", "schedule.lr"), ("timer", None), ("", None)],
-        *[("x" * 100_000, None), ("train.lr", None), ("schedule.l", None)],
+        *[("noen", "none"), ("nnoe", "none"), ("x" * 100_000, None), ("train.lr", None), ("schedule.l", None)],
     ],
 )
 def test_what_is_near(word, near):
@@ -799,6 +814,10 @@ def a_class_of_training_alone(root):
     (root / "train" / "emu" / "0.png").touch()
 
 
+def a_class_misspelt(root):
+    (root / "test" / "dog").rename(root / "test" / "dgo")
+
+
 def a_class_of_the_test_alone(root):
     (root / "test" / "emu").mkdir()
     (root / "test" / "emu" / "0.png").touch()
@@ -812,8 +831,12 @@ def a_class_of_the_test_alone(root):
         (only_one_class, "has one class, cat"),
         (a_class_of_training_alone, "class emu is in train/ and not in test/"),
         (a_class_of_the_test_alone, "class emu is in test/ and not in train/"),
+        (a_class_misspelt, "class dog is in train/ and not in test/; did you mean dgo?"),
         (lambda root: (root / "train").rename(root / "trian"), "no train/ and test/"),
-        (lambda root: (root / "test").rename(root / "tset"), "no train/ and test/"),
+        (lambda root: (root / "train").rename(root / "trian"), "; trian/ is not one: name it train/ if it is meant"),
+        (lambda root: (root / "test").rename(root / "tset"), "; tset/ is not one: name it test/ if it is meant"),
+        (lambda root: (root / "test").rename(root / "Testing"), "; Testing/ is not one: name it test/ if it is meant"),
+        (lambda root: (root / "test").rename(root / "validation"), "; validation/ is not one: name it val/ if"),
     ],
 )
 def test_a_damaged_tree_is_named(damage, expected, tmp_path):
@@ -883,7 +906,10 @@ def test_the_last_of_two_words_counts():
     assert directory("iterations=6", "iterations=7") != directory("iterations=7", "iterations=6")
 
 
-@pytest.mark.parametrize("key", OTHER | PLATEAU | PHOTOS)
+UNNAMED = ("compile", "log_every", "eval_every")
+
+
+@pytest.mark.parametrize("key", [key for key in OTHER | PLATEAU | PHOTOS if key not in UNNAMED])
 def test_another_value_is_another_directory(key, tmp_path):
     base = base_of(key, tmp_path)
     asked = [base] + [[*base, f"{key}={value}"] for value in (OTHER | PLATEAU | PHOTOS)[key]]
@@ -894,6 +920,14 @@ def test_another_value_is_another_directory(key, tmp_path):
 def test_free_keys_do_not_move_a_run():
     free = [f"{key}={value}" for key, value in FREE.items() if value and key != "run_dir"]
     assert directory(*free) == directory()
+    assert directory(*(f"{key}={OTHER[key][0]}" for key in UNNAMED)) == directory()
+    assert directory("schedule=plateau", "log_every=10") != directory("schedule=plateau")
+
+
+def test_a_file_that_is_begun_with_is_named_without_its_folders(tmp_path):
+    found = [directory(f"init_from=/{folder}/resnet18.pth").name for folder in ("a/b/c", "a/b/d")]
+    assert found[0] != found[1]
+    assert all(re.fullmatch(r"init_from-resnet18-[0-9a-f]{6}\+seed-0", name) for name in found)
 
 
 def test_run_dir_is_taken_as_it_is(tmp_path):
@@ -959,7 +993,7 @@ def many(**changed):
 def test_forty_words_are_a_short_name_and_still_tell_runs_apart():
     found = directory(*many())
     assert len(many()) == 40
-    assert all(len(part) <= 180 for part in found.parts)
+    assert all(len(part) <= 100 for part in found.parts)
     assert found == directory(*many()[::-1])
     assert found != directory(*many(zero_gamma="false"))
     assert found != directory(*many(**{"warmup.error": "71"}))

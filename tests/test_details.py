@@ -6,7 +6,9 @@ import io
 import json
 import os
 import re
+from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from conftest import as_one_of
@@ -23,6 +25,7 @@ from resnet_train.data.memory import MemoryDataset
 from resnet_train.data.streaming import StreamingDataset
 from resnet_train.models import cifar_resnet, imagenet_resnet
 from resnet_train.report import mistakes
+from resnet_train.terminal import format_share
 
 FILES = ["classes.csv", "confusion.csv", "mistakes.html", "predictions.csv"]
 EVIL = "<img src=x onerror=\"document.title='evil'\">"
@@ -59,6 +62,17 @@ def test_every_answer_is_the_nets(looked, trained):
     assert [float(row[3]) for row in rows] == pytest.approx(odds.max(1).values.tolist(), abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("share", "shown"),
+    [
+        *[(0.0, "0.00 %"), (0.632, "63.20 %"), (0.9951, "99.51 %"), (0.99996, "99.996 %"), (0.999998, "99.9998 %")],
+        *[(1 - 2e-9, "99.9999998 %"), (0.99990001, "99.990 %"), (1.0, "100 %")],
+    ],
+)
+def test_the_surest_are_told_apart(share, shown):
+    assert format_share(share) == shown
+
+
 def test_all_files_tell_the_same_count(looked):
     result = json.loads((looked / "1" / "last.json").read_text())
     _, rows = table(looked / "1" / "last-predictions.csv")
@@ -66,15 +80,14 @@ def test_all_files_tell_the_same_count(looked):
     header, classes = table(looked / "1" / "last-classes.csv")
     assert header == ["class", "images", "wrong", "error (%)", "most often taken for", "times"]
     assert [sum(int(row[column]) for row in classes) for column in (1, 2)] == [360, result["wrong"]]
-    names, *matrix = zip(*table(looked / "1" / "last-confusion.csv")[1], strict=True)
-    assert names == tuple(str(digit) for digit in range(10))
-    for answer, column in enumerate(matrix):
-        for label, times in enumerate(column):
-            pair = [str(label), str(answer)]
-            assert int(times) == sum(row[1:3] == pair for row in rows)
-    for number, row in enumerate(classes):
-        others = {answer: int(column[number]) for answer, column in enumerate(matrix) if answer != number}
-        assert (int(row[2]), int(row[5] or 0)) == (sum(others.values()), max(others.values()))
+    header, pairs = table(looked / "1" / "last-confusion.csv")
+    assert header == ["label", "prediction", "images"]
+    counted = {tuple(row[:2]): int(row[2]) for row in pairs}
+    assert counted == Counter((row[1], row[2]) for row in rows)
+    for row in classes:
+        others = [times for (label, answer), times in counted.items() if label == row[0] != answer]
+        assert (int(row[2]), int(row[5] or 0)) == (sum(others), max(others, default=0))
+        assert not others or counted[row[0], row[4]] == max(others)
         assert float(row[3]) == pytest.approx(100 * int(row[2]) / int(row[1]))
 
 
@@ -86,7 +99,7 @@ def test_the_page_has_the_surest_mistakes_as_pictures_and_needs_no_network(looke
     assert len(tiles) == min(mistakes.MOST, len(wrong))
     images = MemoryDataset(name="digits", root=None, size=32, validation=0).parts["test"].images
     for (content, words), row in zip(tiles, wrong, strict=False):
-        assert words == f"{row[1]}<br>taken for {row[2]}, {100 * float(row[3]):.2f} %<br>{row[0]}"
+        assert words == f"{row[1]}<br>taken for {row[2]}, {format_share(float(row[3]))}<br>{row[0]}"
         with Image.open(io.BytesIO(base64.b64decode(content))) as picture:
             assert picture.tobytes() == images[int(row[0])].numpy().tobytes()
     assert page.count("data:image/svg+xml;base64,") == 2  # of classes, and of what is taken for what
@@ -180,9 +193,9 @@ def test_a_thousand_classes(tmp_path, command_here, monkeypatch):
     saved(tmp_path / "net.pt", cifar_resnet(20, num_classes=1000), configured("cifar", 8), classes)
     words = ["net.pt", "data=imagefolder", "data.root=tree", "device=cpu", "details=true", "out=r.json"]
     command_here("evaluate", *words)
-    header, rows = table(tmp_path / "r-confusion.csv")
-    assert (header[1:], [row[0] for row in rows]) == (classes, classes)
-    assert sum(int(cell) for row in rows for cell in row[1:]) == 1000
+    _, rows = table(tmp_path / "r-confusion.csv")
+    assert [row[0] for row in rows] == classes
+    assert sum(int(row[2]) for row in rows) == 1000
     assert len(table(tmp_path / "r-classes.csv")[1]) == 1000
     page = (tmp_path / "r-mistakes.html").read_text()
     assert page.count("<tr>") <= 2 * (mistakes.FEW + 1)
@@ -194,9 +207,7 @@ def test_a_thousand_classes(tmp_path, command_here, monkeypatch):
 def test_a_net_without_mistakes_has_a_page_too():
     result = {"protocol": "center crop", "batch_norm": "moving averages", "precision": "fp32"}
     result |= {"error": 0.0, "wrong": 0, "seen": 3, "split": "test"}
-    page = mistakes.page(
-        "title", result, ["a.csv", "b.html"], ["cat", "dog", "none"], [[2, 0, 0], [0, 1, 0], [0] * 3], []
-    )
+    page = mistakes.page("title", result, ["a.csv", "b.html"], ["cat", "dog", "none"], np.diag([2, 1, 0]), [])
     assert "There is no mistake." in page
     assert ">none</td>" in page
 
@@ -208,6 +219,19 @@ def test_a_folder_in_the_place_of_a_file_is_refused_before_anything_is_written(t
     assert os.listdir(tmp_path) == ["r-mistakes.html"]
     told = command_here("evaluate", trained, "device=cpu", "details=perhaps", code=2)
     assert "details=perhaps: " in told
+
+
+def test_files_that_cannot_all_be_written_leave_those_that_were_there(trained, tmp_path, command_here):
+    """The place where one of them is being written is taken."""
+    words = [trained, "device=cpu", "details=true", "out=r.json"]
+    command_here("evaluate", *words)
+    before = {name: (tmp_path / f"r-{name}").read_bytes() for name in FILES}
+    (tmp_path / "r-classes.csv.part").mkdir()
+    told = command_here("evaluate", *words, "split=train", code=2)
+    assert "cannot be written" in told
+    (tmp_path / "r-classes.csv.part").rmdir()
+    assert before == {name: (tmp_path / f"r-{name}").read_bytes() for name in FILES}
+    assert sorted(os.listdir(tmp_path)) == sorted(["r.json", *(f"r-{name}" for name in FILES)])
 
 
 def test_the_report_links_the_page(tmp_path, monkeypatch):

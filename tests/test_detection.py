@@ -28,6 +28,7 @@ from resnet_train.detection.build import build_like_checkpoint, build_new
 from resnet_train.detection.evaluate import evaluate
 from resnet_train.detection.loader import mirrored, training_batches
 from resnet_train.detection.metrics import coco_map, voc_map
+from resnet_train.detection.predict import SHOWN
 from resnet_train.detection.run import build, read_examples
 from resnet_train.detection.run import detect as run_detector
 from resnet_train.detection.train import learning_rate, step
@@ -209,7 +210,9 @@ def test_predictions_are_drawn_and_written(whole, tree, command_here, tmp_path):
     found = json.loads((tmp_path / "found/detections.json").read_text())
     rows = found["images"][0]["found"]
     assert f"{image}: {len(rows)} found with a score of" in told
-    assert rows
+    assert len(rows) > SHOWN
+    assert told.count(": left ") + told.count("  left ") == SHOWN
+    assert f"  and {len(rows) - SHOWN} more, in found/detections.json\n" in told
     assert {row["class"] for row in rows} <= set(SHAPES)
     for row in rows:
         left, top, right, bottom = row["box"]
@@ -373,9 +376,10 @@ def test_weights_of_another_net_are_refused_and_leave_no_folder(tree, pretrained
     torch.save(imagenet_resnet(18, "none").state_dict(), tmp_path / "plain.pth")
     with pytest.raises(UserError, match="which may be a plain one; resnet-weights import FILE arch=resnet"):
         build_new(configured(tree, f"init_from={tmp_path / 'plain.pth'}"), list(SHAPES))
-    with pytest.raises(UserError, match="use depth=18"):
-        run_detector(configured(tree, f"init_from={pretrained}", "depth=34"), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+    for place in ("run", "runs/tree-detection/resnet-34/seed-0"):
+        with pytest.raises(UserError, match="use depth=18"):
+            run_detector(configured(tree, f"init_from={pretrained}", "depth=34"), tmp_path / place)
+    assert os.listdir(tmp_path) == ["plain.pth"]
 
 
 def test_pixels_are_those_of_the_source(tree, pretrained):
@@ -443,6 +447,7 @@ def test_two_evaluators_agree_on_perfect_detections(tree):
     [
         (["data.root=nowhere"], "data.root=nowhere: there is no such folder"),
         (["data.train=[trainn]"], "data.train=trainn: tree has test, train; did you mean train?"),
+        (["data.train=[train]", "data.test=tset"], "data.test=tset: tree has test, train; did you mean test?"),
         (["depth=19"], "depth=19: ImageNet nets have 18, 34, 50, 101, 152 layers; nearest: 18"),
         (["backbone=vgg"], "backbone=vgg: allowed are resnet, vgg16; did you mean vgg16?"),
         (["freeze=layer1"], "freeze=layer1: would keep random weights; add init_from=, or remove it"),
@@ -454,6 +459,7 @@ def test_two_evaluators_agree_on_perfect_detections(tree):
         (["init_from=nothing.pt", "run_dir=new"], "init_from="),
         (["learning_rate=1"], "there is no key learning_rate; did you mean lr?"),
         (["iteration=5"], "there is no key iteration; did you mean iterations?"),
+        (["data.train"], "'data.train': is not key=value; add a value"),
     ],
 )
 def test_what_cannot_be_is_told_in_one_line(tree, monkeypatch, capsys, words, told):

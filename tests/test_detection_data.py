@@ -195,6 +195,14 @@ def test_classes_are_vocs_or_those_of_the_training_images_or_as_given(tree):
     refused(told, "data.classes: dog, dog: has a name twice")
 
 
+@pytest.mark.parametrize("broken", ["stop", "skip"])
+def test_a_class_that_is_misspelt_is_the_keys_fault_not_the_files(tree, broken):
+    add(tree, "b", annotation(thing(name="cat"), thing()))
+    with pytest.raises(UserError) as told:
+        read(tree, broken, classes=["cat", "dgo"])
+    refused(told, "data.classes: dgo: no training object is one; others are dog; did you mean dog?")
+
+
 def test_classes_that_are_not_asked_for_can_be_left_out(tree):
     add(tree, "b", annotation(thing(name="cat"), thing((0, 1, 5, 5), name="cat"), thing()))
     found = read(tree, "skip", classes=["dog"])

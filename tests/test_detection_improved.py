@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from PIL import Image
 from test_detection import configured, pretrained, tree  # noqa: F401  (fixtures)
 from torchvision.ops import batched_nms, roi_pool
 
+from resnet_train.config.compose import compose
+from resnet_train.config.detection import check_detect, check_test
 from resnet_train.detection.ensemble import Ensemble, union
 from resnet_train.detection.model import DetectorSettings, resnet_detector, vgg_detector
 from resnet_train.detection.multiscale import Look, View, lower_scales, region_features
@@ -350,6 +353,37 @@ def test_the_union_has_each_box_once_in_order():
     assert union([one, two, two]).tolist() == [[0, 0, 1, 1], [0, 0, 2, 2], [0, 0, 3, 3]]
     assert union([torch.zeros(0, 4), two]).tolist() == two.tolist()
     assert union([two, torch.zeros(0, 4)]).tolist() == two.tolist()
+    assert union([torch.zeros(0, 4)] * 2).shape == (0, 4)
+    many, more = torch.randint(0, 6, (2, 300, 4)).float()
+    fresh = [box for box in more.tolist() if box not in many.tolist()]
+    assert 0 < len(fresh) < 300
+    assert union([many, more]).tolist() == many.tolist() + fresh
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["data.root=nowhere"], "data.root=nowhere: there is no such folder"),
+        (["data.test=tset"], "has test, train; did you mean test?"),
+    ],
+)
+def test_a_list_that_is_not_there_is_told_at_once(saved, tree, tmp_path, monkeypatch, words, told):  # noqa: F811
+    """Of a checkpoint in its run's folder, which says where the pictures lie."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    shutil.copy(saved, tmp_path / "run/checkpoints/last.pt")
+    (tmp_path / "run/config.json").write_text(json.dumps({"data": {"root": str(tree)}}))
+    with pytest.raises(UserError, match=re.escape(told)):
+        check_test(compose("test", ["checkpoint=run/checkpoints/last.pt", *words]))
+
+
+def test_the_lists_of_the_data_set_are_no_ones_mistake(tree, tmp_path):  # noqa: F811
+    with pytest.raises(UserError) as error:
+        check_detect(compose("detect", ["data=voc", f"data.root={tree}", "depth=18"]), ["data", "data.root", "depth"])
+    assert str(error.value) == (
+        f"data.train: the default, 2007_trainval, is not there; {tree} has test, train; say which, as in"
+        " data.train=[train]"
+    )
 
 
 @pytest.mark.parametrize("options", [{}, {"refine": True, "scales": (48, 96)}])
@@ -399,7 +433,7 @@ def test_without_proposals_nothing_is_found_and_nothing_is_a_nan(image, kind, op
 
 
 def test_an_ensemble_names_its_members_and_its_file(save, saved, command_here):
-    other = save("two", "seed=3", "min_size=48")
+    other = save("two", "seed=3", "min_size=48", "anchors=[16,24,64]")  # each has proposals of its own anchors
     words = ("test", saved, other, "device=cpu", "refine=true", "scales=[48,96]")
     told = command_here("detect", *words)
     path = saved.with_name("ensemble-of-2-refine-scales-48-96-test.json")
@@ -417,12 +451,9 @@ def test_detectors_that_do_not_go_together_are_told(save, saved, tree, test, tmp
     shutil.copytree(tree, copy)
     for path in copy.glob("Annotations/*.xml"):
         path.write_text(path.read_text().replace("disc", "moon"))
-    others = {"classes": save("classes", f"data.root={copy}"), "anchors": save("anchors", "anchors=[16,64]")}
-    told = {key: test(f"checkpoint=[{saved},{path}]", f"data.root={tree}", code=2) for key, path in others.items()}
-    assert "has classes=['disc', 'square', 'star'] and" in told["classes"]
-    assert "classes=['moon', 'square', 'star']; an ensemble has the same in all its members" in told["classes"]
-    assert "has anchors=[16, 32] and" in told["anchors"]
-    assert "anchors=[16, 64]" in told["anchors"]
+    told = test(f"checkpoint=[{saved},{save('classes', f'data.root={copy}')}]", f"data.root={tree}", code=2)
+    assert "has classes=['disc', 'square', 'star'] and" in told
+    assert "classes=['moon', 'square', 'star']; an ensemble has the same in all its members" in told
     shutil.copytree(tree, tmp_path / "same")
     assert "data.root=" in test(f"checkpoint=[{saved},{save('root', f'data.root={tmp_path}/same')}]", code=2)
     assert "is named twice" in test(f"checkpoint=[{saved},{saved}]", code=2)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import test_imports
 
+from resnet_train.cli import COMMANDS
 from resnet_train.config.compose import compose, groups, known_keys
 
 ROOT = Path(__file__).parent.parent
@@ -45,8 +46,8 @@ def test_the_readme_is_one_that_is_read():
 
 def commands(page):
     """The words of each command in the fenced blocks of a page."""
-    for block in re.findall(r"^```\n(.*?)^```", page.read_text(), re.M | re.S):
-        for line in block.replace("\\\n", " ").splitlines():
+    for kind, block in re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.M | re.S):
+        for line in [] if kind else block.replace("\\\n", " ").splitlines():
             for found in re.findall(r"(resnet-[a-z]+)((?: [^#&|]*)?)", line):
                 yield found[0], shlex.split(found[1])
 
@@ -56,7 +57,7 @@ def test_commands_name_keys_and_options_that_there_are(page):
     for command, words in commands(page):
         name = words[0] if words[:1] in (["predict"], ["test"]) else command.removeprefix("resnet-")
         named = [word for word in words if re.match(r"[+\w.]+(/\w+)?=", word)]
-        known = {*known_keys(name), "experiment", "job"}
+        known = {*known_keys(name), "experiment", "job", *(word.rstrip("=") for word in COMMANDS[name].short)}
         for word in named:
             key = word.partition("=")[0]
             assert key in known or key.startswith(("hydra", "+")), f"{command} {word}"

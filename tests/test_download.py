@@ -301,6 +301,15 @@ def test_if_none_delivers_the_error_is_one_line(answer, mirror, tmp_path):
     assert all(left.stat().st_size <= SIZE for left in tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("answer", [missing, None, other, endless, silent])
+def test_a_mirror_that_had_nothing_is_not_asked_again(answer, mirror, tmp_path, capsys):
+    servers = [mirror(answer) if answer else refused() for _ in range(2)]
+    with pytest.raises(UserError):
+        get(tmp_path / "file.bin", *servers, stall=0.3 if answer is silent else 5.0)
+    assert [len(server.ranges) for server in servers if answer] == ([1, 1] if answer else [])
+    assert capsys.readouterr().out.count("; trying the next") == 1
+
+
 def test_never_more_bytes_than_the_file_has(mirror, tmp_path):
     """Endless content ends at `size`: the connection is closed then and nothing is kept of it."""
     with pytest.raises(UserError, match="other content"):

@@ -250,10 +250,11 @@ def alive(pid):
 def test_a_signal_to_the_compiler_as_well_is_no_fault_of_the_compilers(number, tmp_path):
     """A terminal and Slurm signal all processes of a job, and so the C++ compiler that works for torch's."""
     words = ["data=digits", "depth=8", "iterations=3", "device=cpu", "compile=true", "run_dir=run"]
-    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "CUDA_HOME": str(tmp_path)}
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
     job = subprocess.Popen(start(*words), cwd=tmp_path, env=environment, **options)
 
+    assert job.stdout.readline() == "run: starting\n"
     assert "; compiling; " in job.stdout.readline()
     wait(job, lambda: any(b"cc1plus" in line for line in running(job.pid)), every=0.01)
     os.killpg(job.pid, number)
@@ -261,6 +262,7 @@ def test_a_signal_to_the_compiler_as_well_is_no_fault_of_the_compilers(number, t
     assert job.returncode == 128 + number
     assert "Traceback" not in stderr
     assert "error" not in stderr
+    assert "CUDA" not in stderr  # of which torch warns where there is a toolkit and no GPU
     assert stdout == "stopped after iteration 0, while compiling; the same command begins again\n"
 
 

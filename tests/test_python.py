@@ -63,7 +63,7 @@ def test_published_weights_give_the_logits_of_evaluation_and_of_resnet_classify(
     assert torch.equal(logits, evaluated(PUBLISHED, dataset, len(files)))
     command_here("classify", *files, f"checkpoint={PUBLISHED}", "device=cpu", "out=found.json")
     told = json.loads((tmp_path / "found.json").read_text())["images"]
-    top, which = logits.softmax(1).topk(5)
+    top, which = logits.double().softmax(1).topk(5)
     assert [[row["probability"] for row in image["top"]] for image in told] == top.tolist()
     names = [[row["class"] for row in image["top"]] for image in told]
     assert names == [[model.classes[number] for number in row] for row in which.tolist()]
@@ -79,6 +79,13 @@ def test_a_net_in_float32_computes_itself_what_its_evaluation_does(trained):
     assert torch.equal(model.net(batch), model.logits(batch))
     assert not model.net.training
     assert model.classes == [str(digit) for digit in range(10)]
+
+
+@pytest.mark.parametrize(("shape", "advice"), [((3, 32, 32), "; of one image give image[None]"), ((2, 1, 32, 32), "")])
+def test_images_of_another_shape_are_one_line(trained, shape, advice):
+    with pytest.raises(UserError) as told:
+        load(trained).logits(torch.zeros(shape))
+    assert str(told.value) == f"logits: images are (N, 3, S, S), and these are {shape}{advice}"
 
 
 def test_an_imagenet_net_sees_the_center(photographs, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from resnet_train.data.memory import MemoryDataset
 from resnet_train.data.streaming import StreamingDataset
 from resnet_train.engine.distributed import world_size
 from resnet_train.errors import UserError
-from resnet_train.files import write_whole
+from resnet_train.files import writing
 from resnet_train.report import mistakes
 from resnet_train.report.mistakes import Mistake
 from resnet_train.report.page import Tile
@@ -70,13 +71,11 @@ def write_details(
     """
     names, classes, count = dataset.names(result["split"]), dataset.classes, len(dataset.classes)
     labels, told = (found[:, column].long().tolist() for column in (0, 1))
-    odds = [round(value, 6) for value in found[:, 2].tolist()]
-    confusion = np.bincount(np.array(labels) * count + told, minlength=count * count).reshape(count, count).tolist()
+    odds = [round(value, 12) for value in found[:, 2].tolist()]
+    confusion = np.bincount(np.array(labels) * count + told, minlength=count * count).reshape(count, count)
     predictions = Table("predictions", "", ["image", "label", "prediction", "probability"])
     rows = zip(names, labels, told, odds, strict=True)
     predictions.rows = [[name, classes[label], classes[answer], share] for name, label, answer, share in rows]
-    matrix = Table("confusion", "", ["label (row) and prediction (column)", *classes])
-    matrix.rows = [[name, *row] for name, row in zip(classes, confusion, strict=True)]
     wrong = [index for index, label in enumerate(labels) if told[index] != label]
     shown, pictures = _readable(classes), []
     for index in sorted(wrong, key=lambda index: (-odds[index], index))[: mistakes.MOST]:
@@ -85,9 +84,12 @@ def write_details(
     title = f"What {escape_and_clip(net)} gets wrong on {escape_and_clip(result['data'])}, {result['split']}"
     files = [beside(out, ending) for ending in ENDINGS]
     page = mistakes.page(title, result, [path.name for path in files], shown, confusion, pictures)
-    texts = [predictions.csv(), mistakes.classes_table(classes, confusion).csv(), matrix.csv(), page]
-    for path, text in zip(files, texts, strict=True):
-        write_whole(path, text.encode("utf-8", "backslashreplace"))
+    tables = [predictions, mistakes.classes_table(classes, confusion), mistakes.confusion_table(classes, confusion)]
+    texts = [*(table.csv() for table in tables), page]
+    with contextlib.ExitStack() as renamed:  # once all are written, the page last
+        parts = [renamed.enter_context(writing(path)) for path in reversed(files)][::-1]
+        for part, text in zip(parts, texts, strict=True):
+            part.write_bytes(text.encode("utf-8", "backslashreplace"))
     return files[-1]
 
 

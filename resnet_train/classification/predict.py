@@ -25,7 +25,7 @@ from resnet_train.engine.limits import share_of_cores
 from resnet_train.errors import UserError
 from resnet_train.files import expand, write_result
 from resnet_train.models.resnet import ResNet
-from resnet_train.terminal import say
+from resnet_train.terminal import format_share, say
 from resnet_train.weights import source
 
 AT_ONCE = 32  # images of a batch that are named one by one
@@ -73,8 +73,11 @@ class Classifier:
     def logits(self, images: Tensor) -> Tensor:
         """The logits (N, K) of images (N, 3, S, S) in the precision of the net's evaluation, without gradients.
 
-        `net(images)` computes in float32 instead, and with gradients.
+        `net(images)` computes in float32 instead, and with gradients. Raises UserError for images of another shape.
         """
+        if images.ndim != 4 or images.shape[1] != 3:
+            one = "; of one image give image[None]" if images.ndim == 3 else ""
+            raise UserError(f"logits: images are (N, 3, S, S), and these are {tuple(images.shape)}{one}")
         return compute_logits(self.net, images.to(self.device), self.precision)
 
     def batches(self, names: Sequence[str]) -> Iterator[tuple[Sequence[str], Tensor]]:
@@ -129,14 +132,15 @@ def classify(asked: ClassifyConfig, images: list[str]) -> None:
     model = load(asked.checkpoint, pick_device(asked.device))
     words, found = imagenet_classes(), []
     for some, batch in model.batches(images):
-        odds = model.logits(batch).softmax(1)
+        odds = model.logits(batch).double().softmax(1)
         top, which = (values.tolist() for values in odds.topk(min(5, len(model.classes))))
         for name, probabilities, numbers in zip(some, top, which, strict=True):
             rows = [_row(model.classes[n], p, words) for p, n in zip(probabilities, numbers, strict=True)]
             found.append({"image": name, "top": rows})
             say(name)
             for row in rows:
-                say(f"  {100 * row['probability']:6.2f} %  {' '.join([row['class'], *row.get('words', '').split()])}")
+                share = format_share(row["probability"])
+                say(f"  {share:>8}  {' '.join([row['class'], *row.get('words', '').split()])}")
     if asked.out is not None:
         path = expand(asked.checkpoint).absolute()
         named = {"checkpoint": str(path), "net": model.config.net, "data": model.data}

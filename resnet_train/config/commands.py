@@ -147,7 +147,7 @@ def check_report(values: Mapping[str, Any]) -> ReportConfig:
     for name in config.runs:
         check_paths({"runs": name})
         if not expand(name).is_dir():
-            raise UserError(f"{name}: there is no such folder")
+            raise UserError(f"{name}: there is no such folder{nearest(name, ['complexity'])}")
     check_folder(config.out)
     return config
 

@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from resnet_train.config import commands, detection, images, train
 from resnet_train.config.schema import flat, key_for, keys_taking
-from resnet_train.errors import UserError, closest, nearest
+from resnet_train.errors import UserError, closest, nearest, nearest_data
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 CONFIG_DIR = str(next(p for p in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if p.is_dir()))
@@ -375,7 +375,8 @@ def _check_options(name: str, overrides: list[str]) -> list[str]:
         if group in groups(name) and not parsed.is_delete():
             value, allowed = str(parsed.value()), options(name, group)
             if value not in allowed:
-                raise UserError(f"{as_typed(item)}: allowed are {', '.join(allowed)}{nearest(value, allowed)}")
+                near = (nearest_data if group == "data" else nearest)(value, allowed)
+                raise UserError(f"{as_typed(item)}: allowed are {', '.join(allowed)}{near}")
             chosen.append(item)
     return chosen
 
@@ -404,7 +405,7 @@ def _diagnosis(name: str, overrides: list[str], chosen: list[str], error: Except
             return f"{item}: is not used by resnet-bench; remove it"
         known = key in keys or key in words or any(known.startswith(key + ".") for known in keys)
         if not known and not re.match(r"hydra\b", key):
-            near = nearest(key_for(key, *CONFIGS), words)
+            near = nearest(key_for(key, *CONFIGS), words) or _members(key, words)
             return f"{item}: {_other_option(name, key, keys) or f'there is no key {key}{near}'}"
     missing = next((key for key in words if keys.get(key) == "???"), None)
     if missing and missing not in named:
@@ -417,6 +418,13 @@ def _diagnosis(name: str, overrides: list[str], chosen: list[str], error: Except
         if which:
             return f"{which}: cannot be taken ({str(reason).splitlines()[0]})"
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _members(key: str, words: Iterable[str]) -> str:
+    """`; schedule has lr, factor` for a key schedule.KEY that there is not; nothing where there is no such group."""
+    group = key.rpartition(".")[0]
+    names = [word[len(group) + 1 :] for word in words if group and word.startswith(f"{group}.")]
+    return f"; {group} has {', '.join(names)}" if names else ""
 
 
 def _other_option(name: str, key: str, keys: Mapping[str, Any]) -> str | None:

@@ -19,11 +19,11 @@ from resnet_train.config.paths import (
     check_out,
     check_paths,
 )
-from resnet_train.config.run_dir import plain_word, run_name
-from resnet_train.config.schema import as_list, flat, format_value, from_dict, marked, unread_keys
+from resnet_train.config.run_dir import plain_word, run_name, unnamed
+from resnet_train.config.schema import as_list, flat, format_value, from_dict, unread_keys
 from resnet_train.config.train import check_depth, check_divisible
 from resnet_train.errors import UserError, nearest
-from resnet_train.files import expand
+from resnet_train.files import expand, read_if_object
 
 LIST_FILES = {
     "voc": "VOC*/ImageSets/Main/*.txt",
@@ -80,8 +80,8 @@ class DetectConfig:
     max_size: Annotated[int, Range(32, 8192)]
     anchors: Annotated[list[int], Range(1, 4096)]
     proposals: Annotated[int, Range(1, 10_000)]
-    log_every: keys.Interval
-    eval_every: keys.Interval
+    log_every: keys.LoggingInterval
+    eval_every: keys.LoggingInterval
 
     def plain(self) -> dict[str, Any]:
         """The configuration as nested dictionaries of plain values, for JSON and checkpoints."""
@@ -157,7 +157,7 @@ def check_detect(values: Mapping[str, Any], asked: Collection[str] = ()) -> Dete
         config = dataclasses.replace(config, freeze=None)
     if not config.data.train:
         raise UserError("data.train=[]: name at least one list")
-    _check_data(config.data, {"data.train": config.data.train, "data.test": [config.data.test]})
+    _check_data(config.data, {"data.train": config.data.train, "data.test": [config.data.test]}, asked)
     root = str(expand(config.data.root or "").absolute())
     source = None if config.init_from is None else str(expand(config.init_from).absolute())
     return dataclasses.replace(config, data=dataclasses.replace(config.data, root=root), init_from=source)
@@ -180,13 +180,14 @@ def _check_backbone(config: DetectConfig, asked: Collection[str]) -> None:
         raise UserError(f"anchors={config.anchors}: must rise, as [128,256,512] does")
 
 
-def _check_data(data: DetectData, named: Mapping[str, list[str]]) -> None:
-    """Refuse what a look at the folder shows to be wrong, such as lists that keys name. Raises UserError."""
+def _check_data(data: DetectData, named: Mapping[str, list[str]], asked: Collection[str] | None = None) -> None:
+    """Refuse what a look at the folder shows to be wrong, such as lists that keys name. Raises UserError.
+
+    Keys that were not `asked` for, where that is said, have the names of the data set's own lists.
+    """
     if data.root is None:
         raise UserError(f"data.root: data={data.name} needs one: data.root=PATH")
-    root = expand(data.root)
-    if not root.is_dir():
-        raise UserError(f"data.root={data.root}: {'is no folder' if root.exists() else 'there is no such folder'}")
+    root = _check_root(data.root)
     if data.classes is not None and data.name == "coco":
         raise UserError("data.classes: COCO's are those of its JSON; remove it")
     for key, lists in named.items():
@@ -195,7 +196,21 @@ def _check_data(data: DetectData, named: Mapping[str, list[str]]) -> None:
             if not there:
                 raise UserError(f"data.root={data.root}: has no {LIST_FILES[data.name]}")
             if name not in there and not list_file(root, data.name, name).is_file():
+                if asked is not None and key not in asked:
+                    likely = min(there, key=lambda one: (not one.startswith(key[5:]), "val" not in one))
+                    way = f"{key}=[{likely}]" if key == "data.train" else f"{key}={likely}"
+                    raise UserError(
+                        f"{key}: the default, {name}, is not there; {data.root} has {', '.join(there)}; say which, as"
+                        f" in {way}"
+                    )
                 raise UserError(f"{key}={name}: {data.root} has {', '.join(there)}{nearest(name, there)}")
+
+
+def _check_root(given: str) -> Path:
+    root = expand(given)
+    if not root.is_dir():
+        raise UserError(f"data.root={given}: {'is no folder' if root.exists() else 'there is no such folder'}")
+    return root
 
 
 def check_test(values: Mapping[str, Any]) -> DetectTestConfig:
@@ -203,12 +218,29 @@ def check_test(values: Mapping[str, Any]) -> DetectTestConfig:
     config = from_dict(DetectTestConfig, {**values, "checkpoint": as_list(values["checkpoint"])})
     check_paths({"data.root": config.data.root, "out": config.out})
     check_checkpoints(config.checkpoint)
+    _check_test_list(config.data, expand(config.checkpoint[0]))
     check_out(config.out)
     if config.scales is not None and len(config.scales) < 2:
         raise UserError(f"scales={config.scales}: give two or more, as [200,400,600,800,1000]; null is training's one")
     if config.scales != sorted(set(config.scales or [])) and config.scales is not None:
         raise UserError(f"scales={config.scales}: must rise, as [200,400,600,800,1000] does")
     return dataclasses.replace(config, data=anchored(config.data))
+
+
+def _check_test_list(data: DetectTestData, checkpoint: Path) -> None:
+    """Refuse a folder or a list that is not there, as far as command line and config.json say. Raises UserError.
+
+    The checkpoint itself takes torch to be read: `with_test_data` checks what it says.
+    """
+    trained = read_if_object(checkpoint.absolute().parent.parent / "config.json").get("data")
+    given = data.root or (trained.get("root") if isinstance(trained, dict) else None)
+    if data.root is not None:
+        _check_root(data.root)
+    if data.test is None or not isinstance(given, str) or not (root := expand(given)).is_dir():
+        return
+    there = lists_of(root, "voc") + lists_of(root, "coco")
+    if there and not any(list_file(root, kind, data.test).is_file() for kind in ("voc", "coco")):
+        raise UserError(f"data.test={data.test}: {given} has {', '.join(there)}{nearest(data.test, there)}")
 
 
 def with_test_data(config: DetectConfig, asked: DetectTestData) -> DetectConfig:
@@ -254,7 +286,7 @@ def run_directory(config: DetectConfig, asked: Iterable[str]) -> Path:
     """Where the run goes: `run_dir`, or runs/DATA-detection/NET/ and the values of other keys that were `asked` for."""
     if config.run_dir is not None:
         return expand(config.run_dir)
-    told = {"data", "backbone", "depth", "pyramid", "context", "masks", "seed"} | marked(Free, DetectConfig).keys()
+    told = {"data", "backbone", "depth", "pyramid", "context", "masks", "seed"} | unnamed(DetectConfig)
     values = flat(config.plain())
     place = Path("runs") / f"{plain_word(config.data_label) or 'images'}-detection" / config.net
     return place / run_name(values, set(asked) - told, config.seed)

@@ -28,6 +28,11 @@ class Free:
 
 
 @dataclass(frozen=True)
+class Unnamed:
+    """Changes nothing that is learned: it stays out of the name of a run's folder, as a Free key does."""
+
+
+@dataclass(frozen=True)
 class StoredAs:
     """Has no say in what a run computes, nor in how it is dealt to devices: checkpoints hold `value` in its place."""
 
@@ -76,6 +81,7 @@ RunDir = Annotated[str | None, Free(), StoredAs(None)]
 InitFrom = Annotated[str | None, Alias("pretrained", "weights")]
 Iterations = Annotated[int, Range(1, 10**9), Counted(), Alias("epochs")]
 Interval = Annotated[int, Range(1), Counted()]
+LoggingInterval = Annotated[Interval, Unnamed()]
 CheckpointEvery = Annotated[Interval, Free()]
 KeepEvery = Annotated[int, Range(0), Counted(), Free()]
 BatchSize = Annotated[int, Range(1, LARGEST_BATCH)]

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from resnet_train.errors import UserError
+from resnet_train.errors import UserError, closest, nearest
 from resnet_train.files import expand
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
@@ -136,7 +136,10 @@ def class_folders(root: Path) -> tuple[list[str], str]:
         if test is None and not (root / "train").is_dir() and (undivided := _undivided(root)):
             return undivided, ""
         if test is None or not (root / "train").is_dir():
-            raise UserError(f"data.root={root}: has no train/ and test/ (or val/) folders with a folder for each class")
+            raise UserError(
+                f"data.root={root}: has no train/ and test/ (or val/) folders with a folder for each class"
+                f"{_misnamed(folders_in(root))}"
+            )
         classes = {}
         for part in ("train", test):
             classes[part] = folders_in(root / part)
@@ -152,10 +155,20 @@ def class_folders(root: Path) -> tuple[list[str], str]:
     for here, there in (("train", test), (test, "train")):
         for name in classes[here]:
             if name not in classes[there]:
-                raise UserError(f"data.root={root}: class {name} is in {here}/ and not in {there}/")
+                near = nearest(name, set(classes[there]) - set(classes[here]))
+                raise UserError(f"data.root={root}: class {name} is in {here}/ and not in {there}/{near}")
     if len(classes["train"]) < 2:
         raise UserError(f"data.root={root}: has one class, {classes['train'][0]}; at least two are needed")
     return classes["train"], test
+
+
+def _misnamed(folders: Collection[str]) -> str:
+    """What is said of folders whose names are like those of the parts of a tree: tset, validation, Train."""
+    for folder in sorted(set(folders) - {"train", "test", "val"}):
+        alike = [part for part in ("train", "test", "val") if folder.lower().startswith(part)]
+        if part := alike[0] if alike else closest(folder, ["train", "test", "val"]):
+            return f"; {folder}/ is not one: name it {part}/ if it is meant"
+    return ""
 
 
 def _undivided(root: Path) -> list[str]:

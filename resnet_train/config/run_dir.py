@@ -11,12 +11,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from resnet_train.config.keys import Free, StoredAs
+from resnet_train.config.keys import Free, StoredAs, Unnamed
 from resnet_train.config.paths import check_file, writable
 from resnet_train.config.schema import RESUME, flat, format_value, marked
 from resnet_train.config.train import Config
 from resnet_train.errors import UserError, nearest
 from resnet_train.files import expand, nearest_existing, read_object
+
+LONGEST_NAME = 100  # bytes of a run's folder
 
 
 def run_directory(config: Config, asked: Iterable[str], scale: float = 1) -> Path:
@@ -26,7 +28,9 @@ def run_directory(config: Config, asked: Iterable[str], scale: float = 1) -> Pat
     """
     if config.run_dir is not None:
         return expand(config.run_dir)
-    told = {"data", "depth", "arch", "shortcut", "seed"} | marked(Free, Config).keys()
+    told = {"data", "depth", "arch", "shortcut", "seed"} | unnamed(Config)
+    if config.schedule.name == "plateau":  # which is decided at these iterations
+        told.discard("log_every")
     values = flat(config.plain()) | {"schedule": config.schedule.name} | ({"scale": scale} if scale != 1 else {})
     return (
         Path("runs")
@@ -36,17 +40,31 @@ def run_directory(config: Config, asked: Iterable[str], scale: float = 1) -> Pat
     )
 
 
+def unnamed(kind: Any) -> set[str]:
+    """The keys of a configuration that have no say in what is learned."""
+    return marked(Free, kind).keys() | marked(Unnamed, kind).keys()
+
+
 def run_name(values: Mapping[str, Any], asked: Iterable[str], seed: int) -> str:
     """The name of a run's folder: the flat `values` of the keys that were `asked` for, then the seed."""
     rest: dict[str, Any] = {}
     for word in asked:
         named = [word] if word in values else [key for key in values if key.startswith(word + ".")]
-        rest |= {key: values[key] for key in named}
+        rest |= {key: _short(values[key]) for key in named}
     words = [plain_word(f"{key}={json.dumps(rest[key], ensure_ascii=False)}") for key in sorted(rest)]
     name = "+".join([*words, f"seed-{seed}"])
-    if len(os.fsencode(name)) <= 180:
+    if len(os.fsencode(name)) <= LONGEST_NAME:
         return name
-    return os.fsencode(name)[:160].decode(errors="ignore") + "-" + hashlib.sha256(name.encode()).hexdigest()[:12]
+    return os.fsencode(name)[: LONGEST_NAME - 13].decode(errors="ignore") + "-" + _hash(name)[:12]
+
+
+def _short(value: Any) -> Any:
+    """A value as the name of a folder has it: of an absolute path the file's name, and what tells its folder apart."""
+    return f"{Path(value).stem}-{_hash(value)[:6]}" if isinstance(value, str) and value.startswith("/") else value
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def plain_word(text: str) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from resnet_train.config.keys import Alias, OnlyFor, Range
-from resnet_train.errors import UserError, nearest
+from resnet_train.errors import UserError, nearest, nearest_data
 
 RESUME = "auto, never or a checkpoint's file"  # what resume= may be
 
@@ -42,9 +42,8 @@ def coerce(key: str, value: Any, hint: Any, bounds: Range = UNBOUNDED) -> Any:
     if origin is Literal:
         if value in arguments and not isinstance(value, bool):
             return value
-        raise UserError(
-            f"{key}={format_value(value)}: allowed are {', '.join(arguments)}{nearest(str(value), arguments)}"
-        )
+        near = (nearest_data if key == "data.name" else nearest)(str(value), arguments)
+        raise UserError(f"{key}={format_value(value)}: allowed are {', '.join(arguments)}{near}")
     if origin in (typing.Union, types.UnionType):
         literals = [option for option in arguments if typing.get_origin(option) is Literal]
         words = [word for option in literals for word in typing.get_args(option)]

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from resnet_train.config import keys
 from resnet_train.config.augment import Augment
 from resnet_train.config.data import Data, check_family, check_held_out, training_images
-from resnet_train.config.keys import Alias, Counted, Free, OnlyFor, Range, StoredAs
+from resnet_train.config.keys import Alias, Counted, Free, OnlyFor, Range, StoredAs, Unnamed
 from resnet_train.config.layout import check_source, name_data
 from resnet_train.config.paths import anchored, check_paths
 from resnet_train.config.schema import coerce, format_value, from_dict, marked, types_of, unread_keys
@@ -80,9 +80,9 @@ class Config:
     warmup: Warmup
     normalise: Annotated[Literal["image", "channels", "standard"], OnlyFor("imagenet")]
     augment: Augment
-    compile: bool | Literal["auto"]
-    log_every: keys.Interval
-    eval_every: keys.Interval
+    compile: Annotated[bool | Literal["auto"], Unnamed()]
+    log_every: keys.LoggingInterval
+    eval_every: keys.LoggingInterval
     init_from: keys.InitFrom
     freeze: Annotated[Literal["conv1", "layer1", "layer2", "layer3", "layer4"] | None, Alias("frozen_stages")]
 
@@ -121,7 +121,9 @@ def check_train(values: Mapping[str, Any], asked: Collection[str] = (), *, needs
     check_depth(config.depth, config.data.family)
     for key in unread:
         if key in asked:
-            raise UserError(f"{key}: is not used by {config.data.family} data; remove it")
+            other = "imagenet" if config.data.family == "cifar" else "cifar10"
+            here = f"data={config.data.name} (data.family={config.data.family})"
+            raise UserError(f"{key}: is for data={other}; {here} does not use it; remove it")
     if config.devices != "auto":
         split_batch(config, config.devices)
     if config.precision == "fp16" and config.device == "cpu":

@@ -44,7 +44,7 @@ def download(
 
     A mirror is left when it sends nothing for `stall` seconds, less than `slow` bytes per second over as long, an
     error or other content; what has come is kept beside `path` and the next mirror, or the next call, resumes from
-    there. If all are slow, the slow ones may take their time in a second round. Raises UserError if none delivers.
+    there. Those that did send something may take their time in a second round. Raises UserError if none delivers.
     """
     if path.is_file() and path.stat().st_size == size and checksum(path) == md5:
         return path
@@ -54,7 +54,9 @@ def download(
         raise UserError(f"{path.parent}: cannot be made: {error.strerror}; set RESNET_TRAIN_DATA") from error
     part = path.with_name(path.name + ".part")
     reasons = []
-    for url, least in [(url, slow) for url in urls] + [(url, 0.0) for url in urls]:
+    tries = [(url, slow) for url in urls]
+    for url, least in tries:
+        before = part.stat().st_size if part.exists() else 0
         try:
             # What an earlier mirror left may be a lie: then this one is asked for the whole.
             for _ in range(1 + part.exists()):
@@ -66,7 +68,10 @@ def download(
             raise _Failed("other content than the checksum says")
         except _Failed as error:
             reasons.append(f"{url}: {error}")
-            tqdm.write(printable(f"{url}: {error}; trying the next"))
+            if least and part.exists() and part.stat().st_size != before:
+                tries.append((url, 0.0))
+            if tries[-1] != (url, least):
+                tqdm.write(printable(f"{url}: {error}; trying the next"))
         except OSError as error:
             reason = f"cannot keep the download: {error.strerror}; set RESNET_TRAIN_DATA"
             raise UserError(f"{path.parent}: {reason}") from error

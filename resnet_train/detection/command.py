@@ -120,9 +120,9 @@ def _check_members(members: list[Member], scales: list[int] | None) -> None:
         raise UserError(f"scales={format_value(scales)}: {first.path} finds masks, which is for one scale; remove it")
 
     def known(member: Member) -> dict[str, Any]:
-        data, anchors = member.config.data, member.config.anchors
-        same = {"classes": member.state["classes"], "anchors": anchors, "masks": member.config.masks}
-        same |= {"pyramid": member.config.pyramid} if member.config.masks else {}  # its masks have other sizes
+        data, config = member.config.data, member.config
+        same = {"classes": member.state["classes"], "masks": config.masks}
+        same |= {"pyramid": config.pyramid} if config.masks else {}  # its masks have other sizes
         return {**same, "data.root": data.root, "data.test": data.test}
 
     for other in members[1:]:

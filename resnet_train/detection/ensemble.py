@@ -93,8 +93,8 @@ def union(proposals: Sequence[Tensor]) -> Tensor:
     """The boxes of all, (n, 4): of the second and later ones those that are not there yet."""
     found = proposals[0]
     for more in proposals[1:]:
-        known = (more[:, None] == found).all(2).any(1)
-        found = torch.cat([found, more[~known]])
+        _, number = torch.cat([found, more]).unique(dim=0, return_inverse=True)  # equal boxes have one number
+        found = torch.cat([found, more[~torch.isin(number[len(found) :], number[: len(found)])]])
     return found
 
 

@@ -20,6 +20,8 @@ from resnet_train.engine.compute import pick_device, to_device
 from resnet_train.files import expand, write_result, write_whole
 from resnet_train.terminal import say
 
+SHOWN = 10  # detections of an image that are printed, those with the highest scores
+
 
 def predict(asked: PredictConfig, images: list[str]) -> None:
     """Print what is found in each image, draw it, and write it as JSON. Raises UserError for a broken image."""
@@ -43,10 +45,12 @@ def predict(asked: PredictConfig, images: list[str]) -> None:
         write_whole(picture, png.getvalue())
         told.append({"image": name, "picture": str(picture), "found": rows})
         say(f"{name}: {len(rows)} found with a score of {asked.score:g} or more, {picture}")
-        for row in rows:
+        for row in rows[:SHOWN]:
             left, top, right, bottom = row["box"]
             place = f"left {left:.0f}, top {top:.0f}, right {right:.0f}, bottom {bottom:.0f}"
             say(f"  {row['class']} {row['score']:.2f}  {place}")
+        if len(rows) > SHOWN:
+            say(f"  and {len(rows) - SHOWN} more, in {out / 'detections.json'}")
     named: dict[str, Any] = {"checkpoint": str(path.absolute()), "net": config.net, "data": config.data_label}
     named |= {"score": asked.score, "iteration": state["iteration"], "boxes": "left, top, right, bottom, in pixels"}
     named |= {"masks": "run lengths, as pycocotools reads them"} if config.masks else {}

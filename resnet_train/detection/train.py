@@ -196,7 +196,8 @@ class DetectionTask:
     def hyper_parameters(self) -> dict[str, str | bool | int | float]:
         """Those that runs are told apart by, for TensorBoard's table of runs."""
         net = ("backbone", "depth", "pyramid", "context", "masks")
-        values = {key: getattr(self.config, key) for key in (*net, "seed", "iterations", "batch_size", "lr", "min_size")}
+        recipe = ("seed", "iterations", "batch_size", "lr", "min_size")
+        values = {key: getattr(self.config, key) for key in (*net, *recipe)}
         return values | {"data": self.label, "pretrained": self.backbone.detector or self.backbone.pretrained or "no"}
 
     def state(self) -> dict[str, Any]:

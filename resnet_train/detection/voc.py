@@ -80,11 +80,18 @@ def read_voc(
     faults = Faults(broken)
     read_list = _det_list if det else _voc_list
     lists = {name: read_list(root, name) for name in dict.fromkeys([*train, test])}
+    named = {kind for name in train for image in lists[name] for kind in _kinds(image.annotation)}
     if classes is None:
-        named = {kind for name in train for image in lists[name] for kind in _kinds(image.annotation)}
         classes = list(VOC_CLASSES) if named <= set(VOC_CLASSES) else sorted(named)
     elif len(set(classes)) < len(classes):
         raise UserError(f"data.classes: {', '.join(classes)[:200]}: has a name twice")
+    others = sorted(named - set(classes))
+    for kind in classes if others else ():  # else none is left out, and one may be for the test or for later
+        if kind not in named:
+            near = nearest(kind, others)
+            raise UserError(
+                f"data.classes: {kind}: no training object is one; others are {', '.join(others)[:200]}{near}"
+            )
     found: dict[str, Found] = {}
     folders: dict[Path, Listing] = {}
     for name, images in lists.items():

@@ -30,7 +30,7 @@ from resnet_train.engine.metrics import read_metrics
 from resnet_train.engine.resume import before_restart, begin_run, claim_run
 from resnet_train.engine.task import Task, TaskConfig
 from resnet_train.errors import UserError, is_peer_failure
-from resnet_train.files import write_json
+from resnet_train.files import nearest_existing, remove_empty, write_json
 from resnet_train.terminal import say
 
 
@@ -69,13 +69,14 @@ def run(
         resume = config.resume if before == "new" else "auto"
         config = dataclasses.replace(config, devices=world_size(), resume=resume)  # type: ignore[type-var]
         data = open_data(config)
+        above = nearest_existing(directory)
         state = on_rank_zero(lambda: claim_run(config, directory, data.digest, held, detector))
         try:
             task = raise_on_all_ranks(lambda: build(config, data, device, state))
             environment = on_rank_zero(lambda: begin_run(task, directory, state, command, data.digest))
         except UserError:
-            with contextlib.suppress(OSError):  # nothing is in it, if it was made for this run
-                directory.rmdir()
+            if is_main():
+                remove_empty(directory, above)
             raise
         if world_size() > 1:
             task.wrap_ddp()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 
 import torch
 
@@ -20,6 +21,8 @@ def compile_network(model: ResNet, depth: int, device: torch.device) -> bool:
 
     Shapes are fixed: the same batch gives the same kernels, in training and in every later evaluation.
     """
+    if device.type == "cpu":  # where it is of no use that there is a CUDA toolkit and no GPU
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:
         torch.compile(torch.neg, dynamic=False)(torch.zeros(8, device=device))
     except Exception as error:

@@ -9,18 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from resnet_train.report import figures
 from resnet_train.report.curves import plain_matplotlib
 from resnet_train.report.figures import Picture
 from resnet_train.report.page import Section, Tile, html_page
 from resnet_train.report.tables import Table
 from resnet_train.report.values import escape_and_clip
+from resnet_train.terminal import format_share
 
 MOST = 40  # mistakes that are shown as pictures
 FEW = 40  # classes that have a row and a bar each; of more the worst have
 SQUARES = 25  # classes whose confusion is drawn
 COLOUR = "#2b7bd0"
-Counts = Sequence[Sequence[int]]  # by label and answer
+Counts = npt.NDArray[np.int64]  # (K, K): by label and answer
 
 
 @dataclass(frozen=True)
@@ -38,26 +42,36 @@ def classes_table(classes: Sequence[str], confusion: Counts) -> Table:
     """The error of each class, and what it is most often taken for; None for a class without images."""
     header = ["class", "images", "wrong", "error (%)", "most often taken for", "times"]
     table = Table("classes", "The error of each class", header)
-    for number, row in enumerate(confusion):
-        images, others = sum(row), [0 if other == number else times for other, times in enumerate(row)]
-        wrong, most = sum(others), max(others, default=0)
-        table.rows.append([classes[number], images, wrong, 100 * wrong / images if images else None])
-        table.rows[-1] += [classes[others.index(most)], most] if most else [None, None]
+    others = _mistaken(confusion)
+    counts = [confusion.sum(1), others.sum(1), others.argmax(1), others.max(1)]
+    for name, images, wrong, other, most in zip(classes, *(count.tolist() for count in counts), strict=True):
+        table.rows.append([name, images, wrong, 100 * wrong / images if images else None])
+        table.rows[-1] += [classes[other], most] if most else [None, None]
+    return table
+
+
+def _mistaken(confusion: Counts) -> Counts:
+    """`confusion` without the right answers."""
+    return confusion - np.diag(confusion.diagonal())
+
+
+def confusion_table(classes: Sequence[str], confusion: Counts) -> Table:
+    """How often each class was given each answer, of the pairs that occur: of 1,000 classes few of a million do."""
+    table = Table("confusion", "What was taken for what", ["label", "prediction", "images"])
+    for label, answer in np.argwhere(confusion).tolist():
+        table.rows.append([classes[label], classes[answer], int(confusion[label, answer])])
     return table
 
 
 def pairs_table(classes: Sequence[str], confusion: Counts) -> Table:
     """Which class is taken for which, the most frequent first."""
-    pairs = [
-        (times, label, answer)
-        for label, row in enumerate(confusion)
-        for answer, times in enumerate(row)
-        if times and answer != label
-    ]
-    pairs.sort(key=lambda pair: (-pair[0], pair[1:]))
+    others, images = _mistaken(confusion), confusion.sum(1)
+    pairs = np.argwhere(others)  # by label, then answer
+    most = pairs[np.argsort(-others[tuple(pairs.T)], kind="stable")][:FEW]
     table = Table("pairs", "What is taken for what", ["label", "answer", "times", "of its label (%)"])
-    for times, label, answer in pairs[:FEW]:
-        table.rows.append([classes[label], classes[answer], times, 100 * times / sum(confusion[label])])
+    for label, answer in most.tolist():
+        times = int(others[label, answer])
+        table.rows.append([classes[label], classes[answer], times, 100 * times / int(images[label])])
     if len(pairs) > FEW:
         table.notes.append(f"The {FEW} most frequent of {len(pairs):,} pairs.")
     return table
@@ -88,7 +102,7 @@ def page(
     ]
     sure.gallery = [
         dataclasses.replace(
-            one.tile, lines=(one.label, f"taken for {one.answer}, {100 * one.probability:.2f} %", one.name)
+            one.tile, lines=(one.label, f"taken for {one.answer}, {format_share(one.probability)}", one.name)
         )
         for one in pictures
     ]
@@ -150,15 +164,14 @@ def _draw_confusion(classes: Sequence[str], confusion: Counts) -> Any:
     with plain_matplotlib():
         from matplotlib.figure import Figure
 
-        shares = [[100 * times / (sum(row) or 1) for times in row] for row in confusion]
+        shares = 100 * confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
         figure = Figure(figsize=(2.4 + 0.55 * len(classes), 1.8 + 0.5 * len(classes)))
         axes = figure.subplots()
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
-        for label, row in enumerate(shares):
-            for answer, share in enumerate(row):
-                if share >= 0.05:
-                    colour = "white" if share > 50 else "black"
-                    axes.text(answer, label, f"{share:.1f}", ha="center", va="center", fontsize=8, color=colour)
+        for (label, answer), share in np.ndenumerate(shares):
+            if share >= 0.05:
+                colour = "white" if share > 50 else "black"
+                axes.text(answer, label, f"{share:.1f}", ha="center", va="center", fontsize=8, color=colour)
         names = [_short(name) for name in classes]
         axes.set_xticks(range(len(names)), names, rotation=90)
         axes.set_yticks(range(len(names)), names)
