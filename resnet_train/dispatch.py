@@ -80,7 +80,7 @@ def main(command: Command, *more: Command, words: list[str] | None = None) -> No
     """Do what a command line asks for: of `command`, or of one of `more` that are typed with a word more."""
     words = sys.argv[1:] if words is None else words
     for other in more:
-        if words[:1] == [other.name]:
+        if words[:1] == other.typed.split()[1:]:
             command, words = other, words[1:]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its exceptions to us instead of printing them
     try:

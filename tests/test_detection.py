@@ -148,7 +148,7 @@ def test_a_killed_run_goes_on_to_the_same_weights_and_figures(whole, tree, pretr
         time.sleep(0.01)
     job.send_signal(signal.SIGKILL)
     job.wait()
-    assert 0 < checkpoint.load(folder / "checkpoints/last.pt", detector=True)["iteration"] < 7
+    assert 0 < checkpoint.load(folder / "checkpoints/last.pt", kind="detector")["iteration"] < 7
     done = detect(tree.parent, *words)
     assert (done.returncode, done.stderr) == (0, "")
     assert "resuming from iteration" in done.stdout
@@ -158,7 +158,7 @@ def test_a_killed_run_goes_on_to_the_same_weights_and_figures(whole, tree, pretr
 
 def test_what_is_frozen_is_that_of_the_source_bit_for_bit_and_all_else_has_moved(whole, pretrained):
     source = torch.load(pretrained, weights_only=True)
-    state = checkpoint.load(whole[0] / "checkpoints/last.pt", detector=True)["model"]
+    state = checkpoint.load(whole[0] / "checkpoints/last.pt", kind="detector")["model"]
     for name, value in source.items():
         place = "roi_heads.box_head." if name.startswith("layer4") else "backbone."
         if not name.startswith("fc."):
