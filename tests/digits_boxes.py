@@ -1,7 +1,7 @@
 """ILSVRC's localization data in small, from scikit-learn's real digits: python tests/digits_boxes.py FOLDER.
 
-Each image has a class, the digit that is bright on it, once or twice, and a box around each; a dim digit of another class is
-there besides, in half of the images, with a box as well. Training and test images show different digits.
+Each image has a class, the digit that is bright on it, once or twice, and a box around each. In half of the images
+there is a dim digit of another class besides, with a box as well. Training and test images show different digits.
 """
 
 import sys
@@ -27,11 +27,13 @@ def make_digits(folder, train=2000, test=400, classes=10, side=(88, 112), digit=
             shown = [(label, 255)] * draw.integers(1, 3)
             shown += [((label + draw.integers(1, classes)) % classes, 110)] * draw.integers(0, 2)
             width, height = (int(edge) for edge in draw.integers(*side, 2))
-            pixels, objects, taken = draw.integers(0, 40, (height, width)).astype(np.float32), "", np.zeros((height, width))
+            pixels, taken = draw.integers(0, 40, (height, width)).astype(np.float32), np.zeros((height, width))
+            objects = ""
             for kind, bright in shown:
                 ink = enlarged(digits.images[draw.choice(by_class[kind])], int(draw.integers(*digit)))
                 for _ in range(20):
-                    top, left = (int(draw.integers(0, room - edge + 1)) for room, edge in zip((height, width), ink.shape))
+                    top = int(draw.integers(0, height - ink.shape[0] + 1))
+                    left = int(draw.integers(0, width - ink.shape[1] + 1))
                     here = np.s_[top : top + ink.shape[0], left : left + ink.shape[1]]
                     if not taken[here].any():
                         taken[here], pixels[here] = 1, np.maximum(pixels[here], ink * bright)

@@ -74,14 +74,14 @@ class Crops:
 def sample(boxes: Tensor, anchors: Tensor, draw: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
     """Eight anchors and what is learnt of them: four positive ones and four negative ones.
 
-    As in Faster R-CNN, of which this has the overlaps too: an anchor is positive at 0.7 or more with a box and where
-    none has more with that box, negative below 0.3 with all; where there are fewer positive ones, there are more
-    negative ones.
+    As in Faster R-CNN an anchor is positive at an overlap of 0.7 or more with a box, and where none has more with that
+    box, and negative below 0.3 with all. Where fewer than four are positive, as many are negative, lest those prevail;
+    where none is, four.
     """
     matched = MATCH(box_iou(boxes, anchors)) if len(boxes) else torch.full((len(anchors),), MATCH.BELOW_LOW_THRESHOLD)
     order = torch.randperm(len(anchors), generator=draw)
     positive = order[matched[order] >= 0][: ANCHORS // 2]
-    negative = order[matched[order] == MATCH.BELOW_LOW_THRESHOLD][: ANCHORS - len(positive)]
+    negative = order[matched[order] == MATCH.BELOW_LOW_THRESHOLD][: len(positive) or ANCHORS // 2]
     chosen = torch.cat([positive, negative])
     places = torch.zeros(ANCHORS, dtype=torch.int64)
     places[: len(chosen)] = chosen
