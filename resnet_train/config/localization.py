@@ -86,7 +86,7 @@ class LocalizeTestConfig:
     rcnn: str | None
     classifier: str | None
     dense: bool
-    scales: Annotated[list[int] | None, Range(16, 4096)]
+    scales: Annotated[list[int] | None, Range(32, 4096)]
     data: LocalizeTestData
     devices: keys.Devices
     device: keys.Device
