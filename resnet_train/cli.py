@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from resnet_train.config import detection
+from resnet_train.config import detection, localization
 from resnet_train.config.commands import (
     PackConfig,
     WeightsConfig,
@@ -49,6 +49,12 @@ def _check_detect(values: Values, asked: list[str]) -> tuple[Any, Path]:
     _take_launched(values, asked)
     config = detection.check_detect(values, asked)
     return config, detection.run_directory(config, asked)
+
+
+def _check_localize(values: Values, asked: list[str]) -> tuple[Any, Path]:
+    _take_launched(values, asked)
+    config = localization.check_localize(values, asked)
+    return config, localization.run_directory(config, asked)
 
 
 def _take_launched(values: Values, asked: list[str]) -> None:
@@ -222,6 +228,23 @@ COMMANDS = {
         no_sweep="-m: resnet-detect test makes one test at a time",
         words=("checkpoint",),
     ),
+    "localize": Command(
+        "localize",
+        "resnet-localize",
+        _check_localize,
+        "resnet_train.localization.run:localize",
+        "resnet_train.localization.run:open_data",
+        processes=True,
+    ),
+    "localize_test": Command(
+        "localize_test",
+        "resnet-localize test",
+        _values_alone(localization.check_localize_test),
+        "resnet_train.localization.command:evaluate_checkpoint",
+        processes=True,
+        no_sweep="-m: resnet-localize test makes one test at a time",
+        words=("checkpoint",),
+    ),
     "bench": Command(
         "bench",
         "resnet-bench",
@@ -244,4 +267,5 @@ responses = functools.partial(main, COMMANDS["responses"])
 weights = functools.partial(main, COMMANDS["weights"])
 pack = functools.partial(main, COMMANDS["pack"])
 detect = functools.partial(main, COMMANDS["detect"], COMMANDS["predict"], COMMANDS["test"])
+localize = functools.partial(main, COMMANDS["localize"], COMMANDS["localize_test"])
 bench = functools.partial(main, COMMANDS["bench"])

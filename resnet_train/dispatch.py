@@ -80,7 +80,7 @@ def main(command: Command, *more: Command, words: list[str] | None = None) -> No
     """Do what a command line asks for: of `command`, or of one of `more` that are typed with a word more."""
     words = sys.argv[1:] if words is None else words
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its exceptions to us instead of printing them
-    first, others = words[0] if words else "", {other.name: other for other in more}
+    first, others = words[0] if words else "", {other.typed.split()[1]: other for other in more}
     if first in others:
         command, words = others[first], words[1:]
     try:

@@ -65,6 +65,25 @@ DETECTION = {
 }
 DETECTION_ITERATIONS = {"voc": 80_000, "coco": 320_000}
 
+# Table 13: method, net, test, error in % with the true class given, top-5 error with the classes that a net names, that
+# net and its own top-5 error.
+LOCALIZATION = (
+    ("VGG's", "VGG-16", "center crop", 33.1, None, None, None),
+    ("RPN", "ResNet-101", "center crop", 13.3, None, None, None),
+    ("RPN", "ResNet-101", "dense", 11.7, None, None, None),
+    ("RPN", "ResNet-101", "dense", None, 14.4, "ResNet-101", 4.6),
+    ("RPN + R-CNN", "ResNet-101", "dense", None, 10.6, "ResNet-101", 4.6),
+    ("RPN + R-CNN", "ensemble", "dense", None, 8.9, "ensemble", None),
+)
+LOCALIZATION_DATA = "of ILSVRC's 50,000 validation images"
+# Table 14: top-5 localization error in % on ILSVRC's validation and test images.
+LOCALIZATION_SYSTEMS: dict[str, tuple[float | None, float]] = {
+    "OverFeat (2013)": (30.0, 29.9),
+    "GoogLeNet (2014)": (None, 26.7),
+    "VGG (2014)": (26.9, 25.3),
+    "ResNet (2015)": (8.9, 9.0),
+}
+
 # Table 1 and section 4.1: multiply-adds for one image of 224x224. Table 6: parameters.
 MULTIPLY_ADDS = {
     "resnet-18-B": 1.8e9,

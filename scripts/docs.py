@@ -37,6 +37,8 @@ COMMANDS = {
     "detect": "resnet-detect",
     "test": "resnet-detect test",
     "predict": "resnet-detect predict",
+    "localize": "resnet-localize",
+    "localize_test": "resnet-localize test",
 }
 HEAD = """# Every key
 
@@ -73,7 +75,7 @@ FLOORS = [
     ["cli", "dispatch", "sweep"],
     ["console"],
     ["bench"],
-    ["classification", "detection"],
+    ["classification", "detection", "localization"],
     ["weights", "report"],
     ["data", "models"],
     ["engine"],
@@ -171,6 +173,7 @@ def navigation() -> str:
             "imagenet": "ImageNet",
             "weights": "Weights",
             "detection": "Detection",
+            "localization": "Localization",
             "python": "Python",
             "speed": "Speed",
             "results": "What was measured",

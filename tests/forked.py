@@ -37,6 +37,7 @@ NEEDED += [
     "detection.predict",
     "detection.run",
     "engine.launch",
+    "localization.command",
     "report.report",
 ]
 NEEDED += ["engine.launch", "report.report", "weights.command"]

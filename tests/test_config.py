@@ -16,7 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import OverrideType, QuotedString
 
 from resnet_train import cli, sweep
-from resnet_train.config import commands, detection, images
+from resnet_train.config import commands, detection, images, localization
 from resnet_train.config.commands import check_eval
 from resnet_train.config.compose import CONFIG_DIR, LISTS, TEXTS, compose
 from resnet_train.config.compose import CONFIGS as KINDS
@@ -364,7 +364,8 @@ def test_every_key_is_read():
     keys |= set(flat(compose("pack", [])))
     keys |= set(flat(compose("weights", []))) | compose("classify", ["checkpoint=x"]).keys()
     keys |= set(flat(compose("detect", []))) | compose("predict", ["checkpoint=x"]).keys()
-    keys |= set(flat(compose("test", ["checkpoint=x"])))
+    keys |= set(flat(compose("test", ["checkpoint=x"]))) | set(flat(compose("localize", ["init_from=x"])))
+    keys |= set(flat(compose("localize_test", ["checkpoint=x"])))
     assert unread(keys) == {"scale"}  # which check_train multiplies the counts by: tests/test_experiments.py
     assert unread({"bn_wd", "schedule.nosuch", "seed"}) == {"bn_wd", "schedule.nosuch"}
 
@@ -380,6 +381,7 @@ RANGES = {  # key: least, most, without the least, without the most
     "bn_images": (2, None, False, False),
     "checkpoint_every": (1, None, False, False),
     "data.size": (8, 1024, False, False),
+    "crop": (16, 1024, False, False),
     "data.validation": (0, None, False, False),
     "data.workers": (0, 256, False, False),
     "depth": (None, 100000, False, False),
@@ -441,7 +443,7 @@ def test_every_number_has_a_range(kind):
 
 def test_every_text_and_every_list_is_known():
     """For these values Hydra's grammar is kept off, and a list is advised."""
-    modules = (commands, detection, images)
+    modules = (commands, detection, images, localization)
     assert {kind for module in modules for name, kind in vars(module).items() if name.endswith("Config")} == set(KINDS)
     assert {"run_dir", "data.root", "data.classes", "checkpoint", "classes", "resume"} < TEXTS
     assert {"schedule.drops", "augment.area", "anchors", "mean"} < LISTS

@@ -153,7 +153,7 @@ def kill_at_the_first_checkpoint(folder, words, iterations):
         time.sleep(0.01)
     job.send_signal(signal.SIGKILL)
     job.wait()
-    assert 0 < checkpoint.load(folder / "checkpoints/last.pt", detector=True)["iteration"] < iterations
+    assert 0 < checkpoint.load(folder / "checkpoints/last.pt", kind="detector")["iteration"] < iterations
 
 
 def test_a_killed_run_goes_on_to_the_same_weights_and_figures(whole, tree, pretrained):
@@ -170,7 +170,7 @@ def test_a_killed_run_goes_on_to_the_same_weights_and_figures(whole, tree, pretr
 
 def test_what_is_frozen_is_that_of_the_source_bit_for_bit_and_all_else_has_moved(whole, pretrained):
     source = torch.load(pretrained, weights_only=True)
-    state = checkpoint.load(whole[0] / "checkpoints/last.pt", detector=True)["model"]
+    state = checkpoint.load(whole[0] / "checkpoints/last.pt", kind="detector")["model"]
     for name, value in source.items():
         place = "roi_heads.box_head." if name.startswith("layer4") else "backbone."
         if not name.startswith("fc."):
@@ -400,7 +400,7 @@ def test_batch_norm_is_fixed_with_weights_and_trained_without(tree, pretrained):
 
 def test_a_detector_goes_on_on_other_classes_by_their_names(tree, whole, tmp_path):
     last = whole[0] / "checkpoints/last.pt"
-    state = checkpoint.load(last, detector=True)
+    state = checkpoint.load(last, kind="detector")
     state["classes"] = ["airplane", "square", "couch"]  # as COCO names them
     checkpoint.save(tmp_path / "coco.pt", state)
     names = ["sofa", "aeroplane", "person", "square"]

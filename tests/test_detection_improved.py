@@ -503,7 +503,7 @@ def test_training_with_context_goes_on_from_a_checkpoint_to_the_same_weights(tre
 
     whole = trained(build(config, examples, CPU), 3)
     checkpoint.save(tmp_path / "last.pt", trained(build(config, examples, CPU), 2).state())
-    state = checkpoint.load(tmp_path / "last.pt", detector=True)
+    state = checkpoint.load(tmp_path / "last.pt", kind="detector")
     again = trained(build(config, examples, CPU, state | {"path": "last.pt"}), 1)
     assert again.iteration == whole.iteration == 3
     assert all(torch.equal(value, whole.model.state_dict()[name]) for name, value in again.model.state_dict().items())

@@ -6,7 +6,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from resnet_train.config import commands, detection, images, train
+from resnet_train.config import commands, detection, images, localization, train
 from resnet_train.config.schema import types_of
 
 KINDS: dict[str, tuple[type, ...]] = {
@@ -22,6 +22,8 @@ KINDS: dict[str, tuple[type, ...]] = {
     "detect": (detection.DetectConfig,),
     "test": (detection.DetectTestConfig,),
     "predict": (detection.PredictConfig,),
+    "localize": (localization.LocalizeConfig,),
+    "localize_test": (localization.LocalizeTestConfig,),
 }
 
 

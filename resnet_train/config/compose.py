@@ -20,20 +20,23 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from resnet_train.config import commands, detection, images, train
+from resnet_train.config import commands, detection, images, localization, train
 from resnet_train.config.schema import flat, key_for, keys_taking
 from resnet_train.errors import UserError, closest, nearest, nearest_data
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 CONFIG_DIR = str(next(p for p in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if p.is_dir()))
-DETECTION = ("detect", "predict", "test")  # whose configurations lie in a folder of their own, with its groups
-GROUPED = ("train", "bench", "detect")  # the commands that choose options of groups
+# The commands whose configurations lie in a folder of their own, with its groups.
+FOLDERS = dict.fromkeys(("detect", "predict", "test"), "detection")
+FOLDERS |= dict.fromkeys(("localize", "localize_test"), "localization")
+GROUPED = ("train", "bench", "detect", "localize")  # the commands that choose options of groups
 KEY = re.compile(r"[+~]*[A-Za-z_][\w./]*", re.ASCII)
 PAIR = re.compile(r"[+~]*(hydra/\w+|[A-Za-z_][\w.]*)=", re.ASCII)
 PIECE = re.compile(r""""(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|[^,]+""")  # of values with commas between them
 CONFIGS: list[type] = [train.Config, detection.DetectConfig, detection.PredictConfig, detection.DetectTestConfig]
 CONFIGS += [commands.EvalConfig, commands.ReportConfig, commands.ResponsesConfig, commands.BenchConfig]
 CONFIGS += [commands.PackConfig, commands.WeightsConfig, images.ClassifyConfig, images.FeaturesConfig]
+CONFIGS += [localization.LocalizeConfig, localization.LocalizeTestConfig]
 # Keys whose values are text as it is typed, numbers too, and those that take lists of numbers.
 TEXTS = keys_taking({str, list[str]}, *CONFIGS)
 LISTS = keys_taking({list[int], list[float]}, *CONFIGS)
@@ -43,14 +46,14 @@ UNTAKEN = (HydraException, OmegaConfBaseException, ValueError, AssertionError, A
 
 def config_dir(name: str) -> str:
     """The folder of a command's configurations."""
-    return str(Path(CONFIG_DIR, "detection")) if name in DETECTION else CONFIG_DIR
+    return str(Path(CONFIG_DIR, FOLDERS.get(name, "")))
 
 
 @functools.cache
 def groups(name: str) -> list[str]:
     """The groups that a command has."""
     folders = (path.name for path in Path(config_dir(name)).iterdir() if path.is_dir())
-    return sorted(folder for folder in folders if folder != "detection") if name in GROUPED else []
+    return sorted(folder for folder in folders if folder not in FOLDERS.values()) if name in GROUPED else []
 
 
 def parse(name: str, words: list[str]) -> argparse.Namespace:

@@ -13,7 +13,8 @@ from resnet_train.files import expand
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 LISTS = "ImageSets/Main"  # of VOC
-DET_LISTS = "ImageSets/DET"  # of ILSVRC
+DET_LISTS = "ImageSets/DET"  # of ILSVRC's detection
+BOXES = "Annotations/CLS-LOC"  # of ILSVRC's localization, beside the images or beside Data/CLS-LOC, which holds them
 CIFAR_FOLDER = "cifar-10-batches-py"
 PACKED = "pack.json"  # in a folder that resnet-pack has written, once it is whole
 PACKING = "packing"  # in one where it is not: what is done so far
@@ -233,3 +234,18 @@ def lists_of(root: Path, kind: str) -> list[str]:
         return sorted(names | ({"train"} if parts else set()))
     years = (f"{path.parts[-4].removeprefix('VOC')}_{path.stem}" for path in root.glob(f"VOC*/{LISTS}/*.txt"))
     return sorted([*years, *(path.stem for path in root.glob(f"{LISTS}/*.txt"))])
+
+
+def class_folders_of_boxes(root: Path) -> tuple[Path, list[str]]:
+    """Where the images of an ImageNet tree with boxes lie, in train/ and val/, and its classes. Raises UserError."""
+    images = next((place for place in (root, root / "Data/CLS-LOC") if (place / "train").is_dir()), root)
+    for place in (images / "train", images / "val", root / BOXES / "train", root / BOXES / "val"):
+        if not place.is_dir():
+            raise UserError(f"data.root={root}: has no {place.relative_to(root)}/, as ILSVRC's localization has")
+    try:
+        classes = folders_in(images / "train")
+    except OSError as error:
+        raise UserError(f"data.root={root}: {error.strerror}: {error.filename}") from error
+    if not classes:
+        raise UserError(f"data.root={root}: train/ has no folder for any class")
+    return images, classes

@@ -79,7 +79,12 @@ def cut(data: bytes, name: str, size: int, box_of: Callable[[int, int], Box]) ->
     whole = jpeg_size(data)
     shorter = min(box_of(*whole)[2:]) if whole else 0
     image = decode(data, name, max(factor for factor in (1, 2, 4, 8) if factor == 1 or shorter >= factor * size))
-    top, left, height, width = box_of(*image.shape[:2])
+    return resized_part(image, box_of(*image.shape[:2]), size)
+
+
+def resized_part(image: Tensor, box: Box, size: int) -> Tensor:
+    """A part of an image (H, W, 3) uint8, brought to `size`: (S, S, 3) uint8."""
+    top, left, height, width = box
     part = image[top : top + height, left : left + width].permute(2, 0, 1)[None]
     part = part.contiguous(memory_format=torch.channels_last)  # of one image torch does not see it, and is slower
     return F.interpolate(part, (size, size), mode="bilinear", antialias=True)[0].permute(1, 2, 0)

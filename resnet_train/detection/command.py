@@ -108,7 +108,7 @@ def _evaluate(asked: DetectTestConfig, device: torch.device) -> None:
 
 
 def _member(path: Path, asked: DetectTestConfig) -> Member:
-    state = on_rank_zero(lambda: _without_optimizer(checkpoint.load(path, detector=True)))
+    state = on_rank_zero(lambda: _without_optimizer(checkpoint.load(path, kind="detector")))
     config = raise_on_all_ranks(lambda: with_test_data(config_from_checkpoint(state["config"]), asked.data))
     return Member(path, config, state)
 

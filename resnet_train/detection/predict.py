@@ -26,7 +26,7 @@ SHOWN = 10  # detections of an image that are printed, those with the highest sc
 def predict(asked: PredictConfig, images: list[str]) -> None:
     """Print what is found in each image, draw it, and write it as JSON. Raises UserError for a broken image."""
     device, path, out = pick_device(asked.device), expand(asked.checkpoint), expand(asked.out)
-    state = checkpoint.load(path, detector=True)
+    state = checkpoint.load(path, kind="detector")
     config, classes = config_from_checkpoint(state["config"]), state["classes"]
     model, _ = build_like_checkpoint(config, state)
     with checkpoint.checkpoint_errors(path):

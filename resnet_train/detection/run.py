@@ -27,7 +27,7 @@ from resnet_train.errors import UserError
 
 def detect(config: DetectConfig, directory: Path) -> int:
     """Train in `directory`, resuming a run that was cut there. The exit code and errors of `engine.run.run`."""
-    return run(config, directory, command="resnet-detect", open_data=open_data, build=build, detector=True)
+    return run(config, directory, command="resnet-detect", open_data=open_data, build=build, kind="detector")
 
 
 def open_data(config: DetectConfig) -> Examples:

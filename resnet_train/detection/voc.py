@@ -155,18 +155,29 @@ def _lines(file: Path) -> list[list[str]]:
 def _kinds(path: Path) -> set[str]:
     """The names of the objects in an annotation; none of one that cannot be read, which is told later."""
     try:
-        return {kind for node in _xml(path).findall("object") if (kind := _text(node, "name"))}
+        return {kind for node in read_xml(path).findall("object") if (kind := _text(node, "name"))}
     except Fault:
         return set()
 
 
 def _voc_example(listed: Listed, listing: Listing, classes: list[str], faults: Faults) -> Example:
     path = listed.annotation
-    node, stem = _xml(path), path.name.removesuffix(".xml")
+    node, stem = read_xml(path), path.name.removesuffix(".xml")
     names = (f"{stem}.jpg", _text(node, "filename"), *listing.stems.get(stem, ()))
     image = listed.folder / next((name for name in names if name in listing.files), names[0])
     if image.name not in listing.files:
         raise Fault(NO_IMAGE, f"{path}: there is no image {image}")
+    size, objects = read_objects(node, path, image, classes, faults)
+    return make_example(image, listed.name, 0, size, objects)
+
+
+def read_objects(
+    node: ElementTree.Element, path: Path, image: Path, classes: list[str], faults: Faults, *, first: int = 1
+) -> tuple[tuple[int, int], list[Object]]:
+    """The size of an image, held against that in its annotation `path`, of which `node` is the root, and its objects.
+
+    `first` is the number of the first pixel. Raises Fault.
+    """
     try:
         size = image_size(image)
     except UserError as error:
@@ -178,12 +189,12 @@ def _voc_example(listed: Listed, listing: Listing, classes: list[str], faults: F
     objects = []
     for number, thing in enumerate(node.findall("object"), 1):  # not the parts of one, which have boxes too
         with faults:
-            objects.append(_voc_object(thing, f"{path}: object {number}", size, classes, faults))
-    return make_example(image, listed.name, 0, size, objects)
+            objects.append(_voc_object(thing, f"{path}: object {number}", size, classes, faults, first))
+    return size, objects
 
 
 def _voc_object(
-    node: ElementTree.Element, where: str, size: tuple[int, int], classes: list[str], faults: Faults
+    node: ElementTree.Element, where: str, size: tuple[int, int], classes: list[str], faults: Faults, first: int
 ) -> Object:
     kind = _text(node, "name")
     where = f"{where} ({kind!r:.60})"
@@ -198,7 +209,8 @@ def _voc_object(
         raise Fault(INCOMPLETE, f"{where}: has difficult {given['difficult']!r:.60}; 0 and 1 are known")
     xmin, ymin, xmax, ymax = (read_number(given[key], f"{where}: {key}", NO_NUMBER) for key in list(given)[:4])
     said = f"{where}: the box from {xmin:g},{ymin:g} to {xmax:g},{ymax:g}"
-    box = read_box((xmin - 1, ymin - 1, xmax, ymax), size, said, faults)
+    last = 1 - first
+    box = read_box((xmin - first, ymin - first, xmax + last, ymax + last), size, said, faults)
     return classes.index(kind) + 1, box, given["difficult"] == "1", box_area(box)
 
 
@@ -212,7 +224,8 @@ class _Builder(ElementTree.TreeBuilder):
         raise ValueError("it declares a document type, which no annotation needs")
 
 
-def _xml(path: Path) -> ElementTree.Element:
+def read_xml(path: Path) -> ElementTree.Element:
+    """The root of an annotation. Raises Fault."""
     try:
         with open_regular(path) as file:
             data = file.read(LARGEST_XML + 1)

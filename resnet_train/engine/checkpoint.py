@@ -22,6 +22,8 @@ from resnet_train.terminal import say
 FORMAT = 2  # of checkpoints; a file of another format is refused
 PARTS = {"config": dict, "iteration": int, "model": dict, "mean": torch.Tensor, "classes": list, "digest": str}
 PARTS |= {"measure": dict, "label": str}
+# The kinds of checkpoints, each but a net's by a part that it alone has, and the commands that they come from.
+KINDS = {"net": "resnet-train", "detector": "resnet-detect", "localizer": "resnet-localize"}
 # A byte string may be declared in one number; unpickled, it is filled with so many zeros.
 BYTEARRAY = re.compile(rb"c(?:__builtin__|builtins)\nbytearray\n")
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # what files begin with that torch wrote before version 1.6
@@ -147,8 +149,8 @@ def _check_sizes(value: Any, path: Path) -> None:
         raise UserError(f"{path}: declares tensors of {sum(stored.values())} bytes, more than the file has")
 
 
-def load(path: Path, *, detector: bool = False) -> dict[str, Any]:
-    """A checkpoint of a net, or of a detector, on the CPU.
+def load(path: Path, *, kind: str = "net") -> dict[str, Any]:
+    """A checkpoint of a net, or of another of KINDS, on the CPU.
 
     Raises UserError for a file that is damaged or not such a checkpoint of ours.
     """
@@ -156,13 +158,18 @@ def load(path: Path, *, detector: bool = False) -> dict[str, Any]:
     check_format(state, path)
     if wrong := wrong_part(state, PARTS):
         raise UserError(f"{path}: is not a checkpoint of resnet-train: {wrong}")
-    if ("detector" in state) != detector:
+    if (found := kind_of(state)) != kind:
         raise UserError(
-            f"{path}: is a checkpoint of resnet-train, not of resnet-detect"
-            if detector
-            else f"{path}: is a detector's, which resnet-detect reads"
+            f"{path}: is a checkpoint of resnet-train, not of {KINDS[kind]}"
+            if found == "net"
+            else f"{path}: is a {found}'s, which {KINDS[found]} reads"
         )
     return state
+
+
+def kind_of(state: Mapping[str, Any]) -> str:
+    """Which of KINDS a checkpoint is."""
+    return next((kind for kind in KINDS if kind in state), "net")
 
 
 def check_format(state: Any, path: Path) -> None:
@@ -242,7 +249,7 @@ def _by(shape: torch.Size) -> str:
     return "x".join(map(str, shape)) or "one number"
 
 
-def load_newest(folder: Path, *, detector: bool = False) -> tuple[Path, dict[str, Any]] | None:
+def load_newest(folder: Path, *, kind: str = "net") -> tuple[Path, dict[str, Any]] | None:
     """The newest whole checkpoint of a run: last.pt, or previous.pt if that is damaged; None if there is neither.
 
     Raises UserError if there are checkpoints and none can be loaded.
@@ -251,7 +258,7 @@ def load_newest(folder: Path, *, detector: bool = False) -> tuple[Path, dict[str
     for path in (folder / "last.pt", folder / "previous.pt"):
         if path.exists():
             try:
-                state = load(path, detector=detector)
+                state = load(path, kind=kind)
             except UserError as error:
                 problems.append(error)
                 continue

@@ -30,32 +30,32 @@ def before_restart(directory: Path, restarts: int) -> Literal["new", "unfinished
 
 
 def claim_run(
-    config: TaskConfig, directory: Path, digest: str, held: contextlib.ExitStack, detector: bool
+    config: TaskConfig, directory: Path, digest: str, held: contextlib.ExitStack, kind: str
 ) -> dict[str, Any] | None:
     """Take the run's directory, until `held` closes. The checkpoint to resume from, if any. Raises UserError."""
     auto = config.resume == "auto"
-    state = None if auto else _resume_state(config, directory, digest, detector)  # before a directory is made
+    state = None if auto else _resume_state(config, directory, digest, kind)  # before a directory is made
     # Workers of a killed run hold on to it for some seconds.
     held.enter_context(lock_directory(directory, "run_dir", "training", patience=20))
     if run_state(directory) == "finished":
         raise UserError(f"run_dir={directory}: another process has finished the run there")
     if auto:  # only now: until they let go of the directory, workers of a killed run write there
-        state = _resume_state(config, directory, digest, detector)
+        state = _resume_state(config, directory, digest, kind)
     return state
 
 
-def _resume_state(config: TaskConfig, directory: Path, digest: str, detector: bool) -> dict[str, Any] | None:
+def _resume_state(config: TaskConfig, directory: Path, digest: str, kind: str) -> dict[str, Any] | None:
     """The checkpoint to resume from and its "path", if any, held against what was asked. Raises UserError."""
     if config.resume == "never":
         return None
     if config.resume == "auto":
-        found = checkpoint.load_newest(directory / "checkpoints", detector=detector)
+        found = checkpoint.load_newest(directory / "checkpoints", kind=kind)
         if found is None:
             return None
         path, state = found
     else:
         path = expand(config.resume)
-        state = checkpoint.load(path, detector=detector)
+        state = checkpoint.load(path, kind=kind)
         if state["iteration"] == config.iterations and not (path.absolute().parent.parent / "metrics.jsonl").exists():
             raise UserError(f"resume={path}: no iteration is left; resnet-eval {shlex.quote(str(path))} measures it")
     otherwise = "another run_dir=" if config.resume == "auto" else "init_from= in place of resume="

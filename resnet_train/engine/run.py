@@ -51,13 +51,14 @@ def run(
     command: str,
     open_data: Callable[[C], D],
     build: Callable[[C, D, torch.device, dict[str, Any] | None], Task],
-    detector: bool = False,
+    kind: str = "net",
 ) -> int:
     """Train a task in `directory`, resuming a run that was cut there, and sum it up. The exit code.
 
-    `open_data` reads the data; `build` makes the task, from a checkpoint's state where one is resumed, and talks to no
-    other process. 0: finished; 128 and a signal's number: stopped by it, with a checkpoint. Raises UserError and
-    RunError. Several processes do this together, and the first alone writes and prints.
+    `kind` is that of its checkpoints. `open_data` reads the data; `build` makes the task, from a checkpoint's state
+    where one is resumed, and talks to no other process. 0: finished; 128 and a signal's number: stopped by it, with a
+    checkpoint. Raises UserError and RunError. Several processes do this together, and the first alone writes and
+    prints.
     """
     prepare_process()
     device = pick_device(config.device)
@@ -70,7 +71,7 @@ def run(
         config = dataclasses.replace(config, devices=world_size(), resume=resume)  # type: ignore[type-var]
         data = open_data(config)
         above = nearest_existing(directory)
-        state = on_rank_zero(lambda: claim_run(config, directory, data.digest, held, detector))
+        state = on_rank_zero(lambda: claim_run(config, directory, data.digest, held, kind))
         try:
             task = raise_on_all_ranks(lambda: build(config, data, device, state))
             environment = on_rank_zero(lambda: begin_run(task, directory, state, command, data.digest))

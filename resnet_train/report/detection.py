@@ -73,14 +73,15 @@ class Detector:
 
 
 def find(folders: Begun) -> list[Detector]:
-    """The detectors in `folders`, each of which is a run.
+    """The detectors among the runs in `folders`.
 
     Raises UserError for files that are no such run's.
     """
     found = []
     for folder, (place, metrics) in folders.items():
-        with reading(folder, "resnet-detect"):
-            found.append(_read(folder, place, metrics))
+        if "backbone" in read_if_object(folder / "config.json"):
+            with reading(folder, "resnet-detect"):
+                found.append(_read(folder, place, metrics))
     return sorted(found, key=lambda run: (run.data, run.net, run.name, run.seed))
 
 

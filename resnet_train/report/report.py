@@ -15,7 +15,7 @@ from resnet_train import paper
 from resnet_train.config.commands import ReportConfig
 from resnet_train.errors import UserError
 from resnet_train.files import expand, put
-from resnet_train.report import detection, figures, page, runs, tables, verdict
+from resnet_train.report import detection, figures, localization, page, runs, tables, verdict
 from resnet_train.report.figures import Picture
 from resnet_train.report.page import Section
 from resnet_train.report.runs import Run
@@ -42,11 +42,11 @@ def report(asked: ReportConfig) -> None:
     else:
         folders = [expand(name) for name in asked.runs]
         found, places, notes = runs.find(folders)
-        detectors = detection.find(places)
+        detectors, localizers = detection.find(places), localization.find(places)
         _check_out(out, [*(run.folder for run in found), *places])
         groups = runs.groups(found)
         notes += _kept_apart(groups)
-        everyone: list[Run | detection.Detector] = [*found, *detectors]
+        everyone: list[Run | detection.Detector | localization.Localizer] = [*found, *detectors, *localizers]
         data = dict.fromkeys(run.data for run in everyone)
         published = any(run.published for run in everyone)
         title = "Deep Residual Learning for Image Recognition: these runs beside the paper"
@@ -57,6 +57,7 @@ def report(asked: ReportConfig) -> None:
         out.mkdir(parents=True, exist_ok=True)
         if asked.report == "runs":
             sections = [*(_sections(groups, folders, out) if groups else []), *detection.sections(detectors)]
+            sections += localization.sections(localizers)
         _write(asked, title, notes, sections, out)
     except OSError as error:
         raise UserError(f"out={out}: cannot be written: {error.strerror}") from error

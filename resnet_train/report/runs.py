@@ -107,8 +107,7 @@ def mean_error(points: list[Point], after: float, until: float) -> float:
 
 
 def find(folders: Iterable[Path]) -> tuple[list[Run], Begun, list[str]]:
-    """All runs in `folders`, which are runs or contain them, what `detection.find` takes, and notes on what was left
-    out.
+    """All runs in `folders`, which are runs or contain them, those of other tasks, and notes on what was left out.
 
     Raises UserError for a folder without runs, or with none that can be read.
     """
@@ -124,18 +123,18 @@ def find(folders: Iterable[Path]) -> tuple[list[Run], Begun, list[str]]:
         for path in configs:
             found.setdefault(path.parent.resolve(), (path.parent, place_of(path.parent, folder)))
     runs: list[Run] = []
-    detectors: Begun = {}
+    others: Begun = {}
     for folder, place in found.values():
         metrics = metrics_in(folder)
         if not metrics:
             notes.append(f"{place}: has no metrics yet, left out")
-        elif "backbone" in read_if_object(folder / "config.json"):
-            detectors[folder] = place, metrics
+        elif read_if_object(folder / "config.json").keys() & {"backbone", "stage"}:
+            others[folder] = place, metrics
         else:
             runs.append(read(folder, place, metrics))
-    if not runs and not detectors:
+    if not runs and not others:
         raise UserError("; ".join(notes) or "there are layer responses and no runs; name the runs too")
-    return _once(runs, notes), detectors, notes
+    return _once(runs, notes), others, notes
 
 
 def place_of(path: Path, asked: Path) -> str:

@@ -89,8 +89,8 @@ def read_source(
     if isinstance(found, Mapping) and "model" in found and type(found.get("format")) is int:
         checkpoint.check_format(found, path)
     if checkpoint.is_ours(found):
-        if "detector" in found:
-            raise UserError(f"{path}: is a detector's, which resnet-detect reads")
+        if (kind := checkpoint.kind_of(found)) != "net":
+            raise UserError(f"{path}: is a {kind}'s, which {checkpoint.KINDS[kind]} reads")
         with checkpoint.checkpoint_errors(path):
             return _of_checkpoint(found)
     state, shape = state_dicts.to_our_names(state_dicts.tensors(found, path), form, str(path))

@@ -1,0 +1,1 @@
+"""Localization (appendix C): where the object of an image's class is."""

@@ -1,0 +1,156 @@
+"""The command `resnet-localize test`: the localization error of an RPN, or of R-CNN on its proposals."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resnet_train.classification.predict import load as load_classifier
+from resnet_train.classification.predict import view
+from resnet_train.config.localization import LocalizeTestConfig, with_test_data
+from resnet_train.config.run_dir import plain_word
+from resnet_train.engine import checkpoint
+from resnet_train.engine.compute import pick_device
+from resnet_train.engine.distributed import is_main, on_rank_zero, process_group, raise_on_all_ranks
+from resnet_train.engine.limits import most_workers
+from resnet_train.files import expand, write_result
+from resnet_train.localization.build import KIND, load_trained
+from resnet_train.localization.evaluate import Names, evaluate
+from resnet_train.localization.find import Trained, dense_sides, whole_view
+from resnet_train.localization.run import check_classes
+from resnet_train.localization.train import METHODS
+from resnet_train.localization.tree import read_tree
+from resnet_train.terminal import say
+
+
+def evaluate_checkpoint(asked: LocalizeTestConfig) -> None:
+    """Print and write the localization error of a checkpoint, by ILSVRC's rule. Raises UserError.
+
+    On a center crop with the true class given it is what training logged.
+    """
+    device = pick_device(asked.device)
+    with process_group(device, asked.timeout):
+        _evaluate(asked, device)
+
+
+def _evaluate(asked: LocalizeTestConfig, device: torch.device) -> None:
+    path = expand(asked.checkpoint)
+    state = _load(path)
+    rpn, around, trained_as = raise_on_all_ranks(lambda: load_trained(path, state, "rpn", device))
+    config = raise_on_all_ranks(lambda: with_test_data(trained_as, asked.data))
+    classes, data, root = state["classes"], config.data, Path(config.data.root or "")
+    sides = dense_sides(rpn.crop, asked.scales) if asked.dense else None
+    rcnn, of_rcnn = _open_rcnn(asked.rcnn, classes, device) if asked.rcnn else (None, {})
+    classify, of_names = _open_names(asked.classifier, classes, sides, device) if asked.classifier else (None, {})
+    photos = raise_on_all_ranks(lambda: read_tree(root, broken=data.broken, train=False, classes=classes))
+    start = time.perf_counter()
+    measured = evaluate(
+        rpn,
+        rcnn,
+        photos.test,
+        device=device,
+        workers=min(data.workers, most_workers()),
+        skip=data.broken == "skip",
+        sides=sides,
+        classify=classify,
+    )
+    result = {
+        "task": "localization",
+        "method": METHODS["rcnn" if rcnn else "rpn"],
+        "checkpoint": str(path.absolute()),
+        "net": around.net,
+        "seed": config.seed,
+        "iteration": state["iteration"],
+        "iterations": config.iterations,
+        **of_rcnn,
+        **of_names,
+        "data": config.data_label,
+        "root": str(expand(root).resolve()),
+        "split": "val",
+        "boxes": len(photos.test.boxes),
+        "faults": photos.faults,
+        "protocol": _protocol(rpn.crop, sides),
+        "crop": rpn.crop,
+        "scales": sides,
+        **measured,
+        "precision": " and ".join(sorted({rpn.precision, *([rcnn.precision] if rcnn else [])})),
+        "device": str(device),
+        "seconds": time.perf_counter() - start,
+    }
+    if is_main():
+        out = expand(asked.out) if asked.out else _default_out(path, asked, config.data_label, state["label"])
+        write_result(out, result)
+        say(_line(result, out))
+        if photos.faults:
+            say(f"note: left out or cut: {', '.join(f'{count} {kind}' for kind, count in photos.faults.items())}")
+
+
+def _open_rcnn(name: str, classes: list[str], device: torch.device) -> tuple[Trained, dict[str, Any]]:
+    """R-CNN, and what a result says of it. Raises UserError."""
+    path = expand(name)
+    state = _load(path)
+    rcnn, around, config = raise_on_all_ranks(lambda: load_trained(path, state, "rcnn", device))
+    raise_on_all_ranks(lambda: check_classes(f"rcnn={name}", state["classes"], classes, "the RPN"))
+    told = {"checkpoint": str(path.absolute()), "net": around.net, "seed": config.seed}
+    told |= {"iteration": state["iteration"], "iterations": config.iterations, "proposals": config.proposals}
+    return rcnn, {"rcnn": told}
+
+
+def _open_names(
+    name: str, classes: list[str], sides: Sequence[int] | None, device: torch.device
+) -> tuple[Names, dict[str, Any]]:
+    """What names the five likeliest classes of an image (3, H, W) uint8, and what a result says of it.
+
+    They are told in the view of the net's own test or, with `sides`, by the mean over the whole image at each. Raises
+    UserError.
+    """
+    classifier = raise_on_all_ranks(lambda: load_classifier(name, device))
+    raise_on_all_ranks(lambda: check_classes(f"classifier={name}", classifier.classes, classes, "the RPN"))
+
+    def classify(image: Tensor) -> Tensor:
+        shown = [view(image, classifier.config)]
+        if sides is not None:
+            shown = [whole_view(image, side).pixels for side in sides]
+        odds = [classifier.logits(classifier.normalise(one[None])).softmax(1) for one in shown]
+        return torch.stack(odds).mean(0)[0].topk(min(5, len(classes))).indices
+
+    return classify, {"classifier": {"checkpoint": str(expand(name).absolute()), "net": classifier.config.net}}
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """A checkpoint without its momentum, which other processes need not be sent."""
+    return on_rank_zero(lambda: {k: v for k, v in checkpoint.load(path, kind=KIND).items() if k != "optimizer"})
+
+
+def _protocol(crop: int, sides: Sequence[int] | None) -> str:
+    """How the images are looked at, in words."""
+    if sides is None:
+        return f"center crop of {crop}"
+    return f"dense, shorter side at {', '.join(map(str, sides))}"
+
+
+def _default_out(path: Path, asked: LocalizeTestConfig, label: str, trained_on: str) -> Path:
+    """Beside the checkpoint, named after what was measured."""
+    words = [path.stem, *([plain_word(label)] if label != trained_on else [])]
+    words += ["dense" if asked.dense else "center", *map(str, asked.scales or [])]
+    words += ["rcnn"] if asked.rcnn else []
+    words += ["top5"] if asked.classifier else []
+    return path.with_name("-".join([*words, "test"]) + ".json")
+
+
+def _line(result: dict[str, Any], out: Path) -> str:
+    named = ""
+    if "error5" in result:
+        named = (
+            f"; top-5 {result['error5']:.2f} %, top-1 {result['error1']:.2f} %, with the classes of"
+            f" {result['classifier']['net']} ({result['class_error5']:.2f} and {result['class_error1']:.2f} % wrong)"
+        )
+    return (
+        f"{result['method']}, {result['net']} on {result['data']}, {result['protocol']}: localization error"
+        f" {result['error']:.2f} % with the true class{named}, on {result['images']} images; {out}"
+    )

@@ -1,0 +1,223 @@
+"""Training batches: which crops, anchors and regions is a function of seed, iteration and place in the batch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.models.detection._utils import Matcher
+from torchvision.ops import box_iou, clip_boxes_to_image, remove_small_boxes
+from tqdm import tqdm
+
+from resnet_train.data.crops import resized_part, scaled_box
+from resnet_train.data.decode import ImageError
+from resnet_train.data.loader import checked_batches, leave_signals
+from resnet_train.data.sampler import batch_indices, generator
+from resnet_train.detection.annotations import Example, load
+from resnet_train.detection.loader import mirrored
+from resnet_train.localization.model import CODERS, warp
+from resnet_train.localization.tree import Photos
+from resnet_train.terminal import printable
+
+ANCHORS = 8  # of an image, half of them positive where there are as many
+MATCH = Matcher(0.7, 0.3, allow_low_quality_matches=True)  # Faster R-CNN's overlaps for positive and negative
+OVERLAP = 0.5  # of a region with an object, from which on it is positive
+TRIES = 100  # broken images in a row after which nothing is skipped any more
+SHORTER = (256, 480)  # what an image's shorter side is brought to for crops of 224
+
+
+class Item(NamedTuple):
+    """An image of a batch: (S, S, 3) uint8, its class from 0, and what is learnt at P places of it."""
+
+    image: Tensor
+    label: int
+    places: Tensor  # (P,) int64: anchors
+    target: dict[str, Tensor]  # as `loss_parts` takes it: (P,) and (P, 4)
+
+
+class Batch(NamedTuple):
+    """Items as tensors with one dimension more, and the lines about images that could not be read."""
+
+    images: Tensor
+    labels: Tensor
+    places: Tensor
+    target: dict[str, Tensor]
+    broken: list[str]
+
+
+class Crops:
+    """What the RPN learns from: random crops, and some anchors of each."""
+
+    def __init__(self, anchors: Tensor, size: int, flip: bool) -> None:
+        """`anchors`: (P, 4), of a crop of `size`."""
+        self.anchors, self.size, self.flip = anchors, size, flip
+
+    def item(self, example: Example, _: int, __: int, draw: torch.Generator) -> Item:
+        """A crop of an image. Raises UserError."""
+        low, high = (round(side * self.size / 224) for side in SHORTER)
+        side, place = int(torch.randint(low, high + 1, (), generator=draw)), torch.rand(2, generator=draw).tolist()
+        flip = bool(torch.rand((), generator=draw) < 0.5) and self.flip
+        top, left, edge, _ = scaled_box(example.height, example.width, size=self.size, side=side, place=place)
+        image = resized_part(load(example).permute(1, 2, 0), (top, left, edge, edge), self.size)
+        boxes = (example.boxes - torch.tensor([left, top, left, top])) * (self.size / edge)
+        boxes = clip_boxes_to_image(boxes, (self.size, self.size))
+        boxes = boxes[remove_small_boxes(boxes, 1.0)]
+        if flip:
+            image, boxes = image.flip(1), mirrored(boxes, self.size)
+        return Item(image, int(example.labels[0]) - 1, *sample(boxes, self.anchors, draw))
+
+
+def sample(boxes: Tensor, anchors: Tensor, draw: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    """Eight anchors and what is learnt of them: four positive ones and four negative ones.
+
+    As in Faster R-CNN an anchor is positive at an overlap of 0.7 or more with a box, and where none has more with that
+    box, and negative below 0.3 with all. Where fewer than four are positive, as many are negative, lest those prevail;
+    where none is, four.
+    """
+    matched = MATCH(box_iou(boxes, anchors)) if len(boxes) else torch.full((len(anchors),), MATCH.BELOW_LOW_THRESHOLD)
+    order = torch.randperm(len(anchors), generator=draw)
+    positive = order[matched[order] >= 0][: ANCHORS // 2]
+    negative = order[matched[order] == MATCH.BELOW_LOW_THRESHOLD][: len(positive) or ANCHORS // 2]
+    chosen = torch.cat([positive, negative])
+    places = torch.zeros(ANCHORS, dtype=torch.int64)
+    places[: len(chosen)] = chosen
+    ranks = torch.arange(ANCHORS)
+    moves = torch.zeros(ANCHORS, 4)
+    moves[: len(positive)] = CODERS["rpn"].encode_single(boxes[matched[positive]], anchors[positive])
+    return places, {"valid": ranks < len(chosen), "positive": ranks < len(positive), "moves": moves}
+
+
+class Regions:
+    """What R-CNN learns from: regions that the RPN has proposed, each cut out of its image and warped."""
+
+    def __init__(self, proposals: Tensor, size: int, flip: bool) -> None:
+        """`proposals`: (images, n, 4); where an image has fewer than n, the rest is NaN."""
+        self.proposals, self.size, self.flip = proposals, size, flip
+
+    def item(self, example: Example, index: int, place: int, draw: torch.Generator) -> Item:
+        """A region of an image: at even places of the batch a positive one, at odd ones a negative one, if there is."""
+        regions = self.proposals[index]
+        regions = regions[regions.isfinite().all(1)]
+        if not len(regions):
+            raise ImageError(f"{example.path}: could not be read when regions were proposed")
+        overlap, best = box_iou(regions, example.boxes).max(1)
+        positive = overlap >= OVERLAP
+        wanted = torch.nonzero(positive == (place % 2 == 0))[:, 0]
+        among = wanted if len(wanted) else torch.arange(len(regions))
+        chosen = among[torch.randint(len(among), (1,), generator=draw)]
+        image, region, box = load(example), regions[chosen], example.boxes[best[chosen]]
+        if bool(torch.rand((), generator=draw) < 0.5) and self.flip:
+            image, region, box = image.flip(2), mirrored(region, example.width), mirrored(box, example.width)
+        target = {"valid": torch.ones(1, dtype=torch.bool), "positive": positive[chosen]}
+        target["moves"] = CODERS["rcnn"].encode_single(box, region)
+        label = int(example.labels[0]) - 1
+        return Item(warp(image, region, self.size)[0], label, torch.zeros(1, dtype=torch.int64), target)
+
+
+class _Training(Dataset[Batch]):
+    """This process's share of the batch of each iteration."""
+
+    def __init__(
+        self, photos: Photos, kind: Crops | Regions, seed: int, batch_size: int, skip: bool, rank: int, world: int
+    ) -> None:
+        self.photos, self.kind, self.seed, self.batch_size = photos, kind, seed, batch_size
+        self.tries, self.rank, self.world = min(len(photos), TRIES) if skip else 1, rank, world
+
+    def __getitem__(self, iteration: int) -> Batch:
+        indices = batch_indices(self.seed, iteration, self.batch_size, len(self.photos)).tolist()
+        seeds = torch.randint(2**62, (self.batch_size,), generator=generator(self.seed, "crops", iteration)).tolist()
+        broken: list[str] = []
+        items = [
+            self._item(indices[place], place, seeds[place], broken)
+            for place in range(self.rank, self.batch_size, self.world)
+        ]
+        images, labels, places, targets = zip(*items, strict=True)
+        target = {name: torch.stack([one[name] for one in targets]) for name in targets[0]}
+        return Batch(torch.stack(images), torch.tensor(labels), torch.stack(places), target, broken)
+
+    def _item(self, index: int, place: int, seed: int, broken: list[str]) -> Item:
+        """What is learnt at a place of a batch: of an image or, where it is broken and skipped, of the next."""
+        for step in range(self.tries):
+            number = (index + step) % len(self.photos)
+            try:
+                return self.kind.item(self.photos[number], number, place, torch.Generator().manual_seed(seed))
+            except ImageError as error:
+                broken.append(str(error))
+        raise ImageError(broken[-self.tries])
+
+
+class _Images(Dataset[tuple[Tensor | None, str]]):
+    """Whole images, or the line about one that is broken and skipped."""
+
+    def __init__(self, photos: Photos, indices: range, skip: bool) -> None:
+        self.photos, self.indices, self.skip = photos, indices, skip
+
+    def __getitem__(self, place: int) -> tuple[Tensor | None, str]:
+        try:
+            return load(self.photos[self.indices[place]]), ""
+        except ImageError as error:
+            if not self.skip:
+                raise
+            return None, str(error)
+
+
+def whole_images(
+    photos: Photos, indices: range, *, workers: int, skip: bool, device: torch.device
+) -> Iterator[tuple[Example, Tensor]]:
+    """The images at `indices`, (3, H, W) uint8 on `device`, in order.
+
+    A broken one stops all with its name or, with `skip`, is told of and left out. Raises UserError.
+    """
+    data = _Images(photos, indices, skip)
+    for index, (image, broken) in zip(indices, _loaded(data, range(len(indices)), workers, device), strict=True):
+        if image is None:
+            tell_skipped(broken)
+        else:
+            yield photos[index], image.to(device, non_blocking=True)
+
+
+def tell_skipped(line: str) -> None:
+    """Print the line about an image that is skipped."""
+    tqdm.write(printable(f"skipped: {line}"), file=sys.stderr)
+
+
+def _loaded(data: Dataset[Any], order: range, workers: int, device: torch.device) -> Iterator[Any]:
+    """The items of `data` as they are."""
+    return checked_batches(
+        DataLoader(
+            data,
+            batch_size=None,
+            sampler=order,
+            num_workers=workers,
+            pin_memory=device.type == "cuda",
+            worker_init_fn=leave_signals,
+        )
+    )
+
+
+def training_batches(
+    photos: Photos,
+    kind: Crops | Regions,
+    *,
+    seed: int,
+    batch_size: int,
+    iterations: range,
+    workers: int,
+    skip: bool,
+    device: torch.device,
+    rank: int = 0,
+    world: int = 1,
+) -> Iterator[Batch]:
+    """This process's share of the batches of `iterations`, on `device`.
+
+    A broken image stops all with its name or, with `skip`, the next one stands in. Raises UserError.
+    """
+    data = _Training(photos, kind, seed, batch_size, skip, rank, world)
+    for images, labels, places, target, broken in _loaded(data, iterations, workers, device):
+        on_device = [value.to(device, non_blocking=True) for value in (images, labels, places)]
+        moved = {name: value.to(device, non_blocking=True) for name, value in target.items()}
+        yield Batch(on_device[0], on_device[1], on_device[2], moved, broken)

@@ -1,0 +1,159 @@
+"""Tables 13 and 14: what resnet-localize and its test leave, beside the paper's, and the error over iterations."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from resnet_train import paper
+from resnet_train.files import read_if_object, read_object
+from resnet_train.report.curves import OTHERS, plain_matplotlib
+from resnet_train.report.figures import Picture
+from resnet_train.report.page import Section
+from resnet_train.report.runs import Begun
+from resnet_train.report.tables import Cell, Table, without_places
+from resnet_train.report.values import number, reading, whole, word
+
+METHODS = {"rpn": "RPN", "rcnn": "RPN + R-CNN"}
+ERRORS = ("error", "error1", "error5", "class_error1", "class_error5")  # of a test, in %
+
+
+@dataclass(frozen=True)
+class Localizer:
+    """One run of resnet-localize, as its folder tells it."""
+
+    folder: Path
+    place: str  # as a report names the folder
+    data: str
+    stage: str
+    seed: int
+    iterations: int
+    test: list[dict[str, Any]]  # the lines of the metrics
+    results: list[dict[str, Any]]  # what resnet-localize test has left beside its checkpoints
+    command: str
+    device: str
+    published = False
+
+    @property
+    def name(self) -> str:
+        """The stage and the seed."""
+        return f"{METHODS[self.stage]}, seed {self.seed}"
+
+
+def find(folders: Begun) -> list[Localizer]:
+    """The runs of resnet-localize among `folders`. Raises UserError for files that are no such run's."""
+    found = []
+    for folder, (place, metrics) in folders.items():
+        if "stage" in read_if_object(folder / "config.json"):
+            with reading(folder, "resnet-localize"):
+                found.append(_read(folder, place, metrics))
+    return sorted(found, key=lambda run: (run.data, run.stage != "rpn", run.seed, run.place))
+
+
+def _read(folder: Path, place: str, metrics: list[dict[str, Any]]) -> Localizer:
+    config, environment = read_object(folder / "config.json"), read_if_object(folder / "environment.json")
+    lines = [line for line in metrics if line["split"] == "test"]
+    return Localizer(
+        folder=folder,
+        place=place,
+        data=word(metrics[0]["data"]),
+        stage={"rpn": "rpn", "rcnn": "rcnn"}[config["stage"]],
+        seed=whole(config["seed"]),
+        iterations=whole(config["iterations"], 1),
+        test=[{"iteration": whole(line["iteration"]), "error": number(line["error"], 0, 100)} for line in lines],
+        results=[
+            _result(found)
+            for path in sorted(folder.rglob("*-test.json"))
+            if (found := read_if_object(path)).get("task") == "localization"
+        ],
+        command=word(environment.get("command", "")),
+        device=word(environment.get("device", "")),
+    )
+
+
+def _result(found: dict[str, Any]) -> dict[str, Any]:
+    """What a test has measured, as it may be shown."""
+    words = {key: word(found[key]) for key in ("method", "net", "data", "protocol")}
+    errors = {key: number(found[key], 0, 100) for key in ERRORS if key in found}
+    names = {"classifier": word(found["classifier"]["net"])} if "classifier" in found else {}
+    return words | errors | names | {key: whole(found[key]) for key in ("images", "seed", "iteration", "iterations")}
+
+
+def sections(runs: list[Localizer]) -> list[Section]:
+    """A section for the runs on each data set."""
+    groups: dict[str, list[Localizer]] = {}
+    for run in runs:
+        groups.setdefault(run.data, []).append(run)
+    return [_section(group, "" if number == 1 else f"-{number}") for number, group in enumerate(groups.values(), 1)]
+
+
+def _section(group: list[Localizer], where: str) -> Section:
+    data = group[0].data
+    section = Section(f"Localization on {data}: {len(group)} run{'s' if len(group) > 1 else ''}")
+    results = [result for run in group for result in run.results]
+    section.tables = [_table_13(data, results, where), _table_14(data, results, where)]
+    if any(run.test for run in group):
+        caption = (
+            f"Localization error on a center crop of the test images of {data}, true class given, over iterations."
+        )
+        section.figures = [Picture(f"localization{where}", caption, functools.partial(_figure, group))]
+    section.commands = [(f"{run.name}, on {run.device}; {run.place}", without_places(run.command)) for run in group]
+    return section
+
+
+def _table_13(data: str, results: list[dict[str, Any]], where: str) -> Table:
+    """Localization errors with the true class given and with predicted ones; ours, then the paper's."""
+    header = ["", "method", "net", "test", "error with the true class", "top-5", "top-1", "classes by", "their top-5"]
+    made = Table(f"table-13{where}", f"Table 13: localization error in %, ours on {data}", [*header, "their top-1"])
+    for result in sorted(results, key=lambda one: (one["method"] != "RPN", one["protocol"] != "center", -one["error"])):
+        row: list[Cell] = ["ours", result["method"], result["net"], result["protocol"], result["error"]]
+        row += [result.get("error5"), result.get("error1"), result.get("classifier")]
+        made.rows.append([*row, result.get("class_error5"), result.get("class_error1")])
+    for method, net, test, given, top5, names, their5 in paper.LOCALIZATION:
+        made.rows.append(["paper", method, net, test, given, top5, None, names, their5, None])
+    if results:
+        made.notes.append(f"Not comparable: {_ours(data, results)}; the paper's {paper.LOCALIZATION_DATA}.")
+    else:
+        made.notes.append("Ours: not measured yet; `resnet-localize test checkpoint=…/checkpoints/last.pt dense=true`")
+    made.notes.append(
+        "An image is wrong where no answer has its class and overlaps one of its boxes of that class by 0.5 or more: of"
+        " one answer with the true class, of five with the classes of a classifier."
+    )
+    return made
+
+
+def _ours(data: str, results: list[dict[str, Any]]) -> str:
+    images = " or ".join(sorted({f"{result['images']:,}" for result in results}))
+    lengths = " or ".join(sorted({f"{result['iterations']:,}" for result in results}))
+    return f"ours are of {images} test images of {data}, an RPN of {lengths} iterations"
+
+
+def _table_14(data: str, results: list[dict[str, Any]], where: str) -> Table:
+    """Top-5 localization errors of systems."""
+    made = Table(
+        f"table-14{where}", f"Table 14: top-5 localization error in %, ours on {data}", ["", "system", "val", "test"]
+    )
+    for result in sorted((one for one in results if "error5" in one), key=lambda one: -one["error5"]):
+        name = f"{result['net']}, {result['method']}, {result['protocol']}"
+        made.rows.append(["ours", name, result["error5"], None])
+    for system, (val, test) in paper.LOCALIZATION_SYSTEMS.items():
+        made.rows.append(["paper", system, val, test])
+    made.notes.append("Not comparable: see table 13.")
+    return made
+
+
+def _figure(group: list[Localizer]) -> Any:
+    with plain_matplotlib():
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 4.5))
+        axes = figure.subplots()
+        for place, run in enumerate(group):
+            points = [(line["iteration"], line["error"]) for line in run.test]
+            if points:
+                axes.plot(*zip(*points, strict=True), "o-", color=OTHERS[place % len(OTHERS)], label=run.name)
+        axes.set(xlabel="iterations", ylabel="localization error (%)", ylim=(0, 100))
+        axes.legend()
+    return figure

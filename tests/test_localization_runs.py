@@ -1,0 +1,175 @@
+"""Whole runs of `resnet-localize` on real digits: what they leave, how they resume, alone and in two processes."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+
+import forked
+import pytest
+import torch
+from conftest import as_one_of, metrics, needs, start
+
+from resnet_train.engine import checkpoint
+
+needs("sklearn")
+from digits_boxes import make_digits  # noqa: E402
+
+CPU = torch.device("cpu")
+WORDS = ["data.root=digits", "recipe=short", "init_from=net/checkpoints/last.pt", "crop=32", "anchors=[8,12,18]"]
+WORDS += ["iterations=7", "batch_size=4", "log_every=3", "eval_every=4", "checkpoint_every=4", "proposals=4"]
+WORDS += ["data.workers=0", "device=cpu", "precision=fp32"]
+RCNN = ["stage=rcnn", "rpn=rpn/checkpoints/last.pt"]
+
+
+def localize(folder, *words):
+    """The command in `folder`."""
+    named = {word.partition("=")[0] for word in words}
+    drop = {"anchors"} if "stage=rcnn" in words else {"proposals"}
+    rest = [word for word in WORDS if word.partition("=")[0] not in named | drop]
+    return start(*rest, *words, entry="localize")
+
+
+def done(folder, *words):
+    found = forked.run(localize(folder, *words), cwd=folder, capture_output=True, text=True)
+    assert (found.returncode, found.stderr) == (0, ""), found.stderr
+    return found.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Digits, a classifier of them, and a finished run of each stage."""
+    folder = tmp_path_factory.mktemp("localization")
+    make_digits(folder / "digits", train=24, test=7, classes=3, side=(48, 64), digit=(16, 30))
+    words = ["data=imagefolder", "data.root=digits", "data.size=32", "depth=8", "iterations=4", "batch_size=8"]
+    words += ["run_dir=net", "compile=false", "device=cpu", "precision=fp32", "eval_every=4"]
+    assert forked.run(start(*words), cwd=folder, stdout=subprocess.DEVNULL).returncode == 0
+    done(folder, "run_dir=rpn")
+    done(folder, "run_dir=rcnn", *RCNN)
+    return folder
+
+
+def test_a_run_leaves_what_is_said(folder):
+    for stage, method in (("rpn", "RPN"), ("rcnn", "RPN + R-CNN")):
+        run = folder / stage
+        names = {"checkpoints", "config.json", "curves.png", "environment.json", "metrics.jsonl", "summary.json"}
+        assert {*os.listdir(run)} == names | {"tensorboard"}
+        lines = metrics(run)
+        assert [line["iteration"] for line in lines if line["split"] == "train"] == [3, 6, 7]
+        assert [line["iteration"] for line in lines if line["split"] == "test"] == [4, 7]
+        assert all(line["protocol"] == "center crop, true class given" for line in lines if line["split"] == "test")
+        summary = json.loads((run / "summary.json").read_text())
+        assert (summary["method"], summary["net"]) == (method, "resnet-8-A")
+        assert summary["images"] == {"train": 24, "test": 7}
+        assert summary["last"]["error"] == lines[-1]["error"]
+
+
+@pytest.mark.parametrize("stage", ["rpn", "rcnn"])
+def test_a_killed_run_resumes_to_the_same_weights_and_figures(folder, stage):
+    killed, words = folder / f"killed-{stage}", [f"run_dir=killed-{stage}", *(RCNN if stage == "rcnn" else [])]
+    job = forked.Popen(localize(folder, *words), cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (killed / "checkpoints/last.pt").exists():
+        assert job.poll() is None
+        time.sleep(0.01)
+    job.send_signal(signal.SIGKILL)
+    job.wait()
+    told = done(folder, *words)
+    assert "resuming from iteration" in told
+    assert (killed / "checkpoints/last.pt").read_bytes() == (folder / stage / "checkpoints/last.pt").read_bytes()
+    assert metrics(killed) == metrics(folder / stage)
+
+
+@pytest.mark.parametrize("stage", ["rpn", "rcnn"])
+def test_two_processes_learn_what_one_does(folder, tmp_path, stage):
+    """Up to rounding: the gradient of each half is summed by itself."""
+    for name in ("digits", "net", "rpn"):
+        (tmp_path / name).symlink_to(folder / name)
+    words = localize(folder, "run_dir=pair", *(RCNN if stage == "rcnn" else []))[3:]
+    as_one_of(2, tmp_path, "from resnet_train.cli import localize; localize()", *words)
+    one, two = (
+        checkpoint.load(place / "checkpoints/last.pt", kind="localizer")
+        for place in (folder / stage, tmp_path / "pair")
+    )
+    for name, value in one["model"].items():
+        assert torch.allclose(value, two["model"][name], rtol=1e-4, atol=1e-5), name
+    for lines in zip(metrics(folder / stage), metrics(tmp_path / "pair"), strict=True):
+        (words, numbers), (others, theirs) = (apart(line) for line in lines)
+        assert (words, numbers) == (others, pytest.approx(theirs, rel=1e-4))
+
+
+def apart(line):
+    """The words of a line of metrics, and its numbers."""
+    words = {key: value for key, value in line.items() if isinstance(value, str)}
+    return words, {key: value for key, value in line.items() if key not in words}
+
+
+def test_the_test_of_a_checkpoint_gives_what_training_logged(folder, command_here, tmp_path):
+    """In one process and in two, of which one has four of seven images, the other three."""
+    for stage in ("rpn", "rcnn"):
+        last = json.loads((folder / stage / "summary.json").read_text())["last"]
+        words = ["test", f"checkpoint={folder}/rpn/checkpoints/last.pt", "device=cpu"]
+        words += [f"rcnn={folder}/rcnn/checkpoints/last.pt"] if stage == "rcnn" else []
+        command_here("localize", *words, "out=alone.json")
+        as_one_of(2, tmp_path, "from resnet_train.cli import localize; localize()", *words, "out=pair.json")
+        for name in ("alone", "pair"):
+            found = json.loads((tmp_path / f"{name}.json").read_text())
+            assert (found["error"], found["images"]) == (last["error"], 7)
+            assert found["protocol"] == "center crop of 32"
+
+
+def test_dense_with_five_classes_and_rcnn(folder, command_here):
+    rpn, rcnn, net = (folder / name / "checkpoints/last.pt" for name in ("rpn", "rcnn", "net"))
+    words = [f"rcnn={rcnn}", f"classifier={net}", "dense=true", "scales=[32,40]", "device=cpu"]
+    told = command_here("localize", "test", rpn, *words)
+    out = rpn.with_name("last-dense-32-40-rcnn-top5-test.json")
+    assert str(out) in told
+    found = json.loads(out.read_text())
+    out.unlink()
+    assert (found["method"], found["protocol"]) == ("RPN + R-CNN", "dense, shorter side at 32, 40")
+    assert found["class_error5"] == 0  # of three classes all are among the five
+    assert found["error5"] == found["error"] <= found["error1"]
+    assert (found["rcnn"]["proposals"], found["classifier"]["net"]) == (4, "resnet-8-A")
+
+
+def test_checkpoints_of_other_kinds_and_classes_are_told(folder, command_here, tmp_path):
+    rpn, rcnn, net = (folder / name / "checkpoints/last.pt" for name in ("rpn", "rcnn", "net"))
+    image = folder / "digits/val/0/0_00000.JPEG"
+    for words in (["evaluate"], ["classify", image], ["detect", "predict", image]):
+        told = command_here(*words, f"checkpoint={rpn}", code=2)
+        assert "is a localizer's, which resnet-localize reads" in told
+    told = command_here("localize", "test", net, code=2)
+    assert "is a checkpoint of resnet-train, not of resnet-localize" in told
+    told = command_here("localize", "test", rcnn, "device=cpu", code=2)
+    assert "is of stage=rcnn; one of stage=rpn is needed" in told
+    told = command_here("localize", "test", rpn, f"rcnn={rpn}", "device=cpu", code=2)
+    assert "is of stage=rpn; one of stage=rcnn is needed" in told
+    shutil.copytree(folder / "digits", tmp_path / "fewer")
+    shutil.rmtree(tmp_path / "fewer/train/2")
+    told = command_here("localize", "test", rpn, "data.root=fewer", "device=cpu", code=2)
+    assert "data.root=fewer: has other classes than the checkpoint, such as 2" in told or "such as 2" in told
+    state = checkpoint.read(net)
+    torch.save(state | {"classes": ["0", "1", "x"]}, tmp_path / "other.pt")
+    told = command_here("localize", "test", rpn, "classifier=other.pt", "device=cpu", code=2)
+    assert "classifier=other.pt: has other classes than the RPN, such as 2" in told
+    torch.save(checkpoint.read(rpn) | {"format": 1}, tmp_path / "old.pt")
+    assert "format 1" in command_here("localize", "test", "old.pt", "device=cpu", code=2)
+
+
+def test_an_image_whose_pixels_are_broken_stops_or_is_skipped(folder, command_here, tmp_path):
+    for name in ("net", "rpn"):
+        (tmp_path / name).symlink_to(folder / name)
+    shutil.copytree(folder / "digits", tmp_path / "digits")
+    for part in ("train", "val"):
+        path = next((tmp_path / "digits" / part).glob("1/*.JPEG"))
+        path.write_bytes(path.read_bytes()[:-300])  # its header is whole
+    told = forked.run(localize(tmp_path, "run_dir=stop"), cwd=tmp_path, capture_output=True, text=True)
+    assert told.returncode == 2
+    assert "is not an image that can be read" in told.stderr
+    for stage, words in (("rpn", []), ("rcnn", RCNN)):
+        words = [f"run_dir=skip-{stage}", "data.broken=skip", "iterations=14", *words]
+        told = forked.run(localize(tmp_path, *words), cwd=tmp_path, capture_output=True, text=True)
+        assert told.returncode == 0, told.stderr
+        assert "skipped: " in told.stderr
+        assert json.loads((tmp_path / f"skip-{stage}/summary.json").read_text())["last"]["images"] == 6
