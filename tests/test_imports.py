@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -17,18 +18,9 @@ FILES = {
 TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 MODULES = sorted(TREES)
 # The floors of the house. A room imports from its own floor and from those below, be it inside a function.
-FLOORS = [
-    ["__main__", "cli", "dispatch", "sweep"],
-    ["console"],  # which starts processes
-    ["bench"],
-    ["classification", "detection", "localization"],
-    ["weights", "report"],
-    ["data", "models"],
-    ["engine"],
-    ["config"],
-    ["files", "paper"],
-    ["errors", "terminal"],
-]
+# They are drawn from the same list.
+FLOORS = runpy.run_path(str(PACKAGE.parent / "scripts/docs.py"))["FLOORS"]
+FLOORS[0].append("__main__")
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # Within rooms, from the top down.
 LAYERS = [

@@ -23,6 +23,7 @@ from resnet_train.config.train import Config, config_from_checkpoint
 from resnet_train.data.memory import MemoryDataset
 from resnet_train.data.streaming import StreamingDataset
 from resnet_train.data.views import PROTOCOLS, Views
+from resnet_train.engine import checkpoint
 from resnet_train.engine.compute import compute_logits, pick_device
 from resnet_train.engine.distributed import (
     all_reduce_sum,
@@ -155,13 +156,7 @@ class Member:
 
     def told(self) -> dict[str, Any]:
         """What a result says of it."""
-        return {
-            "checkpoint": str(self.path.absolute()),
-            "net": self.config.net,
-            "seed": self.config.seed,
-            "iteration": self.state["iteration"],
-            "iterations": self.config.iterations,
-        }
+        return checkpoint.describe(self.path, self.config.net, self.config, self.state)
 
 
 def _evaluate(asked: EvalConfig, device: torch.device) -> None:

@@ -19,7 +19,7 @@ from resnet_train.data.streaming import StreamingDataset
 from resnet_train.engine import checkpoint
 from resnet_train.engine.compute import check_synchronised, pick_device, pick_precision, sgd, to_device
 from resnet_train.engine.distributed import local_rank_zero_first, raise_on_all_ranks, world_size
-from resnet_train.engine.run import run
+from resnet_train.engine.run import check_compute, run
 from resnet_train.engine.schedule import Progress
 from resnet_train.models.batchnorm import use_group_batch_norm
 from resnet_train.models.build import build_network
@@ -44,7 +44,7 @@ def open_data(config: Config) -> MemoryDataset | StreamingDataset:
 def _check_compute(config: Config) -> None:
     """Refuse a division of the batch or a precision that cannot be had here. Raises UserError."""
     split_batch(config, world_size())
-    pick_precision(config.precision, pick_device(config.device))
+    check_compute(config.batch_size, config.device, config.precision)
 
 
 def build_or_resume(

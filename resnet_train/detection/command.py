@@ -42,11 +42,7 @@ class Member:
     def told(self) -> dict[str, Any]:
         """What a result says of it."""
         return {
-            "checkpoint": str(self.path.absolute()),
-            "net": self.config.net,
-            "seed": self.config.seed,
-            "iteration": self.state["iteration"],
-            "iterations": self.config.iterations,
+            **checkpoint.describe(self.path, self.config.net, self.config, self.state),
             "min_size": self.config.min_size,
             "max_size": self.config.max_size,
             "proposals": self.config.proposals,

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from resnet_train.config.detection import DetectConfig
-from resnet_train.config.train import check_divisible
 from resnet_train.data.sampler import generator
 from resnet_train.detection.annotations import Examples
 from resnet_train.detection.build import build_like_checkpoint, build_new, precision_of
@@ -19,9 +18,9 @@ from resnet_train.detection.model import losses_of
 from resnet_train.detection.train import DetectionTask
 from resnet_train.detection.voc import read_voc
 from resnet_train.engine import checkpoint
-from resnet_train.engine.compute import pick_device, pick_precision, sgd, to_device
+from resnet_train.engine.compute import pick_precision, sgd, to_device
 from resnet_train.engine.distributed import raise_on_all_ranks, world_size
-from resnet_train.engine.run import run
+from resnet_train.engine.run import check_compute, run
 from resnet_train.errors import UserError
 
 
@@ -32,14 +31,8 @@ def detect(config: DetectConfig, directory: Path) -> int:
 
 def open_data(config: DetectConfig) -> Examples:
     """The pictures and boxes that the configuration names. Raises UserError."""
-    raise_on_all_ranks(lambda: _check_compute(config))
+    raise_on_all_ranks(lambda: check_compute(config.batch_size, config.device, config.precision))
     return raise_on_all_ranks(lambda: read_examples(config))
-
-
-def _check_compute(config: DetectConfig) -> None:
-    """Refuse a division of the batch or a precision that cannot be had here. Raises UserError."""
-    check_divisible(config.batch_size, world_size())
-    pick_precision(config.precision, pick_device(config.device))
 
 
 def read_examples(config: DetectConfig) -> Examples:

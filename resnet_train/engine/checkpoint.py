@@ -172,6 +172,17 @@ def kind_of(state: Mapping[str, Any]) -> str:
     return next((kind for kind in KINDS if kind in state), "net")
 
 
+def describe(path: Path, net: str, config: Any, state: Mapping[str, Any]) -> dict[str, Any]:
+    """What a result says of the checkpoint `state` of `net`, a run with `config`."""
+    return {
+        "checkpoint": str(path.absolute()),
+        "net": net,
+        "seed": config.seed,
+        "iteration": state["iteration"],
+        "iterations": config.iterations,
+    }
+
+
 def check_format(state: Any, path: Path) -> None:
     """Refuse what is no checkpoint of this version's format. Raises UserError."""
     other = state.get("format") if isinstance(state, dict) else None

@@ -14,7 +14,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from resnet_train.engine.compute import pick_device
+from resnet_train.config.train import check_divisible
+from resnet_train.engine.compute import pick_device, pick_precision
 from resnet_train.engine.distributed import (
     all_reduce_sum,
     is_main,
@@ -42,6 +43,14 @@ class Data(Protocol):
 
 C = TypeVar("C", bound=TaskConfig)
 D = TypeVar("D", bound=Data)
+
+
+def check_compute(batch_size: int, device: str, precision: str) -> torch.device:
+    """This process's device. Refuses a division of the batch or a precision that cannot be had. Raises UserError."""
+    check_divisible(batch_size, world_size())
+    found = pick_device(device)
+    pick_precision(precision, found)
+    return found
 
 
 def run(

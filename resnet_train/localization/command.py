@@ -62,11 +62,7 @@ def _evaluate(asked: LocalizeTestConfig, device: torch.device) -> None:
     result = {
         "task": "localization",
         "method": METHODS["rcnn" if rcnn else "rpn"],
-        "checkpoint": str(path.absolute()),
-        "net": around.net,
-        "seed": config.seed,
-        "iteration": state["iteration"],
-        "iterations": config.iterations,
+        **checkpoint.describe(path, around.net, config, state),
         **of_rcnn,
         **of_names,
         "data": config.data_label,
@@ -96,9 +92,7 @@ def _open_rcnn(name: str, classes: list[str], device: torch.device) -> tuple[Tra
     state = _load(path)
     rcnn, around, config = raise_on_all_ranks(lambda: load_trained(path, state, "rcnn", device))
     raise_on_all_ranks(lambda: check_classes(f"rcnn={name}", state["classes"], classes, "the RPN"))
-    told = {"checkpoint": str(path.absolute()), "net": around.net, "seed": config.seed}
-    told |= {"iteration": state["iteration"], "iterations": config.iterations, "proposals": config.proposals}
-    return rcnn, {"rcnn": told}
+    return rcnn, {"rcnn": checkpoint.describe(path, around.net, config, state) | {"proposals": config.proposals}}
 
 
 def _open_names(

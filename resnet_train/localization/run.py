@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from resnet_train.config.localization import LocalizeConfig
-from resnet_train.config.train import check_divisible
 from resnet_train.data.sampler import generator
 from resnet_train.detection.build import precision_of
 from resnet_train.engine import checkpoint
-from resnet_train.engine.compute import pick_device, pick_precision, sgd, to_device
+from resnet_train.engine.compute import pick_precision, sgd, to_device
 from resnet_train.engine.distributed import all_reduce_sum, is_main, raise_on_all_ranks, rank, world_size
-from resnet_train.engine.run import run
+from resnet_train.engine.run import check_compute, run
 from resnet_train.errors import UserError
 from resnet_train.localization.build import KIND, build_like_checkpoint, build_new, load_trained
 from resnet_train.localization.find import Trained, look, propose
@@ -33,7 +32,7 @@ def localize(config: LocalizeConfig, directory: Path) -> int:
 
 def open_data(config: LocalizeConfig) -> Data:
     """The images and boxes that the configuration names, and for R-CNN what the RPN proposes. Raises UserError."""
-    device = raise_on_all_ranks(lambda: _check_compute(config))
+    device = raise_on_all_ranks(lambda: check_compute(config.batch_size, config.device, config.precision))
     photos = raise_on_all_ranks(lambda: read_tree(Path(config.data.root or ""), broken=config.data.broken))
     if config.stage == "rpn":
         return Data(photos, photos.digest)
@@ -42,14 +41,6 @@ def open_data(config: LocalizeConfig) -> Data:
         say(f"proposals of the RPN for {len(photos.train)} training images")
     mine = raise_on_all_ranks(lambda: _proposals(config, rpn, photos.train, device))
     return Data(photos, digest, rpn, all_reduce_sum(mine))
-
-
-def _check_compute(config: LocalizeConfig) -> torch.device:
-    """Refuse a division of the batch or a precision that cannot be had here. Raises UserError."""
-    check_divisible(config.batch_size, world_size())
-    device = pick_device(config.device)
-    pick_precision(config.precision, device)
-    return device
 
 
 def _load_rpn(path: Path, photos: Localized, device: torch.device) -> tuple[Trained, str]:
