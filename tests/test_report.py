@@ -1042,6 +1042,51 @@ def test_a_report_may_be_of_detectors_alone(tmp_path, monkeypatch):
     assert "Detection on VOCdevkit: 1 run of 100 iterations" in (tmp_path / "out/index.html").read_text()
 
 
+def leave_result(
+    folder, name, *, net="resnet-101", refine=False, scales=None, tested="val2014", members=None, **figures
+):
+    """What resnet-detect test leaves beside a checkpoint."""
+    who = {"members": [{"net": one} for one in members]} if members else {"net": "resnet-101"}
+    classes = {"person": {"ap07": 1.0, "ap10": figures["map50"] + 1, "objects": 7}, "tv": {"ap10": None, "objects": 0}}
+    rest = {"map07": 1.0, "map10": 2.0, "images": 50, "seconds": 10.0, "protocol": "whole", "per_class": classes}
+    path = folder / "checkpoints" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({**who, "list": tested, "refine": refine, "scales": None, **rest, **figures}))
+
+
+def test_tests_of_detectors_stand_in_table_9_beside_the_papers_steps(tmp_path):
+    run = detector_run(tmp_path, label="coco")
+    change(run / "config.json", data__name="coco")
+    lines = [
+        json.loads(line) | {"map50": 30.0, "map": 15.0} for line in (run / "metrics.jsonl").read_text().splitlines()
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    leave_result(run, "last-val2014.json", map50=30.0, map=15.0)
+    leave_result(run, "last-refine-val2014.json", refine=True, map50=31.0, map=16.0)
+    nets = ["resnet-101-context", "resnet-50-context"]
+    leave_result(run, "ensemble.json", refine=True, members=nets, map50=33.0, map=18.0)
+    (section,) = detection.sections(detection.find(runs.find([tmp_path])[1]))
+    _, table, classes = section.tables
+    assert (table.name, table.title) == ("table-9", "Table 9: improvements, mAP in %, coco, val2014")
+    assert table.header[:2] == ["detector", "switched on"]
+    ours = [[row[0], row[1], row[4], row[5], row[6], *row[7:]] for row in table.rows]
+    assert ours == [
+        ["resnet-101", "baseline", 30.0, 15.0, 0.2, 48.4, 27.2],
+        ["resnet-101", "box refinement", 31.0, 16.0, 0.2, 49.9, 29.9],
+        ["ensemble of 2: resnet-101 and resnet-50", "box refinement + context", 33.0, 18.0, 0.2, 51.1, 30.0],
+        ["not measured", "box refinement + context + multi-scale testing", None, None, None, 53.8, 32.5],
+    ]
+    assert classes.rows == [["person", "7", 31.0, 32.0, 34.0], ["tv", "0", None, None, None]]
+
+
+def test_tests_on_other_data_stand_beside_no_figure_of_the_papers(tmp_path):
+    leave_result(detector_run(tmp_path, label="bccd"), "last-2007_test.json", tested="2007_test", map50=30.0, map=15.0)
+    (section,) = detection.sections(detection.find(runs.find([tmp_path])[1]))
+    assert section.tables[1].name == "improvements"
+    assert [row[:2] for row in section.tables[1].rows] == [["resnet-101", "baseline"]]
+    assert not [name for name in section.tables[1].header if "paper" in name]
+
+
 def test_detectors_of_other_data_have_a_table_of_their_own(tmp_path):
     detector_run(tmp_path, label="bccd")
     (section,) = detection.sections(detection.find(runs.find([tmp_path])[1]))

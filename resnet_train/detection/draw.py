@@ -13,6 +13,7 @@ from resnet_train.detection.masks import mask_of
 
 # Told apart on most pictures; the sixth class takes the first again, with its name beside it.
 COLOURS = ("#00ff40", "#ff3030", "#30a0ff", "#ffd000", "#ff60ff")
+DARK = ("#006018", "#a01010", "#104880", "#705800", "#800080")  # the same, for white words to be read on
 
 
 def likely(found: Mapping[str, Any], score: float) -> dict[str, Any]:
@@ -45,5 +46,8 @@ def draw_detections(image: Tensor, found: Mapping[str, Any], classes: Sequence[s
         edges.to(torch.int64),
         [f"{classes[label - 1]} {value:.2f}" for label, value in zip(labels, scores, strict=True)],
         colors=colours,
+        label_colors="white",
+        label_background_colors=[DARK[(label - 1) % len(COLOURS)] for label in labels],
+        fill_labels=True,
         width=max(1, min(image.shape[1:]) // 200),
     )

@@ -1,4 +1,4 @@
-"""Tables 7 and 8: the detectors of resnet-detect beside the paper's, and their mAP over iterations."""
+"""Tables 7 and 8: the detectors of resnet-detect beside the paper's, and their mAP over iterations; their tests."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from resnet_train import paper
 from resnet_train.files import read_if_object, read_object
+from resnet_train.report import improvements
 from resnet_train.report.curves import OTHERS, plain_matplotlib
 from resnet_train.report.figures import Picture
 from resnet_train.report.page import Section
@@ -26,12 +27,13 @@ SETTING = (
 COLUMNS: dict[str, list[tuple[str, str, int | None]]] = {
     "voc": [("map07", "mAP, VOC 2007's rule", 0), ("map10", "mAP, VOC 2010's rule", 1)],
     "coco": [("map50", "mAP@.5", 0), ("map", "mAP@[.5,.95]", 1)],
+    "det": [("map10", "mAP, VOC 2010's rule", None), ("map", "mAP@[.5,.95]", None)],
 }
 MASKS: list[tuple[str, str, int | None]] = [
     ("mask_map50", "of masks, @.5", None),
     ("mask_map", "of masks, @[.5,.95]", None),
 ]
-PAPERS_DATA = {"voc": ("VOCdevkit",), "coco": ("coco", "COCO")}
+PAPERS_DATA = {"voc": ("VOCdevkit",), "coco": ("coco", "COCO"), "det": ()}
 PAPERS = {"voc": ("paper, VOC 2007 test", "paper, VOC 2012 test"), "coco": ("paper, COCO val, @.5", "@[.5,.95]")}
 
 
@@ -41,7 +43,7 @@ class Detector:
 
     folder: Path
     place: str  # as a report names the folder
-    kind: str  # voc or coco
+    kind: str  # voc, coco or det
     data: str
     net: str
     source: str | None  # the file of the weights that it began with
@@ -49,6 +51,7 @@ class Detector:
     iterations: int
     setting: dict[str, Any]
     test: list[dict[str, Any]]  # the lines of the metrics
+    tests: list[improvements.Test]  # the results of resnet-detect test beside its checkpoints
     command: str
     device: str
 
@@ -108,6 +111,7 @@ def _read(folder: Path, place: str, metrics: list[dict[str, Any]]) -> Detector:
         setting={"train": parts, "test": word(data["test"]), "classes": plain(data["classes"])}
         | {key: plain(config[key]) for key in SETTING},
         test=test,
+        tests=improvements.find(folder, place),
         command=word(environment.get("command", "")),
         device=word(environment.get("device", "")),
     )
@@ -126,10 +130,12 @@ def _section(group: list[Detector], where: str) -> Section:
     runs = f"{len(group)} run{'s' if len(group) > 1 else ''}"
     lists = f"trained on {', '.join(first.setting['train'])}, tested on {first.setting['test']}"
     section = Section(f"Detection on {first.data}: {runs} of {first.iterations:,} iterations, {lists}")
-    papers = paper.DETECTION_ITERATIONS[first.kind]
-    if first.published and first.iterations < papers:
+    if first.published and first.iterations < (papers := paper.DETECTION_ITERATIONS[first.kind]):
         section.warnings.append(f"SHORTENED: {first.iterations:,} of the paper's {papers:,} iterations")
     section.tables = [table(group, where)]
+    if tests := [test for run in group for test in run.tests]:
+        published = first.published or (first.kind == "det" and first.data == "ILSVRC")
+        section.tables += improvements.tables(tests, first.data, where, published=published)
     if any(run.test for run in group):
         caption = f"{COLUMNS[first.kind][0][1]}, on the test images of {first.data}, over iterations."
         section.figures = [Picture(f"detection{where}", caption, functools.partial(_figure, group))]
@@ -144,9 +150,12 @@ def table(group: list[Detector], where: str = "") -> Table:
     kind, first = group[0].kind, group[0]
     with_masks = any(MASKS[0][0] in line for run in group for line in run.test)
     columns, published = COLUMNS[kind] + MASKS * with_masks, first.published
-    printed = {"voc": 7, "coco": 8}[kind]
-    header = ["detector", *(f"{'ours, ' * published}{name}" for _, name, _ in columns), *PAPERS[kind] * published]
-    name, title = (f"table-{printed}", f"Table {printed}: mAP") if published else ("detectors", "Detectors: mAP")
+    header = ["detector", *(f"{'ours, ' * published}{name}" for _, name, _ in columns)]
+    name, title = "detectors", "Detectors: mAP"
+    if published:
+        header += PAPERS[kind]
+        printed = {"voc": 7, "coco": 8}[kind]
+        name, title = f"table-{printed}", f"Table {printed}: mAP"
     made = Table(f"{name}{where}", f"{title} in %, {first.data}", header)
     named: dict[tuple[str, str | None], dict[int, Detector]] = {}
     for run in sorted(group, key=lambda run: len(run.test)):  # of one seed that which came furthest

@@ -1,0 +1,116 @@
+"""Tables 9 to 12: what the improvements of appendix B give, from the results of resnet-detect test, and AP by class."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from resnet_train import paper
+from resnet_train.files import read_if_object
+from resnet_train.report.tables import Cell, Table
+from resnet_train.report.values import number, plain, whole, word
+
+TABLES = {"val2014": 9, "2007_test": 10, "2012_test": 11, "val2": 12}  # of the paper, by the list of the test
+MEASURES = {"map07": "mAP, VOC 2007's rule", "map10": "mAP, VOC 2010's rule", "map50": "mAP@.5", "map": "mAP@[.5,.95]"}
+MASKS = {"mask_map50": "of masks, @.5", "mask_map": "of masks, @[.5,.95]"}
+CLASSES = 40  # of more the table would not be read
+
+
+@dataclass(frozen=True)
+class Test:
+    """What one call of resnet-detect test has measured."""
+
+    place: str
+    net: str
+    steps: tuple[str, ...]  # what was switched on, in the paper's order
+    members: int
+    tested: str  # the list
+    images: int
+    seconds: float  # of an image
+    protocol: str
+    figures: dict[str, float]  # in %
+    classes: dict[str, tuple[float | None, int]]  # AP by VOC 2010's rule in %, None without objects, and the objects
+
+
+def find(folder: Path, place: str) -> list[Test]:
+    """The results beside the checkpoints of a run of resnet-detect. Raises what values of another form make."""
+    files = sorted((folder / "checkpoints").glob("*.json"))
+    results = [(path, read_if_object(path)) for path in files]
+    return [_read(f"{place}/checkpoints/{path.name}", found) for path, found in results if "refine" in found]
+
+
+def _read(place: str, found: dict[str, Any]) -> Test:
+    members = found.get("members", [found])
+    nets = list(dict.fromkeys(word(member["net"]) for member in members))
+    on = {
+        "box refinement": found["refine"] is True,
+        "context": any("-context" in net for net in nets),
+        "multi-scale testing": plain(found["scales"]) is not None,
+    }
+    images = whole(found["images"], 1)
+    return Test(
+        place=word(place),
+        net=" and ".join(net.replace("-context", "") for net in nets),
+        steps=tuple(step for step, is_on in on.items() if is_on),
+        members=len(members),
+        tested=word(found["list"]),
+        images=images,
+        seconds=number(found["seconds"]) / images,
+        protocol=word(found["protocol"]),
+        figures={key: number(found[key], 0, 100) for key in (*MEASURES, *MASKS) if key in found},
+        classes={word(name): _class(one) for name, one in found["per_class"].items()},
+    )
+
+
+def _class(found: dict[str, Any]) -> tuple[float | None, int]:
+    return None if found["ap10"] is None else number(found["ap10"], 0, 100), whole(found["objects"])
+
+
+def tables(tests: list[Test], data: str, where: str, *, published: bool) -> list[Table]:
+    """A table of the steps for each test list, beside the paper's where it has the data, and one of classes."""
+    made: list[Table] = []
+    for tested in dict.fromkeys(test.tested for test in tests):
+        group = sorted((test for test in tests if test.tested == tested), key=_order)
+        suffix = where if tested == tests[0].tested else f"{where}-{len(made)}"
+        made += [_steps(group, data, suffix, published=published and tested in TABLES), *_classes(group, data, suffix)]
+    return made
+
+
+def _order(test: Test) -> tuple[Any, ...]:
+    return test.members, test.net, len(test.steps), test.steps
+
+
+def _steps(group: list[Test], data: str, where: str, *, published: bool) -> Table:
+    tested, steps = group[0].tested, paper.IMPROVED.get(group[0].tested, {})
+    measures = [key for key in (*MEASURES, *MASKS) if any(key in test.figures for test in group)]
+    header = ["detector", "switched on", *(({**MEASURES, **MASKS})[key] for key in measures), "seconds of an image"]
+    header += ["paper, ResNet-101, at an overlap of 0.5", "paper, @[.5,.95]"] * published
+    name, title = "improvements", "Improvements of appendix B"
+    if published:
+        name, title = f"table-{TABLES[tested]}", f"Table {TABLES[tested]}: improvements"
+    made = Table(f"{name}{where}", f"{title}, mAP in %, {data}, {tested}", header)
+    for test in group:
+        who = test.net if test.members == 1 else f"ensemble of {test.members}: {test.net}"
+        row: list[Cell] = [who, " + ".join(test.steps) or "baseline", *(test.figures.get(key) for key in measures)]
+        made.rows.append([*row, test.seconds, *(steps.get(test.steps, (None, None)) if published else ())])
+    if published:
+        missing = [on for on in steps if on not in {test.steps for test in group}]
+        for on in missing:
+            blank: list[Cell] = [None] * (len(measures) + 1)
+            made.rows.append(["not measured", " + ".join(on) or "baseline", *blank, *steps[on]])
+    made.notes = [f"{test.place}: {test.images:,} images; {test.protocol}" for test in group]
+    return made
+
+
+def _classes(group: list[Test], data: str, where: str) -> list[Table]:
+    """AP of each class in each test."""
+    names = list(dict.fromkeys(name for test in group for name in test.classes))
+    header = ["class", "objects", *(f"{test.net}, {' + '.join(test.steps) or 'baseline'}" for test in group)]
+    made = Table(f"classes{where}", f"AP of each class in %, VOC 2010's rule, {data}, {group[0].tested}", header)
+    for name in names[:CLASSES]:
+        found = [test.classes.get(name, (None, 0)) for test in group]
+        made.rows.append([name, str(max(objects for _, objects in found)), *(value for value, _ in found)])
+    if len(names) > CLASSES:
+        made.notes.append(f"The first {CLASSES} of {len(names)} classes; the others are in the tests' JSON files.")
+    return [made] if names else []
