@@ -4,6 +4,8 @@
 #   scripts/gpu.sh A                    there, 4 minutes: the GPU tests, the profile of a step
 #   scripts/gpu.sh unpack               there, 2 minutes: the GPU tests while what this call has brought is unpacked
 #   scripts/gpu.sh photographs          there, 2 minutes: ResNet-50 from files, and what a core reads of them
+#   scripts/gpu.sh bench                there, 4 minutes: resnet-bench step, loop and eval of ResNet-20, step of 56 and of ResNet-50
+#   scripts/gpu.sh boxes SECONDS RUN…   there: detectors on BCCD side by side, each "NAME KEY=VALUE…", then their tests
 #   scripts/gpu.sh B SECONDS RUN…       there: whole runs of table 6 side by side, such as resnet-20 plain-56,seed=1
 # There: Python 3.12 with torch 2.11 or newer, torchvision, triton, tensorboard, tqdm, matplotlib, scikit-learn, safetensors
 # and pytest. DIR holds the rest: wheels of hydra-core, omegaconf, antlr4 and simplejpeg (and faster-coco-eval, without which
@@ -34,6 +36,7 @@ prepare() {
   half 'frog|horse|ship|truck' > "$dir-2/cifar10-2.tar"
   mkdir "$t/photos" && tar -xzf "$shared/imagenet_sample.tar.gz" -C "$t/photos"
   (cd "$t/photos" && find . -size -250k -name '*.JPEG' | sort | awk 'NR % 15 == 0' | tar -cf - -T -) > "$dir/photos.tar"
+  cp "$shared/bccd.tar.gz" "$dir-2"
   rm -r "$t"
   du -sh "$dir" "$dir-2"
 }
@@ -124,6 +127,50 @@ photographs() { # a dozen of them, many times over: what is read lies in memory
   say "loader"
 }
 
+bench() {
+  local words
+  for words in "step depth=20" "loop depth=20" "eval depth=20" "step depth=56" "step data=imagenet depth=50 batch_size=256"; do
+    timeout 120 python3 -c 'import sys; from resnet_train.cli import bench; sys.exit(bench())' $words rounds=3 seconds=1 \
+      device="${DEVICE:-cuda}" out="$OUT/$(echo "$words" | tr ' =' '--').json"
+    say "$words"
+  done
+}
+
+detector() { # resnet-detect WORD…
+  python3 -c 'import sys; from resnet_train.cli import detect; sys.exit(detect())' "$@" device="${DEVICE:-cuda}"
+}
+
+boxes() { # chosen by val, trained on train; whose name begins with final: trained on trainval, and tested in every way
+  local limit=$1 spec name words last scales
+  shift
+  mkdir -p "$WORK/bccd" && tar -xzf "$GPU-2/bccd.tar.gz" -C "$WORK/bccd" --strip-components 1
+  share_gpu
+  for spec in "$@"; do
+    read -ra words <<< "$spec"
+    name=${words[0]} lists=(data.train=[2007_train] data.test=2007_val)
+    [[ $name == final* ]] && lists=(data.train=[2007_trainval] data.test=2007_test)
+    timeout "$limit" python3 -c 'import sys; from resnet_train.cli import detect; sys.exit(detect())' data=voc \
+      data.root="$WORK/bccd" recipe=short depth=18 device="${DEVICE:-cuda}" "${lists[@]}" run_dir="$WORK/runs/$name" \
+      checkpoint_every=10000 "${words[@]:1}" > "$WORK/$name.log" 2>&1 &
+  done
+  wait
+  for spec in "$@"; do
+    name=${spec%% *}
+    say "$name: $(tail -c 2000 "$WORK/$name.log" | tr '\r' '\n' | grep -a mAP | tail -1 | cut -c1-220)"
+  done
+  for last in "$WORK"/runs/final*/checkpoints/last.pt; do
+    [ -f "$last" ] || continue
+    for words in "" refine=true "${SCALES:-}" "refine=true ${SCALES:-}"; do
+      detector test "$last" $words 2>&1 | tail -1 | cut -c1-250
+    done
+  done
+  if [ -d "$WORK/runs/final-1" ]; then
+    detector test "checkpoint=[$WORK/runs/final-0/checkpoints/last.pt,$WORK/runs/final-1/checkpoints/last.pt]" refine=true 2>&1 | tail -1
+  fi
+  (cd "$WORK/runs" && tar -cf "$OUT/boxes.tar" --exclude=tensorboard --exclude='*.pt' $(for spec in "$@"; do echo "${spec%% *}"; done))
+  say "boxes"
+}
+
 part_b() {
   local limit=$1 run name alive
   shift
@@ -163,6 +210,8 @@ case ${1:-} in
   unpack) install && gpu_tests && wait ;;
   photographs) install && photographs "${@:2}" ;;
   A) install && part_a ;;
+  bench) install && bench ;;
+  boxes) install && boxes "${@:2}" ;;
   B) install && part_b "${@:2}" ;;
-  *) sed -n 2,7p "$0" && exit 2 ;;
+  *) sed -n 2,9p "$0" && exit 2 ;;
 esac
