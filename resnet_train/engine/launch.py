@@ -75,12 +75,10 @@ def launch(job: Callable[[], int], processes: int, max_restarts: int) -> int:
         return failure.exitcode
     if -failure.exitcode in told:  # before it had begun
         stop_early(-failure.exitcode)
-    raise RunError(
-        f"rank {rank} (process {failure.pid}) was killed by {signal.Signals(-failure.exitcode).name}"
-        + (f" after all restarts (max_restarts={max_restarts})" if max_restarts else "")
-        + "; the same command resumes from the last checkpoint"
-        + ("" if max_restarts else ", and with max_restarts=3 by itself")
-    )
+    restarts = f" after all restarts (max_restarts={max_restarts})" if max_restarts else ""
+    advice = "" if max_restarts else ", and with max_restarts=3 by itself"
+    who = f"rank {rank} (process {failure.pid}) was killed by {signal.Signals(-failure.exitcode).name}"
+    raise RunError(f"{who}{restarts}; the same command resumes from the last checkpoint{advice}")
 
 
 def _work(job: Callable[[], int], processes: int, told: list[int]) -> int:

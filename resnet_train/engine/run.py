@@ -114,12 +114,16 @@ def run(
                 sys.exit(1)
             if not (stop.signal and _of_the_compiler(error)):
                 raise
-            # The signal was for the compiler's own processes as well. Nothing has come of this iteration.
-            if is_main():
-                begun = (directory / "checkpoints" / "last.pt").exists()
-                how = "resumes from the last checkpoint" if begun else "begins again"
-                say(f"stopped after iteration {task.iteration}, while compiling; the same command {how}")
-            return 128 + stop.signal
+            return _stopped_compiling(task, stop, directory)
+
+
+def _stopped_compiling(task: Task, stop: Stop, directory: Path) -> int:
+    """The signal was for the compiler's own processes as well. Nothing has come of this iteration."""
+    if is_main():
+        begun = (directory / "checkpoints" / "last.pt").exists()
+        how = "resumes from the last checkpoint" if begun else "begins again"
+        say(f"stopped after iteration {task.iteration}, while compiling; the same command {how}")
+    return 128 + stop.signal
 
 
 def _announce(task: Task, directory: Path, state: dict[str, Any] | None) -> None:
