@@ -116,16 +116,18 @@ def draw(
 
 
 def draw_detection(metrics: list[dict[str, Any]], title: str, path: Path) -> None:
-    """The training loss of a detector and its mAP on the test, by three rules, over iterations."""
+    """The training loss of a detector and its mAP on the test, by all its rules, over iterations."""
     with plain_matplotlib():
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         axes = figure.subplots()
         test = [line for line in metrics if line["split"] == "test"]
-        for name, label in (("map07", "VOC 2007"), ("map10", "VOC 2010"), ("map", "COCO @[.5,.95]")):
-            points = [(line["iteration"], line[name]) for line in test]
-            axes.plot(*zip(*points, strict=True), "o-", label=f"{label}, last {points[-1][1]:.2f} %")
+        rules = {"map07": "VOC 2007", "map10": "VOC 2010", "map": "COCO @[.5,.95]", "mask_map": "COCO, of masks"}
+        for name, label in rules.items():
+            points = [(line["iteration"], line[name]) for line in test if name in line]
+            if points:
+                axes.plot(*zip(*points, strict=True), "o-", label=f"{label}, last {points[-1][1]:.2f} %")
         axes.set(xlabel="iteration", ylabel="mAP (%), test", title=_text(title), ylim=(0, 100))
         axes.legend(loc="upper left")
         train = [(line["iteration"], line["loss"]) for line in metrics if line["split"] == "train"]
