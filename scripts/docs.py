@@ -193,7 +193,8 @@ def navigation() -> str:
             "python": "Python",
             "degradation": "Degradation, a notebook",
             "speed": "Speed",
-            "results": "What was measured",
+            "expected": "Expected results",
+            "SECURITY": "Security",
             "architecture": "Architecture",
             "troubleshooting": "Troubleshooting",
         }.items()
