@@ -8,6 +8,7 @@ python scripts/docs.py site build/site   README, docs/ and results/ as a site th
 from __future__ import annotations
 
 import ast
+import json
 import shutil
 import subprocess
 import sys
@@ -140,6 +141,10 @@ def site(out: Path) -> None:
                 place = pages / ("index.md" if name == "README.md" else name)
                 place.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(ROOT / name, place)
+        for name in ("index.md", "docs/python.md"):
+            text = (pages / name).read_text().replace("degradation.ipynb", "degradation.md")
+            (pages / name).write_text(text)
+        (pages / "docs" / "degradation.md").write_text(notebook(ROOT / "docs" / "degradation.ipynb"))
         theme = "theme: {name: mkdocs, highlightjs: false, color_mode: auto, user_color_mode_toggle: true}"
         plain = "site_name: resnet-train\nuse_directory_urls: false\nplugins: [search]\nmarkdown_extensions: [tables]\n"
         Path(folder, "mkdocs.yml").write_text(f"{plain}docs_dir: pages\n{theme}\n{navigation()}")
@@ -156,6 +161,20 @@ def site(out: Path) -> None:
         ]
         subprocess.run(command, check=True)
     print(out / "index.html")
+
+
+def notebook(path: Path) -> str:
+    """A notebook as a page: its text, its code, and what it has stored of the output."""
+    found = []
+    for cell in json.loads(path.read_text())["cells"]:
+        text = "".join(cell["source"])
+        found.append(text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```")
+        for output in cell.get("outputs", ()):
+            data = output.get("data", {})
+            shown = "".join(output.get("text", data.get("text/plain", ())))
+            picture = data.get("image/png", "").strip()
+            found.append(f"![](data:image/png;base64,{picture})" if picture else f"```\n{shown.rstrip()}\n```")
+    return "\n\n".join(found) + "\n"
 
 
 def navigation() -> str:
@@ -175,8 +194,10 @@ def navigation() -> str:
             "detection": "Detection",
             "localization": "Localization",
             "python": "Python",
+            "degradation": "Degradation, a notebook",
             "speed": "Speed",
-            "results": "What was measured",
+            "expected": "Expected results",
+            "SECURITY": "Security",
             "architecture": "Architecture",
             "troubleshooting": "Troubleshooting",
         }.items()

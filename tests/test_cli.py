@@ -192,9 +192,9 @@ def test_help_shows_examples_groups_and_values(outcomes):
     assert "resnet-train depth=110 data=cifar10" in text
     assert "resnet-train -m " in text
     for group, options in {
-        "data": "cifar10, digits, imagefolder, imagenet",
+        "data": "cifar10, cifar100, digits, imagefolder, imagenet",
         "experiment": "demo, fig1, fig4, fig6, fig7, longer, table3, table4, table5",
-        "recipe": "cifar10, digits, imagefolder, imagenet, torch2016, torchvision",
+        "recipe": "cifar10, cifar100, digits, imagefolder, imagenet, torch2016, torchvision",
         "schedule": "cosine, plateau, step, thirds",
     }.items():
         assert f"{group}: {options}\n" in text

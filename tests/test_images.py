@@ -27,7 +27,7 @@ from resnet_train.config.layout import (
     count_images,
     describe_left_out,
     files_for_test,
-    is_official_cifar10,
+    is_official,
     left_out,
 )
 from resnet_train.data import crops
@@ -139,7 +139,7 @@ def test_the_official_file_names_are_the_published_ones():
 
 def test_official_images_are_the_planes_of_the_archive(source_of):
     source = source_of()
-    assert is_official_cifar10(source)
+    assert is_official("cifar10", source)
     data = read_official(source, **md5s())
     assert (data.train.images.shape, data.test.images.shape) == ((15, 32, 32, 3), (3, 32, 32, 3))
     assert data.train.images.dtype == data.test.images.dtype == torch.uint8

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from resnet_train.config import keys
 from resnet_train.config.keys import Free, OnlyFor, Range
-from resnet_train.config.layout import check_source, class_folders, count_images, files_for_test, is_official_cifar10
+from resnet_train.config.layout import OFFICIAL, check_source, class_folders, count_images, files_for_test, is_official
 from resnet_train.errors import UserError
 from resnet_train.files import expand
 
@@ -16,7 +16,7 @@ from resnet_train.files import expand
 class Data:
     """A data set: configs/data/."""
 
-    name: Literal["cifar10", "digits", "imagefolder", "imagenet"]
+    name: Literal["cifar10", "cifar100", "digits", "imagefolder", "imagenet"]
     family: Literal["cifar", "imagenet"]
     root: keys.Root
     validation: Annotated[int, Range(0)]
@@ -29,7 +29,7 @@ class Data:
 class EvalData:
     """The data to evaluate on; `same` is what the checkpoint was trained on."""
 
-    name: Literal["same", "cifar10", "digits", "imagefolder", "imagenet"]
+    name: Literal["same", "cifar10", "cifar100", "digits", "imagefolder", "imagenet"]
     root: str | None
 
 
@@ -37,7 +37,7 @@ class EvalData:
 class FeaturesData:
     """The data to take features of, as in `EvalData`; none where images are named."""
 
-    name: Literal["none", "same", "cifar10", "digits", "imagefolder", "imagenet"]
+    name: Literal["none", "same", "cifar10", "cifar100", "digits", "imagefolder", "imagenet"]
     root: str | None
 
 
@@ -53,13 +53,13 @@ class PackData:
 class WeightsData:
     """The data set that imported weights are for; auto is imagenet or cifar10, as the net is."""
 
-    name: Literal["auto", "cifar10", "digits", "imagefolder", "imagenet"]
+    name: Literal["auto", "cifar10", "cifar100", "digits", "imagefolder", "imagenet"]
     root: str | None
     size: Annotated[int | None, keys.IMAGE_SIZE]
 
 
 def _is_official(data: Data) -> bool:
-    return data.name == "cifar10" and (data.root is None or is_official_cifar10(expand(data.root)))
+    return data.name in OFFICIAL and (data.root is None or is_official(data.name, expand(data.root)))
 
 
 def check_family(data: Data) -> None:

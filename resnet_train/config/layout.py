@@ -16,31 +16,34 @@ LISTS = "ImageSets/Main"  # of VOC
 DET_LISTS = "ImageSets/DET"  # of ILSVRC's detection
 BOXES = "Annotations/CLS-LOC"  # of ILSVRC's localization, beside the images or beside Data/CLS-LOC, which holds them
 CIFAR_FOLDER = "cifar-10-batches-py"
+# Of each data set that is distributed as an archive the folder that it unpacks to, and a file in it.
+OFFICIAL = {"cifar10": (CIFAR_FOLDER, "data_batch_1"), "cifar100": ("cifar-100-python", "train")}
 PACKED = "pack.json"  # in a folder that resnet-pack has written, once it is whole
 PACKING = "packing"  # in one where it is not: what is done so far
 REMOTE = ("s3://", "gs://", "azure://", "r2://", "local:")  # where litdata reads from
 
 
-def is_official_cifar10(root: Path) -> bool:
-    """Whether `root` is the official archive (a file), or the folder that it unpacks to or that one's parent."""
-    return root.is_file() or any((folder / "data_batch_1").is_file() for folder in (root, root / CIFAR_FOLDER))
+def is_official(name: str, root: Path) -> bool:
+    """Whether `root` is a data set's official archive (a file), the folder that it unpacks to, or that one's parent."""
+    folder, file = OFFICIAL.get(name, ("", ""))
+    return name in OFFICIAL and (root.is_file() or any((place / file).is_file() for place in (root, root / folder)))
 
 
 def name_data(name: str, root: str | None) -> str:
-    """What data are called before their images are read: CIFAR-10's official container by its name, folders by theirs.
+    """What data are called before their images are read: CIFAR's official containers by its name, folders by theirs.
 
     A folder's name says nothing of what it holds: one that is called cifar10 or digits becomes cifar10-folder.
     """
-    if root is None or (name == "cifar10" and is_official_cifar10(expand(root))):
+    if root is None or is_official(name, expand(root)):
         return name
     folder = expand(root).resolve().name or "root"
-    return f"{folder}-folder" if folder in ("cifar10", "digits") else folder
+    return f"{folder}-folder" if folder in (*OFFICIAL, "digits") else folder
 
 
 def check_source(name: str, given: str | None) -> None:
     """Refuse a data.root that a directory listing shows to be wrong for the data set. Raises UserError."""
     if given is None:
-        if name in ("cifar10", "digits"):
+        if name in (*OFFICIAL, "digits"):
             return
         raise UserError(f"data.root: data={name} needs one: data.root=PATH, a folder with train/ and test/ or val/")
     root = expand(given)
@@ -52,8 +55,10 @@ def check_source(name: str, given: str | None) -> None:
         return
     if not root.exists():
         raise UserError(f"data.root={given}: there is no such file or folder")
-    if name == "cifar10" and is_official_cifar10(root):
+    if is_official(name, root):
         return
+    if name == "cifar100":
+        raise UserError(f"data.root={given}: is not CIFAR-100's archive or its folder; others are data=imagefolder")
     if not root.is_dir():
         raise UserError(f"data.root={given}: is a file; data={name} takes a folder with train/ and test/ or val/")
     if name == "imagenet" and is_packed(given):
@@ -101,7 +106,7 @@ def images_in(folder: str | Path) -> tuple[list[os.DirEntry[str]], Counter[str]]
 
 def left_out(name: str, root: str | None) -> Counter[str]:
     """What `images_in` counts beside the images in all classes of the tree of a data set; nothing where it is none."""
-    if name == "digits" or root is None or is_official_cifar10(folder := expand(root)):
+    if name == "digits" or root is None or is_official(name, folder := expand(root)):
         return Counter()
     classes, test = class_folders(folder)
     parts = ("train", test) if test else ("",)
@@ -195,7 +200,7 @@ def part_for_test(name: str, files: Collection[str]) -> set[str]:
 
 def files_for_test(name: str, root: str | None) -> list[str]:
     """The test images of an undivided tree as CLASS/FILE, in order; empty where the data have a test part."""
-    if name == "digits" or root is None or is_packed(root) or is_official_cifar10(folder := expand(root)):
+    if name == "digits" or root is None or is_packed(root) or is_official(name, folder := expand(root)):
         return []
     classes, test = class_folders(folder)
     found = {} if test else {name: [entry.name for entry in images_in(folder / name)[0]] for name in classes}

@@ -11,7 +11,7 @@ from resnet_train.config import keys
 from resnet_train.config.augment import Augment
 from resnet_train.config.data import Data, check_family, check_held_out, training_images
 from resnet_train.config.keys import Alias, Counted, Free, OnlyFor, Range, StoredAs, Unnamed
-from resnet_train.config.layout import check_source, name_data
+from resnet_train.config.layout import OFFICIAL, check_source, name_data
 from resnet_train.config.paths import anchored, check_paths
 from resnet_train.config.schema import coerce, format_value, from_dict, marked, types_of, unread_keys
 from resnet_train.errors import UserError
@@ -136,8 +136,8 @@ def check_train(values: Mapping[str, Any], asked: Collection[str] = (), *, needs
         config = dataclasses.replace(config, shortcut="none")
     elif config.shortcut == "none":
         raise UserError("shortcut=none: a residual net needs A, B or C; without shortcuts it is arch=plain")
-    if config.data.name == "cifar10" and config.data.size != 32:
-        raise UserError(f"data.size={config.data.size}: CIFAR-10 is 32 px; for other sizes use data=imagefolder")
+    if config.data.name in OFFICIAL and config.data.size != 32:
+        raise UserError(f"data.size={config.data.size}: CIFAR is 32 px; for other sizes use data=imagefolder")
     if config.data.family == "imagenet" and config.data.size % 32:
         raise UserError(
             f"data.size={config.data.size}: ImageNet nets halve the image five times; must be a multiple of 32,"

@@ -1,18 +1,22 @@
-"""CIFAR-10's official archive."""
+"""CIFAR-10's official archive, and what cifar100.py reads of its own alike."""
 
 from __future__ import annotations
 
+import codecs
 import hashlib
+import io
 import pickle
 import struct
 import tarfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
-from resnet_train.config.layout import CIFAR_FOLDER
+from resnet_train.config.layout import OFFICIAL
 from resnet_train.data.image_set import DataSet, ImageSet, make_data_set
 from resnet_train.errors import UserError
 from resnet_train.files import read_regular
@@ -32,12 +36,18 @@ TRAIN_FILES = {  # name: MD5
     "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
 }
 TEST_FILES = {"test_batch": "40351d587109b95175f43aff81a1287e"}
+FILES = {**TRAIN_FILES, **TEST_FILES}
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
-def batch_folder(root: Path) -> Path:
-    """The folder with the batch files: `root`, or the one in it that the archive unpacks to."""
-    return root if (root / "data_batch_1").is_file() else root / CIFAR_FOLDER
+# All that the pickles hold beside plain values, by name: what makes an array again.
+KNOWN = {"_reconstruct": np.empty(0).__reduce__()[0], "ndarray": np.ndarray, "dtype": np.dtype, "encode": codecs.encode}
+
+
+def official_folder(root: Path, name: str) -> Path:
+    """The folder with the files of a data set: `root`, or the one in it that the archive unpacks to."""
+    folder, file = OFFICIAL[name]
+    return root if (root / file).is_file() else root / folder
 
 
 def read_official(
@@ -47,21 +57,28 @@ def read_official(
 
     Nothing is extracted to disk, and no batch is unpickled before its checksum holds. Raises UserError.
     """
+    raw = read_files(source, "cifar10", {**train, **test})
+    both = [image_set([unpickle(raw[name]) for name in names], "labels") for names in (train, test)]
+    return make_data_set(both[0], both[1], CLASSES)
+
+
+def read_files(source: Path, name: str, md5s: Mapping[str, str]) -> dict[str, bytes]:
+    """The files of the official archive of a data set, or of its folder, by their names. Raises UserError."""
     try:
         if source.is_dir():
-            raw = {name: read_regular(batch_folder(source) / name) for name in (*train, *test)}
+            raw = {file: read_regular(official_folder(source, name) / file) for file in md5s}
         else:
             with tarfile.open(source) as archive:
-                raw = {name: _member(archive, f"{CIFAR_FOLDER}/{name}") for name in (*train, *test)}
+                raw = {file: _member(archive, f"{OFFICIAL[name][0]}/{file}") for file in md5s}
     except (OSError, EOFError, tarfile.TarError, zlib.error, struct.error, KeyError, RecursionError) as error:
         raise UserError(
-            f"data.root={source}: is not CIFAR-10's python archive, or is damaged ({str(error).splitlines()[0]});"
-            " without data.root= it is downloaded"
+            f"data.root={source}: is not {name.upper().replace('R1', 'R-1')}'s python archive, or is damaged"
+            f" ({str(error).splitlines()[0]}); without data.root= it is downloaded"
         ) from error
-    for name, md5 in {**train, **test}.items():
-        if hashlib.md5(raw[name], usedforsecurity=False).hexdigest() != md5:
-            raise UserError(f"data.root={source}: {name} is damaged or not the official file (its MD5 is not {md5})")
-    return make_data_set(_batches(raw, train), _batches(raw, test), CLASSES)
+    for file, md5 in md5s.items():
+        if hashlib.md5(raw[file], usedforsecurity=False).hexdigest() != md5:
+            raise UserError(f"data.root={source}: {file} is damaged or not the official file (its MD5 is not {md5})")
+    return raw
 
 
 def _member(archive: tarfile.TarFile, name: str) -> bytes:
@@ -71,8 +88,25 @@ def _member(archive: tarfile.TarFile, name: str) -> bytes:
     return file.read()
 
 
-def _batches(raw: Mapping[str, bytes], names: Iterable[str]) -> ImageSet:
-    batches = [pickle.loads(raw[name], encoding="latin1") for name in names]  # noqa: S301 (the checksum holds)
+class _Plain(pickle.Unpickler):
+    """Takes plain values and arrays, and calls nothing else that a pickle names."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in KNOWN:
+            raise pickle.UnpicklingError(f"{module}.{name} is no part of an array")
+        return KNOWN[name]
+
+
+def unpickle(content: bytes) -> dict[str, Any]:
+    """The values of a file whose checksum holds."""
+    found: dict[str, Any] = _Plain(io.BytesIO(content), encoding="latin1").load()
+    return found
+
+
+def image_set(batches: Sequence[Mapping[str, Any]], labels: str) -> ImageSet:
+    """The images of some batches, with what each calls its `labels`."""
     images = torch.cat([torch.from_numpy(batch["data"]) for batch in batches])
-    labels = torch.tensor([label for batch in batches for label in batch["labels"]])
-    return ImageSet(images.view(-1, 3, 32, 32).permute(0, 2, 3, 1).contiguous(), labels)
+    return ImageSet(
+        images.view(-1, 3, 32, 32).permute(0, 2, 3, 1).contiguous(),
+        torch.tensor([label for batch in batches for label in batch[labels]]),
+    )

@@ -1,26 +1,19 @@
-"""Whole data sets in memory: CIFAR-10, class-folder trees and scikit-learn's digits, as uint8."""
+"""Whole data sets in memory: CIFAR, class-folder trees and scikit-learn's digits, as uint8."""
 
 from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from resnet_train.config.layout import class_folders, images_in, is_official_cifar10, part_for_test
+from resnet_train.config.layout import class_folders, images_in, is_official, part_for_test
+from resnet_train.data import cifar10, cifar100
 from resnet_train.data.cache import cache_folder, load_cached
-from resnet_train.data.cifar10 import (
-    ARCHIVE_MD5,
-    ARCHIVE_SIZE,
-    MIRRORS,
-    TEST_FILES,
-    TRAIN_FILES,
-    batch_folder,
-    read_official,
-)
 from resnet_train.data.crops import whole_view
 from resnet_train.data.decode import read_image
 from resnet_train.data.download import download
@@ -30,17 +23,19 @@ from resnet_train.files import expand
 
 
 def load(name: str, root: str | None, size: int) -> DataSet:
-    """The data set `name` (cifar10, digits or imagefolder) at `root`; decoded on the first call, then from a cache.
+    """The data set `name` at `root`, one that is kept in memory; decoded on the first call, then from a cache.
 
     Images come out `size` pixels square. Raises UserError for data that are not what they should be.
     """
     if name == "digits":
         return _digits(size)
     path = expand(root) if root else None
-    if name == "cifar10" and (path is None or is_official_cifar10(path)):
-        source = path or download(MIRRORS, cache_folder() / "cifar-10-python.tar.gz", ARCHIVE_MD5, ARCHIVE_SIZE)
-        files = [source] if source.is_file() else [batch_folder(source) / f for f in {**TRAIN_FILES, **TEST_FILES}]
-        return load_cached("cifar10", files, "", lambda: read_official(source))
+    if name in ("cifar10", "cifar100") and (path is None or is_official(name, path)):
+        of: Any = cifar10 if name == "cifar10" else cifar100
+        place = cache_folder() / of.MIRRORS[0].rpartition("/")[2]
+        source = path or download(of.MIRRORS, place, of.ARCHIVE_MD5, of.ARCHIVE_SIZE)
+        files = [source] if source.is_file() else [cifar10.official_folder(source, name) / file for file in of.FILES]
+        return load_cached(name, files, "", lambda: of.read_official(source))
     assert path is not None
     classes, test = class_folders(path)
     files_of = {part: listing(path, part, classes, divided=bool(test)) for part in ("train", test or "test")}
@@ -68,9 +63,9 @@ def listing(root: Path, part: str, classes: list[str], *, divided: bool) -> list
 def file_names(name: str, root: str | None, classes: list[str], part: str) -> list[str] | None:
     """CLASS/FILE of every image of a part (train or test) of `load`, in order; None where it has no files of its own.
 
-    That is so of scikit-learn's digits and of CIFAR-10's archive.
+    That is so of scikit-learn's digits and of CIFAR's archives.
     """
-    if name == "digits" or root is None or (name == "cifar10" and is_official_cifar10(expand(root))):
+    if name == "digits" or root is None or is_official(name, expand(root)):
         return None
     folder = expand(root)
     test = class_folders(folder)[1]  # it may be val/

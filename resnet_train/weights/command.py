@@ -12,7 +12,7 @@ from torch import Tensor
 
 from resnet_train import __version__
 from resnet_train.config.commands import WeightsConfig
-from resnet_train.config.layout import class_folders, is_official_cifar10, is_packed
+from resnet_train.config.layout import OFFICIAL, class_folders, is_official, is_packed
 from resnet_train.config.train import Config, check_train, config_from_checkpoint
 from resnet_train.data.augment import IMAGENET_STD
 from resnet_train.data.cifar10 import CLASSES
@@ -103,7 +103,7 @@ def _classes(asked: WeightsConfig, source: Source) -> list[str]:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{where}: cannot be read as text: {error}") from error
         names = [name.strip() for name in names if name.strip()]
-    elif root is not None and not is_official_cifar10(Path(root)):
+    elif root is not None and not any(is_official(name, Path(root)) for name in OFFICIAL):
         names, where = (
             open_packed(root).classes if is_packed(root) else class_folders(Path(root))[0],
             f"data.root={root}",
