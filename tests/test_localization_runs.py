@@ -138,6 +138,24 @@ def test_dense_with_five_classes_and_rcnn(folder, command_here):
     assert (found["rcnn"]["proposals"], found["classifier"]["net"]) == (4, "resnet-8-A")
 
 
+def test_tables_13_and_14_have_ours_beside_the_papers(folder, command_here, tmp_path):
+    pytest.importorskip("bokeh")
+    for name in ("rpn", "rcnn"):
+        shutil.copytree(folder / name, tmp_path / "runs" / name)
+    rpn, rcnn = (f"runs/{name}/checkpoints/last.pt" for name in ("rpn", "rcnn"))
+    command_here("report", "runs", "out=report")
+    assert "Ours: not measured yet" in (tmp_path / "report/report.md").read_text()
+    command_here("localize", "test", rpn, "device=cpu")
+    command_here("localize", "test", rpn, f"rcnn={rcnn}", f"classifier={folder}/net/checkpoints/last.pt", "device=cpu")
+    command_here("report", "runs", "out=report")
+    rows = (tmp_path / "report/table-13.csv").read_text().splitlines()
+    assert [row.split(",")[:2] for row in rows[1:4]] == [["ours", "RPN"], ["ours", "RPN + R-CNN"], ["paper", "VGG's"]]
+    assert "paper,RPN,ResNet-101,center crop,13.3,,,,," in rows
+    assert "paper,ResNet (2015),8.9,9.0" in (tmp_path / "report/table-14.csv").read_text().splitlines()
+    told = (tmp_path / "report/report.md").read_text()
+    assert "Not comparable: ours are of 7 test images of digits, an RPN of 7 iterations" in told
+
+
 def test_checkpoints_of_other_kinds_and_classes_are_told(folder, command_here, tmp_path):
     rpn, rcnn, net = (folder / name / "checkpoints/last.pt" for name in ("rpn", "rcnn", "net"))
     image = folder / "digits/val/0/0_00000.JPEG"
