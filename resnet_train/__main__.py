@@ -19,6 +19,7 @@ COMMANDS = {
     "weights": cli.weights,
     "pack": cli.pack,
     "detect": cli.detect,
+    "localize": cli.localize,
     "bench": cli.bench,
 }
 

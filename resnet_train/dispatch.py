@@ -84,7 +84,7 @@ def main(command: Command, *more: Command, words: list[str] | None = None) -> No
     if first in others:
         command, words = others[first], words[1:]
     try:
-        if near := "" if first in others else nearest(first, others):
+        if near := "" if first in others or "=" in first else nearest(first, others):
             raise UserError(f"{first!r}: is not key=value{near}")
         _follow(command, words)
     except UserError as error:

@@ -452,8 +452,8 @@ def test_detectors_that_do_not_go_together_are_told(save, saved, tree, test, tmp
     for path in copy.glob("Annotations/*.xml"):
         path.write_text(path.read_text().replace("disc", "moon"))
     told = test(f"checkpoint=[{saved},{save('classes', f'data.root={copy}')}]", f"data.root={tree}", code=2)
-    assert "has classes=['disc', 'square', 'star'] and" in told
-    assert "classes=['moon', 'square', 'star']; an ensemble has the same in all its members" in told
+    assert "has classes=['disc','square','star'] and" in told
+    assert "classes=['moon','square','star']; an ensemble has the same in all its members" in told
     shutil.copytree(tree, tmp_path / "same")
     assert "data.root=" in test(f"checkpoint=[{saved},{save('root', f'data.root={tmp_path}/same')}]", code=2)
     assert "is named twice" in test(f"checkpoint=[{saved},{saved}]", code=2)

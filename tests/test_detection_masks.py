@@ -484,7 +484,7 @@ def test_refinement_goes_with_masks_and_what_does_not_is_told(saved, save, comma
     command_here("detect", *words, "refine=true")
     assert json.loads(Path("found.json").read_text())["mask_map50"] is not None
     told = command_here("detect", *words, "scales=[48,96]", code=2)
-    assert f"scales=[48, 96]: {path} finds masks, which is for one scale; remove it" in told
+    assert f"scales=[48,96]: {path} finds masks, which is for one scale; remove it" in told
     other, _ = save("plain", "masks=false")
     told = command_here("detect", *words[:1], f"checkpoint=[{path},{other}]", *words[2:], code=2)
     assert f"{path} has masks=true and {other} masks=false; an ensemble has the same in all its members" in told

@@ -13,7 +13,8 @@ from resnet_train.config.compose import compose
 from resnet_train.config.localization import check_localize, check_localize_test
 from resnet_train.data import crops
 from resnet_train.detection.annotations import BAD_ANNOTATION, CUT, NO_AREA, NO_IMAGE, OTHER_SIZE, UNKNOWN, UNREADABLE
-from resnet_train.errors import UserError
+from resnet_train.errors import RunError, UserError
+from resnet_train.localization.evaluate import evaluate
 from resnet_train.localization.find import (
     Trained,
     best,
@@ -477,3 +478,11 @@ def test_wrong_values_of_a_test_are_told(tree, monkeypatch):
         with pytest.raises(UserError) as error:
             checked(*words, command="localize_test")
         assert told in str(error.value)
+
+
+def test_weights_that_are_not_finite_are_told_with_the_image(digits):
+    photos, rpn = read_tree(digits, broken="stop").test, trained()
+    assert evaluate(rpn, None, photos, device=CPU, workers=0)["images"] == 9
+    torch.nn.init.constant_(rpn.model.reg.weight, math.nan)
+    with pytest.raises(RunError, match=r"0/0_00000.JPEG: a box found is not finite; try an earlier checkpoint"):
+        evaluate(rpn, None, photos, device=CPU, workers=0)

@@ -12,7 +12,11 @@ import pytest
 import torch
 from conftest import as_one_of, metrics, needs, start
 
+from resnet_train.config.compose import compose
+from resnet_train.config.localization import check_localize
 from resnet_train.engine import checkpoint
+from resnet_train.localization.evaluate import evaluate
+from resnet_train.localization.run import build, open_data
 
 needs("sklearn")
 from digits_boxes import make_digits  # noqa: E402
@@ -81,7 +85,7 @@ def test_a_killed_run_resumes_to_the_same_weights_and_figures(folder, stage):
     assert metrics(killed) == metrics(folder / stage)
 
 
-@pytest.mark.parametrize("stage", ["rpn", "rcnn"])
+@pytest.mark.parametrize("stage", ["rpn", pytest.param("rcnn", marks=pytest.mark.long)])
 def test_two_processes_learn_what_one_does(folder, tmp_path, stage):
     """Up to rounding: the gradient of each half is summed by itself."""
     for name in ("digits", "net", "rpn"):
@@ -106,17 +110,18 @@ def apart(line):
 
 
 def test_the_test_of_a_checkpoint_gives_what_training_logged(folder, command_here, tmp_path):
-    """In one process and in two, of which one has four of seven images, the other three."""
+    """In one process and, behind R-CNN, in two, of which one has four of seven images, the other three."""
     for stage in ("rpn", "rcnn"):
         last = json.loads((folder / stage / "summary.json").read_text())["last"]
-        words = ["test", f"checkpoint={folder}/rpn/checkpoints/last.pt", "device=cpu"]
-        words += [f"rcnn={folder}/rcnn/checkpoints/last.pt"] if stage == "rcnn" else []
-        command_here("localize", *words, "out=alone.json")
-        as_one_of(2, tmp_path, "from resnet_train.cli import localize; localize()", *words, "out=pair.json")
-        for name in ("alone", "pair"):
-            found = json.loads((tmp_path / f"{name}.json").read_text())
-            assert (found["error"], found["images"]) == (last["error"], 7)
-            assert found["protocol"] == "center crop of 32"
+        words = ["test", f"checkpoint={folder}/rpn/checkpoints/last.pt", "device=cpu", f"out={stage}.json"]
+        if stage == "rpn":
+            command_here("localize", *words)
+        else:
+            words.append(f"rcnn={folder}/rcnn/checkpoints/last.pt")
+            as_one_of(2, tmp_path, "from resnet_train.cli import localize; localize()", *words)
+        found = json.loads((tmp_path / f"{stage}.json").read_text())
+        assert (found["error"], found["images"]) == (last["error"], 7)
+        assert found["protocol"] == "center crop of 32"
 
 
 def test_dense_with_five_classes_and_rcnn(folder, command_here):
@@ -131,6 +136,24 @@ def test_dense_with_five_classes_and_rcnn(folder, command_here):
     assert found["class_error5"] == 0  # of three classes all are among the five
     assert found["error5"] == found["error"] <= found["error1"]
     assert (found["rcnn"]["proposals"], found["classifier"]["net"]) == (4, "resnet-8-A")
+
+
+def test_tables_13_and_14_have_ours_beside_the_papers(folder, command_here, tmp_path):
+    pytest.importorskip("bokeh")
+    for name in ("rpn", "rcnn"):
+        shutil.copytree(folder / name, tmp_path / "runs" / name)
+    rpn, rcnn = (f"runs/{name}/checkpoints/last.pt" for name in ("rpn", "rcnn"))
+    command_here("report", "runs", "out=report")
+    assert "Ours: not measured yet" in (tmp_path / "report/report.md").read_text()
+    command_here("localize", "test", rpn, "device=cpu")
+    command_here("localize", "test", rpn, f"rcnn={rcnn}", f"classifier={folder}/net/checkpoints/last.pt", "device=cpu")
+    command_here("report", "runs", "out=report")
+    rows = (tmp_path / "report/table-13.csv").read_text().splitlines()
+    assert [row.split(",")[:2] for row in rows[1:4]] == [["ours", "RPN"], ["ours", "RPN + R-CNN"], ["paper", "VGG's"]]
+    assert "paper,RPN,ResNet-101,center crop,13.3,,,,," in rows
+    assert "paper,ResNet (2015),8.9,9.0" in (tmp_path / "report/table-14.csv").read_text().splitlines()
+    told = (tmp_path / "report/report.md").read_text()
+    assert "Not comparable: ours are of 7 test images of digits, an RPN of 7 iterations" in told
 
 
 def test_checkpoints_of_other_kinds_and_classes_are_told(folder, command_here, tmp_path):
@@ -167,9 +190,32 @@ def test_an_image_whose_pixels_are_broken_stops_or_is_skipped(folder, command_he
     told = forked.run(localize(tmp_path, "run_dir=stop"), cwd=tmp_path, capture_output=True, text=True)
     assert told.returncode == 2
     assert "is not an image that can be read" in told.stderr
-    for stage, words in (("rpn", []), ("rcnn", RCNN)):
-        words = [f"run_dir=skip-{stage}", "data.broken=skip", "iterations=14", *words]
-        told = forked.run(localize(tmp_path, *words), cwd=tmp_path, capture_output=True, text=True)
-        assert told.returncode == 0, told.stderr
-        assert "skipped: " in told.stderr
-        assert json.loads((tmp_path / f"skip-{stage}/summary.json").read_text())["last"]["images"] == 6
+    words = ["run_dir=skip", "data.broken=skip", "iterations=14", "precision=bf16", *RCNN]
+    told = forked.run(localize(tmp_path, *words), cwd=tmp_path, capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+    assert "skipped: " in told.stderr
+    assert json.loads((tmp_path / "skip/summary.json").read_text())["last"]["images"] == 6
+
+
+@pytest.mark.long
+def test_it_learns(folder, tmp_path):
+    """Some hundred iterations from the weights of a classifier: most of what it is not shown in training it finds."""
+    make_digits(tmp_path / "digits", train=300, test=60, classes=3, side=(48, 64), digit=(16, 30))
+    words = ["data=imagefolder", f"data.root={tmp_path}/digits", "data.size=32", "depth=8", "iterations=300"]
+    words += ["batch_size=32", f"run_dir={tmp_path}/net", "compile=false", "device=cpu", "augment.flip=false"]
+    assert forked.run(start(*words), cwd=folder, stdout=subprocess.DEVNULL).returncode == 0
+    words = [word for word in WORDS if not word.startswith(("proposals", "init_from", "iterations", "batch_size"))]
+    words += [f"data.root={tmp_path}/digits", f"init_from={tmp_path}/net/checkpoints/last.pt", "iterations=300"]
+    config = check_localize(compose("localize", [*words, "batch_size=16", "lr=0.1"]), [])
+    data = open_data(config)
+    task = build(config, data, CPU)
+
+    def error():
+        rpn = task._trained()
+        return evaluate(rpn, None, data.photos.test, device=CPU, workers=0, sides=[37])["error"]
+
+    before = error()
+    for batch in task.batches():
+        task.step(batch, task.learning_rate())
+    assert before > 70
+    assert error() < 30

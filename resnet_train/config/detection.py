@@ -238,8 +238,8 @@ def _check_test_list(data: DetectTestData, checkpoint: Path) -> None:
         _check_root(data.root)
     if data.test is None or not isinstance(given, str) or not (root := expand(given)).is_dir():
         return
-    there = lists_of(root, "voc") + lists_of(root, "coco")
-    if there and not any(list_file(root, kind, data.test).is_file() for kind in ("voc", "coco")):
+    there = [name for kind in LIST_FILES for name in lists_of(root, kind)]
+    if there and data.test not in there and not any(list_file(root, kind, data.test).is_file() for kind in LIST_FILES):
         raise UserError(f"data.test={data.test}: {given} has {', '.join(there)}{nearest(data.test, there)}")
 
 

@@ -173,6 +173,6 @@ def run_directory(config: LocalizeConfig, asked: Iterable[str]) -> Path:
     """Where the run goes: `run_dir`, or runs/DATA-localization/STAGE/ and the values of keys that were `asked` for."""
     if config.run_dir is not None:
         return expand(config.run_dir)
-    told = {"data", "stage", "seed", "init_from", "rpn"} | marked(Free, LocalizeConfig).keys()
+    told = {"data", "stage", "seed"} | marked(Free, LocalizeConfig).keys()
     place = Path("runs") / f"{plain_word(config.data_label) or 'images'}-localization" / config.stage
     return place / run_name(flat(config.plain()), set(asked) - told, config.seed)

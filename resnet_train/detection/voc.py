@@ -99,6 +99,8 @@ def read_voc(
         for image in tqdm(images, desc=f"reading {name}", leave=False, disable=None):
             with faults:
                 if image.folder not in folders:
+                    if det and not image.folder.is_dir():
+                        raise Fault(NO_IMAGE, f"{image.annotation}: there is no folder {image.folder}")
                     files = list_files(image.folder)
                     folders[image.folder] = Listing(files, group_by_stem(files))
                 example = _voc_example(image, folders[image.folder], classes, faults)
@@ -127,11 +129,12 @@ def _det_list(root: Path, name: str) -> list[Listed]:
     parts = lists_by_class(root) if name == "train" and not list_file(root, "det", name).is_file() else []
     words: list[tuple[str, Path]] = []
     for file in parts:
-        before = {word for word, _ in words}  # of other classes' lists; in its own none comes twice
+        before = {word for word, _ in words}  # in the lists of other classes; twice in its own is a fault
         words += [(first, file) for first, *flags in _lines(file) if flags[:1] != ["-1"] and first not in before]
     if not parts:
         file = file_of_list(root, "det", name)
-        words = [(first, file) for first, *_ in _lines(file)]
+        # Only in lists by class a flag says whether the image has it; in others it is a number.
+        words = [(first, file) for first, *flags in _lines(file) if split != "train" or flags[:1] != ["-1"]]
     found = []
     for word, file in words:
         for part in word.split("/"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,7 +30,6 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
-        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # the compiler's advice to use TF32
         if local_rank() >= torch.cuda.device_count():
             raise UserError(f"devices: torch sees {torch.cuda.device_count()} GPUs here; each process needs one")
         torch.cuda.set_device(local_rank())

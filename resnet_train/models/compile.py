@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 import logging
 
 import torch
@@ -23,6 +24,7 @@ def compile_network(model: ResNet, depth: int, device: torch.device) -> bool:
     """
     if device.type == "cpu":  # where it is of no use that there is a CUDA toolkit and no GPU
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # its advice; fp32 means fp32 here
     try:
         torch.compile(torch.neg, dynamic=False)(torch.zeros(8, device=device))
     except Exception as error:

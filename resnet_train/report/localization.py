@@ -107,7 +107,7 @@ def _table_13(data: str, results: list[dict[str, Any]], where: str) -> Table:
     """Localization errors with the true class given and with predicted ones; ours, then the paper's."""
     header = ["", "method", "net", "test", "error with the true class", "top-5", "top-1", "classes by", "their top-5"]
     made = Table(f"table-13{where}", f"Table 13: localization error in %, ours on {data}", [*header, "their top-1"])
-    for result in sorted(results, key=lambda one: (one["method"] != "RPN", one["protocol"] != "center", -one["error"])):
+    for result in sorted(results, key=lambda one: (one["method"] != "RPN", one["protocol"], -one["error"])):
         row: list[Cell] = ["ours", result["method"], result["net"], result["protocol"], result["error"]]
         row += [result.get("error5"), result.get("error1"), result.get("classifier")]
         made.rows.append([*row, result.get("class_error5"), result.get("class_error1")])
