@@ -422,7 +422,9 @@ def test_a_detector_goes_on_on_other_classes_by_their_names(tree, whole, tmp_pat
 )
 def test_a_detector_of_another_shape_is_refused_with_the_key(tree, whole, word, told):
     last = whole[0] / "checkpoints/last.pt"
-    with pytest.raises(UserError, match=re.escape(f"init_from={last}: is a detector with {told}; use that")):
+    with pytest.raises(
+        UserError, match=re.escape(f"init_from={last}: is a detector with {told}; use that, or another")
+    ):
         build_new(configured(tree, f"init_from={last}", word), list(SHAPES))
 
 

@@ -995,7 +995,7 @@ def detector_run(
 ):
     """What resnet-detect leaves of a run, in small."""
     data = {"name": "voc", "root": "/d/bccd", "train": ["trainval"], "test": "test", "classes": None}
-    config = {"data": data, "backbone": backbone, "depth": 18, "pyramid": False, "context": False}
+    config = {"data": data, "backbone": backbone, "depth": 18, "pyramid": False, "context": False, "masks": False}
     config |= {"init_from": source, "seed": seed}
     config |= dict.fromkeys(detection.SETTING, 1) | {"iterations": iterations}
     place = folder / f"{backbone}-{source is not None}-{seed}"
@@ -1043,15 +1043,21 @@ def test_a_report_may_be_of_detectors_alone(tmp_path, monkeypatch):
 
 
 def leave_result(
-    folder, name, *, net="resnet-101", refine=False, scales=None, tested="val2014", members=None, **figures
+    folder, name, *, net="resnet-101", refine=False, data="coco", scales=None, tested="val2014", members=None, **figures
 ):
     """What resnet-detect test leaves beside a checkpoint."""
     who = {"members": [{"net": one} for one in members]} if members else {"net": "resnet-101"}
+    progress = {"seed": 0, "iteration": 90, "iterations": 100}
+    who = {"members": [one | progress for one in who["members"]]} if members else who | progress
     classes = {"person": {"ap07": 1.0, "ap10": figures["map50"] + 1, "objects": 7}, "tv": {"ap10": None, "objects": 0}}
     rest = {"map07": 1.0, "map10": 2.0, "images": 50, "seconds": 10.0, "protocol": "whole", "per_class": classes}
     path = folder / "checkpoints" / name
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({**who, "list": tested, "refine": refine, "scales": None, **rest, **figures}))
+    path.write_text(
+        json.dumps(
+            {**who, "data": data, "device": "cpu", "list": tested, "refine": refine, "scales": None, **rest, **figures}
+        )
+    )
 
 
 def test_tests_of_detectors_stand_in_table_9_beside_the_papers_steps(tmp_path):
@@ -1073,14 +1079,23 @@ def test_tests_of_detectors_stand_in_table_9_beside_the_papers_steps(tmp_path):
     assert ours == [
         ["resnet-101", "baseline", 30.0, 15.0, 0.2, 48.4, 27.2],
         ["resnet-101", "box refinement", 31.0, 16.0, 0.2, 49.9, 29.9],
-        ["ensemble of 2: resnet-101 and resnet-50", "box refinement + context", 33.0, 18.0, 0.2, 51.1, 30.0],
+        ["ensemble of 2: resnet-101 and resnet-50", "box refinement + context", 33.0, 18.0, 0.2, None, None],
+        ["not measured", "box refinement + context", None, None, None, 51.1, 30.0],
         ["not measured", "box refinement + context + multi-scale testing", None, None, None, 53.8, 32.5],
     ]
+    assert "seed 0: iteration 90 of 100, unfinished; 50 images on cpu; whole" in table.notes[0]
     assert classes.rows == [["person", "7", 31.0, 32.0, 34.0], ["tv", "0", None, None, None]]
 
 
 def test_tests_on_other_data_stand_beside_no_figure_of_the_papers(tmp_path):
-    leave_result(detector_run(tmp_path, label="bccd"), "last-2007_test.json", tested="2007_test", map50=30.0, map=15.0)
+    leave_result(
+        detector_run(tmp_path, label="bccd"),
+        "last-2007_test.json",
+        data="bccd",
+        tested="2007_test",
+        map50=30.0,
+        map=15.0,
+    )
     (section,) = detection.sections(detection.find(runs.find([tmp_path])[1]))
     assert section.tables[1].name == "improvements"
     assert [row[:2] for row in section.tables[1].rows] == [["resnet-101", "baseline"]]

@@ -40,7 +40,7 @@ def answers(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def in_order(batches: list[Tensor]) -> Tensor:
-    """The answers of all processes, each of which has every so-manieth batch, in the order of the images."""
+    """The answers of all processes, each of which has its share of the batches, in the order of the images."""
     shares: list[list[Tensor]] = [batches] * world_size()
     if world_size() > 1:
         dist.all_gather_object(shares, batches)

@@ -115,7 +115,7 @@ def _go_on_from(config: DetectConfig, state: dict[str, Any], names: list[str], p
         theirs = config_from_checkpoint(state["config"])
     for key in ("backbone", "depth", "pyramid", "context", "masks", "anchors"):
         if (value := getattr(theirs, key)) != getattr(config, key):
-            raise UserError(f"init_from={path}: is a detector with {key}={format_value(value)}; use that")
+            raise UserError(f"init_from={path}: is a detector with {key}={format_value(value)}; use that, or another")
     old, backbone = build_like_checkpoint(theirs, state)
     with checkpoint.checkpoint_errors(f"init_from={path}"):
         old.load_state_dict(state["model"])

@@ -64,7 +64,7 @@ def evaluate(
 ) -> tuple[dict[str, Any], list[Found]]:
     """Average precision by VOC's and by COCO's rules, in %, and what was found in this process's images.
 
-    Of several processes each takes every so-manieth image, and all get the same figures, those of one process. With
+    Of several processes each takes its share of the images, and all get the same figures, those of one process. With
     `skip` images whose pixels are broken are left out and counted (`skipped`); otherwise one raises UserError.
     """
     mine = examples[rank() :: world_size()]

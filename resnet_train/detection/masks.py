@@ -15,6 +15,8 @@ from resnet_train.data.decode import LARGEST_IMAGE
 from resnet_train.detection.annotations import NO_MASK, Example, Fault
 from resnet_train.errors import UserError
 
+LONGEST = 50  # times the width and height of its image: the edges of a polygon, of which each pixel takes memory
+
 
 def mask_code() -> Any:
     """The package's functions of masks. Raises UserError where it is missing."""
@@ -51,7 +53,15 @@ def read_mask(segmentation: Any, size: tuple[int, int], where: str) -> bytes:
         for place, side in ((0, width), (1, height)):  # each pixel along an edge takes memory
             if not all(-side <= number <= 2 * side for number in numbers[place::2]):
                 raise Fault(NO_MASK, f"{where}: its segmentation lies far outside of its image, {width}x{height}")
+        if _length(numbers) > LONGEST * (width + height):
+            raise Fault(NO_MASK, f"{where}: the edges of its segmentation are too long for {width}x{height}")
     return code.merge(code.frPyObjects(segmentation, height, width))["counts"]
+
+
+def _length(polygon: Sequence[float]) -> float:
+    """The pixels along the edges of x, y, x, y, …"""
+    xs, ys = polygon[::2], polygon[1::2]
+    return sum(max(abs(xs[n] - xs[n - 1]), abs(ys[n] - ys[n - 1])) for n in range(len(xs)))
 
 
 def training_shape(shape: Sequence[int], min_size: int, max_size: int) -> tuple[int, int]:
@@ -65,7 +75,8 @@ def check_masks(example: Example, min_size: int, max_size: int) -> None:
     height, width = training_shape((example.height, example.width), min_size, max_size)
     if (count := int((~example.ignored).sum())) * height * width > LARGEST_IMAGE:
         raise UserError(
-            f"{example.path}: {count} masks of {width}x{height} are above {LARGEST_IMAGE:,} pixels together"
+            f"{example.path}: {count} masks of {width}x{height} are above {LARGEST_IMAGE:,} pixels together; use a"
+            " lower min_size= and max_size="
         )
 
 

@@ -258,7 +258,8 @@ class DetectionTask:
         if before == world_size():
             return []
         own = "" if self.backbone.pretrained else ", and batch norm sees other images together"
-        return [f"note: begun on {before} devices; on {world_size()} sums round otherwise{own}"]
+        means = "losses are means over each process's own regions"
+        return [f"note: begun on {before} devices; on {world_size()} {means}{own}"]
 
     def summary(self, metrics: list[dict[str, Any]]) -> dict[str, Any]:
         """What summary.json says of the finished run."""

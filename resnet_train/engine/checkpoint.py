@@ -239,6 +239,8 @@ def check_net(model: Mapping[str, Tensor], make: Callable[[], nn.Module], layers
             raise ValueError(f"{name} is missing")
         if found.shape != value.shape:
             raise ValueError(f"{name} is {_by(found.shape)}, not {_by(value.shape)}")
+        if not bool(found.isfinite().all()):  # training saves none such
+            raise ValueError(f"{name} is not finite")
 
 
 def check_mean(mean: Tensor) -> None:

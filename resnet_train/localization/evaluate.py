@@ -34,7 +34,7 @@ def evaluate(
     """Errors in %: `error` with the true class given and, of the classes that `classify` names, those of ILSVRC.
 
     `error5`: no answer of five has the true class and half of one of its boxes; `error1`: the first has not. Beside
-    them the error of the classes alone. Of several processes each takes every so-manieth image, and all get the same
+    them the error of the classes alone. Of several processes each takes its share of the images, and all get the same
     figures; `images` is the number of those that could be read. Raises UserError for one that cannot, if none is to be
     skipped.
     """

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 import logging
+import warnings
 
 import torch
 

@@ -94,7 +94,7 @@ def _read(folder: Path, place: str, metrics: list[dict[str, Any]]) -> Detector:
     kind, parts = data["name"], [word(name) for name in data["train"]]
     net = "vgg-16" if config["backbone"] == "vgg16" else f"resnet-{whole(config['depth'])}"
     lines = [line for line in metrics if line["split"] == "test"]
-    masks = bool(config.get("masks"))  # of later runs
+    masks = bool(config["masks"])
     keys = [key for key, _, _ in COLUMNS[kind] + MASKS * masks]
     test = [
         {"iteration": whole(line["iteration"])} | {key: number(line[key], 0, 100) for key in keys} for line in lines
@@ -134,8 +134,7 @@ def _section(group: list[Detector], where: str) -> Section:
         section.warnings.append(f"SHORTENED: {first.iterations:,} of the paper's {papers:,} iterations")
     section.tables = [table(group, where)]
     if tests := [test for run in group for test in run.tests]:
-        published = first.published or (first.kind == "det" and first.data == "ILSVRC")
-        section.tables += improvements.tables(tests, first.data, where, published=published)
+        section.tables += improvements.tables(tests, where, (*PAPERS_DATA[first.kind], "ILSVRC"))
     if any(run.test for run in group):
         caption = f"{COLUMNS[first.kind][0][1]}, on the test images of {first.data}, over iterations."
         section.figures = [Picture(f"detection{where}", caption, functools.partial(_figure, group))]

@@ -25,7 +25,10 @@ class Test:
     net: str
     steps: tuple[str, ...]  # what was switched on, in the paper's order
     members: int
+    data: str
     tested: str  # the list
+    iterations: str  # of training, done and planned, of each member
+    device: str
     images: int
     seconds: float  # of an image
     protocol: str
@@ -54,7 +57,10 @@ def _read(place: str, found: dict[str, Any]) -> Test:
         net=" and ".join(net.replace("-context", "") for net in nets),
         steps=tuple(step for step, is_on in on.items() if is_on),
         members=len(members),
+        data=word(found["data"]),
         tested=word(found["list"]),
+        iterations=", ".join(f"seed {whole(one['seed'])}: {_progress(one)}" for one in members),
+        device=word(found["device"]),
         images=images,
         seconds=number(found["seconds"]) / images,
         protocol=word(found["protocol"]),
@@ -63,17 +69,23 @@ def _read(place: str, found: dict[str, Any]) -> Test:
     )
 
 
+def _progress(member: dict[str, Any]) -> str:
+    done, planned = whole(member["iteration"]), whole(member["iterations"], 1)
+    return f"iteration {done:,}" if done == planned else f"iteration {done:,} of {planned:,}, unfinished"
+
+
 def _class(found: dict[str, Any]) -> tuple[float | None, int]:
     return None if found["ap10"] is None else number(found["ap10"], 0, 100), whole(found["objects"])
 
 
-def tables(tests: list[Test], data: str, where: str, *, published: bool) -> list[Table]:
-    """A table of the steps for each test list, beside the paper's where it has the data, and one of classes."""
+def tables(tests: list[Test], where: str, published: tuple[str, ...]) -> list[Table]:
+    """A table of the steps for each test list, beside the paper's where the data are of `published`, and of classes."""
     made: list[Table] = []
-    for tested in dict.fromkeys(test.tested for test in tests):
-        group = sorted((test for test in tests if test.tested == tested), key=_order)
-        suffix = where if tested == tests[0].tested else f"{where}-{len(made)}"
-        made += [_steps(group, data, suffix, published=published and tested in TABLES), *_classes(group, data, suffix)]
+    for place, (data, tested) in enumerate(dict.fromkeys((test.data, test.tested) for test in tests)):
+        group = sorted((test for test in tests if (test.data, test.tested) == (data, tested)), key=_order)
+        suffix = f"{where}-list-{place + 1}" if place else where
+        beside = data in published and tested in TABLES
+        made += [_steps(group, data, suffix, published=beside), *_classes(group, data, suffix)]
     return made
 
 
@@ -93,13 +105,18 @@ def _steps(group: list[Test], data: str, where: str, *, published: bool) -> Tabl
     for test in group:
         who = test.net if test.members == 1 else f"ensemble of {test.members}: {test.net}"
         row: list[Cell] = [who, " + ".join(test.steps) or "baseline", *(test.figures.get(key) for key in measures)]
-        made.rows.append([*row, test.seconds, *(steps.get(test.steps, (None, None)) if published else ())])
+        alike = test.members == 1 and test.net == "resnet-101"
+        theirs = steps.get(test.steps, (None, None)) if alike else (None, None)
+        made.rows.append([*row, test.seconds, *(theirs if published else ())])
     if published:
-        missing = [on for on in steps if on not in {test.steps for test in group}]
+        done = {test.steps for test in group if test.members == 1 and test.net == "resnet-101"}
+        missing = [on for on in steps if on not in done]
         for on in missing:
             blank: list[Cell] = [None] * (len(measures) + 1)
             made.rows.append(["not measured", " + ".join(on) or "baseline", *blank, *steps[on]])
-    made.notes = [f"{test.place}: {test.images:,} images; {test.protocol}" for test in group]
+    made.notes = [
+        f"{test.place}: {test.iterations}; {test.images:,} images on {test.device}; {test.protocol}" for test in group
+    ]
     return made
 
 
