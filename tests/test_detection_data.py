@@ -678,7 +678,20 @@ def test_names_in_det_that_lead_elsewhere_are_refused(det, word):
 def test_a_list_of_det_that_is_not_there_is_told_with_those_that_are(det):
     words = ["data=det", f"data.root={det}", "data.test=val3"]
     with pytest.raises(UserError, match=re.escape(f"data.test=val3: {det} has train, val, val1, val2; did you mean")):
-        check_detect(compose("detect", words))
+        check_detect(compose("detect", words), [word.split("=")[0] for word in words])
+
+
+def test_a_list_by_class_is_taken_without_those_that_lack_it(det):
+    found = read_voc(det, train=["train_2"], test="val", classes=None, broken="stop", det=True)
+    assert [example.name for example in found.train] == ["train/ILSVRC2014_train_0000/b"]
+
+
+def test_a_folder_of_det_that_is_missing_is_a_fault_of_its_images(det):
+    shutil.rmtree(det / "Data/DET/train/ILSVRC2013_train")
+    given = {"train": ["train", "val1"], "test": "val2", "classes": None, "det": True}
+    with pytest.raises(UserError, match="there is no folder"):
+        read_voc(det, broken="stop", **given)
+    assert read_voc(det, broken="skip", **given).faults == {NO_IMAGE: 1}
 
 
 @pytest.mark.parametrize(

@@ -1042,9 +1042,7 @@ def test_a_report_may_be_of_detectors_alone(tmp_path, monkeypatch):
     assert "Detection on VOCdevkit: 1 run of 100 iterations" in (tmp_path / "out/index.html").read_text()
 
 
-def leave_result(
-    folder, name, *, net="resnet-101", refine=False, data="coco", scales=None, tested="val2014", members=None, **figures
-):
+def leave_result(folder, name, *, refine=False, data="coco", tested="val2014", members=None, **figures):
     """What resnet-detect test leaves beside a checkpoint."""
     who = {"members": [{"net": one} for one in members]} if members else {"net": "resnet-101"}
     progress = {"seed": 0, "iteration": 90, "iterations": 100}
