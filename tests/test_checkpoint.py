@@ -172,6 +172,14 @@ def test_a_net_that_is_not_in_the_file_is_refused_before_it_is_made(depth, class
         checkpoint.check_net(model, lambda: cifar_resnet(depth, num_classes=classes), depth)
 
 
+@pytest.mark.parametrize("name", ["layer2.0.conv1.weight", "layer3.0.bn2.running_var", "fc.bias"])
+def test_a_net_with_a_value_that_is_not_finite_is_refused(name):
+    model = cifar_resnet(8).state_dict()
+    model[name].view(-1)[3] = float("nan")
+    with pytest.raises(ValueError, match=f"{name} is not finite"):
+        checkpoint.check_net(model, lambda: cifar_resnet(8), 8)
+
+
 def test_weights_that_share_their_values_are_no_net():
     one, model = torch.zeros(9 * 64 * 64), cifar_resnet(8).state_dict()
     shared = {name: one[: value.numel()].view(value.shape) for name, value in model.items()}
