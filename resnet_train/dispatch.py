@@ -81,6 +81,10 @@ def main(command: Command, *more: Command, words: list[str] | None = None) -> No
     words = sys.argv[1:] if words is None else words
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its exceptions to us instead of printing them
     first, others = words[0] if words else "", {other.typed.split()[1]: other for other in more}
+    typed = os.environ.get("COMP_LINE", "").split(" ") if first == "-sc" else []
+    if len(typed) > 2:  # a shell asks what may follow: words without = are another command's or files, not Hydra's
+        command = others.get(typed[1], command)
+        os.environ["COMP_LINE"] = " ".join([typed[0], *(word for word in typed[1:-1] if "=" in word), typed[-1]])
     if first in others:
         command, words = others[first], words[1:]
     try:

@@ -25,12 +25,17 @@ OFFERS = [
     ("train", "resnet-train data=im", ["data=imagefolder", "data=imagenet"]),
     ("features", "resnet-features split=t", ["split=test", "split=train"]),
     ("report", "resnet-report proto", []),
+    ("eval", "resnet-eval last.pt --multirun precise", ["precise_bn="]),
+    ("detect", "resnet-detect test refine=", ["refine=true", "refine=false"]),
+    ("detect", "resnet-detect test chec", ["checkpoint="]),
+    ("detect", "resnet-detect predict a.jpg scor", ["score="]),
+    ("detect", "resnet-detect checkpoint", ["checkpoint_every="]),
 ]
 
 
 @pytest.mark.parametrize(("name", "line", "offered"), OFFERS)
 def test_a_shell_is_offered_every_value(name, line, offered, monkeypatch, capsys):
-    monkeypatch.setenv("COMP_LINE", line)
+    monkeypatch.setenv("COMP_LINE", line)  # which the command may shorten
     entry = {"eval": "evaluate"}.get(name, name)
     monkeypatch.setattr("sys.argv", [f"resnet-{name}", "-sc", "query=bash"])
     getattr(cli, entry)()
