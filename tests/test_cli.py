@@ -93,7 +93,7 @@ WRONG_EVAL = [
 WRONG_FIRST = [
     ("detect", "tset last.pt", ["'tset': is not key=value; did you mean test?"]),
     ("detect", "predicts a.jpg", ["'predicts': is not key=value; did you mean predict?"]),
-    ("detect", "data=VOCdevkit", ["allowed are coco, voc; a folder of your own is data=voc data.root=VOCdevkit"]),
+    ("detect", "data=VOCdevkit", ["; a folder of your own is data=voc data.root=VOCdevkit"]),
     ("report", "complexty", ["complexty: there is no such folder; did you mean complexity?"]),
 ]
 # What torch or the data must judge, within the job.
