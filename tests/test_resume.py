@@ -165,7 +165,7 @@ def test_a_configuration_that_is_none_is_refused_in_one_line(content, tmp_path):
 def opened(config, folder, held):
     """The task of a run whose directory is opened until `held` closes, as the engine opens it."""
     sets = open_data(config)
-    state = claim_run(config, folder, sets.digest, held, False)
+    state = claim_run(config, folder, sets.digest, held, "net")
     task = build_or_resume(config, sets, torch.device("cpu"), state)
     begin_run(task, folder, state, "resnet-train", sets.digest)
     return task

@@ -157,7 +157,7 @@ def check_detect(values: Mapping[str, Any], asked: Collection[str] = ()) -> Dete
         config = dataclasses.replace(config, freeze=None)
     if not config.data.train:
         raise UserError("data.train=[]: name at least one list")
-    _check_data(config.data, {"data.train": config.data.train, "data.test": [config.data.test]}, asked)
+    _check_data(config.data, {"data.train": config.data.train, "data.test": [config.data.test]}, asked or None)
     root = str(expand(config.data.root or "").absolute())
     source = None if config.init_from is None else str(expand(config.init_from).absolute())
     return dataclasses.replace(config, data=dataclasses.replace(config.data, root=root), init_from=source)
