@@ -1,6 +1,7 @@
 """Localization, each part beside a reference that is written out here; whole runs are in test_localization_runs.py."""
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -383,8 +384,10 @@ def test_any_number_of_boxes_and_images_without_are_counted(tree):
     found = read_tree(tree, broken="stop")
     assert [len(found.train[n].boxes) for n in range(len(found.train))] == [2, 1]
     assert found.faults == {NO_BOX: 2}
-    for name in ("0c", "1c"):
-        xml(tree, name).unlink()
+    shutil.rmtree(tree / "val/n0")  # and its annotation
+    xml(tree, "0c").unlink()
+    assert [int(label) for label in read_tree(tree, broken="stop").test.labels] == [2]
+    xml(tree, "1c").unlink()
     with pytest.raises(UserError, match=r"val/ has no image with a box of its class"):
         read_tree(tree, broken="stop")
 

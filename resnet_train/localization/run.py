@@ -18,7 +18,7 @@ from resnet_train.engine.distributed import all_reduce_sum, is_main, raise_on_al
 from resnet_train.engine.run import check_compute, run
 from resnet_train.errors import UserError
 from resnet_train.localization.build import KIND, build_like_checkpoint, build_new, load_trained
-from resnet_train.localization.find import Trained, look, propose
+from resnet_train.localization.find import Trained, dense_sides, look, propose
 from resnet_train.localization.loader import whole_images
 from resnet_train.localization.train import LOSSES, Data, LocalizationTask
 from resnet_train.localization.tree import Localized, Photos, read_tree
@@ -64,7 +64,8 @@ def check_classes(name: str, theirs: list[str], ours: list[str], what: str = "th
 def _proposals(config: LocalizeConfig, rpn: Trained, photos: Photos, device: torch.device) -> Tensor:
     """The likeliest regions of the true class in this process's part of the images: (images, n, 4), else zeros.
 
-    In the whole image, its shorter side at 256 for crops of 224. Where there are fewer than n, or an
+    In the whole image at the scales of the dense test: of one scale alone, R-CNN would not see parts of objects, which
+    the larger ones propose. Where there are fewer than n, or an
     image is broken and skipped, the rest is NaN. Raises UserError for one that is broken otherwise.
     """
     found = torch.zeros(len(photos), config.proposals, 4)
@@ -73,7 +74,7 @@ def _proposals(config: LocalizeConfig, rpn: Trained, photos: Photos, device: tor
     data, skip = config.data, config.data.broken == "skip"
     for example, image in whole_images(photos, mine, workers=data.workers, skip=skip, device=device):
         label = torch.tensor([int(example.labels[0]) - 1], device=device)
-        boxes, scores = look(rpn, image, label, [round(rpn.crop * 256 / 224)])
+        boxes, scores = look(rpn, image, label, dense_sides(rpn.crop, None))
         regions = propose(boxes[0], scores[0], config.proposals, image.shape[1:])
         found[example.image_id - 1, : len(regions)] = regions.cpu()
     return found

@@ -101,11 +101,11 @@ def read_tree(root: Path, *, broken: str, train: bool = True, classes: list[str]
 
 def _read_part(boxes: Path, images: Path, classes: list[str], faults: Faults) -> Iterator[Example]:
     """The images of train/ or val/ that can be used, in order."""
-    divided = (images / classes[0]).is_dir()
+    folders = [name for name in classes if (images / name).is_dir()]  # in val/ some may have none
     flat = _annotations(boxes)
-    for name in tqdm(classes if divided else [""], desc=f"reading {images.name}", leave=False, disable=None):
+    for name in tqdm(folders or [""], desc=f"reading {images.name}", leave=False, disable=None):
         files = group_by_stem(list_files(images / name))
-        own = _annotations(boxes / name) if divided and (boxes / name).is_dir() else {}
+        own = _annotations(boxes / name) if name and (boxes / name).is_dir() else {}
         for stem, (file, *_) in files.items():
             example, path = None, own.pop(stem, None) or flat.pop(stem, None)
             if path is None:
