@@ -111,7 +111,7 @@ def training_batches(
     `skip` the next image stands for one whose pixels are broken; otherwise that raises UserError.
     """
     data = _Training(examples, seed, batch_size, slice(rank, None, world), masks, skip)
-    for batch in _loaded(data, iterations, workers, device):
+    for batch in loaded(data, iterations, workers, device):
         yield Batch(
             [image.to(device, non_blocking=True) for image in batch.images],
             [{name: value.to(device, non_blocking=True) for name, value in target.items()} for target in batch.targets],
@@ -126,7 +126,7 @@ def test_images(
 
     For one whose pixels are broken its line with `skip`; otherwise that raises UserError.
     """
-    for image in _loaded(_Images(examples, skip), range(len(examples)), workers, device):
+    for image in loaded(_Images(examples, skip), range(len(examples)), workers, device):
         yield image if isinstance(image, str) else image.to(device, non_blocking=True)
 
 
@@ -136,8 +136,8 @@ def tell_skipped(lines: Iterable[str]) -> None:
         tqdm.write(printable(f"skipped: {line}"), file=sys.stderr)
 
 
-def _loaded(data: Dataset[Any], order: range, workers: int, device: torch.device) -> Iterator[Any]:
-    """The items of `data` as they are: images of different sizes make no tensor."""
+def loaded(data: Dataset[Any], order: range, workers: int, device: torch.device) -> Iterator[Any]:
+    """The items of `data` as they are, by worker processes: images of different sizes make no tensor."""
     return checked_batches(
         DataLoader(
             data,

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import sys
+import functools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.models.detection._utils import Matcher
 from torchvision.ops import box_iou, clip_boxes_to_image, remove_small_boxes
-from tqdm import tqdm
 
 from resnet_train.data.crops import resized_part, scaled_box
 from resnet_train.data.decode import ImageError
-from resnet_train.data.loader import checked_batches, leave_signals
 from resnet_train.data.sampler import batch_indices, generator
+from resnet_train.data.views import skip_broken
 from resnet_train.detection.annotations import Example, load
-from resnet_train.detection.loader import mirrored
+from resnet_train.detection.loader import loaded, mirrored, tell_skipped, test_images
 from resnet_train.localization.model import CODERS, warp
 from resnet_train.localization.tree import Photos
-from resnet_train.terminal import printable
 
 ANCHORS = 8  # of an image, half of them positive where there are as many
 MATCH = Matcher(0.7, 0.3, allow_low_quality_matches=True)  # Faster R-CNN's overlaps for positive and negative
 OVERLAP = 0.5  # of a region with an object, from which on it is positive
-TRIES = 100  # broken images in a row after which nothing is skipped any more
 SHORTER = (256, 480)  # what an image's shorter side is brought to for crops of 224
 
 
@@ -125,44 +122,24 @@ class _Training(Dataset[Batch]):
         self, photos: Photos, kind: Crops | Regions, seed: int, batch_size: int, skip: bool, rank: int, world: int
     ) -> None:
         self.photos, self.kind, self.seed, self.batch_size = photos, kind, seed, batch_size
-        self.tries, self.rank, self.world = min(len(photos), TRIES) if skip else 1, rank, world
+        self.skip, self.rank, self.world = skip, rank, world
 
     def __getitem__(self, iteration: int) -> Batch:
         indices = batch_indices(self.seed, iteration, self.batch_size, len(self.photos)).tolist()
         seeds = torch.randint(2**62, (self.batch_size,), generator=generator(self.seed, "crops", iteration)).tolist()
-        broken: list[str] = []
-        items = [
-            self._item(indices[place], place, seeds[place], broken)
-            for place in range(self.rank, self.batch_size, self.world)
-        ]
+        items, lines = [], list[str]()
+        for place in range(self.rank, self.batch_size, self.world):
+            read = functools.partial(self._read, place=place, seed=seeds[place])
+            item, broken = skip_broken(read, indices[place], len(self.photos), skip=self.skip)
+            items.append(item)
+            lines += broken.splitlines()
         images, labels, places, targets = zip(*items, strict=True)
         target = {name: torch.stack([one[name] for one in targets]) for name in targets[0]}
-        return Batch(torch.stack(images), torch.tensor(labels), torch.stack(places), target, broken)
+        return Batch(torch.stack(images), torch.tensor(labels), torch.stack(places), target, lines)
 
-    def _item(self, index: int, place: int, seed: int, broken: list[str]) -> Item:
-        """What is learnt at a place of a batch: of an image or, where it is broken and skipped, of the next."""
-        for step in range(self.tries):
-            number = (index + step) % len(self.photos)
-            try:
-                return self.kind.item(self.photos[number], number, place, torch.Generator().manual_seed(seed))
-            except ImageError as error:
-                broken.append(str(error))
-        raise ImageError(broken[-self.tries])
-
-
-class _Images(Dataset[tuple[Tensor | None, str]]):
-    """Whole images, or the line about one that is broken and skipped."""
-
-    def __init__(self, photos: Photos, indices: range, skip: bool) -> None:
-        self.photos, self.indices, self.skip = photos, indices, skip
-
-    def __getitem__(self, place: int) -> tuple[Tensor | None, str]:
-        try:
-            return load(self.photos[self.indices[place]]), ""
-        except ImageError as error:
-            if not self.skip:
-                raise
-            return None, str(error)
+    def _read(self, index: int, place: int, seed: int) -> Item:
+        """What is learnt of an image at a place of a batch."""
+        return self.kind.item(self.photos[index], index, place, torch.Generator().manual_seed(seed))
 
 
 def whole_images(
@@ -172,31 +149,12 @@ def whole_images(
 
     A broken one stops all with its name or, with `skip`, is told of and left out. Raises UserError.
     """
-    data = _Images(photos, indices, skip)
-    for index, (image, broken) in zip(indices, _loaded(data, range(len(indices)), workers, device), strict=True):
-        if image is None:
-            tell_skipped(broken)
+    part = photos.part(indices)
+    for example, image in zip(part, test_images(part, workers=workers, device=device, skip=skip), strict=True):
+        if isinstance(image, str):
+            tell_skipped([image])
         else:
-            yield photos[index], image.to(device, non_blocking=True)
-
-
-def tell_skipped(line: str) -> None:
-    """Print the line about an image that is skipped."""
-    tqdm.write(printable(f"skipped: {line}"), file=sys.stderr)
-
-
-def _loaded(data: Dataset[Any], order: range, workers: int, device: torch.device) -> Iterator[Any]:
-    """The items of `data` as they are."""
-    return checked_batches(
-        DataLoader(
-            data,
-            batch_size=None,
-            sampler=order,
-            num_workers=workers,
-            pin_memory=device.type == "cuda",
-            worker_init_fn=leave_signals,
-        )
-    )
+            yield example, image
 
 
 def training_batches(
@@ -217,7 +175,7 @@ def training_batches(
     A broken image stops all with its name or, with `skip`, the next one stands in. Raises UserError.
     """
     data = _Training(photos, kind, seed, batch_size, skip, rank, world)
-    for images, labels, places, target, broken in _loaded(data, iterations, workers, device):
+    for images, labels, places, target, broken in loaded(data, iterations, workers, device):
         on_device = [value.to(device, non_blocking=True) for value in (images, labels, places)]
         moved = {name: value.to(device, non_blocking=True) for name, value in target.items()}
         yield Batch(on_device[0], on_device[1], on_device[2], moved, broken)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from resnet_train.config.localization import LocalizeConfig
 from resnet_train.config.run_dir import as_stored
+from resnet_train.detection.loader import tell_skipped
 from resnet_train.engine import schedule
 from resnet_train.engine.compute import autocast, wrap_ddp
 from resnet_train.engine.distributed import all_reduce_sum, rank, restore_rank_sums, world_size
@@ -20,7 +21,7 @@ from resnet_train.engine.task import Point
 from resnet_train.localization.build import KIND, Around, trained
 from resnet_train.localization.evaluate import evaluate
 from resnet_train.localization.find import Trained
-from resnet_train.localization.loader import Batch, Crops, Regions, tell_skipped, training_batches
+from resnet_train.localization.loader import Batch, Crops, Regions, training_batches
 from resnet_train.localization.model import Localizer, anchors_of, loss_parts
 from resnet_train.localization.tree import Localized
 from resnet_train.models.resnet import parameters
@@ -121,9 +122,8 @@ class LocalizationTask:
             rank=rank(),
             world=world_size(),
         ):
-            for line in sorted({*batch.broken} - self.told):
-                tell_skipped(line)
-                self.told.add(line)
+            tell_skipped(new := sorted({*batch.broken} - self.told))
+            self.told.update(new)
             yield batch
 
     def _kind(self) -> Crops | Regions:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -32,7 +34,7 @@ NO_CLASS = "images left out: objects of several classes, and no folder that says
 TOO_LONG = f"images left out: more than {LONGEST} times as long as wide"
 
 
-class Photos:
+class Photos(Sequence[Example]):
     """Images, each with its class and one box of it or more. Compact: ILSVRC has half a million."""
 
     def __init__(self, examples: Iterator[Example]) -> None:
@@ -48,12 +50,20 @@ class Photos:
             ends.append(ends[-1] + len(example.boxes))
         self.sizes, self.labels = torch.tensor(sizes, dtype=torch.int32).view(-1, 2), torch.tensor(labels)
         self.boxes, self.ends = torch.cat([torch.empty(0, 4), *boxes]), torch.tensor(ends)
+        self.indices = range(len(self.paths))
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.indices)
 
-    def __getitem__(self, index: int) -> Example:
-        """An image and the boxes of its class, whose label is `labels[0]`, from 1."""
+    def part(self, indices: range) -> Photos:
+        """The images at `indices`."""
+        chosen = copy.copy(self)
+        chosen.indices = self.indices[indices.start : indices.stop : indices.step]
+        return chosen
+
+    def __getitem__(self, place: Any) -> Any:
+        """An image, an Example: its class is `labels[0]`, from 1, its `image_id` its number in the whole, from 1."""
+        index = self.indices[place]
         start, end = self.ends[index : index + 2].tolist()
         label, size = int(self.labels[index]), self.sizes[index].tolist()
         objects = [(label, box, False, 0.0) for box in self.boxes[start:end].tolist()]
