@@ -161,6 +161,12 @@ def test_negative_anchors_do_not_prevail(boxes, positive, taken):
     assert target["valid"].tolist() == [True] * taken + [False] * (8 - taken)
 
 
+def test_a_box_that_meets_no_anchor_makes_none_positive():
+    anchors = torch.tensor([[0.0, 0, 8, 8], [16, 16, 24, 24], [32, 0, 40, 8]])
+    _, target = sample(torch.tensor([[50.0, 50, 60, 60]]), anchors, torch.Generator().manual_seed(0))
+    assert (int(target["positive"].sum()), int(target["valid"].sum())) == (0, 3)
+
+
 def bright(image):
     """The box around what is bright in an image (H, W, 3)."""
     rows, columns = (torch.nonzero((image[..., 0] > 128).any(axis))[:, 0] for axis in (1, 0))

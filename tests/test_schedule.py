@@ -148,6 +148,14 @@ def test_plateau_fall_after_a_drop_starts_patience_anew():
     assert watch([50, 50, 50, 50, 40, 40, 40, 40, 40], patience=300, threshold=0.1) == [400, 800]
 
 
+def test_plateau_patience_begins_with_the_end_of_the_warm_up():
+    progress = Progress(warm=True)
+    for iteration in range(100, 1_100, 100):
+        progress.warm = iteration <= 500
+        watch_plateau(progress, iteration, 50.0, patience=300, threshold=0.1)
+        assert progress.dropped == (iteration >= 800)
+
+
 def test_plateau_drives_the_rate():
     """A whole run: three looks without a fall after each of three falls."""
     progress, found = Progress(warm=False), []

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.models.detection._utils import Matcher
-from torchvision.ops import box_iou, clip_boxes_to_image, remove_small_boxes
+from torchvision.ops import box_area, box_iou, clip_boxes_to_image
 
 from resnet_train.data.crops import resized_part, scaled_box
 from resnet_train.data.decode import ImageError
@@ -24,6 +24,7 @@ from resnet_train.localization.tree import Photos
 ANCHORS = 8  # of an image, half of them positive where there are as many
 MATCH = Matcher(0.7, 0.3, allow_low_quality_matches=True)  # Faster R-CNN's overlaps for positive and negative
 OVERLAP = 0.5  # of a region with an object, from which on it is positive
+LEFT = 0.25  # the part of a box that a crop must hold for it to be learnt
 SHORTER = (256, 480)  # what an image's shorter side is brought to for crops of 224
 
 
@@ -61,8 +62,8 @@ class Crops:
         top, left, edge, _ = scaled_box(example.height, example.width, size=self.size, side=side, place=place)
         image = resized_part(load(example).permute(1, 2, 0), (top, left, edge, edge), self.size)
         boxes = (example.boxes - torch.tensor([left, top, left, top])) * (self.size / edge)
-        boxes = clip_boxes_to_image(boxes, (self.size, self.size))
-        boxes = boxes[remove_small_boxes(boxes, 1.0)]
+        whole, inside = box_area(boxes), clip_boxes_to_image(boxes, (self.size, self.size))
+        boxes = inside[box_area(inside) >= LEFT * whole]
         if flip:
             image, boxes = image.flip(1), mirrored(boxes, self.size)
         return Item(image, int(example.labels[0]) - 1, *sample(boxes, self.anchors, draw))
@@ -72,10 +73,13 @@ def sample(boxes: Tensor, anchors: Tensor, draw: torch.Generator) -> tuple[Tenso
     """Eight anchors and what is learnt of them: four positive ones and four negative ones.
 
     As in Faster R-CNN an anchor is positive at an overlap of 0.7 or more with a box, and where none has more with that
-    box, and negative below 0.3 with all. Where fewer than four are positive, as many are negative, lest those prevail;
-    where none is, four.
+    box, and negative below 0.3 with all. Where fewer than four are positive, as many are negative, so that both stay
+    equally many; where none is, four.
     """
-    matched = MATCH(box_iou(boxes, anchors)) if len(boxes) else torch.full((len(anchors),), MATCH.BELOW_LOW_THRESHOLD)
+    matched = torch.full((len(anchors),), MATCH.BELOW_LOW_THRESHOLD)
+    if len(boxes):
+        overlap = box_iou(boxes, anchors)
+        matched = torch.where(overlap.amax(0) > 0, MATCH(overlap), matched)  # the best of no overlap is none
     order = torch.randperm(len(anchors), generator=draw)
     positive = order[matched[order] >= 0][: ANCHORS // 2]
     negative = order[matched[order] == MATCH.BELOW_LOW_THRESHOLD][: len(positive) or ANCHORS // 2]
