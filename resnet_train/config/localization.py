@@ -12,8 +12,8 @@ from resnet_train.config import keys
 from resnet_train.config.keys import Alias, Free, OnlyFor, Range, StoredAs
 from resnet_train.config.layout import BOXES, class_folders_of_boxes
 from resnet_train.config.paths import anchored, check_checkpoints, check_file, check_out, check_paths
-from resnet_train.config.run_dir import plain_word, run_name
-from resnet_train.config.schema import flat, format_value, from_dict, marked, unread_keys
+from resnet_train.config.run_dir import plain_word, run_name, unnamed
+from resnet_train.config.schema import flat, format_value, from_dict, unread_keys
 from resnet_train.config.train import check_divisible
 from resnet_train.errors import UserError
 from resnet_train.files import expand
@@ -57,8 +57,8 @@ class LocalizeConfig:
     flip: bool
     anchors: Annotated[list[int], Range(1, 4096), OnlyFor("rpn")]
     proposals: Annotated[int, Range(1, 10_000), OnlyFor("rcnn")]
-    log_every: keys.Interval
-    eval_every: keys.Interval
+    log_every: keys.LoggingInterval
+    eval_every: keys.LoggingInterval
 
     def plain(self) -> dict[str, Any]:
         """The configuration as nested dictionaries of plain values, for JSON and checkpoints."""
@@ -173,6 +173,6 @@ def run_directory(config: LocalizeConfig, asked: Iterable[str]) -> Path:
     """Where the run goes: `run_dir`, or runs/DATA-localization/STAGE/ and the values of keys that were `asked` for."""
     if config.run_dir is not None:
         return expand(config.run_dir)
-    told = {"data", "stage", "seed"} | marked(Free, LocalizeConfig).keys()
+    told = {"data", "stage", "seed"} | unnamed(LocalizeConfig)
     place = Path("runs") / f"{plain_word(config.data_label) or 'images'}-localization" / config.stage
     return place / run_name(flat(config.plain()), set(asked) - told, config.seed)
