@@ -51,7 +51,7 @@ from resnet_train.console import (
     say_start,
 )
 from resnet_train.engine.limits import check_open_files
-from resnet_train.errors import UserError, from_os_error, nearest
+from resnet_train.errors import UserError, from_machine_error, from_os_error, nearest
 from resnet_train.sweep import check_all_finished, check_place, run_apart, run_here
 from resnet_train.terminal import say
 
@@ -104,6 +104,8 @@ def main(command: Command, *more: Command, words: list[str] | None = None) -> No
     except Exception as error:
         hydras = [word for word in words if re.match(r"[+~]*hydra\b|-sc|--sh", word)]
         if not hydras:
+            if refused := from_machine_error(error):
+                fail(refused)
             raise
         fail(UserError(f"{' '.join(hydras)}: Hydra cannot take that ({type(error).__name__}: {error})"))
 

@@ -119,6 +119,8 @@ def from_machine_error(error: BaseException) -> RunError | None:
     if isinstance(error, MemoryError) or _line_with(NO_MEMORY, text):
         line = re.sub(r".*err == 0\. ", "", _line_with(NO_MEMORY, text) or type(error).__name__)
         return RunError(f"out of memory; use a smaller batch_size= (or device_batch_size=) ({line})")
+    if line := _line_with("operator torchvision::", text):
+        return RunError(f"torch and torchvision do not fit together: install both anew, from one index ({line})")
     if "DataLoader worker" in text and (line := _line_with("killed by signal|exited unexpectedly", text)):
         return RunError(f"{line.rstrip('.')}; if it was killed for want of memory, use fewer workers")
     return from_os_error(error) if isinstance(error, OSError) else None

@@ -142,7 +142,7 @@ class ClassificationTask(TrainState):
             self._watch_plateau(error)
         chance = 100 - 100 / len(self.dataset.classes)
         tenth = config.iterations / 10
-        if error > 0.98 * chance and self.iteration - config.log_every < tenth <= self.iteration:
+        if tenth >= 100 and error > 0.98 * chance and self.iteration - config.log_every < tenth <= self.iteration:
             message(f"warning: a tenth of the run is over and the training error is still at chance ({chance:.1f} %)")
         self.metrics.reset()
         return {

@@ -18,6 +18,7 @@ from resnet_train.data.sampler import batch_indices, generator
 from resnet_train.data.views import skip_broken
 from resnet_train.detection.annotations import Example, load
 from resnet_train.detection.masks import training_masks
+from resnet_train.engine.limits import share_of_cores
 from resnet_train.terminal import printable
 
 Target = dict[str, Tensor]
@@ -143,7 +144,7 @@ def loaded(data: Dataset[Any], order: range, workers: int, device: torch.device)
             data,
             batch_size=None,
             sampler=order,
-            num_workers=workers,
+            num_workers=min(workers, share_of_cores()),  # more would only wait for each other
             pin_memory=device.type == "cuda",
             worker_init_fn=leave_signals,
         )
