@@ -1,5 +1,6 @@
 """Whole runs of `resnet-localize` on real digits: what they leave, how they resume, alone and in two processes."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from conftest import as_one_of, metrics, needs, start
 from resnet_train.config.compose import compose
 from resnet_train.config.localization import check_localize
 from resnet_train.engine import checkpoint
+from resnet_train.errors import UserError
 from resnet_train.localization.evaluate import evaluate
 from resnet_train.localization.run import build, open_data
 
@@ -44,8 +46,14 @@ def done(folder, *words):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Digits, a classifier of them, and a finished run of each stage."""
+    """Digits, a classifier of them, and a finished run of each stage; proposals are kept there."""
     folder = tmp_path_factory.mktemp("localization")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RESNET_TRAIN_DATA", str(folder / "cache"))
+        yield _finished(folder)
+
+
+def _finished(folder):
     make_digits(folder / "digits", train=24, test=7, classes=3, side=(48, 64), digit=(16, 30))
     words = ["data=imagefolder", "data.root=digits", "data.size=32", "depth=8", "iterations=4", "batch_size=8"]
     words += ["run_dir=net", "compile=false", "device=cpu", "precision=fp32", "eval_every=4"]
@@ -86,8 +94,9 @@ def test_a_killed_run_resumes_to_the_same_weights_and_figures(folder, stage):
 
 
 @pytest.mark.parametrize("stage", ["rpn", pytest.param("rcnn", marks=pytest.mark.long)])
-def test_two_processes_learn_what_one_does(folder, tmp_path, stage):
+def test_two_processes_learn_what_one_does(folder, tmp_path, monkeypatch, stage):
     """Up to rounding: the gradient of each half is summed by itself."""
+    monkeypatch.setenv("RESNET_TRAIN_DATA", str(tmp_path / "cache"))
     for name in ("digits", "net", "rpn"):
         (tmp_path / name).symlink_to(folder / name)
     words = localize(folder, "run_dir=pair", *(RCNN if stage == "rcnn" else []))[3:]
@@ -171,13 +180,35 @@ def test_checkpoints_of_other_kinds_and_classes_are_told(folder, command_here, t
     shutil.copytree(folder / "digits", tmp_path / "fewer")
     shutil.rmtree(tmp_path / "fewer/train/2")
     told = command_here("localize", "test", rpn, "data.root=fewer", "device=cpu", code=2)
-    assert "data.root=fewer: has other classes than the checkpoint, such as 2" in told or "such as 2" in told
+    assert "fewer: has other classes than the checkpoint, such as 2" in told
     state = checkpoint.read(net)
     torch.save(state | {"classes": ["0", "1", "x"]}, tmp_path / "other.pt")
     told = command_here("localize", "test", rpn, "classifier=other.pt", "device=cpu", code=2)
     assert "classifier=other.pt: has other classes than the RPN, such as 2" in told
+    torch.save(checkpoint.read(rpn) | {"classes": ["1", "0", "2"]}, tmp_path / "turned.pt")
+    told = command_here("localize", "test", "turned.pt", "device=cpu", code=2)
+    assert "digits: has the same classes as the checkpoint in another order" in told
     torch.save(checkpoint.read(rpn) | {"format": 1}, tmp_path / "old.pt")
     assert "format 1" in command_here("localize", "test", "old.pt", "device=cpu", code=2)
+
+
+def test_proposals_are_kept_and_init_from_is_told_before_they_are_made(folder, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("RESNET_TRAIN_DATA", str(tmp_path))
+    words = [*(word for word in WORDS if not word.startswith("anchors")), *RCNN]
+    config = check_localize(compose("localize", words), [])
+    with pytest.raises(UserError, match="is a localizer's"):
+        open_data(dataclasses.replace(config, init_from=config.rpn))
+    assert not list(tmp_path.iterdir())
+    found = open_data(config).proposals
+    assert "proposals of the RPN for 24 training images" in capsys.readouterr().out
+    (kept,) = tmp_path.glob("proposals/*.pt")
+    assert torch.equal(checkpoint.read(kept), found)
+    torch.save(found + 1, kept)
+    assert torch.equal(open_data(config).proposals, found + 1)
+    assert "proposals" not in capsys.readouterr().out
+    kept.write_bytes(kept.read_bytes()[:-50])
+    assert torch.equal(open_data(config).proposals, found)
 
 
 def test_an_image_whose_pixels_are_broken_stops_or_is_skipped(folder, command_here, tmp_path):

@@ -22,9 +22,8 @@ from resnet_train.files import expand, write_result
 from resnet_train.localization.build import KIND, load_trained
 from resnet_train.localization.evaluate import Names, evaluate
 from resnet_train.localization.find import Trained, dense_sides, whole_view
-from resnet_train.localization.run import check_classes
 from resnet_train.localization.train import METHODS
-from resnet_train.localization.tree import read_tree
+from resnet_train.localization.tree import check_classes, read_tree
 from resnet_train.terminal import say
 
 
