@@ -17,8 +17,12 @@ from resnet_train.config.compose import compose
 from resnet_train.config.localization import check_localize
 from resnet_train.engine import checkpoint
 from resnet_train.errors import UserError
+from resnet_train.localization.build import load_trained
 from resnet_train.localization.evaluate import evaluate
+from resnet_train.localization.find import locate
+from resnet_train.localization.loader import whole_images
 from resnet_train.localization.run import build, open_data
+from resnet_train.localization.tree import read_tree
 
 needs("sklearn")
 from digits_boxes import make_digits  # noqa: E402
@@ -133,18 +137,44 @@ def test_the_test_of_a_checkpoint_gives_what_training_logged(folder, command_her
         assert found["protocol"] == "center crop of 32"
 
 
-def test_dense_with_five_classes_and_rcnn(folder, command_here):
+def test_rcnn_moves_the_boxes_of_the_rpn(folder):
+    """Found by both runs as they end; their errors on seven images may be equal."""
+    rpn, rcnn = (
+        load_trained(path, checkpoint.load(path, kind="localizer"), stage, CPU)[0]
+        for stage in ("rpn", "rcnn")
+        for path in [folder / stage / "checkpoints/last.pt"]
+    )
+    photos = read_tree(folder / "digits", broken="stop").test
+    for example, image in whole_images(photos, range(len(photos)), workers=0, skip=False, device=CPU):
+        alone, moved = (locate(rpn, behind, image, example.labels[:1] - 1) for behind in (None, rcnn))
+        assert not torch.equal(alone, moved)
+
+
+def test_dense_with_five_classes_and_rcnn(folder, command_here, tmp_path):
+    """Beside its checkpoint, each other R-CNN, classifier or root with a file of its own."""
     rpn, rcnn, net = (folder / name / "checkpoints/last.pt" for name in ("rpn", "rcnn", "net"))
     words = [f"rcnn={rcnn}", f"classifier={net}", "dense=true", "scales=[32,40]", "device=cpu"]
     told = command_here("localize", "test", rpn, *words)
-    out = rpn.with_name("last-dense-32-40-rcnn-top5-test.json")
+    (out,) = rpn.parent.glob("last-dense-32-40-rcnn-rcnn-*-top5-net-*-test.json")
     assert str(out) in told
     found = json.loads(out.read_text())
-    out.unlink()
-    assert (found["method"], found["protocol"]) == ("RPN + R-CNN", "dense, shorter side at 32, 40")
+    wanted = "dense, shorter side at 32, 40; classes without mirror images"
+    assert (found["method"], found["protocol"]) == ("RPN + R-CNN", wanted)
     assert found["class_error5"] == 0  # of three classes all are among the five
     assert found["error5"] == found["error"] <= found["error1"]
     assert (found["rcnn"]["proposals"], found["classifier"]["net"]) == (4, "resnet-8-A")
+    for run in ("rpn", "rcnn", "net"):
+        for place in ("a", "b"):
+            (tmp_path / place / run / "checkpoints").mkdir(parents=True)
+            shutil.copy(folder / run / "checkpoints/last.pt", tmp_path / place / run / "checkpoints")
+    shutil.copytree(folder / "digits", tmp_path / "more/digits")
+    out.unlink()
+    seen = set()
+    for place, root in (("a", folder / "digits"), ("b", folder / "digits"), ("a", tmp_path / "more/digits")):
+        words = [f"rcnn={place}/rcnn/checkpoints/last.pt", f"classifier={place}/net/checkpoints/last.pt"]
+        command_here("localize", "test", "a/rpn/checkpoints/last.pt", *words, f"data.root={root}", "device=cpu")
+        seen.add(len(list((tmp_path / "a/rpn/checkpoints").glob("*.json"))))
+    assert seen == {1, 2, 3}
 
 
 def test_tables_13_and_14_have_ours_beside_the_papers(folder, command_here, tmp_path):
