@@ -1,5 +1,6 @@
 """Whole runs of `resnet-localize` on real digits: what they leave, how they resume, alone and in two processes."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -15,8 +16,13 @@ from conftest import as_one_of, metrics, needs, start
 from resnet_train.config.compose import compose
 from resnet_train.config.localization import check_localize
 from resnet_train.engine import checkpoint
+from resnet_train.errors import UserError
+from resnet_train.localization.build import load_trained
 from resnet_train.localization.evaluate import evaluate
+from resnet_train.localization.find import locate
+from resnet_train.localization.loader import whole_images
 from resnet_train.localization.run import build, open_data
+from resnet_train.localization.tree import read_tree
 
 needs("sklearn")
 from digits_boxes import make_digits  # noqa: E402
@@ -44,8 +50,14 @@ def done(folder, *words):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Digits, a classifier of them, and a finished run of each stage."""
+    """Digits, a classifier of them, and a finished run of each stage; proposals are kept there."""
     folder = tmp_path_factory.mktemp("localization")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RESNET_TRAIN_DATA", str(folder / "cache"))
+        yield _finished(folder)
+
+
+def _finished(folder):
     make_digits(folder / "digits", train=24, test=7, classes=3, side=(48, 64), digit=(16, 30))
     words = ["data=imagefolder", "data.root=digits", "data.size=32", "depth=8", "iterations=4", "batch_size=8"]
     words += ["run_dir=net", "compile=false", "device=cpu", "precision=fp32", "eval_every=4"]
@@ -86,8 +98,9 @@ def test_a_killed_run_resumes_to_the_same_weights_and_figures(folder, stage):
 
 
 @pytest.mark.parametrize("stage", ["rpn", pytest.param("rcnn", marks=pytest.mark.long)])
-def test_two_processes_learn_what_one_does(folder, tmp_path, stage):
+def test_two_processes_learn_what_one_does(folder, tmp_path, monkeypatch, stage):
     """Up to rounding: the gradient of each half is summed by itself."""
+    monkeypatch.setenv("RESNET_TRAIN_DATA", str(tmp_path / "cache"))
     for name in ("digits", "net", "rpn"):
         (tmp_path / name).symlink_to(folder / name)
     words = localize(folder, "run_dir=pair", *(RCNN if stage == "rcnn" else []))[3:]
@@ -124,18 +137,44 @@ def test_the_test_of_a_checkpoint_gives_what_training_logged(folder, command_her
         assert found["protocol"] == "center crop of 32"
 
 
-def test_dense_with_five_classes_and_rcnn(folder, command_here):
+def test_rcnn_moves_the_boxes_of_the_rpn(folder):
+    """Found by both runs as they end; their errors on seven images may be equal."""
+    rpn, rcnn = (
+        load_trained(path, checkpoint.load(path, kind="localizer"), stage, CPU)[0]
+        for stage in ("rpn", "rcnn")
+        for path in [folder / stage / "checkpoints/last.pt"]
+    )
+    photos = read_tree(folder / "digits", broken="stop").test
+    for example, image in whole_images(photos, range(len(photos)), workers=0, skip=False, device=CPU):
+        alone, moved = (locate(rpn, behind, image, example.labels[:1] - 1) for behind in (None, rcnn))
+        assert not torch.equal(alone, moved)
+
+
+def test_dense_with_five_classes_and_rcnn(folder, command_here, tmp_path):
+    """Beside its checkpoint, each other R-CNN, classifier or root with a file of its own."""
     rpn, rcnn, net = (folder / name / "checkpoints/last.pt" for name in ("rpn", "rcnn", "net"))
     words = [f"rcnn={rcnn}", f"classifier={net}", "dense=true", "scales=[32,40]", "device=cpu"]
     told = command_here("localize", "test", rpn, *words)
-    out = rpn.with_name("last-dense-32-40-rcnn-top5-test.json")
+    (out,) = rpn.parent.glob("last-dense-32-40-rcnn-rcnn-*-top5-net-*-test.json")
     assert str(out) in told
     found = json.loads(out.read_text())
-    out.unlink()
-    assert (found["method"], found["protocol"]) == ("RPN + R-CNN", "dense, shorter side at 32, 40")
+    wanted = "dense, shorter side at 32, 40; classes without mirror images"
+    assert (found["method"], found["protocol"]) == ("RPN + R-CNN", wanted)
     assert found["class_error5"] == 0  # of three classes all are among the five
     assert found["error5"] == found["error"] <= found["error1"]
     assert (found["rcnn"]["proposals"], found["classifier"]["net"]) == (4, "resnet-8-A")
+    for run in ("rpn", "rcnn", "net"):
+        for place in ("a", "b"):
+            (tmp_path / place / run / "checkpoints").mkdir(parents=True)
+            shutil.copy(folder / run / "checkpoints/last.pt", tmp_path / place / run / "checkpoints")
+    shutil.copytree(folder / "digits", tmp_path / "more/digits")
+    out.unlink()
+    seen = set()
+    for place, root in (("a", folder / "digits"), ("b", folder / "digits"), ("a", tmp_path / "more/digits")):
+        words = [f"rcnn={place}/rcnn/checkpoints/last.pt", f"classifier={place}/net/checkpoints/last.pt"]
+        command_here("localize", "test", "a/rpn/checkpoints/last.pt", *words, f"data.root={root}", "device=cpu")
+        seen.add(len(list((tmp_path / "a/rpn/checkpoints").glob("*.json"))))
+    assert seen == {1, 2, 3}
 
 
 def test_tables_13_and_14_have_ours_beside_the_papers(folder, command_here, tmp_path):
@@ -171,13 +210,35 @@ def test_checkpoints_of_other_kinds_and_classes_are_told(folder, command_here, t
     shutil.copytree(folder / "digits", tmp_path / "fewer")
     shutil.rmtree(tmp_path / "fewer/train/2")
     told = command_here("localize", "test", rpn, "data.root=fewer", "device=cpu", code=2)
-    assert "data.root=fewer: has other classes than the checkpoint, such as 2" in told or "such as 2" in told
+    assert "fewer: has other classes than the checkpoint, such as 2" in told
     state = checkpoint.read(net)
     torch.save(state | {"classes": ["0", "1", "x"]}, tmp_path / "other.pt")
     told = command_here("localize", "test", rpn, "classifier=other.pt", "device=cpu", code=2)
     assert "classifier=other.pt: has other classes than the RPN, such as 2" in told
+    torch.save(checkpoint.read(rpn) | {"classes": ["1", "0", "2"]}, tmp_path / "turned.pt")
+    told = command_here("localize", "test", "turned.pt", "device=cpu", code=2)
+    assert "digits: has the same classes as the checkpoint in another order" in told
     torch.save(checkpoint.read(rpn) | {"format": 1}, tmp_path / "old.pt")
     assert "format 1" in command_here("localize", "test", "old.pt", "device=cpu", code=2)
+
+
+def test_proposals_are_kept_and_init_from_is_told_before_they_are_made(folder, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("RESNET_TRAIN_DATA", str(tmp_path))
+    words = [*(word for word in WORDS if not word.startswith("anchors")), *RCNN]
+    config = check_localize(compose("localize", words), [])
+    with pytest.raises(UserError, match="is a localizer's"):
+        open_data(dataclasses.replace(config, init_from=config.rpn))
+    assert not list(tmp_path.iterdir())
+    found = open_data(config).proposals
+    assert "proposals of the RPN for 24 training images" in capsys.readouterr().out
+    (kept,) = tmp_path.glob("proposals/*.pt")
+    assert torch.equal(checkpoint.read(kept), found)
+    torch.save(found + 1, kept)
+    assert torch.equal(open_data(config).proposals, found + 1)
+    assert "proposals" not in capsys.readouterr().out
+    kept.write_bytes(kept.read_bytes()[:-50])
+    assert torch.equal(open_data(config).proposals, found)
 
 
 def test_an_image_whose_pixels_are_broken_stops_or_is_skipped(folder, command_here, tmp_path):

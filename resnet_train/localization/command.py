@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from resnet_train.classification.predict import load as load_classifier
 from resnet_train.classification.predict import view
-from resnet_train.config.localization import LocalizeTestConfig, with_test_data
+from resnet_train.config.localization import LocalizeConfig, LocalizeTestConfig, with_test_data
 from resnet_train.config.run_dir import plain_word
 from resnet_train.engine import checkpoint
 from resnet_train.engine.compute import pick_device
@@ -22,9 +23,8 @@ from resnet_train.files import expand, write_result
 from resnet_train.localization.build import KIND, load_trained
 from resnet_train.localization.evaluate import Names, evaluate
 from resnet_train.localization.find import Trained, dense_sides, whole_view
-from resnet_train.localization.run import check_classes
 from resnet_train.localization.train import METHODS
-from resnet_train.localization.tree import read_tree
+from resnet_train.localization.tree import check_classes, read_tree
 from resnet_train.terminal import say
 
 
@@ -70,7 +70,7 @@ def _evaluate(asked: LocalizeTestConfig, device: torch.device) -> None:
         "split": "val",
         "boxes": len(photos.test.boxes),
         "faults": photos.faults,
-        "protocol": _protocol(rpn.crop, sides),
+        "protocol": _protocol(rpn.crop, sides, named=classify is not None),
         "crop": rpn.crop,
         "scales": sides,
         **measured,
@@ -79,7 +79,7 @@ def _evaluate(asked: LocalizeTestConfig, device: torch.device) -> None:
         "seconds": time.perf_counter() - start,
     }
     if is_main():
-        out = expand(asked.out) if asked.out else _default_out(path, asked, config.data_label, state["label"])
+        out = expand(asked.out) if asked.out else _default_out(path, asked, config, trained_as)
         write_result(out, result)
         say(_line(result, out))
         if photos.faults:
@@ -121,20 +121,33 @@ def _load(path: Path) -> dict[str, Any]:
     return on_rank_zero(lambda: {k: v for k, v in checkpoint.load(path, kind=KIND).items() if k != "optimizer"})
 
 
-def _protocol(crop: int, sides: Sequence[int] | None) -> str:
+def _protocol(crop: int, sides: Sequence[int] | None, *, named: bool) -> str:
     """How the images are looked at, in words."""
     if sides is None:
         return f"center crop of {crop}"
-    return f"dense, shorter side at {', '.join(map(str, sides))}"
+    return f"dense, shorter side at {', '.join(map(str, sides))}" + ("; classes without mirror images" if named else "")
 
 
-def _default_out(path: Path, asked: LocalizeTestConfig, label: str, trained_on: str) -> Path:
-    """Beside the checkpoint, named after what was measured."""
-    words = [path.stem, *([plain_word(label)] if label != trained_on else [])]
+def _default_out(path: Path, asked: LocalizeTestConfig, tested: LocalizeConfig, trained: LocalizeConfig) -> Path:
+    """Beside the checkpoint, named after what was measured: on which data, with which R-CNN and classifier."""
+    elsewhere = expand(tested.data.root or "").resolve() != expand(trained.data.root or "").resolve()
+    label = plain_word(tested.data_label)
+    words = [path.stem, *([f"elsewhere-{label}-{_mark(tested.data.root or '')}"] if elsewhere else [])]
     words += ["dense" if asked.dense else "center", *map(str, asked.scales or [])]
-    words += ["rcnn"] if asked.rcnn else []
-    words += ["top5"] if asked.classifier else []
+    for word, name in (("rcnn", asked.rcnn), ("top5", asked.classifier)):
+        words += [f"{word}-{_run_of(expand(name))}-{_mark(name)}"] if name else []
     return path.with_name("-".join([*words, "test"]) + ".json")
+
+
+def _run_of(path: Path) -> str:
+    """What a checkpoint is called by: its run's folder, or its own name where it lies in no run."""
+    folder = path.resolve().parent
+    return plain_word(folder.parent.name if folder.name == "checkpoints" else path.stem)
+
+
+def _mark(name: str) -> str:
+    """A few digits of a path's own: folders of one name are many."""
+    return hashlib.sha256(str(expand(name).resolve()).encode()).hexdigest()[:6]
 
 
 def _line(result: dict[str, Any], out: Path) -> str:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from resnet_train.config.localization import LocalizeConfig
+from resnet_train.data.cache import cache_folder, keep
 from resnet_train.data.sampler import generator
 from resnet_train.detection.build import precision_of
 from resnet_train.engine import checkpoint
@@ -21,26 +25,36 @@ from resnet_train.localization.build import KIND, build_like_checkpoint, build_n
 from resnet_train.localization.find import Trained, dense_sides, look, propose
 from resnet_train.localization.loader import whole_images
 from resnet_train.localization.train import LOSSES, Data, LocalizationTask
-from resnet_train.localization.tree import Localized, Photos, read_tree
+from resnet_train.localization.tree import Localized, Photos, check_classes, read_tree
 from resnet_train.terminal import say
+from resnet_train.weights.source import read_source
+
+ROUND = 4096  # images that regions are proposed in between two meetings of the processes, which else wait for too long
 
 
 def localize(config: LocalizeConfig, directory: Path) -> int:
     """Train in `directory`, resuming a run that was cut there. The exit code and errors of `engine.run.run`."""
-    return run(config, directory, command="resnet-localize", open_data=open_data, build=build, kind=KIND)
+    last = directory / "checkpoints" / "last.pt"
+
+    def opened(config: LocalizeConfig) -> Data:
+        return open_data(config, begun=config.resume == "auto" and last.exists())
+
+    return run(config, directory, command="resnet-localize", open_data=opened, build=build, kind=KIND)
 
 
-def open_data(config: LocalizeConfig) -> Data:
-    """The images and boxes that the configuration names, and for R-CNN what the RPN proposes. Raises UserError."""
+def open_data(config: LocalizeConfig, *, begun: bool = False) -> Data:
+    """The images and boxes that the configuration names, and for R-CNN what the RPN proposes.
+
+    `begun`: whether there is a checkpoint, so that `init_from` is needed no more. Raises UserError.
+    """
     device = raise_on_all_ranks(lambda: check_compute(config.batch_size, config.device, config.precision))
     photos = raise_on_all_ranks(lambda: read_tree(Path(config.data.root or ""), broken=config.data.broken))
     if config.stage == "rpn":
         return Data(photos, photos.digest)
     rpn, digest = raise_on_all_ranks(lambda: _load_rpn(Path(config.rpn or ""), photos, device))
-    if is_main():
-        say(f"proposals of the RPN for {len(photos.train)} training images")
-    mine = raise_on_all_ranks(lambda: _proposals(config, rpn, photos.train, device))
-    return Data(photos, digest, rpn, all_reduce_sum(mine))
+    if not begun:  # to be told before hours of work
+        raise_on_all_ranks(lambda: read_source(Path(config.init_from)))
+    return Data(photos, digest, rpn, _proposals(config, rpn, photos.train, digest, device))
 
 
 def _load_rpn(path: Path, photos: Localized, device: torch.device) -> tuple[Trained, str]:
@@ -54,30 +68,54 @@ def _load_rpn(path: Path, photos: Localized, device: torch.device) -> tuple[Trai
     return rpn, digest.hexdigest()
 
 
-def check_classes(name: str, theirs: list[str], ours: list[str], what: str = "the data") -> None:
-    """Refuse a checkpoint of other classes than those of `what`. Raises UserError."""
-    if theirs != ours:
-        odd = min(set(theirs) ^ set(ours), default="the same in another order")
-        raise UserError(f"{name}: has other classes than {what}, such as {odd}")
+def _proposals(config: LocalizeConfig, rpn: Trained, photos: Photos, digest: str, device: torch.device) -> Tensor:
+    """The likeliest regions of the true class in each image, (images, n, 4), from the cache folder or made.
 
-
-def _proposals(config: LocalizeConfig, rpn: Trained, photos: Photos, device: torch.device) -> Tensor:
-    """The likeliest regions of the true class in this process's part of the images: (images, n, 4), else zeros.
-
-    In the whole image at the scales of the dense test: of one scale alone, R-CNN would not see parts of objects, which
-    the larger ones propose. Where there are fewer than n, or an
-    image is broken and skipped, the rest is NaN. Raises UserError for one that is broken otherwise.
+    Kept, so that a resumed run learns from the same ones: how they are ordered depends on the number of threads. In the
+    whole image at the scales of the dense test: of one scale alone, R-CNN would not see parts of objects, which the
+    larger ones propose. Where there are fewer than n, or an image is broken and skipped, the rest is NaN. Raises
+    UserError for one that is broken otherwise.
     """
-    found = torch.zeros(len(photos), config.proposals, 4)
-    mine = range(rank(), len(photos), world_size())
-    found[mine.start :: world_size()] = torch.nan
-    data, skip = config.data, config.data.broken == "skip"
-    for example, image in whole_images(photos, mine, workers=data.workers, skip=skip, device=device):
+    shape = len(photos), config.proposals, 4
+    key = f"{digest} {config.proposals} {rpn.crop} {rpn.anchors} {rpn.precision}"
+    path = cache_folder() / "proposals" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
+    kept = _read_proposals(path, shape) if is_main() else None
+    found = torch.zeros(shape) if kept is None else kept
+    if int(all_reduce_sum(torch.tensor(int(kept is not None)))):
+        return all_reduce_sum(found)
+    if is_main():
+        say(f"proposals of the RPN for {len(photos)} training images")
+    with tqdm(total=len(photos), desc="proposals", leave=False, disable=None if is_main() else True) as bar:
+        for start in range(0, len(photos), ROUND):
+            part = range(start, min(start + ROUND, len(photos)))
+            raise_on_all_ranks(functools.partial(_propose_in, config, rpn, photos, part, device, found))
+            bar.update(len(part))
+    found = all_reduce_sum(found)
+    if is_main() and found[:, 0].isfinite().all():  # an image that cannot be read now may be mended
+        keep(path, found)
+    return found
+
+
+def _read_proposals(path: Path, shape: tuple[int, ...]) -> Tensor | None:
+    """The proposals that are kept, if there are any."""
+    with contextlib.suppress(UserError):
+        kept = checkpoint.read(path)
+        if isinstance(kept, Tensor) and kept.shape == shape and kept.dtype == torch.float32:
+            return kept
+    return None
+
+
+def _propose_in(
+    config: LocalizeConfig, rpn: Trained, photos: Photos, part: range, device: torch.device, found: Tensor
+) -> None:
+    """Write to `found` what the RPN proposes in this process's share of the images in `part`."""
+    mine, skip = part[rank() :: world_size()], config.data.broken == "skip"
+    found[mine.start : mine.stop : world_size()] = torch.nan
+    for example, image in whole_images(photos, mine, workers=config.data.workers, skip=skip, device=device):
         label = torch.tensor([int(example.labels[0]) - 1], device=device)
         boxes, scores = look(rpn, image, label, dense_sides(rpn.crop, None))
         regions = propose(boxes[0], scores[0], config.proposals, image.shape[1:])
         found[example.image_id - 1, : len(regions)] = regions.cpu()
-    return found
 
 
 def build(

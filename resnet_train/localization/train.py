@@ -220,7 +220,7 @@ class LocalizationTask:
         return lines + [f"warning: {count} {fault}" for fault, count in photos.faults.items()]
 
     def describe_changes(self, state: dict[str, Any]) -> list[str]:
-        """Nothing: crops, anchors and regions do not depend on the number of processes."""
+        """Nothing: crops and anchors do not depend on the number of processes, and proposals are kept."""
         return []
 
     def summary(self, metrics: list[dict[str, Any]]) -> dict[str, Any]:

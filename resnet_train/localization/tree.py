@@ -90,9 +90,8 @@ def read_tree(root: Path, *, broken: str, train: bool = True, classes: list[str]
     are those that there must be. Raises UserError.
     """
     images, found = class_folders_of_boxes(root)
-    if classes is not None and found != classes:
-        odd = min(set(found) ^ set(classes))
-        raise UserError(f"data.root={root}: has other classes than the checkpoint, such as {odd}")
+    if classes is not None:
+        check_classes(f"data.root={root}", found, classes, "the checkpoint")
     faults = Faults(broken)
     parts = {}
     for name in ("train", "val"):
@@ -107,6 +106,14 @@ def read_tree(root: Path, *, broken: str, train: bool = True, classes: list[str]
             digest.update(values.numpy().tobytes())
     counted = {kind: count for kind, count in sorted(faults.counted.items()) if count}
     return Localized(found, parts["train"], parts["val"], counted, digest.hexdigest())
+
+
+def check_classes(name: str, theirs: list[str], ours: list[str], what: str = "the data") -> None:
+    """Refuse what is of other classes than `what`, or of the same in another order. Raises UserError."""
+    if odd := set(theirs) ^ set(ours):
+        raise UserError(f"{name}: has other classes than {what}, such as {min(odd)}")
+    if theirs != ours:
+        raise UserError(f"{name}: has the same classes as {what} in another order")
 
 
 def _read_part(boxes: Path, images: Path, classes: list[str], faults: Faults) -> Iterator[Example]:
