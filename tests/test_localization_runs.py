@@ -192,7 +192,17 @@ def test_tables_13_and_14_have_ours_beside_the_papers(folder, command_here, tmp_
     assert "paper,RPN,ResNet-101,center crop,13.3,,,,," in rows
     assert "paper,ResNet (2015),8.9,9.0" in (tmp_path / "report/table-14.csv").read_text().splitlines()
     told = (tmp_path / "report/report.md").read_text()
-    assert "Not comparable: ours are of 7 test images of digits, an RPN of 7 iterations" in told
+    assert "Not comparable: ours are of 7 test images of digits; the paper's" in told
+    assert "RPN seed 0: iteration 7, R-CNN seed 0: iteration 7; on cpu" in told
+    first = (tmp_path / "report/table-13.csv").read_text()
+    path = next((tmp_path / "runs/rpn/checkpoints").glob("*.json"))
+    other = json.loads(path.read_text()) | {"data": "others", "iteration": 5}
+    path.with_name("mine.json").write_text(json.dumps(other))
+    command_here("report", "runs", "out=report")
+    assert (tmp_path / "report/table-13.csv").read_text() == first
+    assert ",RPN" in (tmp_path / "report/table-13-data-2.csv").read_text()
+    told = (tmp_path / "report/report.md").read_text()
+    assert "checkpoints/mine.json: RPN seed 0: iteration 5 of 7, unfinished" in told
 
 
 def test_checkpoints_of_other_kinds_and_classes_are_told(folder, command_here, tmp_path):

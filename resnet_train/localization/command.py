@@ -129,7 +129,7 @@ def _protocol(crop: int, sides: Sequence[int] | None, *, named: bool) -> str:
 
 
 def _default_out(path: Path, asked: LocalizeTestConfig, tested: LocalizeConfig, trained: LocalizeConfig) -> Path:
-    """Beside the checkpoint, named after what was measured: on which data, with which R-CNN and classifier."""
+    """Beside the checkpoint, named after the data, R-CNN and classifier that were measured."""
     elsewhere = expand(tested.data.root or "").resolve() != expand(trained.data.root or "").resolve()
     label = plain_word(tested.data_label)
     words = [path.stem, *([f"elsewhere-{label}-{_mark(tested.data.root or '')}"] if elsewhere else [])]

@@ -59,7 +59,7 @@ def _read(place: str, found: dict[str, Any]) -> Test:
         members=len(members),
         data=word(found["data"]),
         tested=word(found["list"]),
-        iterations=", ".join(f"seed {whole(one['seed'])}: {_progress(one)}" for one in members),
+        iterations=", ".join(progress(one) for one in members),
         device=word(found["device"]),
         images=images,
         seconds=number(found["seconds"]) / images,
@@ -69,9 +69,11 @@ def _read(place: str, found: dict[str, Any]) -> Test:
     )
 
 
-def _progress(member: dict[str, Any]) -> str:
+def progress(member: dict[str, Any]) -> str:
+    """The seed and the iterations of a checkpoint, done and planned, as a result names them."""
     done, planned = whole(member["iteration"]), whole(member["iterations"], 1)
-    return f"iteration {done:,}" if done == planned else f"iteration {done:,} of {planned:,}, unfinished"
+    of = "" if done == planned else f" of {planned:,}, unfinished"
+    return f"seed {whole(member['seed'])}: iteration {done:,}{of}"
 
 
 def _class(found: dict[str, Any]) -> tuple[float | None, int]:

@@ -11,6 +11,7 @@ from resnet_train import paper
 from resnet_train.files import read_if_object, read_object
 from resnet_train.report.curves import OTHERS, plain_matplotlib
 from resnet_train.report.figures import Picture
+from resnet_train.report.improvements import progress
 from resnet_train.report.page import Section
 from resnet_train.report.runs import Begun
 from resnet_train.report.tables import Cell, Table, without_places
@@ -64,8 +65,8 @@ def _read(folder: Path, place: str, metrics: list[dict[str, Any]]) -> Localizer:
         iterations=whole(config["iterations"], 1),
         test=[{"iteration": whole(line["iteration"]), "error": number(line["error"], 0, 100)} for line in lines],
         results=[
-            _result(found)
-            for path in sorted(folder.rglob("*-test.json"))
+            _result(found, f"{place}/checkpoints/{path.name}")
+            for path in sorted((folder / "checkpoints").glob("*.json"))
             if (found := read_if_object(path)).get("task") == "localization"
         ],
         command=word(environment.get("command", "")),
@@ -73,12 +74,13 @@ def _read(folder: Path, place: str, metrics: list[dict[str, Any]]) -> Localizer:
     )
 
 
-def _result(found: dict[str, Any]) -> dict[str, Any]:
+def _result(found: dict[str, Any], place: str) -> dict[str, Any]:
     """What a test has measured, as it may be shown."""
-    words = {key: word(found[key]) for key in ("method", "net", "data", "protocol")}
+    words = {key: word(found[key]) for key in ("method", "net", "data", "protocol", "device")}
     errors = {key: number(found[key], 0, 100) for key in ERRORS if key in found}
     names = {"classifier": word(found["classifier"]["net"])} if "classifier" in found else {}
-    return words | errors | names | {key: whole(found[key]) for key in ("images", "seed", "iteration", "iterations")}
+    lengths = f"RPN {progress(found)}" + (f", R-CNN {progress(found['rcnn'])}" if "rcnn" in found else "")
+    return words | errors | names | {"images": whole(found["images"]), "lengths": lengths, "place": word(place)}
 
 
 def sections(runs: list[Localizer]) -> list[Section]:
@@ -92,8 +94,13 @@ def sections(runs: list[Localizer]) -> list[Section]:
 def _section(group: list[Localizer], where: str) -> Section:
     data = group[0].data
     section = Section(f"Localization on {data}: {len(group)} run{'s' if len(group) > 1 else ''}")
-    results = [result for run in group for result in run.results]
-    section.tables = [_table_13(data, results, where), _table_14(data, results, where)]
+    by_data: dict[str, list[dict[str, Any]]] = {data: []}
+    for run in group:
+        for result in run.results:
+            by_data.setdefault(result["data"], []).append(result)
+    for count, (tested, results) in enumerate(by_data.items()):
+        suffix = f"{where}-data-{count + 1}" if count else where
+        section.tables += [_table_13(tested, results, suffix), _table_14(tested, results, suffix)]
     if any(run.test for run in group):
         caption = (
             f"Localization error on a center crop of the test images of {data}, true class given, over iterations."
@@ -115,6 +122,7 @@ def _table_13(data: str, results: list[dict[str, Any]], where: str) -> Table:
         made.rows.append(["paper", method, net, test, given, top5, None, names, their5, None])
     if results:
         made.notes.append(f"Not comparable: {_ours(data, results)}; the paper's {paper.LOCALIZATION_DATA}.")
+        made.notes += [f"{one['place']}: {one['lengths']}; on {one['device']}" for one in results]
     else:
         made.notes.append("Ours: not measured yet; `resnet-localize test checkpoint=…/checkpoints/last.pt dense=true`")
     made.notes.append(
@@ -126,8 +134,7 @@ def _table_13(data: str, results: list[dict[str, Any]], where: str) -> Table:
 
 def _ours(data: str, results: list[dict[str, Any]]) -> str:
     images = " or ".join(sorted({f"{result['images']:,}" for result in results}))
-    lengths = " or ".join(sorted({f"{result['iterations']:,}" for result in results}))
-    return f"ours are of {images} test images of {data}, an RPN of {lengths} iterations"
+    return f"ours are of {images} test images of {data}"
 
 
 def _table_14(data: str, results: list[dict[str, Any]], where: str) -> Table:
