@@ -156,6 +156,7 @@ def kill_at_the_first_checkpoint(folder, words, iterations):
     assert 0 < checkpoint.load(folder / "checkpoints/last.pt", kind="detector")["iteration"] < iterations
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on_to_the_same_weights_and_figures(whole, tree, pretrained):
     """Killed once a checkpoint is there, with half an interval of losses in it."""
     folder = tree.parent / "killed"

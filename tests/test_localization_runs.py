@@ -82,7 +82,7 @@ def test_a_run_leaves_what_is_said(folder):
         assert summary["last"]["error"] == lines[-1]["error"]
 
 
-@pytest.mark.parametrize("stage", ["rpn", "rcnn"])
+@pytest.mark.parametrize("stage", ["rpn", pytest.param("rcnn", marks=pytest.mark.long)])
 def test_a_killed_run_resumes_to_the_same_weights_and_figures(folder, stage):
     killed, words = folder / f"killed-{stage}", [f"run_dir=killed-{stage}", *(RCNN if stage == "rcnn" else [])]
     job = forked.Popen(localize(folder, *words), cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

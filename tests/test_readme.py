@@ -63,6 +63,7 @@ def test_every_command_is_known():
     assert printed() == list(ADDED)
 
 
+@pytest.mark.long
 def test_two_commands_of_the_readme_run_as_printed(place, command):
     pytest.importorskip("safetensors")
     run([line for line in printed() if "resnet-56-A" in line or "data=imagefolder" in line], command)
