@@ -5,6 +5,7 @@ import importlib.util
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,9 @@ import torch
 from resnet_train import cli
 from resnet_train.config.compose import compose
 from resnet_train.config.train import check_train
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a script has begun the tests with &
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data" / "unpack"
@@ -35,6 +39,7 @@ TINY += ["warmup.iterations=15"]
 
 # What takes longest begins first, so that the workers of `make test`, who take file after file, end together.
 LONGEST = ("distributed", "detection", "weights", "report", "fuzz", "golden", "bench", "cli", "hostile", "responses")
+LONGEST += ("localization_runs", "detection_masks", "detection_improved")
 
 
 def pytest_collection_modifyitems(items):
