@@ -229,7 +229,7 @@ def by_hand(group):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("processes", [1, 2, pytest.param(4, marks=pytest.mark.long)])
 def test_the_first_step_is_that_of_plain_batch_norms_written_out(runs, alone, processes):
     """In groups of 32, in parts too; and where each device is one group, in groups of its share."""
     mine = alone if processes == 1 else found(runs, processes)[0]
