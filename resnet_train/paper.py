@@ -88,6 +88,7 @@ LOCALIZATION = (
     ("RPN + R-CNN", "ResNet-101", "dense", None, 10.6, "ResNet-101", 4.6),
     ("RPN + R-CNN", "ensemble", "dense", None, 8.9, "ensemble", None),
 )
+LOCALIZATION_METHODS = {"rpn": "RPN", "rcnn": "RPN + R-CNN"}  # by the stage of resnet-localize
 LOCALIZATION_DATA = "of ILSVRC's 50,000 validation images"
 # Table 14: top-5 localization error in % on ILSVRC's validation and test images.
 LOCALIZATION_SYSTEMS: dict[str, tuple[float | None, float]] = {

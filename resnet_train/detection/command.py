@@ -104,7 +104,7 @@ def _evaluate(asked: DetectTestConfig, device: torch.device) -> None:
 
 
 def _member(path: Path, asked: DetectTestConfig) -> Member:
-    state = on_rank_zero(lambda: _without_optimizer(checkpoint.load(path, kind="detector")))
+    state = on_rank_zero(lambda: checkpoint.load_without_momentum(path, kind="detector"))
     config = raise_on_all_ranks(lambda: with_test_data(config_from_checkpoint(state["config"]), asked.data))
     return Member(path, config, state)
 
@@ -140,11 +140,6 @@ def _read(members: list[Member], scales: list[int]) -> Examples:
                 shape = example.height, example.width
                 check_shape(str(example.path), shape, size, longest(size, least, most))
     return examples
-
-
-def _without_optimizer(state: dict[str, Any]) -> dict[str, Any]:
-    """What other processes are sent: momentum is as large as the weights."""
-    return {name: value for name, value in state.items() if name != "optimizer"}
 
 
 def _restore(member: Member, device: torch.device) -> tuple[Detector, str]:

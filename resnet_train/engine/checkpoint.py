@@ -172,6 +172,11 @@ def kind_of(state: Mapping[str, Any]) -> str:
     return next((kind for kind in KINDS if kind in state), "net")
 
 
+def load_without_momentum(path: Path, *, kind: str) -> dict[str, Any]:
+    """As `load`, without what no test needs: it is as large as the weights, and other processes are sent the rest."""
+    return {name: value for name, value in load(path, kind=kind).items() if name != "optimizer"}
+
+
 def describe(path: Path, net: str, config: Any, state: Mapping[str, Any]) -> dict[str, Any]:
     """What a result says of the checkpoint `state` of `net`, a run with `config`."""
     return {

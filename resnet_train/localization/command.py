@@ -23,8 +23,8 @@ from resnet_train.files import expand, write_result
 from resnet_train.localization.build import KIND, load_trained
 from resnet_train.localization.evaluate import Names, evaluate
 from resnet_train.localization.find import Trained, dense_sides, whole_view
-from resnet_train.localization.train import METHODS
 from resnet_train.localization.tree import check_classes, read_tree
+from resnet_train.paper import LOCALIZATION_METHODS
 from resnet_train.terminal import say
 
 
@@ -40,7 +40,7 @@ def evaluate_checkpoint(asked: LocalizeTestConfig) -> None:
 
 def _evaluate(asked: LocalizeTestConfig, device: torch.device) -> None:
     path = expand(asked.checkpoint)
-    state = _load(path)
+    state = on_rank_zero(lambda: checkpoint.load_without_momentum(path, kind=KIND))
     rpn, around, trained_as = raise_on_all_ranks(lambda: load_trained(path, state, "rpn", device))
     config = raise_on_all_ranks(lambda: with_test_data(trained_as, asked.data))
     classes, data, root = state["classes"], config.data, Path(config.data.root or "")
@@ -61,7 +61,7 @@ def _evaluate(asked: LocalizeTestConfig, device: torch.device) -> None:
     )
     result = {
         "task": "localization",
-        "method": METHODS["rcnn" if rcnn else "rpn"],
+        "method": LOCALIZATION_METHODS["rcnn" if rcnn else "rpn"],
         **checkpoint.describe(path, around.net, config, state),
         **of_rcnn,
         **of_names,
@@ -89,7 +89,7 @@ def _evaluate(asked: LocalizeTestConfig, device: torch.device) -> None:
 def _open_rcnn(name: str, classes: list[str], device: torch.device) -> tuple[Trained, dict[str, Any]]:
     """R-CNN, and what a result says of it. Raises UserError."""
     path = expand(name)
-    state = _load(path)
+    state = on_rank_zero(lambda: checkpoint.load_without_momentum(path, kind=KIND))
     rcnn, around, config = raise_on_all_ranks(lambda: load_trained(path, state, "rcnn", device))
     raise_on_all_ranks(lambda: check_classes(f"rcnn={name}", state["classes"], classes, "the RPN"))
     return rcnn, {"rcnn": checkpoint.describe(path, around.net, config, state) | {"proposals": config.proposals}}
@@ -114,11 +114,6 @@ def _open_names(
         return torch.stack(odds).mean(0)[0].topk(min(5, len(classes))).indices
 
     return classify, {"classifier": {"checkpoint": str(expand(name).absolute()), "net": classifier.config.net}}
-
-
-def _load(path: Path) -> dict[str, Any]:
-    """A checkpoint without its momentum, which other processes need not be sent."""
-    return on_rank_zero(lambda: {k: v for k, v in checkpoint.load(path, kind=KIND).items() if k != "optimizer"})
 
 
 def _protocol(crop: int, sides: Sequence[int] | None, *, named: bool) -> str:

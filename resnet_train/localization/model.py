@@ -14,9 +14,9 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import roi_align
 
 from resnet_train.data.augment import normalise
+from resnet_train.detection.model import RATIOS
 from resnet_train.models.resnet import ResNet
 
-RATIOS = (0.5, 1.0, 2.0)  # of an anchor's height to its width
 # How boxes are told from what they are moved from: as in Faster R-CNN's two stages.
 CODERS = {"rpn": BoxCoder((1.0, 1.0, 1.0, 1.0)), "rcnn": BoxCoder((10.0, 10.0, 5.0, 5.0))}
 BETA = 1 / 9  # where smooth L1 turns linear, as in torchvision

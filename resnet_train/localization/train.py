@@ -25,10 +25,10 @@ from resnet_train.localization.loader import Batch, Crops, Regions, training_bat
 from resnet_train.localization.model import Localizer, anchors_of, loss_parts
 from resnet_train.localization.tree import Localized
 from resnet_train.models.resnet import parameters
+from resnet_train.paper import LOCALIZATION_METHODS
 from resnet_train.report import curves
 
 LOSSES = ("loss_class", "loss_box")
-METHODS = {"rpn": "RPN", "rcnn": "RPN + R-CNN"}
 PROTOCOL = "center crop, true class given"
 
 
@@ -229,7 +229,7 @@ class LocalizationTask:
         return {
             "task": "localization",
             "stage": config.stage,
-            "method": METHODS[config.stage],
+            "method": LOCALIZATION_METHODS[config.stage],
             "net": self.around.net,
             "data": self.label,
             "images": {"train": len(photos.train), "test": len(photos.test)},
@@ -258,4 +258,4 @@ class LocalizationTask:
         )
 
     def _title(self) -> str:
-        return f"{METHODS[self.config.stage]}, {self.around.net} on {self.label}, seed {self.config.seed}"
+        return f"{LOCALIZATION_METHODS[self.config.stage]}, {self.around.net} on {self.label}, seed {self.config.seed}"

@@ -17,7 +17,6 @@ from resnet_train.report.runs import Begun
 from resnet_train.report.tables import Cell, Table, without_places
 from resnet_train.report.values import number, reading, whole, word
 
-METHODS = {"rpn": "RPN", "rcnn": "RPN + R-CNN"}
 ERRORS = ("error", "error1", "error5", "class_error1", "class_error5")  # of a test, in %
 
 
@@ -40,7 +39,7 @@ class Localizer:
     @property
     def name(self) -> str:
         """The stage and the seed."""
-        return f"{METHODS[self.stage]}, seed {self.seed}"
+        return f"{paper.LOCALIZATION_METHODS[self.stage]}, seed {self.seed}"
 
 
 def find(folders: Begun) -> list[Localizer]:
