@@ -166,10 +166,10 @@ def test_a_protocol_is_the_average_over_its_views(protocol, views, photographs):
 
 @pytest.mark.parametrize("protocol", ["center", "tencrop", "multiscale"])
 def test_processes_share_the_images_of_a_protocol(protocol, photographs):
-    model = net(0)
-    whole = viewed(protocol, model, photographs)
+    model = net(0).float()
+    whole = viewed(protocol, model, photographs, precision="fp32")
     for world in (2, 3):
-        dealt = [viewed(protocol, model, photographs, 20, rank, world) for rank in range(world)]
+        dealt = [viewed(protocol, model, photographs, 20, rank, world, "fp32") for rank in range(world)]
         assert sum(map(len, dealt)) == len(whole)
         for number, (p, labels) in enumerate(whole):
             mine = dealt[number % world][number // world]
