@@ -1,4 +1,4 @@
-"""Small files and paths."""
+"""Paths, locks, and files that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LARGEST_JSON = 2**28  # bytes: the index of a pack of a million shards
 
 
 def expand(path: str | Path) -> Path:
-    """`path` with ~ written out. Raises UserError for the home of nobody."""
+    """`path` with ~ expanded. Raises UserError for an unknown user's home."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
@@ -32,7 +32,7 @@ def nearest_existing(path: Path) -> Path:
 
 
 def remove_empty(folder: Path, above: Path) -> None:
-    """Remove an empty `folder`, and those around it that hold nothing else, below `above`."""
+    """Remove `folder` if it is empty, and then its empty parents below `above`."""
     with contextlib.suppress(OSError):
         folder.rmdir()
         for parent in folder.absolute().parents:
@@ -42,11 +42,11 @@ def remove_empty(folder: Path, above: Path) -> None:
 
 @contextlib.contextmanager
 def lock_directory(folder: Path, key: str, doing: str, patience: int = 0) -> Iterator[None]:
-    """Make the folder that `key` named and hold it against a second process, which is refused.
+    """Make the folder that was given as `key` and lock it against other processes.
 
-    Where another holds it, it is asked for again every half second, `patience` times. Raises UserError.
+    If another process has locked it, try again every half second, `patience` times. Raises UserError.
     """
-    for left in range(patience, -1, -1):
+    for attempts_left in range(patience, -1, -1):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             handle = os.open(folder, os.O_RDONLY)
@@ -54,10 +54,10 @@ def lock_directory(folder: Path, key: str, doing: str, patience: int = 0) -> Ite
             raise UserError(f"{key}={folder}: cannot be made: {error.strerror}") from error
         with contextlib.suppress(BlockingIOError, FileNotFoundError):
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(handle), os.stat(folder)):  # else its holder has removed it meanwhile
+            if os.path.samestat(os.fstat(handle), os.stat(folder)):  # else its owner has removed it meanwhile
                 break
         os.close(handle)
-        if not left:
+        if not attempts_left:
             raise UserError(f"{key}={folder}: another process is {doing} there")
         time.sleep(0.5)
     try:
@@ -67,7 +67,7 @@ def lock_directory(folder: Path, key: str, doing: str, patience: int = 0) -> Ite
 
 
 class NotRegular(OSError):
-    """What was to be read is a folder, a FIFO, which would wait for a writer, or a device, which may have no end."""
+    """The path is a folder, a FIFO (which would wait for a writer) or a device (which may have no end)."""
 
 
 def open_regular(path: str | Path, buffering: int = -1) -> BinaryIO:
@@ -97,22 +97,22 @@ def put(path: Path, content: bytes) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises OSError, and ValueError for whatever else the file is."""
+    """The object in a JSON file. Raises OSError, and ValueError for a file with other content."""
     with open_regular(path) as file:
         if os.fstat(file.fileno()).st_size > LARGEST_JSON:
             raise ValueError("too large")
         content = file.read()
     try:
-        found = json.loads(content)
+        value = json.loads(content)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise ValueError("not an object")
-    return found
+    return value
 
 
 def read_if_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty where there is none, or one that is being written."""
+    """The object in a JSON file; empty if the file is missing or not valid, as while it is being written."""
     try:
         return read_json(path)
     except (OSError, ValueError):
@@ -120,7 +120,7 @@ def read_if_object(path: Path) -> dict[str, Any]:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises UserError for what is none."""
+    """The object in a JSON file. Raises UserError for a file that cannot be read or has other content."""
     try:
         return read_json(path)
     except OSError as error:
@@ -135,14 +135,14 @@ def write_json(path: Path, values: Any, indent: int | None = 2) -> None:
 
 
 def write_result(path: Path, values: Any) -> None:
-    """Write what a command found to the JSON file that `out=` named, and the folders above. Raises UserError."""
+    """Write a command's result to the JSON file that was given as `out`; folders are made. Raises UserError."""
     with _named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, values)
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write the file that `out=` named whole or not at all, and the folders above. Raises UserError."""
+    """Write the file that was given as `out`, whole or not at all; folders are made. Raises UserError."""
     with _named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         put(path, content)
@@ -150,7 +150,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """A file to write to, which then is the one that `out=` named, whole or not at all. Raises UserError."""
+    """A temporary file that becomes `path`, which was given as `out`, once it is written. Raises UserError."""
     part = path.with_name(path.name + ".part")
     with _named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -162,7 +162,7 @@ def writing(path: Path) -> Iterator[Path]:
 
 
 def check_result(path: Path) -> None:
-    """Make the folders above `path` and see that a file can be written there. Raises UserError."""
+    """Make the folders above `path` and check that a file can be written there. Raises UserError."""
     part = path.with_name(path.name + ".part")
     with _named(path):
         path.parent.mkdir(parents=True, exist_ok=True)

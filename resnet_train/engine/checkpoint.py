@@ -22,18 +22,18 @@ from resnet_train.terminal import say
 FORMAT = 2  # of checkpoints; a file of another format is refused
 PARTS = {"config": dict, "iteration": int, "model": dict, "mean": torch.Tensor, "classes": list, "digest": str}
 PARTS |= {"measure": dict, "label": str}
-# The kinds of checkpoints, each but a net's by a part that it alone has, and the commands that they come from.
+# The kinds of checkpoints and the commands that write them. All but "net" are recognised by a key of that name.
 KINDS = {"net": "resnet-train", "detector": "resnet-detect", "localizer": "resnet-localize"}
-# A byte string may be declared in one number; unpickled, it is filled with so many zeros.
+# Pickle can declare a bytearray by its length alone; unpickling allocates that many zeros.
 BYTEARRAY = re.compile(rb"c(?:__builtin__|builtins)\nbytearray\n")
-LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # what files begin with that torch wrote before version 1.6
+LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the first bytes of files written by torch before 1.6
 
 
 def save(path: Path, state: dict[str, Any], *, keep_as: Path | None = None) -> None:
-    """Write `state` (tensors and plain values) to `path`; what was there before becomes `keep_as`.
+    """Write `state` (tensors and plain values) to `path`; the file that was there is renamed to `keep_as`.
 
-    Written beside `path`, flushed and renamed: a kill or a full disk at any moment leaves whole files only, and
-    `path` or `keep_as` among them. Raises RunError when it cannot be written.
+    The file is written beside `path`, flushed and renamed: a kill or a full disk at any moment leaves only whole files,
+    among them `path` or `keep_as`. Raises RunError if it cannot be written.
     """
     part = path.with_name(path.name + ".part")
     try:
@@ -62,10 +62,10 @@ def save(path: Path, state: dict[str, Any], *, keep_as: Path | None = None) -> N
 
 
 def _canonical(value: Any) -> Any:
-    """The same value built anew from interned strings, so that equal states are equal files, byte for byte.
+    """A copy of `value` with interned strings, so that equal states give equal files, byte for byte.
 
-    Pickle writes an object that it has met before as a reference; which strings are one object depends on where they
-    came from, the code or an earlier checkpoint.
+    Pickle writes an object that it has seen before as a reference, and whether equal strings are one object depends on
+    whether they come from the code or from a loaded checkpoint.
     """
     if isinstance(value, dict):
         return {_canonical(key): _canonical(item) for key, item in value.items()}
@@ -75,9 +75,9 @@ def _canonical(value: Any) -> Any:
 
 
 def read(path: Path) -> Any:
-    """What torch.save wrote to `path`, on the CPU.
+    """The content of a file of torch.save, on the CPU.
 
-    Raises UserError for a file that is damaged, could run code, or declares more than it holds.
+    Raises UserError for a file that is damaged, could run code, or declares larger tensors than it contains.
     """
     try:
         if path.exists() and not path.is_file():  # a FIFO would wait for a writer, a device has no end
@@ -89,31 +89,31 @@ def read(path: Path) -> Any:
             raise UserError(f"{path}: is damaged ({damaged})")
         if BYTEARRAY.search(_pickled(path, legacy)):
             raise UserError(f"{path}: is refused: it holds a bytearray, which may ask for any amount of memory")
-        found = torch.load(path, map_location="cpu", weights_only=True)
-        _check_sizes(found, path)
-        return found
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        _check_sizes(content, path)
+        return content
     except UserError:
         raise
     except pickle.UnpicklingError as error:
         what = re.search(r"GLOBAL (\S+)", str(error))
-        named = f" ({what[1]})" if what else ""
-        raise UserError(f"{path}: is refused: it holds more than tensors and plain values{named}") from error
+        name = f" ({what[1]})" if what else ""
+        raise UserError(f"{path}: is refused: it holds more than tensors and plain values{name}") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    except Exception as error:  # the readers fail in many ways on what torch has not written
+    except Exception as error:  # zipfile and torch.load raise many kinds of errors for other files
         if from_machine_error(error):
             raise
         raise UserError(f"{path}: is cut short or not a checkpoint") from error
 
 
 def _damaged(path: Path) -> str | None:
-    """The first part of a file in torch's zip format that is not whole."""
+    """The first damaged member of a file in torch's zip format, or another fault; None if there is none."""
     with zipfile.ZipFile(path) as archive:
-        # torch.save compresses nothing; what is larger than the file would only be made by unpacking.
+        # torch.save does not compress: members larger than the file mean a zip bomb.
         if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
             return "it declares more than it holds"
         damaged = archive.testzip()  # the format's own CRC, which torch.load does not look at
-        # This attribute is a folder's: torch would read nothing and leave a tensor's memory as it happens to be.
+        # This attribute marks a folder: torch would read nothing and leave the tensor's memory uninitialised.
         marked = [member.filename for member in archive.infolist() if member.external_attr & 16]
         return damaged or next(iter(marked), None)
 
@@ -127,42 +127,42 @@ def _pickled(path: Path, legacy: bool) -> bytes:
 
 
 def _check_sizes(value: Any, path: Path) -> None:
-    """Refuse tensors that are larger than what the file holds of them, such as a row expanded to 1e9 rows."""
+    """Refuse tensors that are larger than their storage in the file, such as a row expanded to 1e9 rows."""
     stored: dict[int, int] = {}
-    met: set[int] = set()
-    waiting = [("", value)]
-    while waiting:  # a loop, not a recursion: the values may be nested deeply, or in a circle
-        name, value = waiting.pop()
+    visited: set[int] = set()
+    stack = [("", value)]
+    while stack:  # no recursion: the values may be nested deeply, or contain themselves
+        name, value = stack.pop()
         if isinstance(value, Tensor):
             if value.layout is not torch.strided or value.is_quantized or value.device.type != "cpu":
                 raise UserError(f"{path}: {name[1:]} is no plain tensor ({value.layout}, {value.dtype})")
-            held = value.untyped_storage()
-            if value.numel() * value.element_size() > held.nbytes():
+            storage = value.untyped_storage()
+            if value.numel() * value.element_size() > storage.nbytes():
                 shape = "x".join(map(str, value.shape))
-                raise UserError(f"{path}: {name[1:]} declares {shape} values, and {held.nbytes()} bytes are there")
-            stored[held.data_ptr()] = held.nbytes()
-        elif isinstance(value, (Mapping, list, tuple, set)) and id(value) not in met:
-            met.add(id(value))
+                raise UserError(f"{path}: {name[1:]} declares {shape} values, and {storage.nbytes()} bytes are there")
+            stored[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, (Mapping, list, tuple, set)) and id(value) not in visited:
+            visited.add(id(value))
             items = value.items() if isinstance(value, Mapping) else enumerate(value)
-            waiting += [(f"{name}.{key}", item) for key, item in items]
+            stack += [(f"{name}.{key}", item) for key, item in items]
     if sum(stored.values()) > path.stat().st_size:
         raise UserError(f"{path}: declares tensors of {sum(stored.values())} bytes, more than the file has")
 
 
 def load(path: Path, *, kind: str = "net") -> dict[str, Any]:
-    """A checkpoint of a net, or of another of KINDS, on the CPU.
+    """Load a checkpoint of the given kind (one of KINDS) on the CPU.
 
-    Raises UserError for a file that is damaged or not such a checkpoint of ours.
+    Raises UserError for a file that is damaged or is not such a checkpoint of resnet-train.
     """
     state = read(path)
     check_format(state, path)
     if wrong := wrong_part(state, PARTS):
         raise UserError(f"{path}: is not a checkpoint of resnet-train: {wrong}")
-    if (found := kind_of(state)) != kind:
+    if (actual := kind_of(state)) != kind:
         raise UserError(
             f"{path}: is a checkpoint of resnet-train, not of {KINDS[kind]}"
-            if found == "net"
-            else f"{path}: is a {found}'s, which {KINDS[found]} reads"
+            if actual == "net"
+            else f"{path}: is a {actual}'s, which {KINDS[actual]} reads"
         )
     return state
 
@@ -173,12 +173,12 @@ def kind_of(state: Mapping[str, Any]) -> str:
 
 
 def load_without_momentum(path: Path, *, kind: str) -> dict[str, Any]:
-    """As `load`, without what no test needs: it is as large as the weights, and other processes are sent the rest."""
+    """`load` without the optimizer's state, which evaluation does not need and which is as large as the weights."""
     return {name: value for name, value in load(path, kind=kind).items() if name != "optimizer"}
 
 
 def describe(path: Path, net: str, config: Any, state: Mapping[str, Any]) -> dict[str, Any]:
-    """What a result says of the checkpoint `state` of `net`, a run with `config`."""
+    """The entries of a result file that name the checkpoint `state` of `net`, from a run with `config`."""
     return {
         "checkpoint": str(path.absolute()),
         "net": net,
@@ -189,7 +189,7 @@ def describe(path: Path, net: str, config: Any, state: Mapping[str, Any]) -> dic
 
 
 def check_format(state: Any, path: Path) -> None:
-    """Refuse what is no checkpoint of this version's format. Raises UserError."""
+    """Raises UserError for anything but a checkpoint of format FORMAT."""
     other = state.get("format") if isinstance(state, dict) else None
     if type(other) is int and other != FORMAT:
         raise UserError(
@@ -200,12 +200,12 @@ def check_format(state: Any, path: Path) -> None:
 
 
 def is_ours(state: Any) -> bool:
-    """Whether what a file holds is a checkpoint of resnet-train."""
+    """Whether a file's content is a checkpoint of resnet-train."""
     return isinstance(state, dict) and state.get("format") == FORMAT and wrong_part(state, PARTS) is None
 
 
 def wrong_part(state: Mapping[str, Any], parts: Mapping[str, type]) -> str | None:
-    """What is wrong with the first of `parts` that is missing, or of another type than PARTS says; None if none is."""
+    """What is wrong with the first of `parts` that is missing or of another type; None if all are right."""
     for name, kind in parts.items():
         if name not in state:
             return f"{name} is missing"
@@ -219,7 +219,7 @@ def wrong_part(state: Mapping[str, Any], parts: Mapping[str, type]) -> str | Non
 
 @contextlib.contextmanager
 def checkpoint_errors(name: Path | str) -> Iterator[None]:
-    """Make a UserError of what the reading of a checkpoint raises whose parts are not those of the net."""
+    """Turn the exceptions raised when a checkpoint does not match the network into a UserError."""
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -230,37 +230,37 @@ def checkpoint_errors(name: Path | str) -> Iterator[None]:
 
 
 def check_net(model: Mapping[str, Tensor], make: Callable[[], nn.Module], layers: int) -> None:
-    """Raise ValueError where `model` is not the state dict of the net that `make` makes, of `layers` layers at least.
+    """Raise ValueError if `model` is not a state dict of the net that `make` builds, which has `layers` layers or more.
 
-    To be asked before that net is made: its weights take no memory here.
+    To be called before the net is built: here its weights take no memory.
     """
-    if len(model) < layers:  # nor do its modules
+    if len(model) < layers:  # before even its modules are built
         raise ValueError(f"a net of {layers} layers, and {len(model)} tensors")
     check_own_memory(model)
     with torch.device("meta"):
-        wanted = make().state_dict()
-    for name, value in wanted.items():
-        if (found := model.get(name)) is None:
+        expected = make().state_dict()
+    for name, value in expected.items():
+        if (tensor := model.get(name)) is None:
             raise ValueError(f"{name} is missing")
-        if found.shape != value.shape:
-            raise ValueError(f"{name} is {_by(found.shape)}, not {_by(value.shape)}")
-        if not bool(found.isfinite().all()):  # training saves none such
+        if tensor.shape != value.shape:
+            raise ValueError(f"{name} is {_by(tensor.shape)}, not {_by(value.shape)}")
+        if not bool(tensor.isfinite().all()):  # training never saves such weights
             raise ValueError(f"{name} is not finite")
 
 
 def check_mean(mean: Tensor) -> None:
-    """Raise ValueError where `mean` is none of an image, (H, W, 3) or (1, 1, 3)."""
+    """Raise ValueError if `mean` is not the mean of images, (H, W, 3) or (1, 1, 3), finite and floating-point."""
     if mean.ndim != 3 or mean.shape[2] != 3 or not mean.is_floating_point() or not bool(mean.isfinite().all()):
         raise ValueError(f"a mean of {_by(mean.shape)} {str(mean.dtype).removeprefix('torch.')}, or not finite")
 
 
 def check_own_memory(state: Mapping[str, Tensor]) -> None:
-    """Raise ValueError where the weights of a net share their values, so that a small file declares a large net."""
+    """Raise ValueError if weights of a net share storage, by which a small file can declare a large net."""
     weights = [value for value in state.values() if value.is_floating_point()]
     declared = sum(value.numel() * value.element_size() for value in weights)
-    held = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in weights}
-    if declared > sum(held.values()):
-        raise ValueError(f"weights of {declared} bytes, and {sum(held.values())} are there")
+    storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in weights}
+    if declared > sum(storages.values()):
+        raise ValueError(f"weights of {declared} bytes, and {sum(storages.values())} are there")
 
 
 def _by(shape: torch.Size) -> str:
@@ -268,9 +268,9 @@ def _by(shape: torch.Size) -> str:
 
 
 def load_newest(folder: Path, *, kind: str = "net") -> tuple[Path, dict[str, Any]] | None:
-    """The newest whole checkpoint of a run: last.pt, or previous.pt if that is damaged; None if there is neither.
+    """The newest intact checkpoint of a run: last.pt, or previous.pt if that is damaged; None if neither exists.
 
-    Raises UserError if there are checkpoints and none can be loaded.
+    Raises UserError if there are checkpoints but none can be loaded.
     """
     problems = []
     for path in (folder / "last.pt", folder / "previous.pt"):
@@ -282,7 +282,7 @@ def load_newest(folder: Path, *, kind: str = "net") -> tuple[Path, dict[str, Any
                 continue
             for problem in problems:
                 say(f"warning: {problem}; resuming from {path.name} (iteration {state['iteration']})")
-                (folder / "last.pt").replace(folder / "damaged.pt")  # lest the next save keep it as previous.pt
+                (folder / "last.pt").replace(folder / "damaged.pt")  # else the next save would make it previous.pt
             return path, state
     if problems:
         raise UserError("; ".join([*map(str, problems), "resume=never begins the run again"]))

@@ -1,4 +1,4 @@
-"""Processes that train together: who is who, sums over all of them, and errors that one meets and all end with."""
+"""Distributed training: ranks, sums over all processes, and errors that are raised in all of them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def all_reduce_sum(values: Tensor) -> Tensor:
 
 
 def restore_rank_sums(rows: Tensor, stored: Tensor) -> None:
-    """Put this process's row of sums in its place; if there are now other processes than then, all in the first's."""
+    """Restore this process's row of `stored` sums; if the number of processes has changed, rank 0 takes their total."""
     rows.zero_()
     if len(stored) == world_size():
         rows[rank()] = stored[rank()]
@@ -60,24 +60,24 @@ def restore_rank_sums(rows: Tensor, stored: Tensor) -> None:
 
 
 def raise_on_all_ranks(job: Callable[[], T]) -> T:
-    """What `job` gives in this process, once it is done in all of them.
+    """Run `job` in every process and return this process's result once all have finished.
 
-    A UserError that it raises in any of them, or what the machine refuses it, ends all; the first process raises it
-    (the latter as RunError), the others RemoteError.
+    A UserError in any process ends all of them, as does an error of the machine (a full disk, too little memory), which
+    becomes a RunError. Rank 0 raises the error itself, the other processes RemoteError.
     """
     if world_size() == 1:
         return job()
     result, error = _attempt(job)
     errors: list[UserError | None] = [None] * world_size()
     dist.all_gather_object(errors, error)
-    for found in errors:
-        if found is not None:
-            raise for_all_ranks(found)
+    for failure in errors:
+        if failure is not None:
+            raise for_all_ranks(failure)
     return result  # type: ignore[return-value]
 
 
 def on_rank_zero(job: Callable[[], T]) -> T:
-    """What `job` gives in the first process, where alone it runs. Errors as in `raise_on_all_ranks`."""
+    """Run `job` on rank 0 only and return its result in every process. Errors as in `raise_on_all_ranks`."""
     if world_size() == 1:
         return job()
     outcome: list[Any] = [*(_attempt(job) if is_main() else (None, None))]
@@ -93,32 +93,32 @@ def _attempt(job: Callable[[], T]) -> tuple[T | None, UserError | None]:
     except UserError as error:
         return None, error
     except (OSError, RuntimeError, MemoryError) as error:
-        told = from_machine_error(error)
-        if told is None:
+        user_error = from_machine_error(error)
+        if user_error is None:
             raise
-        return None, told
+        return None, user_error
 
 
 def for_all_ranks(error: UserError) -> UserError:
-    """An error that all processes meet, for each of them to raise: the first tells of it."""
+    """The error for this process to raise when all of them raise: `error` on rank 0, which reports it."""
     error = error if is_main() else RemoteError(error)
     error.shared = True
     return error
 
 
 def local_rank_zero_first(job: Callable[[], T]) -> T:
-    """What `job` gives in this process; the first on each machine goes ahead, the others find what it has stored."""
+    """Run `job` in every process, first on local rank 0 of each machine, so that the others can use its cache."""
     first = raise_on_all_ranks(lambda: job() if local_rank() == 0 else None)
     return raise_on_all_ranks(lambda: job() if local_rank() else first)  # type: ignore[return-value]
 
 
 @contextlib.contextmanager
 def process_group(device: torch.device, timeout: int) -> Iterator[None]:
-    """The processes that torchrun, Slurm or `launch` has started, joined; nothing where this is the only one.
+    """Join the processes that torchrun, Slurm or `launch` has started; does nothing for a single process.
 
     Collectives of CPU tensors go through gloo, of CUDA tensors through NCCL. Where all processes are on one machine,
-    nothing here listens anywhere but on loopback, unless GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME says so. Raises
-    UserError where the others do not come within `timeout` seconds.
+    they listen on loopback only, unless GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME says otherwise. Raises UserError if
+    the processes have not met within `timeout` seconds.
     """
     if not launched_processes():
         yield
@@ -155,21 +155,21 @@ def process_group(device: torch.device, timeout: int) -> Iterator[None]:
 
 
 def _listen_on_loopback() -> None:
-    """Have Gloo and NCCL listen on loopback alone, where the user has not said on what."""
+    """Make Gloo and NCCL listen on loopback only, unless the user has chosen an interface."""
     loopback = "lo0" if sys.platform == "darwin" else "lo"
     os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
-    os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={loopback}")  # without = also of all names that begin so
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={loopback}")  # without = this is a prefix of names
 
 
 def _in_file(path: str, timeout: int) -> dict[str, Any]:
-    """What has processes meet in a file, with no store that listens at a port."""
+    """Arguments of `init_process_group` for a rendezvous in a file, without a store that listens on a port."""
     store = dist.FileStore(path, int(os.environ["WORLD_SIZE"]))
     store.set_timeout(datetime.timedelta(seconds=timeout))
     return {"store": store, "rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
 
 
 def _not_joined(error: Exception, unmet: str) -> UserError:
-    """Why the processes have not come together, for the user."""
+    """The error for the user when the processes could not join."""
     text = str(error)
     if "EADDRINUSE" in text:
         return UserError(
@@ -179,9 +179,9 @@ def _not_joined(error: Exception, unmet: str) -> UserError:
     if "GLOO_SOCKET_IFNAME" in os.environ and "address for:" in text:
         name = os.environ["GLOO_SOCKET_IFNAME"]
         return UserError(f"GLOO_SOCKET_IFNAME={name}: there is no such network interface; unset it, or name another")
-    told = from_nccl_error(error) or from_machine_error(error)
-    if told is not None:
-        return told
+    user_error = from_nccl_error(error) or from_machine_error(error)
+    if user_error is not None:
+        return user_error
     way = "see that every machine runs the same command and reaches that address"
     if STORE in os.environ:
         way = "a larger timeout= waits longer"
@@ -189,7 +189,7 @@ def _not_joined(error: Exception, unmet: str) -> UserError:
 
 
 def _wait_for(host: str, port: int, timeout: int) -> None:
-    """Wait until something listens there; torch would, too, but print its own trace of calls when nothing does."""
+    """Wait until something listens at the address; torch would print a C++ stack trace if nothing does."""
     end = time.monotonic() + timeout
     while True:
         try:
@@ -202,17 +202,17 @@ def _wait_for(host: str, port: int, timeout: int) -> None:
 
 
 def _end(message: str) -> None:
-    """End this process with a message while torch waits in its own code, where no exception reaches it."""
+    """End this process with a message while torch waits in C++, where no exception can be raised."""
     say(f"error: {message}", file=sys.stderr)
     os._exit(UserError.code)
 
 
 def launched_processes() -> int:
-    """The number of processes that a launcher has started, this one included; 0 where it is alone."""
+    """The number of processes that a launcher has started, including this one; 0 if this is the only one."""
     size = int(os.environ["WORLD_SIZE"]) if under_launcher() else 1
     return size if size > 1 else 0
 
 
 def limit_threads(processes: int) -> None:
-    """Take this process's part of the CPU's cores, on which `processes` run."""
+    """Limit torch to this process's share of the CPU cores, which `processes` processes use."""
     torch.set_num_threads(max(1, torch.get_num_threads() // processes))

@@ -1,4 +1,4 @@
-"""Where a run was made: command, commit, device, versions, memory."""
+"""The environment of a run: command, commit, device, versions, memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FORMAT = 1  # of config.json, environment.json, metrics.jsonl and summary.json o
 
 
 def environment_of(command: str, device: torch.device, digest: str) -> dict[str, Any]:
-    """Where, by what `command` and on data of which `digest` a run is made, for environment.json."""
+    """The content of environment.json: the command, where it runs, and the digest of its data."""
     return {
         "format": FORMAT,
         "command": shlex.join([command, *sys.argv[1:]]),
@@ -38,23 +38,23 @@ def environment_of(command: str, device: torch.device, digest: str) -> dict[str,
 
 
 def git_commit() -> str | None:
-    """The commit of this package's code, where it lies in a git repository."""
+    """The commit of this package's code, or None if it is not in a git repository."""
     return _output_of("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40") or None
 
 
 def versions(device: torch.device) -> dict[str, str]:
-    """Of what computes; on a GPU of its libraries and driver as well."""
-    found = {
+    """Versions of this package, Python, torch and torchvision; on a GPU also of cuDNN, NCCL and the driver."""
+    result = {
         "resnet_train": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": _torchvision_version(),
     }
     if device.type == "cuda":
-        found["cudnn"] = str(torch.backends.cudnn.version())
-        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
-        found["driver"] = _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
-    return found
+        result["cudnn"] = str(torch.backends.cudnn.version())
+        result["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+        result["driver"] = _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
+    return result
 
 
 def _torchvision_version() -> str:
@@ -67,7 +67,7 @@ def _torchvision_version() -> str:
 
 
 def _output_of(*command: str) -> str:
-    """What a command prints; empty where it cannot be run."""
+    """The output of a command; empty if it cannot be run."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
@@ -75,14 +75,14 @@ def _output_of(*command: str) -> str:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes that this process has held: of the GPU's memory where it trains on one."""
+    """The peak memory of this process in bytes: of the GPU if `device` is one, else of the host."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def memory_held(device: torch.device) -> int:
-    """The bytes that this process holds now, likewise; where the system does not say, the most so far."""
+    """The current memory of this process in bytes, of the GPU or the host; without /proc, the peak."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     statm = Path("/proc/self/statm")

@@ -1,4 +1,4 @@
-"""Start the processes that train together on this machine: the part of torch's elastic launcher that needs no port."""
+"""Start the training processes of one machine, with the part of torch's elastic launcher that needs no port."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from resnet_train.errors import SIGNALS, RunError, UserError, stop_early
 
 
 def launch(job: Callable[[], int], processes: int, max_restarts: int) -> int:
-    """Run `job` (to be pickled) in `processes` new processes and give the first one's exit code.
+    """Run `job` (to be pickled) in `processes` new processes and return the exit code of rank 0.
 
-    A signal is passed on to all, which agree to stop and end as they always do. Where one dies, the others are ended
-    and all are started again, up to `max_restarts` times. Wrong input is not tried again: its exit code is returned.
+    Signals are forwarded to all of them, which then stop together in the usual way. When one dies, the others are
+    ended and all are restarted, up to `max_restarts` times. Wrong input is not retried: its exit code is returned.
 
-    They meet in a file of this user's alone. The elastic launcher's own rendezvous is a store that listens on all
-    interfaces and whose content it unpickles: whoever reached it could run code here.
+    They meet in a file that only this user can read. The elastic launcher's own rendezvous is a store that listens on
+    all interfaces and unpickles what it receives: whoever can reach it could run code here.
     """
-    told: list[int] = []
+    received: list[int] = []
 
     def pass_on(number: int, _: Any) -> None:
-        told.append(number)
+        received.append(number)
         for worker in multiprocessing.active_children():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(worker.pid, number)  # type: ignore[arg-type]
@@ -42,22 +42,22 @@ def launch(job: Callable[[], int], processes: int, max_restarts: int) -> int:
         signal.signal(number, pass_on)
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # none of ours
     for name in ("distributed.elastic.multiprocessing.api", "multiprocessing.spawn"):
-        logging.getLogger(f"torch.{name}").setLevel(logging.CRITICAL)  # told below, in one line
+        logging.getLogger(f"torch.{name}").setLevel(logging.CRITICAL)  # reported below, in one line
     group = {
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
-        "MASTER_ADDR": "localhost",  # for what asks whether a launcher has started it
+        "MASTER_ADDR": "localhost",  # for code that checks whether it runs under a launcher
         "MASTER_PORT": "0",
         "TORCHELASTIC_RUN_ID": uuid.uuid4().hex,
     }
     with tempfile.TemporaryDirectory(prefix="resnet-train-", ignore_cleanup_errors=True) as folder:
         for restart in range(max_restarts + 1):
-            # A new file for each start: in the one before are the addresses of the dead.
+            # A new file for each start: the previous one has the addresses of ended processes.
             group |= {"TORCHELASTIC_RESTART_COUNT": str(restart), STORE: os.path.join(folder, str(restart))}
             context = start_processes(
                 "resnet-train",
                 _work,
-                args=dict.fromkeys(range(processes), (job, processes, told)),
+                args=dict.fromkeys(range(processes), (job, processes, received)),
                 envs={rank: group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)},
                 logs_specs=DefaultLogsSpecs(log_dir=os.devnull),  # else each start leaves a folder in /tmp
             )
@@ -65,15 +65,15 @@ def launch(job: Callable[[], int], processes: int, max_restarts: int) -> int:
                 result = context.wait(period=0.1)
             finally:
                 context.close()  # after a second Ctrl-C
-            assert result is not None  # it waits for good
+            assert result is not None  # wait() has no timeout
             if not result.is_failed():
                 return result.return_values[0]
             ((rank, failure),) = result.failures.items()
-            if told or failure.exitcode == UserError.code:  # wrong input stays wrong
+            if received or failure.exitcode == UserError.code:  # wrong input stays wrong
                 break
-    if failure.exitcode >= 0:  # it has told why
+    if failure.exitcode >= 0:  # the process has reported its error
         return failure.exitcode
-    if -failure.exitcode in told:  # before it had begun
+    if -failure.exitcode in received:  # before the process handled signals itself
         stop_early(-failure.exitcode)
     restarts = f" after all restarts (max_restarts={max_restarts})" if max_restarts else ""
     advice = "" if max_restarts else ", and with max_restarts=3 by itself"
@@ -81,31 +81,31 @@ def launch(job: Callable[[], int], processes: int, max_restarts: int) -> int:
     raise RunError(f"{who}{restarts}; the same command resumes from the last checkpoint{advice}")
 
 
-def _work(job: Callable[[], int], processes: int, told: list[int]) -> int:
-    """One process: its code is returned, for any other end is a failure, to start all again after.
+def _work(job: Callable[[], int], processes: int, received: list[int]) -> int:
+    """One process. It returns its exit code, since the launcher takes any other end for a failure and restarts.
 
-    `told` is the list of signals so far, as it was when this process was started.
+    `received` are the signals that the launcher had received when it started this process.
     """
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to keep, as the others
-    if told:
-        os.kill(os.getpid(), told[0])
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as the other signals, until there is something to save
+    if received:
+        os.kill(os.getpid(), received[0])
     limit_threads(processes)
     code = job()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's, where another has died: nothing is left to save
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # sent by the launcher when another has died; all is saved
     threading.Thread(target=_end_with_launcher, daemon=True).start()
     return code
 
 
 def _end_with_launcher() -> None:
-    """What is returned waits for a launcher to read it; without one it would wait for good."""
+    """End with the launcher: a process whose return value nobody reads would wait forever."""
     multiprocessing.parent_process().join()  # type: ignore[union-attr]
     os._exit(1)
 
 
 def pick_processes(devices: int | str, device: str) -> int:
-    """The processes to start: `devices`, or for auto one for each GPU. Raises UserError for more than there are."""
+    """The number of processes to start: `devices`, or one per GPU for auto. Raises UserError for too few GPUs."""
     gpus = 0 if device == "cpu" else torch.cuda.device_count()
-    if device == "cuda" and not gpus:  # here, or each of the processes would tell of it
+    if device == "cuda" and not gpus:  # checked here, else every process would report it
         raise UserError("device=cuda: torch sees no GPU here; use device=cpu")
     if devices == "auto":
         return max(1, gpus)

@@ -1,4 +1,4 @@
-"""What the machine gives this process: cores, and open files for workers that load data. Needs no torch."""
+"""Limits of this process: CPU cores, and open files for data-loading workers. Needs no torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import resource
 
 from resnet_train.errors import RunError
 
-FILES, FILES_OF_WORKER = 64, 8  # open files that a process needs by itself, and for each worker
+FILES, FILES_OF_WORKER = 64, 8  # open files that a process needs without workers, and for each worker
 
 
 def share_of_cores() -> int:
@@ -17,16 +17,16 @@ def share_of_cores() -> int:
 
 
 def most_workers() -> int:
-    """The workers that the limit of open files allows, once it is raised as far as it may be; 1 at least."""
+    """The number of workers that the hard limit of open files allows; 1 at least."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     return 2**31 if hard == resource.RLIM_INFINITY else max(1, (hard - FILES) // FILES_OF_WORKER)
 
 
 def check_open_files(workers: int | str) -> None:
-    """Raise the limit of open files to what `workers` that load data need, or refuse where it may not be raised.
+    """Raise the limit of open files to what `workers` data-loading workers need. Raises RunError if that is impossible.
 
-    A worker that meets it would not end: Python's thread that hands on its tensors tries again for good. auto takes no
-    more than the limit allows. Raises RunError.
+    A worker at the limit would hang: the Python thread that passes its tensors on retries forever. auto uses no more
+    workers than the limit allows.
     """
     number = min(share_of_cores(), most_workers()) if workers == "auto" else int(workers)
     need = FILES + FILES_OF_WORKER * number

@@ -1,4 +1,4 @@
-"""What a run tells: metrics lines, TensorBoard events and the progress bar."""
+"""Logging of a run: the metrics file, TensorBoard events and the progress bar."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def _is_of_tensorboard(thread: threading.Thread | None) -> bool:
 
 @functools.cache
 def prepare_process() -> None:
-    """Once in a process that trains, before the first progress bar: see the comments."""
-    tqdm.set_lock(threading.RLock())  # the default is a semaphore of the system, which a killed process leaves behind
+    """Configure tqdm's lock and TensorBoard's threads, once per training process and before the first progress bar."""
+    tqdm.set_lock(threading.RLock())  # the default is a system semaphore, which a killed process leaves behind
     before = threading.excepthook
 
     def silence_tensorboard(arguments: threading.ExceptHookArgs) -> None:
-        # What a writing thread of TensorBoard could not write, the next call to it raises again.
+        # An OSError in a writer thread of TensorBoard is raised again by the next call to the writer.
         if not (isinstance(arguments.exc_value, OSError) and _is_of_tensorboard(arguments.thread)):
             before(arguments)
 
@@ -42,24 +42,24 @@ def prepare_process() -> None:
 
 
 def read_points(path: Path, iteration: int) -> list[dict[str, Any]]:
-    """The points of a metrics file up to `iteration`, where a run resumes there. Raises OSError."""
-    if iteration and not path.is_file():  # not there, or a FIFO
+    """The points of a metrics file up to `iteration`, from which a run resumes. Raises OSError."""
+    if iteration and not path.is_file():  # missing, or a FIFO
         say(f"warning: {path}: is not there; the curves begin after iteration {iteration}")
     return [point for point in read_metrics(path) if point["iteration"] <= iteration]
 
 
 def message(text: str) -> None:
-    """A line of the first process that does not tear its progress bar."""
+    """Print a line on rank 0 without breaking its progress bar."""
     if is_main():
         tqdm.write(printable(text), file=sys.stdout)
         sys.stdout.flush()
 
 
 class MetricsLogger:
-    """The open record of one run in `directory`, resumed after `iteration`; None for a process that tells nothing.
+    """Metrics and TensorBoard events of one run in `directory`, resumed after `iteration`; None: log nothing.
 
-    Metrics after `iteration` are cut, so that a resumed run leaves one seamless curve. `names` (data, seed) stand in
-    every line. TensorBoard gets a writer for each split, so that their curves share a chart.
+    Metrics after `iteration` are removed, so that a resumed run has one continuous curve. `names` (data, seed) are
+    written in every line. TensorBoard gets one writer per split, so that their curves share a chart.
     """
 
     def __init__(self, directory: Path | None, names: dict[str, Any], iteration: int, iterations: int) -> None:
@@ -80,31 +80,31 @@ class MetricsLogger:
         self.path = directory / "metrics.jsonl"
         self.names = names
         with self._writing():
-            kept = read_points(self.path, iteration)
-        self.last = {point["split"]: point["iteration"] for point in kept}
-        self.seconds = max((line.get("seconds", 0.0) for line in kept), default=0.0)
-        errors = [line["error"] for line in kept if line["split"] == "train" and "error" in line]
+            points = read_points(self.path, iteration)
+        self.last = {point["split"]: point["iteration"] for point in points}
+        self.seconds = max((line.get("seconds", 0.0) for line in points), default=0.0)
+        errors = [line["error"] for line in points if line["split"] == "train" and "error" in line]
         self.train_error = errors[-1] if errors else None
         part = directory / "metrics.jsonl.part"
         with self._writing():
-            part.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            part.write_text("".join(json.dumps(line) + "\n" for line in points))
             part.replace(self.path)
             self.file = self.path.open("a")
             self.board = directory / "tensorboard"
             self.purge = iteration + 1
             for split in SPLITS:
                 if (self.board / split).exists():
-                    self._writer(split)  # now, so that points after the checkpoint go from each of them
+                    self._writer(split)  # opened now, so that purge_step removes points after the checkpoint
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            kept = any((self.path.parent / "checkpoints").glob("*.pt"))
+            has_checkpoint = any((self.path.parent / "checkpoints").glob("*.pt"))
             raise RunError(
                 f"{self.path.parent}: the record cannot be written ({error.strerror}); {remedy(error)}, the same"
-                f" command resumes{' from the last checkpoint, which is intact' if kept else ''}"
+                f" command resumes{' from the last checkpoint, which is intact' if has_checkpoint else ''}"
             ) from error
 
     def _writer(self, split: str) -> SummaryWriter:
@@ -113,9 +113,9 @@ class MetricsLogger:
         return self.writers[split]
 
     def log(self, split: str, iteration: int, **values: float | int | str) -> None:
-        """One point of a curve: a metrics line, TensorBoard scalars and, where there is no bar, a printed line.
+        """Log one point of a curve: a metrics line, TensorBoard scalars and, without a progress bar, a printed line.
 
-        Raises RunError where it cannot be written, as do the opening, `log_reference` and `flush`.
+        Raises RunError if it cannot be written, as do the constructor, `log_reference` and `flush`.
         """
         if self.silent:
             return
@@ -130,8 +130,8 @@ class MetricsLogger:
                 if isinstance(value, (int, float)) and name not in ("epoch", "seconds", "wrong", "seen"):
                     self._writer(split).add_scalar(name, value, iteration)
         if self.bar.disable:
-            shown = {"lr": "g", "images_per_second": ".0f", "epoch": ".2f", "loss": ".4f", "seconds": ".0f"}
-            text = (f"{k} {v:{shown.get(k, '.2f')}}" for k, v in values.items() if isinstance(v, float))
+            formats = {"lr": "g", "images_per_second": ".0f", "epoch": ".2f", "loss": ".4f", "seconds": ".0f"}
+            text = (f"{k} {v:{formats.get(k, '.2f')}}" for k, v in values.items() if isinstance(v, float))
             say(f"iteration {iteration}/{self.bar.total} {split}: " + ", ".join(text))
         elif split == "train":
             error = f", error {values['error']:.2f} %" if "error" in values else ""
@@ -146,15 +146,15 @@ class MetricsLogger:
             message(f"iteration {iteration}: {split} {', '.join(maps)}")
 
     def lacks(self, iteration: int, *splits: str) -> bool:
-        """Whether the last points of these splits are not all of `iteration`."""
+        """Whether any of these splits has no last point at `iteration`."""
         return any(self.last.get(split) != iteration for split in splits)
 
     def log_hyper_parameters(
         self, iteration: int, values: dict[str, str | bool | int | float], results: Iterable[str]
     ) -> None:
-        """A row of TensorBoard's HPARAMS tab, with those of the final `results` that are errors or mAP.
+        """Log a row of TensorBoard's HPARAMS tab, with the errors or mAP among the names of the final `results`.
 
-        In the events of the test curve: add_hparams would make a run of its own.
+        It is written to the events of the test split: add_hparams would create a separate run.
         """
         if self.silent:
             return
@@ -167,20 +167,20 @@ class MetricsLogger:
                 writer._get_file_writer().add_summary(summary, iteration)
 
     def log_image(self, iteration: int, name: str, image: Tensor) -> None:
-        """A picture (3, H, W) uint8 of the test, for TensorBoard."""
+        """Log an image (3, H, W) uint8 of the test set to TensorBoard."""
         if not self.silent:
             with self._writing():
                 self._writer("test").add_image(name, image, iteration)
 
     def log_reference(self, error: float, iterations: int) -> None:
-        """The paper's final error as a line across TensorBoard's error chart, once in the life of a run."""
+        """Log the paper's final error as a line across TensorBoard's error chart, once per run."""
         if not self.silent and not (self.board / "paper").exists():
             with self._writing(), SummaryWriter(str(self.board / "paper")) as writer:
                 for iteration in (0, iterations):
                     writer.add_scalar("error", error, iteration)
 
     def flush(self) -> None:
-        """Put everything on disk; called before a checkpoint, which must not be ahead of its record."""
+        """Write everything to disk; called before each checkpoint, which must not be ahead of the metrics."""
         if self.silent:
             return
         with self._writing():
@@ -189,7 +189,7 @@ class MetricsLogger:
                 writer.flush()
 
     def close(self) -> None:
-        """Close files and bar. What then cannot be written has been told of, or comes after the last checkpoint."""
+        """Close files and bar, ignoring errors: they were raised before, or concern points after the checkpoint."""
         if not self.silent:
             with contextlib.suppress(OSError):
                 self.file.close()

@@ -1,4 +1,4 @@
-"""A run's directory: claimed, cleared or resumed, and checkpoints from elsewhere taken into it."""
+"""A run's directory: locked, cleared or resumed; checkpoints of other runs are imported into it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from resnet_train.terminal import say
 
 
 def before_restart(directory: Path, restarts: int) -> Literal["new", "unfinished", "finished"]:
-    """How far this launch had come with its run when a worker died and the launcher started all again; else new."""
+    """The state of the run that this launch had begun before the launcher restarted it; "new" if there is none."""
     path = directory / "environment.json"
     if not restarts or not path.exists():
         return "new"
@@ -30,29 +30,29 @@ def before_restart(directory: Path, restarts: int) -> Literal["new", "unfinished
 
 
 def claim_run(
-    config: TaskConfig, directory: Path, digest: str, held: contextlib.ExitStack, kind: str
+    config: TaskConfig, directory: Path, digest: str, stack: contextlib.ExitStack, kind: str
 ) -> dict[str, Any] | None:
-    """Take the run's directory, until `held` closes. The checkpoint to resume from, if any. Raises UserError."""
+    """Lock the run's directory until `stack` closes and return the checkpoint to resume from. Raises UserError."""
     auto = config.resume == "auto"
     state = None if auto else _resume_state(config, directory, digest, kind)  # before a directory is made
-    # Workers of a killed run hold on to it for some seconds.
-    held.enter_context(lock_directory(directory, "run_dir", "training", patience=20))
+    # Workers of a killed run keep the lock for some seconds.
+    stack.enter_context(lock_directory(directory, "run_dir", "training", patience=20))
     if run_state(directory) == "finished":
         raise UserError(f"run_dir={directory}: another process has finished the run there")
-    if auto:  # only now: until they let go of the directory, workers of a killed run write there
+    if auto:  # after locking: until then, workers of a killed run may still write there
         state = _resume_state(config, directory, digest, kind)
     return state
 
 
 def _resume_state(config: TaskConfig, directory: Path, digest: str, kind: str) -> dict[str, Any] | None:
-    """The checkpoint to resume from and its "path", if any, held against what was asked. Raises UserError."""
+    """The checkpoint to resume from with its "path", or None. Raises UserError if it does not match `config`."""
     if config.resume == "never":
         return None
     if config.resume == "auto":
-        found = checkpoint.load_newest(directory / "checkpoints", kind=kind)
-        if found is None:
+        newest = checkpoint.load_newest(directory / "checkpoints", kind=kind)
+        if newest is None:
             return None
-        path, state = found
+        path, state = newest
     else:
         path = expand(config.resume)
         state = checkpoint.load(path, kind=kind)
@@ -66,16 +66,16 @@ def _resume_state(config: TaskConfig, directory: Path, digest: str, kind: str) -
 
 
 def check_space(directory: Path, model: nn.Module) -> None:
-    """Refuse to begin where the checkpoints would not fit. Raises UserError."""
+    """Raises UserError if the disk has too little room for the checkpoints."""
     free = shutil.disk_usage(nearest_existing(directory)).free
-    # Weights and momentum: last, previous, best, two being made.
+    # Weights and momentum of last, previous, best and two that are being written.
     needed = 10_000_000 + 5 * 8 * sum(parameter.numel() for parameter in model.parameters())
     if free < needed:
         raise UserError(f"run_dir={directory}: {free / 1e6:.0f} MB are free there, {needed / 1e6:.0f} are needed")
 
 
 def begin_run(task: Task, directory: Path, state: dict[str, Any] | None, command: str, digest: str) -> dict[str, Any]:
-    """Write what a run begins with: config.json and, given back, environment.json. Raises UserError."""
+    """Write the first files of a run; return the content of environment.json. Raises UserError."""
     check_space(directory, task.model)
     config, environment = task.config, environment_of(command, task.device, digest)
     try:
@@ -84,23 +84,23 @@ def begin_run(task: Task, directory: Path, state: dict[str, Any] | None, command
             write_json(directory / name, content, indent=None)
         if state is not None and config.resume != "auto":
             import_checkpoint(expand(config.resume), directory, state)
-        write_json(directory / "environment.json", environment)  # last: with it, this launch has begun
+        write_json(directory / "environment.json", environment)  # last: it marks the launch as begun
     except OSError as error:
         raise UserError(f"run_dir={directory}: cannot be written: {error.strerror}") from error
     return environment
 
 
 def begin_directory(directory: Path, config: dict[str, Any], *, new: bool) -> None:
-    """Write config.json; a `new` start removes what a run before left.
+    """Write config.json; if `new`, remove the files of an earlier run.
 
-    The checkpoints leave their place all at once: half of them would be taken for a run to resume. Raises OSError.
+    Its checkpoints are first renamed together: some of them alone would look like a run to resume. Raises OSError.
     """
     folder, old = directory / "checkpoints", directory / "checkpoints.part"
     if new:
         _remove_folder(old)
         if folder.exists():
             os.replace(folder, old)
-    write_json(directory / "config.json", config)  # with it, the folder is a run's
+    write_json(directory / "config.json", config)  # makes the folder a run's directory
     if new:
         for place in (old, directory / "tensorboard"):
             _remove_folder(place)
@@ -115,10 +115,10 @@ def _remove_folder(folder: Path) -> None:
 
 
 def import_checkpoint(path: Path, directory: Path, state: dict[str, Any]) -> None:
-    """Make the checkpoint `path`, which holds `state`, the last of the run in `directory`.
+    """Make the checkpoint `path` with content `state` the last one of the run in `directory`.
 
-    To another run's directory it brings that run's metrics; in its own, what came after it goes. best.pt becomes the
-    best that there was then.
+    If it is from another run, that run's metrics are copied as well. Later checkpoints in `directory` are removed, and
+    best.pt becomes the best checkpoint at that iteration.
     """
     folder = directory / "checkpoints"
     source = path.absolute().parent
@@ -133,9 +133,9 @@ def import_checkpoint(path: Path, directory: Path, state: dict[str, Any]) -> Non
         shutil.copy(path, folder / "last.pt.part")
         os.replace(folder / "last.pt.part", folder / "last.pt")
         (folder / "previous.pt").unlink(missing_ok=True)
-        for kept in folder.glob("iteration-*.pt"):
-            if int(kept.stem.removeprefix("iteration-")) > state["iteration"]:
-                kept.unlink()
+        for numbered in folder.glob("iteration-*.pt"):
+            if int(numbered.stem.removeprefix("iteration-")) > state["iteration"]:
+                numbered.unlink()
         if source.parent != directory.absolute() and (source.parent / "metrics.jsonl").exists():
             shutil.copy(source.parent / "metrics.jsonl", directory / "metrics.jsonl")
     except OSError as error:
@@ -143,13 +143,13 @@ def import_checkpoint(path: Path, directory: Path, state: dict[str, Any]) -> Non
 
 
 def _best_of(state: dict[str, Any], path: Path, source: Path) -> Path | None:
-    """The checkpoint in `source` of the best iteration so far when `path`, which holds `state`, was written, if any."""
-    at = state["best"][1]
-    if not at:  # nothing was held out, or not yet tested
+    """The file in `source` with the best checkpoint at the time when `path` (content: `state`) was written, if any."""
+    iteration = state["best"][1]
+    if not iteration:  # there is no validation set, or it was not yet evaluated
         return None
-    for place in (source / "best.pt", source / f"iteration-{at:07d}.pt", path, source / "previous.pt"):
+    for place in (source / "best.pt", source / f"iteration-{iteration:07d}.pt", path, source / "previous.pt"):
         with contextlib.suppress(UserError):
-            if checkpoint.load(place)["iteration"] == at:
+            if checkpoint.load(place)["iteration"] == iteration:
                 return place
-    say(f"note: the best checkpoint so far, of iteration {at}, is left in no file; the next better one is kept")
+    say(f"note: the best checkpoint so far, of iteration {iteration}, is left in no file; the next better one is kept")
     return None

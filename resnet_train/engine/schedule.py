@@ -1,4 +1,4 @@
-"""The learning rate as a function of the iteration, and the little state of what depends on measured errors."""
+"""The learning rate as a function of the iteration, and the state of warm-up and plateau, which depend on errors."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 @dataclass
 class Progress:
-    """What warm-up and plateau have decided so far; kept in the checkpoint."""
+    """The state of warm-up and plateau; saved in the checkpoint."""
 
     warm: bool  # still warming up
-    recent: int = 0  # wrong answers since the last look at the warm-up, but for those since the last logged point
+    recent: int = 0  # wrong answers from the last check of the warm-up up to the last logged point
     dropped: int = 0  # drops that the plateau has made
     best: float = math.inf  # the lowest error so far, in %
     best_at: int = 0  # its iteration
@@ -31,10 +31,10 @@ def learning_rate(
 ) -> float:
     """The learning rate of the step after `iteration` steps, in a run of `iterations`.
 
-    step, and thirds, which has other drops: `lr` times `factor` for each of `drops` passed (fractions of `iterations`;
+    step, and thirds (with other drops): `lr` times `factor` for each of `drops` passed (fractions of `iterations`;
     section 4.2: 0.5 and 0.75 of 64k).
     plateau: times `factor` for each drop made so far (section 3.4). cosine: half a cosine from `lr` to zero.
-    All: `warmup_lr` while the warm-up lasts (section 4.2, 110 layers).
+    In all of them: `warmup_lr` during the warm-up (section 4.2, 110 layers).
     """
     if progress.warm:
         return warmup_lr
@@ -55,7 +55,7 @@ def end_warmup(progress: Progress, iteration: int, train_error: float, *, below:
 
 
 def watch_plateau(progress: Progress, iteration: int, error: float, *, patience: float, threshold: float) -> None:
-    """Note the watched error (%); remove when it has not fallen by `threshold` points for `patience` iterations."""
+    """Record the watched error (%); drop when it has not fallen by `threshold` points for `patience` iterations."""
     if error < progress.best - threshold:
         progress.best, progress.best_at = error, iteration
     elif progress.warm:
