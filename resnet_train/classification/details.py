@@ -1,4 +1,4 @@
-"""What a net gets wrong: every answer of an evaluation as CSV, errors of classes, and a page with the mistakes."""
+"""Details of an evaluation: every prediction as CSV, the error of each class, and a page with the mistakes."""
 
 from __future__ import annotations
 
@@ -26,30 +26,30 @@ from resnet_train.report.tables import Table
 from resnet_train.report.values import escape_and_clip
 
 ENDINGS = ("-predictions.csv", "-classes.csv", "-confusion.csv", "-mistakes.html")
-SMALL = 64  # pixels: smaller pictures are stored without loss
+SMALL = 64  # pixels: images up to this size are stored as PNG
 
 
 def answers(logits: Tensor, labels: Tensor) -> Tensor:
-    """Of each image of a batch label, answer and the answer's probability: (N, 3) float64 on the CPU.
+    """Label, prediction and its probability for each image of a batch: (N, 3) float64 on the CPU.
 
-    Images whose label is -1 fill a batch and are left out.
+    Images with label -1, which pad a batch, are left out.
     """
-    top = logits.topk(min(5, logits.shape[1]), dim=1).indices[:, :1]  # as evaluate.wrong_answers, where there are ties
-    odds = logits.double().softmax(1).gather(1, top)
-    return torch.cat([labels[:, None].double(), top.double(), odds], 1)[labels >= 0].cpu()
+    top = logits.topk(min(5, logits.shape[1]), dim=1).indices[:, :1]  # breaks ties as evaluate.wrong_answers
+    probability = logits.double().softmax(1).gather(1, top)
+    return torch.cat([labels[:, None].double(), top.double(), probability], 1)[labels >= 0].cpu()
 
 
 def in_order(batches: list[Tensor]) -> Tensor:
-    """The answers of all processes, each of which has its share of the batches, in the order of the images."""
+    """Gather the answers of all processes, each with its share of the batches, in the order of the images."""
     shares: list[list[Tensor]] = [batches] * world_size()
     if world_size() > 1:
         dist.all_gather_object(shares, batches)
     longest = max(map(len, shares))
-    return torch.cat([share[place] for place in range(longest) for share in shares if place < len(share)])
+    return torch.cat([share[position] for position in range(longest) for share in shares if position < len(share)])
 
 
 def check_places(out: Path) -> None:
-    """Refuse an `out` beside which the files cannot lie. Raises UserError."""
+    """Raises UserError if a folder has the name of one of the files beside `out`."""
     for ending in ENDINGS:
         if (path := beside(out, ending)).is_dir():
             raise UserError(
@@ -58,35 +58,36 @@ def check_places(out: Path) -> None:
 
 
 def beside(out: Path, ending: str) -> Path:
-    """The file that lies beside the JSON file `out`."""
+    """The path of a file beside the JSON file `out`: its name without .json, plus `ending`."""
     return out.with_name(out.name.removesuffix(".json") + ending)
 
 
 def write_details(
-    out: Path, net: str, result: dict[str, Any], found: Tensor, dataset: MemoryDataset | StreamingDataset
+    out: Path, net: str, result: dict[str, Any], answer_rows: Tensor, dataset: MemoryDataset | StreamingDataset
 ) -> Path:
-    """Write the four files beside `out`, and return the page's.
+    """Write the four files beside `out`; return the path of the page.
 
-    `net` in words, `result`: what the evaluation says of itself, `found`: its answers. Raises UserError.
+    `net` is a description, `result` the evaluation's result, `answer_rows` the rows of `answers`. Raises UserError.
     """
     names, classes, count = dataset.names(result["split"]), dataset.classes, len(dataset.classes)
-    labels, told = (found[:, column].long().tolist() for column in (0, 1))
-    odds = [round(value, 12) for value in found[:, 2].tolist()]
-    confusion = np.bincount(np.array(labels) * count + told, minlength=count * count).reshape(count, count)
+    labels, predicted = (answer_rows[:, column].long().tolist() for column in (0, 1))
+    probabilities = [round(value, 12) for value in answer_rows[:, 2].tolist()]
+    confusion = np.bincount(np.array(labels) * count + predicted, minlength=count * count).reshape(count, count)
     predictions = Table("predictions", "", ["image", "label", "prediction", "probability"])
-    rows = zip(names, labels, told, odds, strict=True)
-    predictions.rows = [[name, classes[label], classes[answer], share] for name, label, answer, share in rows]
-    wrong = [index for index, label in enumerate(labels) if told[index] != label]
-    shown, pictures = _readable(classes), []
-    for index in sorted(wrong, key=lambda index: (-odds[index], index))[: mistakes.MOST]:
+    rows = zip(names, labels, predicted, probabilities, strict=True)
+    predictions.rows = [[name, classes[label], classes[answer], p] for name, label, answer, p in rows]
+    wrong = [index for index, label in enumerate(labels) if predicted[index] != label]
+    readable, worst = _readable(classes), []
+    for index in sorted(wrong, key=lambda index: (-probabilities[index], index))[: mistakes.MOST]:
         tile = _tile(dataset.picture(result["split"], index))
-        pictures.append(Mistake(tile, shown[labels[index]], shown[told[index]], odds[index], str(names[index])))
+        label, answer = readable[labels[index]], readable[predicted[index]]
+        worst.append(Mistake(tile, label, answer, probabilities[index], str(names[index])))
     title = f"What {escape_and_clip(net)} gets wrong on {escape_and_clip(result['data'])}, {result['split']}"
     files = [beside(out, ending) for ending in ENDINGS]
-    page = mistakes.page(title, result, [path.name for path in files], shown, confusion, pictures)
+    page = mistakes.page(title, result, [path.name for path in files], readable, confusion, worst)
     tables = [predictions, mistakes.classes_table(classes, confusion), mistakes.confusion_table(classes, confusion)]
     texts = [*(table.csv() for table in tables), page]
-    with contextlib.ExitStack() as renamed:  # once all are written, the page last
+    with contextlib.ExitStack() as renamed:  # all are renamed once all are written, the page last
         parts = [renamed.enter_context(writing(path)) for path in reversed(files)][::-1]
         for part, text in zip(parts, texts, strict=True):
             part.write_bytes(text.encode("utf-8", "backslashreplace"))
@@ -94,13 +95,13 @@ def write_details(
 
 
 def _readable(classes: list[str]) -> list[str]:
-    """The names of classes as a page shows them; WordNet's numbers with their words."""
+    """The names of classes for a page; WordNet IDs are followed by their words."""
     words = imagenet_classes()
     return [f"{escape_and_clip(name)} {words[name]}" if name in words else escape_and_clip(name) for name in classes]
 
 
 def _tile(image: Tensor) -> Tile:
-    """An image (H, W, 3) uint8 for a page."""
+    """An image (H, W, 3) uint8 as PNG or JPEG, for a page."""
     small, content = max(image.shape[:2]) <= SMALL, io.BytesIO()
     picture = Image.fromarray(image.cpu().numpy())
     picture.save(content, "PNG") if small else picture.save(content, "JPEG", quality=85)

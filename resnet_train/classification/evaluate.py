@@ -44,7 +44,7 @@ from resnet_train.weights.source import load
 
 @dataclass
 class Count:
-    """The outcome of one pass: integer counts and the summed loss."""
+    """The result of one pass over a split: integer counts and the summed loss."""
 
     wrong: int
     wrong5: int
@@ -76,7 +76,7 @@ def wrong_answers(logits: Tensor, labels: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """`model` in evaluation mode, without gradients; after it in training mode or not, as it was."""
+    """`model` in evaluation mode, without gradients; the mode is restored afterwards."""
     was_training = model.training
     model.eval()
     try:
@@ -91,36 +91,36 @@ def count_errors(
     batches: Iterable[tuple[Tensor, Tensor]],
     precision: str,
     size: int,
-    kept: list[Tensor] | None = None,
+    answer_rows: list[Tensor] | None = None,
 ) -> Count:
-    """Run `model` in evaluation mode over `batches`, whose labels count where they are not -1: `size` of them.
+    """Run `model` in evaluation mode over `batches`, which have `size` labels other than -1; only these are counted.
 
-    Of several processes each takes its own share of the batches, and all get the same count, that of one process.
-    `kept` is given the answers of each batch of this process (details.answers).
+    Each process passes its own share of the batches, and all get the same count, that of a single process. The
+    answers of each batch of this process (details.answers) are appended to `answer_rows`.
     """
     device = next(model.parameters()).device
     with eval_mode(model):
         outcomes = ((compute_logits(model, images, precision), labels) for images, labels in batches)
-        return count(outcomes, size, device, kept)
+        return count(outcomes, size, device, answer_rows)
 
 
 def count(
-    outcomes: Iterable[tuple[Tensor, Tensor]], size: int, device: torch.device, kept: list[Tensor] | None = None
+    outcomes: Iterable[tuple[Tensor, Tensor]], size: int, device: torch.device, answer_rows: list[Tensor] | None = None
 ) -> Count:
     """Count this process's share of batches of logits (or log-probabilities) and labels, and add all shares."""
     counts = torch.zeros(3, dtype=torch.int64, device=device)
-    mine = []
+    losses = []
     for logits, labels in outcomes:
-        mine.append(F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum").double())
+        losses.append(F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum").double())
         counts += torch.cat([wrong_answers(logits, labels), (labels >= 0).sum()[None]])
-        if kept is not None:
-            kept.append(answers(logits, labels))
+        if answer_rows is not None:
+            answer_rows.append(answers(logits, labels))
     wrong, wrong5, seen = all_reduce_sum(counts).tolist()
     assert seen == size, f"{seen} images counted of {size}"
-    losses = torch.zeros(int(all_reduce_sum(torch.tensor(len(mine)))), dtype=torch.float64, device=device)
-    if mine:  # each loss in its batch's place, so that their sum does not depend on the number of processes
-        losses[rank() :: world_size()] = torch.stack(mine)
-    return Count(wrong, wrong5, seen, all_reduce_sum(losses).sum().item())
+    all_losses = torch.zeros(int(all_reduce_sum(torch.tensor(len(losses)))), dtype=torch.float64, device=device)
+    if losses:  # ordered by batch, so that their sum does not depend on the number of processes
+        all_losses[rank() :: world_size()] = torch.stack(losses)
+    return Count(wrong, wrong5, seen, all_reduce_sum(all_losses).sum().item())
 
 
 def probabilities(model: nn.Module, batches: Iterable[Views], precision: str) -> Iterator[tuple[Tensor, Tensor]]:
@@ -128,96 +128,96 @@ def probabilities(model: nn.Module, batches: Iterable[Views], precision: str) ->
     with eval_mode(model):
         for views, labels in batches:
             sums: Tensor | None = None
-            for images, whose in views:
-                found = compute_logits(model, images, precision).softmax(1)
-                sums = found.new_zeros(len(labels), found.shape[1]) if sums is None else sums
-                sums[whose] += found.view(-1, len(whose), found.shape[1]).sum(0)
+            for images, indices in views:
+                scores = compute_logits(model, images, precision).softmax(1)
+                sums = scores.new_zeros(len(labels), scores.shape[1]) if sums is None else sums
+                sums[indices] += scores.view(-1, len(indices), scores.shape[1]).sum(0)
             assert sums is not None
             yield sums / sums.sum(1, keepdim=True), labels
 
 
-def evaluate_checkpoint(asked: EvalConfig) -> None:
-    """The command `resnet-eval`: the error of a checkpoint, or of several together; JSON and one line.
+def evaluate_checkpoint(args: EvalConfig) -> None:
+    """The command `resnet-eval`: the error of a checkpoint or of an ensemble, as JSON and one line.
 
-    Under the protocol of training, the count that training reported, from the file alone.
+    With the protocol of training it gives the same count as training did.
     """
-    device = pick_device(asked.device)
-    with process_group(device, asked.timeout):
-        _evaluate(asked, device)
+    device = pick_device(args.device)
+    with process_group(device, args.timeout):
+        _evaluate(args, device)
 
 
 @dataclass
 class Member:
-    """A checkpoint to be tested, alone or in an ensemble."""
+    """A checkpoint to evaluate, alone or in an ensemble."""
 
     path: Path
     config: Config
     state: dict[str, Any]
 
-    def told(self) -> dict[str, Any]:
-        """What a result says of it."""
+    def describe(self) -> dict[str, Any]:
+        """The entries of a result file that name the checkpoint."""
         return checkpoint.describe(self.path, self.config.net, self.config, self.state)
 
 
-def _evaluate(asked: EvalConfig, device: torch.device) -> None:
-    members = [_member(expand(name), asked) for name in asked.checkpoint]
+def _evaluate(args: EvalConfig, device: torch.device) -> None:
+    members = [_load_member(expand(name), args) for name in args.checkpoint]
     config = members[0].config
-    raise_on_all_ranks(lambda: _check_members(members, asked))
+    raise_on_all_ranks(lambda: _check_members(members, args))
     dataset = local_rank_zero_first(lambda: open_dataset(config))
-    known = {member.state["digest"] for member in members} - {""}  # of imported weights nobody knows it
-    if known - {dataset.digest} and asked.data.name == "same" and is_main():
+    digests = {member.state["digest"] for member in members} - {""}  # imported weights have none
+    if digests - {dataset.digest} and args.data.name == "same" and is_main():
         print("note: these are not the images that the checkpoint was trained on", flush=True)
-    raise_on_all_ranks(lambda: _check_split(dataset, asked))
-    out = expand(asked.out) if asked.out else _default_out(members, dataset, asked)
-    kept: list[Tensor] | None = [] if asked.details else None
-    if asked.details:
+    raise_on_all_ranks(lambda: _check_split(dataset, args))
+    out = expand(args.out) if args.out else _default_out(members, dataset, args)
+    batch_answers: list[Tensor] | None = [] if args.details else None
+    if args.details:
         raise_on_all_ranks(lambda: check_places(out))
-    counted, precision, compiled = _counted(members, dataset, asked, device, kept)
-    found = None if kept is None else in_order(kept)
-    one = len(members) == 1
+    counts, precision, compiled = _count_members(members, dataset, args, device, batch_answers)
+    answer_rows = None if batch_answers is None else in_order(batch_answers)
+    alone = len(members) == 1
     result = {
-        **(members[0].told() if one else {"net": f"ensemble of {len(members)}"}),
-        **({} if one else {"members": [member.told() for member in members]}),
+        **(members[0].describe() if alone else {"net": f"ensemble of {len(members)}"}),
+        **({} if alone else {"members": [member.describe() for member in members]}),
         "data": dataset.label,
-        "split": asked.split,
-        "protocol": PROTOCOLS.get(asked.protocol, dataset.protocol),
+        "split": args.split,
+        "protocol": PROTOCOLS.get(args.protocol, dataset.protocol),
         "image_size": config.data.size,
-        "batch_norm": f"averages over {asked.precise_bn} training batches" if asked.precise_bn else "moving averages",
-        "wrong": counted.wrong,
-        "seen": counted.seen,
-        "error": counted.error,
-        **({"wrong5": counted.wrong5, "error5": counted.error5} if dataset.top5 else {}),
-        "loss": counted.loss,
+        "batch_norm": f"averages over {args.precise_bn} training batches" if args.precise_bn else "moving averages",
+        "wrong": counts.wrong,
+        "seen": counts.seen,
+        "error": counts.error,
+        **({"wrong5": counts.wrong5, "error5": counts.error5} if dataset.top5 else {}),
+        "loss": counts.loss,
         "precision": precision,
         "compile": compiled,
         "device": str(device),
     }
     if not is_main():
         return
-    what = " + ".join(f"{m.config.net} (seed {m.config.seed}, iteration {m.state['iteration']})" for m in members)
+    title = " + ".join(f"{m.config.net} (seed {m.config.seed}, iteration {m.state['iteration']})" for m in members)
     write_result(out, result)
     say(
-        f"{what} on {dataset.label} {asked.split}, {result['protocol']}"
-        + (f", batch norm over {asked.precise_bn} batches" if asked.precise_bn else "")
-        + f": {counted.wrong} of {counted.seen} wrong, error {counted.error:.2f} %"
-        + (f", top-5 {counted.error5:.2f} %" if dataset.top5 else "")
+        f"{title} on {dataset.label} {args.split}, {result['protocol']}"
+        + (f", batch norm over {args.precise_bn} batches" if args.precise_bn else "")
+        + f": {counts.wrong} of {counts.seen} wrong, error {counts.error:.2f} %"
+        + (f", top-5 {counts.error5:.2f} %" if dataset.top5 else "")
         + f"; {out}"
     )
-    if found is not None:  # last: whatever befalls it, what was counted is there
-        say(f"what it gets wrong: {write_details(out, what, result, found, dataset)}")
+    if answer_rows is not None:  # last: if it fails, the result is already written
+        say(f"what it gets wrong: {write_details(out, title, result, answer_rows, dataset)}")
 
 
-def _member(path: Path, asked: EvalConfig) -> Member:
+def _load_member(path: Path, args: EvalConfig) -> Member:
     state = on_rank_zero(lambda: load(path))
     return Member(
-        path, raise_on_all_ranks(lambda: with_data(config_from_checkpoint(state["config"]), asked.data)), state
+        path, raise_on_all_ranks(lambda: with_data(config_from_checkpoint(state["config"]), args.data)), state
     )
 
 
-def _check_members(members: list[Member], asked: EvalConfig) -> None:
-    """Refuse an ensemble whose members do not look at the same images. Raises UserError."""
+def _check_members(members: list[Member], args: EvalConfig) -> None:
+    """Raises UserError for an ensemble whose members are not evaluated on the same images."""
     first = members[0]
-    for key in ("name", "root", "family", "size", *(["validation"] if asked.split != "test" else [])):
+    for key in ("name", "root", "family", "size", *(["validation"] if args.split != "test" else [])):
         for other in members[1:]:
             here, there = getattr(first.config.data, key), getattr(other.config.data, key)
             if here != there:
@@ -225,64 +225,64 @@ def _check_members(members: list[Member], asked: EvalConfig) -> None:
                     f"checkpoint: {first.path} has data.{key}={here} and {other.path} data.{key}={there}; an ensemble"
                     " looks at the same images"
                 )
-    if asked.protocol != "center" and first.config.data.family == "cifar":
-        raise UserError(f"protocol={asked.protocol}: is for ImageNet nets; nets for CIFAR see each image once: center")
+    if args.protocol != "center" and first.config.data.family == "cifar":
+        raise UserError(f"protocol={args.protocol}: is for ImageNet nets; nets for CIFAR see each image once: center")
 
 
-def _check_split(dataset: MemoryDataset | StreamingDataset, asked: EvalConfig) -> None:
-    if dataset.sizes[asked.split] == 0:
-        raise UserError(f"split={asked.split}: no part of the training set was held out; use split=test")
+def _check_split(dataset: MemoryDataset | StreamingDataset, args: EvalConfig) -> None:
+    if dataset.sizes[args.split] == 0:
+        raise UserError(f"split={args.split}: no part of the training set was held out; use split=test")
 
 
-def _counted(
+def _count_members(
     members: list[Member],
     dataset: MemoryDataset | StreamingDataset,
-    asked: EvalConfig,
+    args: EvalConfig,
     device: torch.device,
-    kept: list[Tensor] | None,
+    answer_rows: list[Tensor] | None,
 ) -> tuple[Count, str, bool]:
-    """The count of all members together, their precision, and whether all were compiled."""
+    """The errors of all members as an ensemble, their precision, and whether all were compiled."""
     sums: list[tuple[Tensor, Tensor]] = []
-    precisions, compiled, size = set(), True, dataset.sizes[asked.split]
-    torch.backends.cudnn.benchmark = asked.protocol != "multiscale"  # whose shapes vary
+    precisions, compiled, size = set(), True, dataset.sizes[args.split]
+    torch.backends.cudnn.benchmark = args.protocol != "multiscale"  # whose shapes vary
     for member in members:
         of = member.path, member.config, member.state, dataset.classes, device
-        restore = functools.partial(load_model, *of, precise_bn=asked.precise_bn > 0)
+        restore = functools.partial(load_model, *of, precise_bn=args.precise_bn > 0)
         model, mean, precision, compile = raise_on_all_ranks(restore)
         precisions.add(precision)
-        if asked.precise_bn:
+        if args.precise_bn:
             images = member.state["measure"]["bn_images"]
-            average_batch_norm(model, mean, member.config, images, dataset, asked.precise_bn, precision)
+            average_batch_norm(model, mean, member.config, images, dataset, args.precise_bn, precision)
         compile = compile and compile_network(model, member.config.depth, device)
         compiled = compiled and compile
-        deal = (asked.split, mean, device, pick_eval_batch(member.config, device), rank(), world_size())
-        if len(members) == 1 and asked.protocol == "center":
-            return count_errors(model, dataset.eval_batches(*deal), precision, size, kept), precision, compiled
-        found = probabilities(model, dataset.eval_views(asked.protocol, *deal), precision)
+        deal = (args.split, mean, device, pick_eval_batch(member.config, device), rank(), world_size())
+        if len(members) == 1 and args.protocol == "center":
+            return count_errors(model, dataset.eval_batches(*deal), precision, size, answer_rows), precision, compiled
+        outcomes = probabilities(model, dataset.eval_views(args.protocol, *deal), precision)
         if not sums:
-            sums = [(p.cpu(), labels.cpu()) for p, labels in found]
+            sums = [(p.cpu(), labels.cpu()) for p, labels in outcomes]
         else:
-            sums = [(total + p.cpu(), labels) for (total, labels), (p, _) in zip(sums, found, strict=True)]
+            sums = [(total + p.cpu(), labels) for (total, labels), (p, _) in zip(sums, outcomes, strict=True)]
     means = (((p / len(members)).log(), labels) for p, labels in sums)
-    return count(means, size, torch.device("cpu"), kept), " and ".join(sorted(precisions)), compiled
+    return count(means, size, torch.device("cpu"), answer_rows), " and ".join(sorted(precisions)), compiled
 
 
-def _default_out(members: list[Member], dataset: MemoryDataset | StreamingDataset, asked: EvalConfig) -> Path:
-    """Beside the first checkpoint, named after what was measured."""
+def _default_out(members: list[Member], dataset: MemoryDataset | StreamingDataset, args: EvalConfig) -> Path:
+    """The default `out`: beside the first checkpoint, named after what is evaluated."""
     first = members[0]
     words = [first.path.stem] if len(members) == 1 else [f"ensemble-of-{len(members)}"]
     words += [] if dataset.digest == first.state["digest"] else [dataset.label]
-    words += [] if asked.protocol == "center" else [asked.protocol]
-    words += [f"precise-bn-{asked.precise_bn}"] if asked.precise_bn else []
-    return first.path.with_name("-".join([*words, asked.split]) + ".json")
+    words += [] if args.protocol == "center" else [args.protocol]
+    words += [f"precise-bn-{args.precise_bn}"] if args.precise_bn else []
+    return first.path.with_name("-".join([*words, args.split]) + ".json")
 
 
-def with_data(config: Config, asked: EvalData) -> Config:
-    """The checkpoint's configuration, on the data that the command line names, if any."""
+def with_data(config: Config, eval_data: EvalData) -> Config:
+    """The checkpoint's configuration with the data of the command line, if given."""
     data = config.data
-    if asked.name != "same":
-        data = dataclasses.replace(data, name=asked.name, root=None)
-    if asked.root is not None:
-        data = dataclasses.replace(data, root=asked.root)
+    if eval_data.name != "same":
+        data = dataclasses.replace(data, name=eval_data.name, root=None)
+    if eval_data.root is not None:
+        data = dataclasses.replace(data, root=eval_data.root)
     check_source(data.name, data.root)
     return dataclasses.replace(config, data=data)

@@ -1,4 +1,4 @@
-"""The command `resnet-features`: what a layer gives for images, seen as evaluation sees them, in one file."""
+"""The command `resnet-features`: the output of a layer for images, preprocessed as in evaluation, in one file."""
 
 from __future__ import annotations
 
@@ -24,42 +24,42 @@ from resnet_train.models.resnet import ResNet
 from resnet_train.terminal import say
 
 
-def features(asked: FeaturesConfig, data: EvalData | None, images: list[str]) -> None:
-    """Write what `asked.layer` gives for each of `images`, or of a part of `data`, in order.
+def features(args: FeaturesConfig, data: EvalData | None, images: list[str]) -> None:
+    """Write the output of `args.layer` for `images`, or for a split of `data`, in order.
 
-    Raises UserError, and then leaves no file.
+    Raises UserError, in which case no file is left.
     """
-    out = expand(asked.out)
+    out = expand(args.out)
     if out.suffix == ".safetensors":
-        _import_safetensors(asked.out)
-    model = load(asked.checkpoint, pick_device(asked.device))
-    check_layer(model.net, asked.layer)
-    told: dict[str, Any] = {"checkpoint": str(expand(asked.checkpoint).absolute()), "net": model.config.net}
-    told |= {"iteration": model.iteration, "layer": asked.layer}
+        _import_safetensors(args.out)
+    model = load(args.checkpoint, pick_device(args.device))
+    check_layer(model.net, args.layer)
+    metadata: dict[str, Any] = {"checkpoint": str(expand(args.checkpoint).absolute()), "net": model.config.net}
+    metadata |= {"iteration": model.iteration, "layer": args.layer}
     batches: Iterator[tuple[Tensor, Tensor | None]]
     if data is None:
-        told |= {"images": images}
+        metadata |= {"images": images}
         batches = ((batch, None) for _, batch in model.batches(images))
     else:
         config = with_data(model.config, data)
         dataset = open_dataset(config)
-        if dataset.sizes[asked.split] == 0:
-            raise UserError(f"split={asked.split}: no part of the training set was held out; use split=test")
-        told |= {"data": dataset.label, "split": asked.split, "classes": dataset.classes}
-        told |= {"images": dataset.names(asked.split)}
-        at_once = pick_eval_batch(config, model.device)
-        batches = iter(dataset.eval_batches(asked.split, model.mean.to(model.device), model.device, at_once))
+        if dataset.sizes[args.split] == 0:
+            raise UserError(f"split={args.split}: no part of the training set was held out; use split=test")
+        metadata |= {"data": dataset.label, "split": args.split, "classes": dataset.classes}
+        metadata |= {"images": dataset.names(args.split)}
+        batch_size = pick_eval_batch(config, model.device)
+        batches = iter(dataset.eval_batches(args.split, model.mean.to(model.device), model.device, batch_size))
     check_result(out)
-    arrays = gather(model, asked.layer, batches, len(told["images"]))
-    _write(out, arrays, told)
+    arrays = gather(model, args.layer, batches, len(metadata["images"]))
+    _write(out, arrays, metadata)
     say(
-        f"{model.config.net}, {asked.layer}: {len(told['images'])} images, {list(arrays['features'].shape)}"
+        f"{model.config.net}, {args.layer}: {len(metadata['images'])} images, {list(arrays['features'].shape)}"
         f" {arrays['features'].dtype}; {out}"
     )
 
 
 def check_layer(net: ResNet, layer: str) -> None:
-    """Refuse a layer that the net does not have. Raises UserError, which names those that it has."""
+    """Raises UserError, which names the layers of the net, for a layer that it does not have."""
     names = [name for name, _ in net.named_modules() if name]
     if layer not in names:
         first = ", ".join(name for name, _ in net.named_children())
@@ -72,33 +72,34 @@ def check_layer(net: ResNet, layer: str) -> None:
 def gather(
     model: Classifier, layer: str, batches: Iterator[tuple[Tensor, Tensor | None]], count: int
 ) -> dict[str, np.ndarray]:
-    """What `layer` gives for `count` images: `features` (N, C), or (N, C, H, W) of a layer before the pooling.
+    """The outputs of `layer` for `count` images: `features` (N, C), or (N, C, H, W) for a layer before the pooling.
 
-    In the precision of the net's evaluation; stored in float32, or float64 for fp64. And their `labels` (N,) int64,
-    where `batches` have them; of a batch those that are -1 fill it. Raises UserError for more than the memory holds.
+    Computed in the precision of the net's evaluation; stored as float32, or float64 for fp64. If `batches` have labels,
+    also `labels` (N,) int64; images with label -1, which pad a batch, are left out. Raises UserError if the arrays do
+    not fit in memory.
     """
-    found: dict[str, np.ndarray] = {}
+    arrays: dict[str, np.ndarray] = {}
     start = 0
-    with outputs(model.net, layer) as kept:
+    with outputs(model.net, layer) as captured:
         for images, labels in batches:
             model.logits(images)
-            values = kept.pop() if labels is None else kept.pop()[labels >= 0]
+            values = captured.pop() if labels is None else captured.pop()[labels >= 0]
             values = values.double() if model.precision == "fp64" else values.float()
             values = values.flatten(1) if values.shape[2:] == (1, 1) else values
-            if not found:
-                found["features"] = _room(layer, (count, *values.shape[1:]), 8 if model.precision == "fp64" else 4)
-                found |= {} if labels is None else {"labels": np.empty(count, np.int64)}
+            if not arrays:
+                arrays["features"] = _room(layer, (count, *values.shape[1:]), 8 if model.precision == "fp64" else 4)
+                arrays |= {} if labels is None else {"labels": np.empty(count, np.int64)}
             stop = start + len(values)
-            found["features"][start:stop] = values.cpu().numpy()
+            arrays["features"][start:stop] = values.cpu().numpy()
             if labels is not None:
-                found["labels"][start:stop] = labels[labels >= 0].cpu().numpy()
+                arrays["labels"][start:stop] = labels[labels >= 0].cpu().numpy()
             start = stop
     assert start == count, f"{start} images of {count}"
-    return found
+    return arrays
 
 
 def _room(layer: str, shape: tuple[int, ...], size: int) -> np.ndarray:
-    """An array for numbers of `size` bytes. Raises UserError for one that is larger than the machine's memory."""
+    """An empty array of floats of `size` bytes. Raises UserError if it is larger than the machine's memory."""
     need, memory = int(np.prod(shape)) * size, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if need > memory:
         raise UserError(
@@ -110,31 +111,31 @@ def _room(layer: str, shape: tuple[int, ...], size: int) -> np.ndarray:
 
 @contextlib.contextmanager
 def outputs(net: ResNet, layer: str) -> Iterator[list[Tensor]]:
-    """What `layer` gives in each forward pass, in a list that grows."""
-    kept: list[Tensor] = []
+    """A list to which every forward pass appends the output of `layer`."""
+    captured: list[Tensor] = []
 
     def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
-        kept.append(output)
+        captured.append(output)
 
     handle = net.get_submodule(layer).register_forward_hook(keep)
     try:
-        yield kept
+        yield captured
     finally:
         handle.remove()
 
 
-def _write(out: Path, arrays: dict[str, np.ndarray], told: dict[str, Any]) -> None:
-    """The arrays, and what is `told` of them: in .npz as arrays as well, in .safetensors as JSON in the header."""
+def _write(out: Path, arrays: dict[str, np.ndarray], metadata: dict[str, Any]) -> None:
+    """Write the arrays and `metadata`, in .npz as further arrays, in .safetensors as JSON in the header."""
     with writing(out) as part:
         if out.suffix == ".safetensors":
             save_file, SafetensorError = _import_safetensors(str(out))
             try:
-                save_file(arrays, part, metadata={key: json.dumps(value) for key, value in told.items()})
+                save_file(arrays, part, metadata={key: json.dumps(value) for key, value in metadata.items()})
             except SafetensorError as error:  # such as a full disk
                 raise RunError(f"out={out}: cannot be written ({error})") from error
         else:
             with part.open("wb") as file:
-                np.savez(file, **arrays, **{key: np.array(value) for key, value in told.items()})  # type: ignore[arg-type]
+                np.savez(file, **arrays, **{key: np.array(value) for key, value in metadata.items()})  # type: ignore[arg-type]
 
 
 def _import_safetensors(out: str) -> tuple[Any, Any]:

@@ -1,4 +1,4 @@
-"""From a configuration to data and a network: the one place that reads their keys."""
+"""Build data and networks from a configuration or a checkpoint, and resolve values of auto."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ COMPILED_FROM = 1000  # iterations
 
 
 def open_dataset(config: Config) -> MemoryDataset | StreamingDataset:
-    """The data sets that the configuration names. Raises UserError for data that are not what they should be."""
+    """Open the data of the configuration. Raises UserError for data that are missing or damaged."""
     data = config.data
     if data.family == "cifar":
         return MemoryDataset(name=data.name, root=data.root, size=data.size, validation=data.validation)
-    assert data.root is not None  # check_train has seen to it
+    assert data.root is not None  # ensured by check_train
     return StreamingDataset(
         root=data.root,
         size=data.size,
@@ -43,9 +43,9 @@ def open_dataset(config: Config) -> MemoryDataset | StreamingDataset:
 
 
 def pick_compile(config: Config, device: torch.device) -> bool:
-    """auto as true on a GPU, and on a CPU where the run is long enough to earn the time that compiling takes.
+    """Resolve compile=auto: true on a GPU, and on a CPU for runs long enough to be worth the time of compilation.
 
-    With bn_images=all, which PyTorch does not compile, as false.
+    False with bn_images=all, which PyTorch does not compile.
     """
     if config.compile != "auto":
         return config.compile
@@ -56,7 +56,7 @@ def pick_compile(config: Config, device: torch.device) -> bool:
 
 
 def pick_eval_batch(config: Config, device: torch.device) -> int:
-    """auto as a batch of small images that keeps a GPU busy, or as one that stays in a CPU's cache."""
+    """Resolve eval_batch_size=auto: for small images, large enough to fill a GPU or small enough for a CPU's cache."""
     if config.eval_batch_size != "auto":
         return config.eval_batch_size
     if config.data.family == "imagenet":
@@ -65,7 +65,7 @@ def pick_eval_batch(config: Config, device: torch.device) -> int:
 
 
 def pick_workers(config: Config) -> int:
-    """auto as this process's share of the machine's cores; on a CPU, where they compute as well, at most four."""
+    """Resolve data.workers=auto: this process's share of the cores; at most four if the CPU also trains."""
     workers = config.data.workers
     if workers != "auto":
         return workers
@@ -82,7 +82,7 @@ def average_batch_norm(
     count: int,
     precision: str,
 ) -> None:
-    """Batch norm's statistics as true averages over `count` training batches of `images`, dealt to the processes."""
+    """Set batch norm's statistics to averages over `count` training batches of `images`, shared among the processes."""
     start, stop = rank() * count // world_size(), (rank() + 1) * count // world_size()
     batches = dataset.train_batches(mean, mean.device, BatchOrder(config.seed, images, config.augment, start))
     passes = (compute_logits(model, images, precision) for images, _ in islice(batches, stop - start))
@@ -100,8 +100,8 @@ def load_model(
 ) -> tuple[ResNet, Tensor, str, bool]:
     """The net, mean image and precision of the checkpoint `path`, and whether it was compiled. Raises UserError.
 
-    `config` and `state` are what the checkpoint holds, `classes` those of the data. With `precise_bn`, batch norm is of
-    the kind that `batchnorm.average_statistics` sets.
+    `state` is its content, `config` its configuration, `classes` those of the data. With `precise_bn`, batch norm is
+    prepared for `batchnorm.average_statistics`.
     """
     if classes != state["classes"]:
         raise UserError(

@@ -1,4 +1,4 @@
-"""A trained net with all that it needs to look at images, and the command `resnet-classify`."""
+"""A trained net with the preprocessing of its images, and the command `resnet-classify`."""
 
 from __future__ import annotations
 
@@ -28,33 +28,33 @@ from resnet_train.models.resnet import ResNet
 from resnet_train.terminal import format_share, say
 from resnet_train.weights import source
 
-AT_ONCE = 32  # images of a batch that are named one by one
+AT_ONCE = 32  # images in a batch
 
 
 @dataclass(frozen=True)
 class Classifier:
-    """A trained net, the names of its classes, and what is done to images before it sees them."""
+    """A trained net, the names of its classes, and the preprocessing of its images."""
 
     net: ResNet  # in evaluation mode, on its device, in float32 (float64 where `precision` is fp64)
     classes: list[str]  # in the order of the logits
     config: Config  # of the run that trained it
-    data: str  # what it was trained on
-    iteration: int  # after which it was saved
-    precision: str  # that its evaluation computes in: bf16, fp16, fp32 or fp64
-    mean: Tensor  # what is subtracted, (H, W, 3) or (1, 1, 3), in 0 to 255
-    std: tuple[float, ...]  # what images in 0 to 1 are then divided by
+    data: str  # the label of its training data
+    iteration: int  # of the checkpoint
+    precision: str  # of its evaluation: bf16, fp16, fp32 or fp64
+    mean: Tensor  # subtracted from images, (H, W, 3) or (1, 1, 3), in 0 to 255
+    std: tuple[float, ...]  # images in 0 to 1 are then divided by it
 
     @property
     def device(self) -> torch.device:
-        """Where the net is."""
+        """The device of the net."""
         return self.net.fc.weight.device
 
     def transform(self, image: Image.Image | str | Path) -> Tensor:
-        """An image, or the file of one, as the net takes it: (3, S, S) float32 on the CPU, float64 for fp64.
+        """Preprocess an image or image file for the net: (3, S, S) float32 on the CPU, float64 for fp64.
 
-        It is what evaluation feeds: of an ImageNet net the center crop at shorter side 256 (for S = 224), of a CIFAR
-        net the whole image at its size; minus the mean of the training images. EXIF rotation is not applied. Raises
-        UserError for a file that is no image.
+        As in evaluation: for an ImageNet net the center crop at shorter side 256 (for S = 224), for a CIFAR net the
+        whole image at its size; minus the mean of the training images. EXIF rotation is not applied. Raises UserError
+        for a file that is not an image.
         """
         try:
             pixels = (
@@ -65,7 +65,7 @@ class Classifier:
         return self.normalise(view(pixels, self.config)[None])[0]
 
     def normalise(self, views: Tensor) -> Tensor:
-        """Views (N, S, S, 3) uint8 on any device as the net takes them: (N, 3, S, S)."""
+        """Views (N, S, S, 3) uint8 on any device as inputs of the net: (N, 3, S, S)."""
         std = torch.tensor(self.std, dtype=torch.float64, device=views.device).view(1, 3, 1, 1)
         return normalise(views, self.mean.to(views.device), std)
 
@@ -81,9 +81,9 @@ class Classifier:
         return compute_logits(self.net, images.to(self.device), self.precision)
 
     def batches(self, names: Sequence[str]) -> Iterator[tuple[Sequence[str], Tensor]]:
-        """The images in files, in order: some names, and these images as the net takes them, on its device.
+        """Batches of image files, in order: the names, and the images as inputs of the net, on its device.
 
-        Raises UserError for a file that is no image.
+        Raises UserError for a file that is not an image.
         """
 
         def read(name: str) -> Tensor:
@@ -96,9 +96,9 @@ class Classifier:
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> Classifier:
-    """The trained net in a checkpoint, or in a .safetensors that `resnet-weights export` has made of one.
+    """Load a trained net from a checkpoint, or from a .safetensors file of `resnet-weights export`.
 
-    Raises UserError, whose message is one line, for other files, a detector's among them.
+    Raises UserError, with a one-line message, for any other file, such as the checkpoint of a detector.
     """
     check_checkpoints([str(path)])
     file = expand(path)
@@ -118,7 +118,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Classifier:
 
 
 def view(image: Tensor, config: Config) -> Tensor:
-    """What the net is shown of an image (3, H, W) uint8, as in its evaluation: (S, S, 3) uint8."""
+    """Resize and crop an image (3, H, W) uint8 as in the net's evaluation: (S, S, 3) uint8."""
     size = config.data.size
     if config.data.family == "imagenet":
         image = center_view(image, size)
@@ -127,24 +127,23 @@ def view(image: Tensor, config: Config) -> Tensor:
     return image.permute(1, 2, 0).contiguous()
 
 
-def classify(asked: ClassifyConfig, images: list[str]) -> None:
-    """Print the five most likely classes of each image, in JSON too where asked. Raises UserError for a broken one."""
-    model = load(asked.checkpoint, pick_device(asked.device))
-    words, found = imagenet_classes(), []
+def classify(args: ClassifyConfig, images: list[str]) -> None:
+    """Print the five most likely classes of each image; with `args.out` also as JSON. Raises UserError."""
+    model = load(args.checkpoint, pick_device(args.device))
+    words, predictions = imagenet_classes(), []
     for some, batch in model.batches(images):
-        odds = model.logits(batch).double().softmax(1)
-        top, which = (values.tolist() for values in odds.topk(min(5, len(model.classes))))
-        for name, probabilities, numbers in zip(some, top, which, strict=True):
-            rows = [_row(model.classes[n], p, words) for p, n in zip(probabilities, numbers, strict=True)]
-            found.append({"image": name, "top": rows})
+        top = model.logits(batch).double().softmax(1).topk(min(5, len(model.classes)))
+        for name, probabilities, indices in zip(some, top.values.tolist(), top.indices.tolist(), strict=True):
+            rows = [_row(model.classes[n], p, words) for p, n in zip(probabilities, indices, strict=True)]
+            predictions.append({"image": name, "top": rows})
             say(name)
             for row in rows:
                 share = format_share(row["probability"])
                 say(f"  {share:>8}  {' '.join([row['class'], *row.get('words', '').split()])}")
-    if asked.out is not None:
-        path = expand(asked.checkpoint).absolute()
-        named = {"checkpoint": str(path), "net": model.config.net, "data": model.data}
-        write_result(expand(asked.out), {**named, "iteration": model.iteration, "images": found})
+    if args.out is not None:
+        path = expand(args.checkpoint).absolute()
+        result = {"checkpoint": str(path), "net": model.config.net, "data": model.data, "iteration": model.iteration}
+        write_result(expand(args.out), {**result, "images": predictions})
 
 
 def _row(name: str, probability: float, words: dict[str, str]) -> dict[str, Any]:

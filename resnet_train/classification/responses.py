@@ -1,4 +1,4 @@
-"""The signals in a trained CIFAR net: how strongly its 3x3 layers respond (figure 7), and the gradients there."""
+"""Responses of the 3x3 layers of a trained CIFAR net (figure 7), and the gradients there."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ from resnet_train.weights.source import load
 
 
 def layers(model: ResNet) -> dict[str, nn.Module]:
-    """The batch norms after the 3x3 layers of a CIFAR net, in the order of the layers: 6n+1 of them."""
-    found: dict[str, nn.Module] = {"bn1": model.bn1}
+    """The batch norms after the 3x3 layers of a CIFAR net, in layer order: 6n+1 of them."""
+    norms: dict[str, nn.Module] = {"bn1": model.bn1}
     for stage in model.stages:
         for number, block in enumerate(getattr(model, stage)):
-            found |= {f"{stage}.{number}.{name}": getattr(block, name) for name in ("bn1", "bn2")}
-    return found
+            norms |= {f"{stage}.{number}.{name}": getattr(block, name) for name in ("bn1", "bn2")}
+    return norms
 
 
 class Moments:
     """The number, mean and sum of squared distances from the mean of all values seen so far (Chan et al. 1979).
 
-    On the device, in float64; nothing of the values themselves is kept.
+    On the device, in float64; the values themselves are not stored.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -68,8 +68,8 @@ class Moments:
 
 
 @contextlib.contextmanager
-def measured(model: ResNet, real: Callable[[], int]) -> Iterator[dict[str, Moments]]:
-    """The moments of every layer's response, gathered by forward hooks; of a batch the first `real()` images count."""
+def record_moments(model: ResNet, real: Callable[[], int]) -> Iterator[dict[str, Moments]]:
+    """The moments of every layer's response, collected by forward hooks over the first `real()` images of a batch."""
     device = next(model.parameters()).device
     moments = {name: Moments(device) for name in layers(model)}
 
@@ -89,10 +89,10 @@ def response_stds(
 ) -> dict[str, float]:
     """The standard deviation of each 3x3 layer's response over the first `images` of `batches`, in one pass.
 
-    `batches` are images (N, 3, H, W) and labels (N,), -1 for what fills the last batch up. In evaluation mode.
+    `batches` are images (N, 3, H, W) and labels (N,), -1 for padding of the last batch. In evaluation mode.
     """
     left, real = images, 0
-    with eval_mode(model), measured(model, lambda: real) as moments:
+    with eval_mode(model), record_moments(model, lambda: real) as moments:
         for batch, labels in batches:
             real = min(left, int((labels >= 0).sum()))
             compute_logits(model, batch, precision)
@@ -104,18 +104,18 @@ def response_stds(
 
 @dataclass(frozen=True)
 class Signals:
-    """What is measured of one checkpoint: values of each 3x3 layer, in layer order."""
+    """The measurements of one checkpoint: values of each 3x3 layer, in layer order."""
 
     net: str
     data: str  # the label of the data
     seed: int
     iteration: int
     finished: bool
-    note: str  # that the training was shortened
-    stds: dict[str, float]  # of the responses, by the layers' names
+    note: str  # says so if the training was shortened
+    stds: dict[str, float]  # of the responses, by layer name
     by_response: list[float]  # norms of the gradients
     by_weights: list[float]
-    batch: int  # the images in each batch that gave gradients
+    batch: int  # images per batch for the gradients
 
 
 def gradient_norms(
@@ -123,49 +123,51 @@ def gradient_norms(
 ) -> tuple[list[float], list[float]]:
     """The L2 norms of the loss's gradients by the response and by the weights of each 3x3 layer (section 4.1).
 
-    `batches` are images (N, 3, H, W) and labels (N,), at least one batch. Batch norm takes their statistics, as in a
-    training step; `model` stays as it is. By the response: the gradient of a batch's summed loss by the response to one
+    `batches` are images (N, 3, H, W) and labels (N,), at least one batch. Batch norm uses their statistics, as in a
+    training step; `model` is not changed. By the response: the gradient of a batch's summed loss by the response to one
     image, as the root mean square over all images. By the weights: that of a batch's mean loss, over all batches.
     """
     model = copy.deepcopy(model).train().requires_grad_(True)
     norms = layers(model)
     parameters = dict(model.named_parameters())
     weights = [parameters[f"{name.replace('bn', 'conv')}.weight"] for name in norms]
-    seen: list[Tensor] = []
+    responses: list[Tensor] = []
     for norm in norms.values():
-        norm.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        norm.register_forward_hook(lambda module, inputs, output: responses.append(output))
     squares, count = torch.zeros(2, len(norms), dtype=torch.float64), 0
     for images, labels in batches:
-        seen.clear()
+        responses.clear()
         loss = F.cross_entropy(compute_logits(model, images, precision), labels)
-        gradients = torch.autograd.grad(loss, [*seen, *weights])
-        found = torch.stack([gradient.double().square().sum() for gradient in gradients]).view(2, -1).cpu()
-        found[0] *= len(images)  # N^2 for a sum in place of the mean, over N images
-        squares += found
+        gradients = torch.autograd.grad(loss, [*responses, *weights])
+        norms_squared = torch.stack([gradient.double().square().sum() for gradient in gradients]).view(2, -1).cpu()
+        norms_squared[0] *= len(images)  # N^2 for a sum in place of the mean, over N images
+        squares += norms_squared
         count += 1
     by_response, by_weights = (squares / count).sqrt().tolist()
     return by_response, by_weights
 
 
-def responses(asked: ResponsesConfig) -> None:
-    """The command `resnet-responses`: figure 7 and the norms of the gradients, and their values as CSV.
+def responses(args: ResponsesConfig) -> None:
+    """The command `resnet-responses`: figure 7, the norms of the gradients, and the values of both as CSV.
 
     Raises UserError.
     """
-    device = pick_device(asked.device)
-    opened = [_opened(name, asked) for name in asked.checkpoint]  # all, before the first is measured
+    device = pick_device(args.device)
+    members = [
+        _load_member(name, args) for name in args.checkpoint
+    ]  # all, before the first is measured: errors come early
     measured = []
-    for member in opened:
-        one = _measure(member, asked, device)
+    for member in members:
+        one = _measure(member, args, device)
         measured.append(one)
         mean = sum(one.stds.values()) / len(one.stds)
         say(
-            f"{one.net} on {one.data} {asked.split}, seed {one.seed}, iteration {one.iteration}:"
-            f" {len(one.stds)} layers, {asked.images} images, mean std {mean:.4f}, largest"
+            f"{one.net} on {one.data} {args.split}, seed {one.seed}, iteration {one.iteration}:"
+            f" {len(one.stds)} layers, {args.images} images, mean std {mean:.4f}, largest"
             f" {max(one.stds.values()):.4f}; gradients by response {min(one.by_response):.2g} to"
             f" {max(one.by_response):.2g}, by weights {min(one.by_weights):.2g} to {max(one.by_weights):.2g}",
         )
-    out = expand(asked.out)
+    out = expand(args.out)
 
     def lines(values: Callable[[Signals], Sequence[float]]) -> list[figures.Responses]:
         return [
@@ -177,13 +179,13 @@ def responses(asked: ResponsesConfig) -> None:
         out.mkdir(parents=True, exist_ok=True)
         header = ["net", "data", "seed", "iteration", "finished", "index", "layer"]
         rows = [
-            [*_about(one), number, name, std, asked.split, asked.images, one.note]
+            [*_about(one), number, name, std, args.split, args.images, one.note]
             for one in measured
             for number, (name, std) in enumerate(one.stds.items(), 1)
         ]
         _put_csv(out / "responses.csv", [*header, "std", "split", "images", "note"], rows)
         rows = [
-            [*_about(one), number, *values, asked.split, asked.images // one.batch * one.batch, one.batch, one.note]
+            [*_about(one), number, *values, args.split, args.images // one.batch * one.batch, one.batch, one.note]
             for one in measured
             for number, values in enumerate(zip(one.stds, one.by_response, one.by_weights, strict=True), 1)
         ]
@@ -205,7 +207,7 @@ def responses(asked: ResponsesConfig) -> None:
 
 
 def _about(one: Signals) -> list[Any]:
-    """What stands in every row of a checkpoint."""
+    """The first columns of every row of a checkpoint."""
     return [one.net, one.data, one.seed, one.iteration, one.finished]
 
 
@@ -218,31 +220,31 @@ def _put_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -
     put(path, text.getvalue().encode())
 
 
-def _opened(name: str, asked: ResponsesConfig) -> Member:
-    """A checkpoint and its configuration, on the data that was asked for. Raises UserError for an ImageNet net."""
+def _load_member(name: str, args: ResponsesConfig) -> Member:
+    """Load a checkpoint, with the data of the command line. Raises UserError for an ImageNet net."""
     path = expand(name)
     state = load(path)
     config = config_from_checkpoint(state["config"])
     if config.data.family != "cifar":
         raise UserError(f"checkpoint={name}: holds {config.net} for ImageNet; figure 7 is about CIFAR nets")
-    return Member(path, with_data(config, asked.data), state)
+    return Member(path, with_data(config, args.data), state)
 
 
-def _measure(member: Member, asked: ResponsesConfig, device: torch.device) -> Signals:
+def _measure(member: Member, args: ResponsesConfig, device: torch.device) -> Signals:
     config, state = member.config, member.state
     dataset = open_dataset(config)
     assert isinstance(dataset, MemoryDataset)
     model, mean, precision, _ = load_model(member.path, config, state, dataset.classes, device)
-    size = dataset.sizes[asked.split]
-    if asked.images > size:
-        raise UserError(f"images={asked.images}: {dataset.label} {asked.split} has {size}; use fewer")
-    batches = dataset.eval_batches(asked.split, mean, device, min(pick_eval_batch(config, device), asked.images))
-    stds = response_stds(model, batches, asked.images, precision)
+    size = dataset.sizes[args.split]
+    if args.images > size:
+        raise UserError(f"images={args.images}: {dataset.label} {args.split} has {size}; use fewer")
+    batches = dataset.eval_batches(args.split, mean, device, min(pick_eval_batch(config, device), args.images))
+    stds = response_stds(model, batches, args.images, precision)
     with checkpoint.checkpoint_errors(member.path):
-        batch = min(int(state["measure"]["bn_images"]), asked.images)  # the statistics are as in training
+        batch = min(int(state["measure"]["bn_images"]), args.images)  # the statistics are as in training
         if batch < 1:
             raise ValueError(f"bn_images {batch}")
-    full = itertools.islice(dataset.eval_batches(asked.split, mean, device, batch), asked.images // batch)
+    full = itertools.islice(dataset.eval_batches(args.split, mean, device, batch), args.images // batch)
     exact = "fp64" if precision == "fp64" else "fp32"  # small gradients vanish in 16 bits
     by_response, by_weights = gradient_norms(model, full, exact)
     return Signals(

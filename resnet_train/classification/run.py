@@ -37,12 +37,12 @@ def open_data(config: Config) -> MemoryDataset | StreamingDataset:
     """The images that the configuration names. Raises UserError."""
     raise_on_all_ranks(lambda: _check_compute(config))  # before minutes of reading
     dataset = local_rank_zero_first(lambda: open_dataset(config))
-    local_rank_zero_first(dataset.mean_image)  # of photographs made once, then from the cache
+    local_rank_zero_first(dataset.mean_image)  # for photographs computed once and cached
     return dataset
 
 
 def _check_compute(config: Config) -> None:
-    """Refuse a division of the batch or a precision that cannot be had here. Raises UserError."""
+    """Raises UserError for a batch that cannot be divided as configured, or a precision not supported here."""
     split_batch(config, world_size())
     check_compute(config.batch_size, config.device, config.precision)
 
@@ -50,7 +50,7 @@ def _check_compute(config: Config) -> None:
 def build_or_resume(
     config: Config, dataset: MemoryDataset | StreamingDataset, device: torch.device, state: dict[str, Any] | None
 ) -> ClassificationTask:
-    """The task as it begins, from the weights of `init_from` where given, or as the checkpoint `state` has it."""
+    """The task, new (with the weights of `init_from`, if given) or restored from the checkpoint `state`."""
     task = build(config, dataset)
     if state is not None:
         with checkpoint.checkpoint_errors(state["path"]):
@@ -58,8 +58,8 @@ def build_or_resume(
             task.load(state)
     elif config.init_from is not None:
         begin_from(task, read_matching_source(config))
-    wanted = task.compiled if state is not None else pick_compile(config, device)  # a resumed run stays as it began
-    if wanted:
+    compiled = task.compiled if state is not None else pick_compile(config, device)  # a resumed run stays as it began
+    if compiled:
         task.compiled = compile_network(task.model, config.depth, device)
     return task
 
@@ -67,7 +67,7 @@ def build_or_resume(
 def build(config: Config, dataset: MemoryDataset | StreamingDataset | None = None) -> ClassificationTask:
     """Network and optimiser on the images of `dataset`, by default those of the configuration. Raises UserError."""
     device = pick_device(config.device)
-    precision, part = pick_precision(config.precision, device), split_batch(config, world_size())
+    precision, share = pick_precision(config.precision, device), split_batch(config, world_size())
     dataset = dataset or open_data(config)
     torch.backends.cudnn.benchmark = True  # shapes are fixed
     torch.manual_seed(generator(config.seed, "initialisation", 0).initial_seed())
@@ -75,8 +75,8 @@ def build(config: Config, dataset: MemoryDataset | StreamingDataset | None = Non
     if config.bn_images == "all" and world_size() > 1:
         check_synchronised(device)
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    elif world_size() > 1 or part.passes > 1 or part.group < part.images or config.activation_checkpointing:
-        use_group_batch_norm(model, part.group)
+    elif world_size() > 1 or share.passes > 1 or share.group < share.images or config.activation_checkpointing:
+        use_group_batch_norm(model, share.group)
     model.recompute = config.activation_checkpointing
     if config.freeze is not None:
         model.freeze(config.freeze)
@@ -90,7 +90,7 @@ def build(config: Config, dataset: MemoryDataset | StreamingDataset | None = Non
         mean=dataset.mean_image().to(device),
         model=model,
         net=model,
-        share=part,
+        share=share,
         optimizer=sgd_of(model, config, precision),
         scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
         metrics=TrainMetrics(device),
@@ -109,7 +109,7 @@ def sgd_of(model: nn.Module, config: Config, precision: str) -> torch.optim.SGD:
 
 
 def read_matching_source(config: Config) -> Source:
-    """The weights of `init_from`, of the very net that the configuration names. Raises UserError."""
+    """The weights of `init_from`. Raises UserError if they are of another net than the configuration's."""
     path = Path(str(config.init_from))
     source = read_source(path)
     check_same_net(source, config, f"init_from={path}")
@@ -117,9 +117,9 @@ def read_matching_source(config: Config) -> Source:
 
 
 def begin_from(task: ClassificationTask, source: Source) -> None:
-    """Take over the weights of `source` and the mean that its images had subtracted; other classes keep a fresh fc.
+    """Start from the weights of `source` and the mean that was subtracted from its images; for other classes fc is new.
 
-    At another size of images the mean image's channel averages take its place.
+    For images of another size the mean image is replaced by its channel averages.
     """
     state = state_dicts.rescaled(source.model, source.std, divisor(task.config))
     if not source.same_classes(task.dataset.classes):
@@ -128,4 +128,6 @@ def begin_from(task: ClassificationTask, source: Source) -> None:
         task.model.load_state_dict(state)
     mean = source.mean.to(task.mean)
     task.mean = mean if mean.shape == task.mean.shape else mean.mean((0, 1)).expand_as(task.mean).contiguous()
-    task.source = dataclasses.replace(source, model={"fc.weight": source.model["fc.weight"]})  # not all of it twice
+    task.source = dataclasses.replace(
+        source, model={"fc.weight": source.model["fc.weight"]}
+    )  # do not keep all weights twice

@@ -28,7 +28,7 @@ class TrainState:
     precision: str  # bf16, fp16, fp32 or fp64
     model: ResNet
     net: nn.Module  # the model, or around it what averages gradients over processes
-    share: BatchSplit  # this process's part of a batch
+    share: BatchSplit  # this process's share of a batch, and how it is divided
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     metrics: TrainMetrics
@@ -38,8 +38,8 @@ class TrainState:
 def step(task: TrainState, images: Tensor, labels: Tensor, lr: float | Tensor) -> None:
     """One iteration on this process's share of a batch; nothing waits for the device.
 
-    Images are (B, 3, H, W), labels (B,) int64. A share of several parts is accumulated, its gradients averaged over the
-    processes with the last of them.
+    Images are (B, 3, H, W), labels (B,) int64. With several passes per share, gradients are accumulated, and averaged
+    over the processes in the last pass.
     """
     _set_rate(task, lr)
     passes = task.share.passes
@@ -71,17 +71,17 @@ def _count(task: TrainState) -> None:
 
 
 class TrainMetrics:
-    """Sums over the training batches since the last logged point, kept on the device and read seldom.
+    """Sums over the training batches since the last logged point, on the device.
 
-    A row for each process, which adds to its own; together they are all batches. A loss that is not finite makes the
-    sum so, for good: the sum is its own flag.
+    Each process adds to its own row. After a loss that is not finite the sum is never finite again, so the sum itself
+    shows it.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.loss = torch.zeros(world_size(), dtype=torch.float64, device=device)
         self.wrong = torch.zeros(world_size(), 2, dtype=torch.int64, device=device)  # top-1, top-5
         self.seen = 0  # in all processes
-        self.skipped = 0  # broken images that others stood in for, in this process
+        self.skipped = 0  # broken images that were replaced by others, in this process
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Add one batch, of which `_count` counts the images; no synchronisation with the device."""
@@ -89,13 +89,13 @@ class TrainMetrics:
         self.wrong[rank()] += wrong_answers(logits, labels)
 
     def reset(self) -> None:
-        """Begin anew, in place: a captured step adds to these very tensors."""
+        """Set all to zero, in place, since a captured step adds to these tensors."""
         self.loss.zero_()
         self.wrong.zero_()
         self.seen = self.skipped = 0
 
     def state(self) -> dict[str, Any]:
-        """For the checkpoint, and to read: the rows of all processes. All of them call this."""
+        """The rows of all processes, for the checkpoint and the log. A collective: all processes call it."""
         loss, wrong = all_reduce_sum(self.loss.clone()).cpu(), all_reduce_sum(self.wrong.clone()).cpu()
         return {
             "loss": loss,
@@ -105,20 +105,20 @@ class TrainMetrics:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """From the checkpoint."""
+        """Restore the sums of a checkpoint."""
         self.seen, self.skipped = state["seen"], state["skipped"] if rank() == 0 else 0
         for name, rows in (("loss", self.loss), ("wrong", self.wrong)):
             restore_rank_sums(rows, state[name])
 
 
 class CapturedStep:
-    """`step`, the making of its batch included, as one CUDA graph: otherwise a small net has its GPU wait for launches.
+    """`step` and the making of its batch as one CUDA graph, since a small net is bound by kernel launches.
 
-    The graph reads from two tensors what changes from iteration to iteration: the draws of a batch
-    (`MemoryDataset.draw_batches`) and the learning rate. It changes weights, momentum, statistics and sums in place.
+    The graph reads its inputs from two tensors: the draws of a batch (`MemoryDataset.draw_batches`) and the learning
+    rate. It updates weights, momentum, statistics and sums in place.
     """
 
-    UNCAPTURED = 3  # first steps: compiling, choosing convolution algorithms and making momentum cannot be captured
+    UNCAPTURED = 3  # warm-up steps: compilation, the choice of algorithms and new momentum cannot be captured
 
     def __init__(self, task: TrainState, make: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
         self.task, self.make = task, make
@@ -129,7 +129,7 @@ class CapturedStep:
         self.calls = 0
 
     def __call__(self, draws: Tensor, lr: float) -> None:
-        """One iteration with the batch that `draws` (4, B), in pinned memory, says. Nothing waits for the device."""
+        """One iteration with the batch given by `draws` (4, B), in pinned memory. Nothing waits for the device."""
         self.draws.copy_(draws, non_blocking=True)
         self.lr.fill_(lr)
         self.calls += 1
@@ -140,10 +140,10 @@ class CapturedStep:
             torch.cuda.current_stream().wait_stream(self.stream)
         elif self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=self.stream):  # computes nothing yet
+            with torch.cuda.graph(self.graph, stream=self.stream):  # records, computes nothing yet
                 step(self.task, *self.make(self.draws), self.lr)
             self.graph.replay()
         else:
             self.graph.replay()
-            _count(self.task)  # Python, and so no part of the graph
+            _count(self.task)  # Python code is not part of the graph
         _set_rate(self.task, lr)  # a number again, for the checkpoint

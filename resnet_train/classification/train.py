@@ -33,7 +33,7 @@ from resnet_train.report import curves
 from resnet_train.weights.source import Source
 
 TABLE_6 = "He et al. 2015, table 6:"
-WINDOW = 100  # iterations whose training error may end the warm-up, or fewer if it need not last as long
+WINDOW = 100  # iterations over which the error that ends the warm-up is averaged; fewer if warmup.iterations is less
 
 
 def rate(config: Config, iteration: int, progress: Progress) -> float:
@@ -57,11 +57,11 @@ class ClassificationTask(TrainState):
 
     compiled: bool
     dataset: MemoryDataset | StreamingDataset
-    mean: Tensor  # what images have subtracted: (H, W, 3) or (1, 1, 3) in 0 to 255
+    mean: Tensor  # subtracted from images: (H, W, 3) or (1, 1, 3) in 0 to 255
     progress: Progress
-    source: Source | None = None  # the weights that it began with
+    source: Source | None = None  # the initial weights
     best: float = math.inf  # the lowest validation error so far, in %
-    best_at: int = 0  # its iteration; 0: nothing is held out
+    best_at: int = 0  # its iteration; 0: no validation set
     captured: CapturedStep | None = None
     key_of_lr = "schedule.lr"
 
@@ -72,12 +72,12 @@ class ClassificationTask(TrainState):
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """Those that `evaluate` measures: the part held out, if any, and the test set."""
+        """The splits that `evaluate` measures: the validation set, if any, and the test set."""
         return ("val", "test") if self.dataset.sizes["val"] else ("test",)
 
     @property
     def losses(self) -> Tensor:
-        """Sums of the losses since the last logged point, of every process."""
+        """Summed losses since the last logged point, one entry per process."""
         return self.metrics.loss
 
     @property
@@ -93,17 +93,17 @@ class ClassificationTask(TrainState):
 
     def wrap_ddp(self) -> None:
         """Average gradients over all processes from now on."""
-        # All move the buffers alike: batchnorm.update_statistics.
+        # Buffers need no broadcast: update_statistics is the same in every process.
         size = self.config.data.size
         images = torch.zeros(self.share.images, 3, size, size, device=self.device)
         images = images.contiguous(memory_format=torch.channels_last)
         self.net = wrap_ddp(self.model, lambda net: compute_logits(net, images, self.precision).sum())
 
     def batches(self) -> Iterator[tuple[Tensor, ...]]:
-        """This process's part of the training batches from the next iteration on, as `step` takes them.
+        """This process's share of the training batches from the next iteration on, as `step` takes them.
 
-        On one GPU, with images in memory, in one pass and without fp16's scaler, the step is captured and makes the
-        batch itself: these are then the draws of it.
+        On a single GPU, with images in memory, in one pass and without fp16's scaler, the step is captured as a CUDA
+        graph that makes the batch itself; the iterator then yields the random draws of each batch.
         """
         config = self.config
         order = BatchOrder(config.seed, config.batch_size, config.augment, self.iteration, rank(), world_size())
@@ -116,7 +116,7 @@ class ClassificationTask(TrainState):
         return self.dataset.train_batches(self.mean, self.device, order)
 
     def learning_rate(self) -> float:
-        """Of the next step."""
+        """The learning rate of the next step."""
         return rate(self.config, self.iteration, self.progress)
 
     def step(self, batch: tuple[Tensor, ...], lr: float) -> None:
@@ -132,7 +132,7 @@ class ClassificationTask(TrainState):
             watch_warmup(self)
 
     def train_point(self) -> dict[str, Any]:
-        """Error and loss of the augmented batches in training mode since the last point. Here the plateau drops."""
+        """Error and loss of the augmented batches in training mode since the last point; updates the plateau."""
         config, sums = self.config, self.metrics.state()
         (wrong, wrong5), loss, seen = sums["wrong"].sum(0).tolist(), sums["loss"].sum().item(), sums["seen"]
         error = 100 * wrong / seen
@@ -154,7 +154,7 @@ class ClassificationTask(TrainState):
         }
 
     def evaluate(self) -> Iterator[Point]:
-        """Errors on the part held out, which alone chooses the best checkpoint, and on the test set."""
+        """Errors on the validation set, which alone chooses the best checkpoint, and on the test set."""
         batch_size = pick_eval_batch(self.config, self.device)
         for split in self.splits:
             batches = self.dataset.eval_batches(split, self.mean, self.device, batch_size, rank(), world_size())
@@ -175,7 +175,7 @@ class ClassificationTask(TrainState):
             watch_plateau(self.progress, self.iteration, error, patience=patience, threshold=schedule.threshold)
 
     def hyper_parameters(self) -> dict[str, str | bool | int | float]:
-        """Those that runs are told apart by, for TensorBoard's table of runs."""
+        """The hyper-parameters for TensorBoard's HPARAMS tab, by which runs are compared."""
         config = self.config
         keys = ("arch", "depth", "shortcut", "seed", "iterations", "batch_size", "momentum", "weight_decay")
         return {
@@ -208,7 +208,7 @@ class ClassificationTask(TrainState):
     def load(self, state: dict[str, Any]) -> None:
         """Resume from a checkpoint."""
         self.mean = state["mean"].to(self.device)
-        int(state["measure"]["bn_images"])  # which `describe_changes` reads: refused here, in every process
+        int(state["measure"]["bn_images"])  # read later by `describe_changes`: a wrong value is refused here
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
@@ -219,11 +219,11 @@ class ClassificationTask(TrainState):
 
     @functools.cached_property
     def _files_for_test(self) -> list[str]:
-        """Listed once: a tree may lie on a file server."""
+        """The files of the test split of an undivided tree; listed once, since it may be on a file server."""
         return files_for_test(self.config.data.name, self.config.data.root)
 
     def begin_files(self) -> dict[str, Any]:
-        """Which training images are held out, and which files are the test part of an undivided tree."""
+        """split.json: the indices of the validation images, and the test files of an undivided tree."""
         split: dict[str, Any] = {}
         if self.dataset.sizes["val"]:
             split["val"] = self.dataset.val_indices.tolist()
@@ -232,7 +232,7 @@ class ClassificationTask(TrainState):
         return {"split.json": split} if split else {}
 
     def describe(self) -> list[str]:
-        """What is about to be trained, in lines to print."""
+        """Lines that describe the training, printed at its start."""
         config, sizes = self.config, self.dataset.sizes
         held_out = f", {sizes['val']} held out" if sizes["val"] else ""
         lines = [
@@ -240,14 +240,14 @@ class ClassificationTask(TrainState):
             f" test; {config.iterations} iterations of {self._describe_batch()}; {self.precision} on {self.device}"
             + ("; compiling" if self.compiled else "")
         ]
-        if tested := len(self._files_for_test):
-            lines.append(f"note: {config.data.root} is not divided: {tested} of its files test (split.json)")
+        if count := len(self._files_for_test):
+            lines.append(f"note: {config.data.root} is not divided: {count} of its files test (split.json)")
         if left_out := describe_left_out(self.dataset.left_out):
             lines.append(f"note: {left_out}")
         if self.source is not None:
-            classes, kept = len(self.dataset.classes), self.source.same_classes(self.dataset.classes)
+            classes, same = len(self.dataset.classes), self.source.same_classes(self.dataset.classes)
             fresh = f", but for fc, which is fresh, for {classes} classes in place of its {self.source.count}"
-            lines.append(f"starts from the weights of {config.init_from} ({self.source.name}){'' if kept else fresh}")
+            lines.append(f"starts from the weights of {config.init_from} ({self.source.name}){'' if same else fresh}")
             if self.source.assumed:
                 lines.append(f"assumed, for the file does not say: {'; '.join(self.source.assumed)}")
         if config.freeze is not None:
@@ -256,17 +256,17 @@ class ClassificationTask(TrainState):
 
     def _describe_batch(self) -> str:
         """The batch size, and how the batch is divided."""
-        part, details = self.share, []
+        share, details = self.share, []
         if world_size() > 1:
-            details.append(f"{part.images * part.passes} in each of {world_size()} processes")
-        if part.passes > 1:
-            details.append(f"{part.images} at once")
-        if part.group != part.images:
-            details.append(f"batch norm over {part.group}")
+            details.append(f"{share.images * share.passes} in each of {world_size()} processes")
+        if share.passes > 1:
+            details.append(f"{share.images} at once")
+        if share.group != share.images:
+            details.append(f"batch norm over {share.group}")
         return str(self.config.batch_size) + (f" ({', '.join(details)})" if details else "")
 
     def describe_changes(self, state: dict[str, Any]) -> list[str]:
-        """Where batch norm's statistics are over other images than when the checkpoint `state` was written."""
+        """A note if batch norm's statistics are over another number of images than in the checkpoint `state`."""
         before, now = state["measure"]["bn_images"], self.share.group
         if before == now:
             return []
@@ -275,14 +275,14 @@ class ClassificationTask(TrainState):
         return [f"note: batch norm's statistics were over {before} images and are now over {now}{advice}"]
 
     def summary(self, metrics: list[dict[str, Any]]) -> dict[str, Any]:
-        """What summary.json says of the finished run whose points are `metrics`."""
+        """The content of summary.json for the finished run with the logged points `metrics`."""
         config = self.config
         points = {(point["split"], point["iteration"]): point for point in metrics}
 
         def errors(iteration: int) -> dict[str, Any]:
-            wanted = ("iteration", "loss", "error", "error5", "wrong", "seen", "protocol")
-            found = {split: points.get((split, iteration)) for split in ("train", "val", "test")}
-            return {s: {k: point[k] for k in wanted if k in point} for s, point in found.items() if point}
+            keys = ("iteration", "loss", "error", "error5", "wrong", "seen", "protocol")
+            by_split = {split: points.get((split, iteration)) for split in ("train", "val", "test")}
+            return {s: {k: point[k] for k in keys if k in point} for s, point in by_split.items() if point}
 
         best = errors(self.best_at)
         return {
@@ -302,7 +302,7 @@ class ClassificationTask(TrainState):
         }
 
     def draw(self, metrics: list[dict[str, Any]], picture: Path) -> bool:
-        """Draw the errors over the iterations to the file `picture`; whether that could be done."""
+        """Plot the errors over the iterations to the file `picture`; returns whether that succeeded."""
         short, reference = self._shortened(), (TABLE_6, self.reference) if self.reference is not None else None
         heading = f"{short}\n{self._title()}" if short else self._title()
         runs = {self.config.net: metrics}
