@@ -783,8 +783,8 @@ def test_a_listing_is_kept_and_never_stale(tree, tmp_path, monkeypatch):
     monkeypatch.setattr(imagefolder, "SETTLED", -1.0)
     root, listed = tmp_path / "photos", []
     shutil.copytree(tree, root)
-    real = imagefolder._listed
-    monkeypatch.setattr(imagefolder, "_listed", lambda *found: listed.append(1) or real(*found))
+    real = imagefolder._list_images
+    monkeypatch.setattr(imagefolder, "_list_images", lambda *found: listed.append(1) or real(*found))
 
     def opened(times):
         listed.clear()
@@ -839,7 +839,7 @@ def test_a_tree_that_changes_while_it_is_listed_is_refused(tree, tmp_path, monke
     monkeypatch.setattr(imagefolder, "SETTLED", -1.0)
     root = tmp_path / "photos"
     shutil.copytree(tree, root)
-    real = imagefolder._listed
+    real = imagefolder._list_images
 
     def slowly(*arguments):
         found = real(*arguments)
@@ -847,7 +847,7 @@ def test_a_tree_that_changes_while_it_is_listed_is_refused(tree, tmp_path, monke
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(imagefolder, "_listed", slowly)
+        patch.setattr(imagefolder, "_list_images", slowly)
         with pytest.raises(UserError, match="changed while it was listed; start again"):
             open_image_splits(str(root))
     assert not (tmp_path / "cache" / "listings").exists()

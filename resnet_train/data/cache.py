@@ -1,4 +1,4 @@
-"""What was made of images, kept in a folder of the user's."""
+"""The user's cache folder: downloads, decoded data sets, listings and mean images."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ FORMAT = 2  # of the decoded sets in the cache folder
 
 
 def cache_folder() -> Path:
-    """Where downloads and decoded sets are kept: $RESNET_TRAIN_DATA, else ~/.cache/resnet-train/data."""
+    """The cache folder: $RESNET_TRAIN_DATA, else ~/.cache/resnet-train/data."""
     return expand(os.environ.get("RESNET_TRAIN_DATA") or Path.home() / ".cache" / "resnet-train" / "data")
 
 
 def load_cached(name: str, files: list[Path], key: str, make: Callable[[], DataSet]) -> DataSet:
-    """`make()`, kept in the cache folder for as long as the files' sizes and times stay as they are."""
+    """The result of `make()`, cached for as long as the sizes and times of `files` do not change."""
     stamp = hashlib.sha256(f"{FORMAT} {key}".encode())
     try:
         for file in files:
@@ -37,25 +37,25 @@ def load_cached(name: str, files: list[Path], key: str, make: Callable[[], DataS
         raise UserError(f"data.root: {error.filename}: {error.strerror}") from error
     path = cache_folder() / "decoded" / f"{name}-{stamp.hexdigest()[:16]}.pt"
     try:
-        kept = checkpoint.read(path)
-        return DataSet(ImageSet(*kept["train"]), ImageSet(*kept["test"]), kept["classes"], kept["digest"])
+        cached = checkpoint.read(path)
+        return DataSet(ImageSet(*cached["train"]), ImageSet(*cached["test"]), cached["classes"], cached["digest"])
     except (UserError, TypeError, KeyError):
-        pass  # not there yet, or damaged, or something else: made again
-    found = make()
+        pass  # missing, damaged or of another kind: made again
+    data = make()
     keep(
         path,
         {
-            "train": [found.train.images, found.train.labels],
-            "test": [found.test.images, found.test.labels],
-            "classes": found.classes,
-            "digest": found.digest,
+            "train": [data.train.images, data.train.labels],
+            "test": [data.test.images, data.test.labels],
+            "classes": data.classes,
+            "digest": data.digest,
         },
     )
-    return found
+    return data
 
 
 def keep(path: Path, values: Any) -> None:
-    """Write what was made to the cache folder, whole or not at all; where that cannot be done, say so and continue."""
+    """Write `values` to a file in the cache folder, whole or not at all; if that fails, print a line and continue."""
     part = path.with_suffix(f".{os.getpid()}.part")
     try:
         part.parent.mkdir(parents=True, exist_ok=True)

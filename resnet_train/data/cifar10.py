@@ -1,4 +1,4 @@
-"""CIFAR-10's official archive, and what cifar100.py reads of its own alike."""
+"""CIFAR-10's official archive, and functions that cifar100.py shares."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ FILES = {**TRAIN_FILES, **TEST_FILES}
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
-# All that the pickles hold beside plain values, by name: what makes an array again.
+# The only globals in the pickles, by name: those that reconstruct NumPy arrays.
 KNOWN = {"_reconstruct": np.empty(0).__reduce__()[0], "ndarray": np.ndarray, "dtype": np.dtype, "encode": codecs.encode}
 
 
 def official_folder(root: Path, name: str) -> Path:
-    """The folder with the files of a data set: `root`, or the one in it that the archive unpacks to."""
+    """The folder with the files of a data set: `root`, or the folder in it that the archive unpacks to."""
     folder, file = OFFICIAL[name]
     return root if (root / file).is_file() else root / folder
 
@@ -55,11 +55,11 @@ def read_official(
 ) -> DataSet:
     """CIFAR-10 from the official archive or its folder. `train` and `test` map the batch files to their MD5.
 
-    Nothing is extracted to disk, and no batch is unpickled before its checksum holds. Raises UserError.
+    Nothing is extracted to disk, and no batch is unpickled before its checksum is verified. Raises UserError.
     """
     raw = read_files(source, "cifar10", {**train, **test})
-    both = [image_set([unpickle(raw[name]) for name in names], "labels") for names in (train, test)]
-    return make_data_set(both[0], both[1], CLASSES)
+    sets = [image_set([unpickle(raw[name]) for name in names], "labels") for names in (train, test)]
+    return make_data_set(sets[0], sets[1], CLASSES)
 
 
 def read_files(source: Path, name: str, md5s: Mapping[str, str]) -> dict[str, bytes]:
@@ -89,7 +89,7 @@ def _member(archive: tarfile.TarFile, name: str) -> bytes:
 
 
 class _Plain(pickle.Unpickler):
-    """Takes plain values and arrays, and calls nothing else that a pickle names."""
+    """An unpickler of plain values and arrays only, which refuses all other globals."""
 
     def find_class(self, module: str, name: str) -> Any:
         if name not in KNOWN:
@@ -98,13 +98,13 @@ class _Plain(pickle.Unpickler):
 
 
 def unpickle(content: bytes) -> dict[str, Any]:
-    """The values of a file whose checksum holds."""
-    found: dict[str, Any] = _Plain(io.BytesIO(content), encoding="latin1").load()
-    return found
+    """The values of a pickle, whose checksum has been verified."""
+    values: dict[str, Any] = _Plain(io.BytesIO(content), encoding="latin1").load()
+    return values
 
 
 def image_set(batches: Sequence[Mapping[str, Any]], labels: str) -> ImageSet:
-    """The images of some batches, with what each calls its `labels`."""
+    """The images of some batches, with the labels under the key `labels`."""
     images = torch.cat([torch.from_numpy(batch["data"]) for batch in batches])
     return ImageSet(
         images.view(-1, 3, 32, 32).permute(0, 2, 3, 1).contiguous(),

@@ -1,4 +1,4 @@
-"""CIFAR-100's official archive: CIFAR-10's sizes in 100 classes. The paper has no figure of it."""
+"""CIFAR-100's official archive: as many images as CIFAR-10 in 100 classes. The paper has no results for it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FILES = {  # name: MD5
 def read_official(source: Path, files: Mapping[str, str] = FILES) -> DataSet:
     """CIFAR-100, its 100 fine classes, from the official archive or its folder. `files` maps the files to their MD5.
 
-    As of CIFAR-10: nothing is extracted to disk, and nothing is unpickled before its checksum holds. Raises UserError.
+    As for CIFAR-10, nothing is extracted to disk, and nothing is unpickled unverified. Raises UserError.
     """
     raw = {name: unpickle(content) for name, content in read_files(source, "cifar100", files).items()}
     train, test = (image_set([raw[part]], "fine_labels") for part in ("train", "test"))

@@ -1,4 +1,4 @@
-"""What is cut from an image of any size."""
+"""Crops and resizing of images of any size."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch import Tensor
 
 from resnet_train.data.decode import decode, jpeg_size
 
-LONGEST = 16  # times its width: only the middle of a longer image is scaled, or the result could fill the memory
+LONGEST = 16  # largest ratio of sides: only the middle of a longer image is resized, to bound the result's size
 
 
 def middle(image: Tensor) -> Tensor:
-    """An image (3, H, W), or the middle of one that is more than `LONGEST` times as long as it is wide."""
+    """An image (3, H, W), or its middle if one side is more than `LONGEST` times the other."""
     from torchvision.transforms.v2 import functional as TF
 
     height, width = image.shape[-2:]
     longest = LONGEST * min(height, width)
-    longest += (max(height, width) - longest) % 2  # as many pixels are left out at either end
+    longest += (max(height, width) - longest) % 2  # so that both ends lose the same number of pixels
     return TF.center_crop(image, [min(height, longest), min(width, longest)])
 
 
 def whole_view(image: Tensor, size: int) -> Tensor:
-    """The view of a small image (3, H, W) that is kept in memory: its shorter side at `size`, the center cropped."""
+    """Resize an image (3, H, W) to shorter side `size` and crop the center, as for data sets in memory."""
     from torchvision.transforms.v2 import functional as TF
 
     resized = TF.resize(middle(image).float(), [size], antialias=True).round().to(torch.uint8)  # as for the digits
@@ -33,7 +33,7 @@ def whole_view(image: Tensor, size: int) -> Tensor:
 
 
 def center_view(image: Tensor, size: int) -> Tensor:
-    """The center crop of a photograph (3, H, W), as in figure 4: the shorter side at 256 for crops of 224."""
+    """The center crop of a photograph (3, H, W), as in figure 4: shorter side 256 for crops of 224."""
     from torchvision.transforms.v2 import functional as TF
 
     return TF.center_crop(TF.resize(middle(image), [round(size * 256 / 224)], antialias=True), [size, size])
@@ -43,9 +43,9 @@ Box = tuple[int, int, int, int]  # top, left, height, width, in pixels of the ph
 
 
 def scaled_box(height: int, width: int, *, size: int, side: int, place: Sequence[float]) -> Box:
-    """What becomes the crop of `size` at `place` when the shorter side is brought to `side`.
+    """The box that becomes the crop of `size` at `place` when the shorter side is resized to `side`.
 
-    `place`: down and across, from 0 to below 1. Every offset is as likely, the first and the last included.
+    `place`: vertical and horizontal, in [0, 1). All offsets are equally likely, including the first and the last.
     """
     edge = max(1, min(round(size * min(height, width) / side), height, width))
     down, across = place
@@ -55,10 +55,10 @@ def scaled_box(height: int, width: int, *, size: int, side: int, place: Sequence
 def area_box(
     height: int, width: int, *, area: Sequence[float], tries: Sequence[Sequence[float]], place: Sequence[float]
 ) -> Box:
-    """A part of the photograph's `area` (the least and the most, of 1), its sides from 3:4 to 4:3, at `place`.
+    """A box with a fraction of the photograph's area between the two of `area`, sides from 3:4 to 4:3, at `place`.
 
-    As torchvision's RandomResizedCrop: of ten `tries`, each an area and a ratio from 0 to below 1, the first that lies
-    inside; else the largest such part in the middle.
+    As torchvision's RandomResizedCrop: of ten `tries`, each an area and a ratio in [0, 1), the first that fits into
+    the photograph; else the largest such box in the middle.
     """
     for size, shape in tries:
         pixels = height * width * (area[0] + size * (area[1] - area[0]))
@@ -71,10 +71,10 @@ def area_box(
 
 
 def cut(data: bytes, name: str, size: int, box_of: Callable[[int, int], Box]) -> Tensor:
-    """The part `box_of(height, width)` of an encoded image, brought to `size`: (S, S, 3) uint8. Raises ImageError.
+    """The box `box_of(height, width)` of an encoded image, resized to `size`: (S, S, 3) uint8. Raises ImageError.
 
-    Only the part is resized. A JPEG (see `jpeg_size`) whose part is twice `size` or more is decoded at a half, a
-    quarter or an eighth, never below `size`.
+    Only the box is resized. A JPEG (see `jpeg_size`) whose box is at least twice `size` is decoded at a half, a
+    quarter or an eighth of its size, never below `size`.
     """
     whole = jpeg_size(data)
     shorter = min(box_of(*whole)[2:]) if whole else 0
@@ -83,8 +83,8 @@ def cut(data: bytes, name: str, size: int, box_of: Callable[[int, int], Box]) ->
 
 
 def resized_part(image: Tensor, box: Box, size: int) -> Tensor:
-    """A part of an image (H, W, 3) uint8, brought to `size`: (S, S, 3) uint8."""
+    """A box of an image (H, W, 3) uint8, resized to `size`: (S, S, 3) uint8."""
     top, left, height, width = box
     part = image[top : top + height, left : left + width].permute(2, 0, 1)[None]
-    part = part.contiguous(memory_format=torch.channels_last)  # of one image torch does not see it, and is slower
+    part = part.contiguous(memory_format=torch.channels_last)  # torch does not recognise it for a batch of one
     return F.interpolate(part, (size, size), mode="bilinear", antialias=True)[0].permute(1, 2, 0)

@@ -1,4 +1,4 @@
-"""Image files to pixels: only formats, sizes and frames that are safe to decode."""
+"""Decoding of image files, limited to formats, sizes and frames that are safe to decode."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from torch import Tensor
 from resnet_train.errors import UserError
 from resnet_train.files import open_regular, read_regular
 
-LARGEST_IMAGE = 300_000_000  # pixels; a larger image is refused by its header, before anything is allocated for it
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # and no other: for some, Pillow starts programs
-PILLOW_FILTER = ("ignore", None, Warning, re.compile("PIL"), 0)  # of Pillow's warnings, as `warnings` keeps it
+LARGEST_IMAGE = 300_000_000  # pixels; a larger image is refused from its header, before memory is allocated
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # no others: for some, Pillow starts programs
+PILLOW_FILTER = ("ignore", None, Warning, re.compile("PIL"), 0)  # the entry in warnings.filters for Pillow
 QUIET = logging.NullHandler()
 
 
 class ImageError(UserError):
-    """An image that is not what it should be; the message begins with its name."""
+    """An image that cannot be decoded; the message begins with its name."""
 
 
 def read_image(path: Path) -> Tensor:
-    """An image file as (3, H, W) uint8 RGB; EXIF rotation is not applied. Raises UserError naming the file."""
+    """Read an image file as (3, H, W) uint8 RGB; EXIF rotation is not applied. Raises UserError naming the file."""
     try:
         data = read_regular(path)
     except OSError as error:
@@ -43,7 +43,7 @@ def read_image(path: Path) -> Tensor:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Width and height of an image file, as its header declares them. Raises UserError naming the file."""
+    """Width and height of an image file, from its header. Raises UserError naming the file."""
     try:
         file = open_regular(path)
     except OSError as error:
@@ -53,35 +53,37 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def decode(data: bytes, name: str, factor: int = 1) -> Tensor:
-    """An encoded image as (H, W, 3) uint8 RGB, whatever its suffix said. Raises ImageError, which begins with `name`.
+    """Decode an image as (H, W, 3) uint8 RGB, whatever its suffix. Raises ImageError, which begins with `name`.
 
-    A `factor` of 2, 4 or 8 is what a JPEG may be reduced by, where `jpeg_size` says that it can be; others come whole.
+    With a `factor` of 2, 4 or 8 a JPEG for which `jpeg_size` gives a size may be decoded at 1/factor; others are not
+    reduced.
     """
     with _decoding(name):
         if size := jpeg_size(data):
             check_pixels(*size)
             least = {"min_height": -(-size[0] // factor), "min_width": -(-size[1] // factor)} if factor > 1 else {}
-            with contextlib.suppress(ValueError):  # which Pillow is to judge
-                # The same pixels as Pillow's, in less time.
+            with contextlib.suppress(ValueError):  # then Pillow tries
+                # The same pixels as Pillow's, faster.
                 return torch.from_numpy(simplejpeg.decode_jpeg(data, "RGB", **least))
         with _open(io.BytesIO(data)) as image:
             return from_pillow(image)
 
 
 def from_pillow(image: Image.Image) -> Tensor:
-    """The pixels of an image of Pillow's as (H, W, 3) uint8 RGB."""
+    """The pixels of a Pillow image as (H, W, 3) uint8 RGB."""
     if image.mode.startswith("I;16") or (image.format, image.mode) == ("PPM", "I"):  # 16 bits
-        grey = (np.asarray(image) >> 8).astype(np.uint8)  # Pillow would clip where it should scale
+        grey = (np.asarray(image) >> 8).astype(np.uint8)  # Pillow would clip instead of scaling
         return torch.from_numpy(grey[..., None].repeat(3, 2))
     opaque = image.convert("RGBA") if "transparency" in image.info else image  # else Pillow warns
     return torch.from_numpy(np.array(opaque.convert("RGB")))
 
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Height and width of a JPEG that may be reduced as it is decoded; None for any other image.
+    """Height and width of a JPEG that may be decoded at reduced size; None for any other image.
 
-    These are baseline and progressive frames of 8 bits, grey or in three colours. libjpeg would write beyond its memory
-    when it reduces a lossless frame. What is not in plain order is None, so that libjpeg finds no other frame.
+    These have a baseline or progressive frame of 8 bits, grey or with three colours. libjpeg would write out of bounds
+    when it reduces a lossless frame. Unusual sequences of segments give None, so that libjpeg cannot find another frame
+    than this function.
     """
     place = 2
     while data[:2] == b"\xff\xd8" and len(data) >= place + 10 and data[place] == 0xFF:
@@ -96,14 +98,14 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
 
 
 def check_pixels(height: int, width: int) -> None:
-    """Refuse what is declared as larger than any image may be. Raises ValueError."""
+    """Raises ValueError if an image declares more pixels than LARGEST_IMAGE."""
     if height * width > LARGEST_IMAGE:
         raise ValueError(f"is declared as {width}x{height}, above {LARGEST_IMAGE:,} pixels")
 
 
 @contextlib.contextmanager
 def _decoding(name: str) -> Iterator[None]:
-    """Make an ImageError of whatever a decoder raises, which may be anything; but not of a lack of memory."""
+    """Turn any exception of a decoder into an ImageError, except MemoryError."""
     try:
         yield
     except MemoryError:
@@ -116,7 +118,7 @@ def _decoding(name: str) -> Iterator[None]:
 
 
 def _open(file: BinaryIO) -> Image.Image:
-    """An image whose header has been read and found to be in bounds; what Pillow would print is left out."""
+    """Open an image and check the size in its header; warnings of Pillow are silenced."""
     Image.MAX_IMAGE_PIXELS = LARGEST_IMAGE // 2  # Pillow refuses twice as many, in some formats before we can
     if PILLOW_FILTER not in warnings.filters:
         warnings.filterwarnings("ignore", module="PIL")
@@ -127,12 +129,12 @@ def _open(file: BinaryIO) -> Image.Image:
         _silence_libtiff()
         tags = image.tag_v2  # type: ignore[attr-defined]
         if isinstance(width := tags.get(322), int) and isinstance(height := tags.get(323), int):
-            check_pixels(height, width)  # of a tile, which is allocated whole however small the image is
+            check_pixels(height, width)  # of a tile, which is allocated at full size even for a small image
     return image
 
 
 @functools.cache
 def _silence_libtiff() -> None:
-    """Keep libtiff from printing what is wrong with a file: the error that names the file is enough."""
-    with contextlib.suppress(OSError, AttributeError):  # a Pillow without libtiff, or that hides it
+    """Keep libtiff from printing errors: the exception names the file already."""
+    with contextlib.suppress(OSError, AttributeError):  # a Pillow without libtiff, or with hidden symbols
         ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)

@@ -1,4 +1,4 @@
-"""Download one file of known content: resumed, verified, from the first mirror that delivers."""
+"""Download a file with known checksum from the first mirror that delivers it; partial downloads are resumed."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ CHUNK = 1 << 16
 
 
 class _Failed(Exception):
-    """One mirror did not deliver; the message says why."""
+    """A mirror has not delivered the file; the message is the reason."""
 
 
 @contextlib.contextmanager
 def _network() -> Iterator[None]:
-    """Tell failures of a mirror, which another may make good, from those of the disk."""
+    """Mark errors of the network, after which another mirror is tried, unlike errors of the disk."""
     try:
         yield
     except (OSError, HTTPException) as error:
@@ -40,11 +40,11 @@ def checksum(path: Path) -> str:
 def download(
     urls: Sequence[str], path: Path, md5: str, size: int, *, stall: float = 15.0, slow: float = 200_000.0
 ) -> Path:
-    """`path` with `size` bytes that have the checksum, taken from the first of `urls` that delivers them.
+    """Download `size` bytes with checksum `md5` to `path`, from the first of `urls` that delivers them.
 
-    A mirror is left when it sends nothing for `stall` seconds, less than `slow` bytes per second over as long, an
-    error or other content; what has come is kept beside `path` and the next mirror, or the next call, resumes from
-    there. Those that did send something may take their time in a second round. Raises UserError if none delivers.
+    A mirror is given up when it sends nothing for `stall` seconds, less than `slow` bytes per second over that time, an
+    error, or other content. The partial file is kept beside `path`, and the next mirror or call resumes it. Mirrors
+    that sent something are tried again without the minimal rate. Raises UserError if no mirror delivers the file.
     """
     if path.is_file() and path.stat().st_size == size and checksum(path) == md5:
         return path
@@ -54,13 +54,13 @@ def download(
         raise UserError(f"{path.parent}: cannot be made: {error.strerror}; set RESNET_TRAIN_DATA") from error
     part = path.with_name(path.name + ".part")
     reasons = []
-    tries = [(url, slow) for url in urls]
-    for url, least in tries:
+    attempts = [(url, slow) for url in urls]
+    for url, min_rate in attempts:
         before = part.stat().st_size if part.exists() else 0
         try:
-            # What an earlier mirror left may be a lie: then this one is asked for the whole.
+            # If the resumed file has a wrong checksum, the earlier part may be bad: download all of it.
             for _ in range(1 + part.exists()):
-                _fetch(url, part, size, stall, least)
+                _fetch(url, part, size, stall, min_rate)
                 if checksum(part) == md5:
                     part.replace(path)
                     return path
@@ -68,9 +68,9 @@ def download(
             raise _Failed("other content than the checksum says")
         except _Failed as error:
             reasons.append(f"{url}: {error}")
-            if least and part.exists() and part.stat().st_size != before:
-                tries.append((url, 0.0))
-            if tries[-1] != (url, least):
+            if min_rate and part.exists() and part.stat().st_size != before:
+                attempts.append((url, 0.0))
+            if attempts[-1] != (url, min_rate):
                 tqdm.write(printable(f"{url}: {error}; trying the next"))
         except OSError as error:
             reason = f"cannot keep the download: {error.strerror}; set RESNET_TRAIN_DATA"
@@ -80,32 +80,32 @@ def download(
     )
 
 
-def _fetch(url: str, part: Path, size: int, stall: float, least: float) -> None:
+def _fetch(url: str, part: Path, size: int, stall: float, min_rate: float) -> None:
     """Append to `part` until it has `size` bytes."""
-    have = part.stat().st_size if part.exists() else 0
-    if have >= size:
+    offset = part.stat().st_size if part.exists() else 0
+    if offset >= size:
         return
-    request = urllib.request.Request(url, headers={"User-Agent": "resnet-train", "Range": f"bytes={have}-"})
+    request = urllib.request.Request(url, headers={"User-Agent": "resnet-train", "Range": f"bytes={offset}-"})
     with _network():
-        reply = urllib.request.urlopen(request, timeout=stall)
-    with reply:
-        if reply.status != 206 or not reply.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-            have = 0  # the server knows no ranges and starts again
+        response = urllib.request.urlopen(request, timeout=stall)
+    with response:
+        if response.status != 206 or not response.headers.get("Content-Range", "").startswith(f"bytes {offset}-"):
+            offset = 0  # the server knows no ranges and starts again
         with (
-            part.open("ab" if have else "wb") as file,
-            tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=part.stem, disable=None) as bar,
+            part.open("ab" if offset else "wb") as file,
+            tqdm(total=size, initial=offset, unit="B", unit_scale=True, desc=part.stem, disable=None) as bar,
         ):
-            since, then = time.monotonic(), have
-            while have < size:
+            checked_at, checked_offset = time.monotonic(), offset
+            while offset < size:
                 with _network():
-                    data = reply.read1(CHUNK)
+                    data = response.read1(CHUNK)
                 if not data:
-                    raise _Failed(f"cut off after {have} of {size} bytes")
-                file.write(data[: size - have])
-                have += len(data)
+                    raise _Failed(f"cut off after {offset} of {size} bytes")
+                file.write(data[: size - offset])
+                offset += len(data)
                 bar.update(len(data))
-                passed = time.monotonic() - since
+                passed = time.monotonic() - checked_at
                 if passed > stall:
-                    if (have - then) / passed < least:
-                        raise _Failed(f"stalls at {(have - then) / passed / 1000:.0f} kB/s")
-                    since, then = time.monotonic(), have
+                    if (offset - checked_offset) / passed < min_rate:
+                        raise _Failed(f"stalls at {(offset - checked_offset) / passed / 1000:.0f} kB/s")
+                    checked_at, checked_offset = time.monotonic(), offset

@@ -1,4 +1,4 @@
-"""Packs in object storage, brought to this machine."""
+"""Downloading of packs from object storage."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from resnet_train.errors import RunError, UserError
 DOWNLOADS = 8  # shards that are fetched at once
 
 
-def located(root: str) -> Path:
-    """Where a packed folder lies on this machine, once it is here. Raises UserError."""
+def local_folder(root: str) -> Path:
+    """The local folder of a pack; a remote one is downloaded first. Raises UserError."""
     if not is_remote(root):
         return Path(root)
     if find_spec("litdata") is None:
         raise UserError(f"data.root={root}: needs litdata: pip install 'resnet-train[streaming]'")
     if root.startswith("local:"):
-        return _fetched(root.rstrip("/"))
-    # The clients of object storage have threads, which do not survive the fork of this process into workers.
+        return _fetch_pack(root.rstrip("/"))
+    # The clients of object storage start threads, which do not survive a fork into workers: use another process.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         try:
-            return pool.submit(_fetched, root.rstrip("/")).result()
+            return pool.submit(_fetch_pack, root.rstrip("/")).result()
         except BrokenProcessPool as error:
             raise RunError("the process that fetched the shards was killed; the same command resumes") from error
 
 
-def _fetched(url: str) -> Path:
-    """The local copy of a packed folder at `url`, with all shards, each checked as it came. Raises UserError.
+def _fetch_pack(url: str) -> Path:
+    """Download the pack at `url` with all shards, verifying each; return the local folder. Raises UserError.
 
-    Every machine holds all shards: the order of the images is that of the whole set. One process of a machine
-    fetches, the others wait; what is there already stays.
+    Every machine needs all shards, since images are shuffled across the whole set. One process per machine downloads
+    while the others wait; shards that are already there are kept.
     """
     fetch = _downloader(url)
     folder = cache_folder() / "packed" / hashlib.sha256(url.encode()).hexdigest()[:16]
@@ -50,7 +50,7 @@ def _fetched(url: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            (folder / PACKED).unlink(missing_ok=True)  # it may be another there by now
+            (folder / PACKED).unlink(missing_ok=True)  # the remote one may have changed
             fetch(f"{url}/{PACKED}", folder / PACKED)
             pack = read_about(folder)
             missing = [
@@ -60,7 +60,7 @@ def _fetched(url: str) -> Path:
                 if not _is_there(folder / name / shard.name, shard)
             ]
 
-            def one(item: tuple[str, PackShard]) -> int:
+            def fetch_shard(item: tuple[str, PackShard]) -> int:
                 name, shard = item
                 path = folder / name
                 path.parent.mkdir(exist_ok=True)
@@ -73,11 +73,11 @@ def _fetched(url: str) -> Path:
                 path.with_name(f"{path.name}.sha256").write_text(shard.sha256)
                 return shard.bytes
 
-            size = sum(shard.bytes for _, shard in missing)
-            bar = tqdm(total=size, unit="B", unit_scale=True, desc="fetching shards", disable=None)
+            total = sum(shard.bytes for _, shard in missing)
+            bar = tqdm(total=total, unit="B", unit_scale=True, desc="fetching shards", disable=None)
             with ThreadPoolExecutor(DOWNLOADS) as pool, bar:
-                for done in pool.map(one, missing):
-                    bar.update(done)
+                for size in pool.map(fetch_shard, missing):
+                    bar.update(size)
     except OSError as error:
         raise UserError(f"{folder}: {error.strerror}; set RESNET_TRAIN_DATA to where there is room") from error
     return folder
@@ -90,7 +90,7 @@ def _is_there(path: Path, shard: PackShard) -> bool:
 
 
 def _downloader(url: str) -> Callable[[str, Path], None]:
-    """litdata's way to fetch a file from such a URL. Raises UserError."""
+    """A function that downloads a file with litdata's client for such a URL. Raises UserError."""
     from litdata.streaming.downloader import get_downloader
 
     client = get_downloader(url, str(cache_folder()), [])
@@ -98,7 +98,7 @@ def _downloader(url: str) -> Callable[[str, Path], None]:
     def fetch(source: str, path: Path) -> None:
         try:
             client.download_file(source, str(path))
-        except Exception as error:  # of any of the clients
+        except Exception as error:  # each client has its own exceptions
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"data.root={url}: {source} cannot be fetched ({reason})") from error
         if not path.is_file():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Of the official 50,000 training and 10,000 test images, their pixels and labels, in any order: `order_by_hash`.
+# Of the pixels and labels of the official 50,000 training and 10,000 test images, in any order: see `order_by_hash`.
 CIFAR10_FINGERPRINT = "1b3a4b491e6c8623cfe77cacbd54ef370cc2f6b5799277858cdd619134a689f9"
 
 
@@ -27,7 +27,7 @@ class ImageSet:
         return ImageSet(self.images[indices], self.labels[indices])
 
     def to(self, device: torch.device) -> ImageSet:
-        """The same on a device."""
+        """A copy on a device."""
         return ImageSet(self.images.to(device), self.labels.to(device))
 
 
@@ -42,7 +42,7 @@ class DataSet:
 
 
 def make_data_set(train: ImageSet, test: ImageSet, classes: list[str]) -> DataSet:
-    """The data set of two parts. CIFAR-10's images, whatever container they come from, get one order and one digest."""
+    """A data set of two parts. CIFAR-10's images get the same order and digest, whatever files they come from."""
     if (len(train), len(test)) == (50_000, 10_000):
         orders, fingerprint = zip(*(order_by_hash(part) for part in (train, test)), strict=True)
         if hashlib.sha256(b"".join(fingerprint)).hexdigest() == CIFAR10_FINGERPRINT:
@@ -56,7 +56,7 @@ def make_data_set(train: ImageSet, test: ImageSet, classes: list[str]) -> DataSe
 
 
 def order_by_hash(part: ImageSet) -> tuple[Tensor, bytes]:
-    """The order of the images of a part by the hashes of their pixels and label, and a digest of all these hashes."""
+    """The indices that sort the images of a part by the hash of pixels and label, and a digest of all these hashes."""
     rows = zip(part.images.numpy(), part.labels.tolist(), strict=True)
     hashes = [hashlib.sha256(f"{pixels.shape} {label} ".encode() + pixels.tobytes()).digest() for pixels, label in rows]
     order = sorted(range(len(hashes)), key=hashes.__getitem__)

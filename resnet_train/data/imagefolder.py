@@ -1,7 +1,7 @@
-"""Photographs: found in a tree of class folders, read, decoded, and cut.
+"""Photographs in a tree of class folders: listed and read.
 
 A part of a data set is a source with `len()`, `read(index)` (name, encoded image, label) and `part(indices)`; this
-file has the kind that lies in folders, packed.py the other.
+file has the source for files in folders, packed.py the one for packed shards.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from resnet_train.engine import checkpoint
 from resnet_train.errors import RunError, UserError
 from resnet_train.files import NotRegular, read_regular
 
-LISTERS = 16  # folders that are listed at once: on a file server each waits for its answers
+LISTERS = 16  # folders that are listed at once: on a file server listing is bound by latency
 OUTAGES = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENETDOWN)
-SETTLED = 10.0  # seconds: a folder that changed less than these ago may change again without a new time
+SETTLED = 10.0  # seconds: a folder that changed more recently may change again within the same time stamp
 
 
 class ImageSource(Protocol):
-    """Encoded images with labels, of any kind."""
+    """Encoded images with labels, in files or shards."""
 
-    blocks: tuple[int, ...]  # how many images, in order, lie together in each shard; empty: each lies by itself
+    blocks: tuple[int, ...]  # the number of images in each shard, in order; empty: each image is a file
 
     def __len__(self) -> int:
         """The number of images."""
@@ -61,11 +61,11 @@ class ImageSplits:
     test: ImageSource
     classes: list[str]
     digest: str
-    left_out: dict[str, int] = field(default_factory=dict)  # files that are not taken, counted by kind
+    left_out: dict[str, int] = field(default_factory=dict)  # files that are not used, counted by kind
 
 
 def open_image_splits(root: str) -> ImageSplits:
-    """What lies at `root`: a tree of class folders, or a packed one, which may be remote. Raises UserError."""
+    """Open the data at `root`: a tree of class folders, or a pack, which may be remote. Raises UserError."""
     if is_packed(root):
         from resnet_train.data.packed import open_packed
 
@@ -78,11 +78,11 @@ class Files:
 
     blocks: tuple[int, ...] = ()
 
-    def __init__(self, folder: Path, classes: list[str], found: dict[str, Tensor]) -> None:
-        """`found`: the names, one after another, the end of each, sizes in bytes, labels."""
+    def __init__(self, folder: Path, classes: list[str], listing: dict[str, Tensor]) -> None:
+        """`listing` has the concatenated names, the end of each, sizes in bytes, and labels."""
         self.folder, self.classes = folder, classes
-        self.names, self.ends = found["names"].numpy().tobytes(), found["ends"].numpy()
-        self.sizes, self.labels = found["sizes"].numpy(), found["labels"].numpy()
+        self.names, self.ends = listing["names"].numpy().tobytes(), listing["ends"].numpy()
+        self.sizes, self.labels = listing["sizes"].numpy(), listing["labels"].numpy()
         self.indices = np.arange(len(self.ends))
 
     def __len__(self) -> int:
@@ -90,9 +90,9 @@ class Files:
 
     def part(self, indices: Tensor) -> Files:
         """The files at `indices`, in that order."""
-        chosen = object.__new__(Files)
-        chosen.__dict__.update(self.__dict__, indices=self.indices[indices.numpy()])
-        return chosen
+        part = object.__new__(Files)
+        part.__dict__.update(self.__dict__, indices=self.indices[indices.numpy()])
+        return part
 
     def __getitem__(self, index: int) -> tuple[Path, int]:
         """The path and the label of a file."""
@@ -101,10 +101,10 @@ class Files:
 
     def entry(self, index: int) -> tuple[str, int, int]:
         """Path, size and label of a file, as listed."""
-        place = self.indices[index]
-        name = os.fsdecode(self.names[self.ends[place - 1] if place else 0 : self.ends[place]])
-        label = int(self.labels[place])
-        return os.path.join(self.folder, self.classes[label], name), int(self.sizes[place]), label
+        position = self.indices[index]
+        name = os.fsdecode(self.names[self.ends[position - 1] if position else 0 : self.ends[position]])
+        label = int(self.labels[position])
+        return os.path.join(self.folder, self.classes[label], name), int(self.sizes[position]), label
 
     def name(self, index: int) -> str:
         """CLASS/FILE of a file."""
@@ -117,10 +117,10 @@ class Files:
 
 
 def read_file(path: str, size: int) -> bytes:
-    """The content of a file that was listed with `size` bytes. Raises UserError if it is another by now.
+    """The content of a file that was listed with `size` bytes. Raises UserError if its size has changed.
 
-    Raises ImageError for what is no file, and RunError where the disk or the file server fails, for which
-    `max_restarts=` starts again.
+    Raises ImageError if it is not a regular file, and RunError, after which `max_restarts=` restarts, if the disk or
+    the file server fails.
     """
     try:
         data = read_regular(path)
@@ -139,36 +139,36 @@ def read_file(path: str, size: int) -> bytes:
 
 
 def _open_tree(root: Path) -> ImageSplits:
-    """A train/<class>/*, val/<class>/* tree, listed once and then, as long as its folders stay as they are, known.
+    """Open a train/<class>/*, val/<class>/* tree; the listing is cached until one of its folders changes.
 
-    Of an undivided tree, <class>/*, `part_for_test` is the test part.
+    The test part of an undivided tree, <class>/*, is chosen by `part_for_test`.
     """
     classes, test = class_folders(root)
-    place = os.path.realpath(root)
-    listing = cache_folder() / "listings" / f"{root.name}-{hashlib.sha256(os.fsencode(place)).hexdigest()[:16]}.pt"
+    real_path = os.path.realpath(root)
+    path = cache_folder() / "listings" / f"{root.name}-{hashlib.sha256(os.fsencode(real_path)).hexdigest()[:16]}.pt"
     folders = [root / part / name for part in (("train", test) if test else ("",)) for name in classes]
     stamp, newest = _stamp(folders)
-    found: dict[str, Any] = {}
-    with contextlib.suppress(UserError):  # not there yet, or damaged: made again
-        found = checkpoint.read(listing)
-    if found.get("stamp") != stamp:
+    listing: dict[str, Any] = {}
+    with contextlib.suppress(UserError):  # missing or damaged: made again
+        listing = checkpoint.read(path)
+    if listing.get("stamp") != stamp:
         left_out = Counter[str]()
         if test:
-            parts = {part: _listed([root / part / name for name in classes], left_out) for part in ("train", test)}
+            parts = {part: _list_images([root / part / name for name in classes], left_out) for part in ("train", test)}
         else:
-            parts = _divide(_listed(folders, left_out), classes)
+            parts = _divide(_list_images(folders, left_out), classes)
         digest = hashlib.sha256(repr(classes).encode())
         for part, files in parts.items():
             for label, name, size in files:
                 digest.update(os.fsencode(f"{part}/{classes[label]}/{name} {size}\n"))
-        found = {"stamp": stamp, "digest": digest.hexdigest(), "left_out": dict(left_out)}
-        found |= {part: _compact(files) for part, files in parts.items()}
+        listing = {"stamp": stamp, "digest": digest.hexdigest(), "left_out": dict(left_out)}
+        listing |= {part: _compact(files) for part, files in parts.items()}
         if _stamp(folders)[0] != stamp:
             raise UserError(f"data.root={root}: changed while it was listed; start again when it is complete")
         if time.time() - newest > SETTLED:
-            keep(listing, found)
-    train, tested = (Files(root / part if test else root, classes, found[part]) for part in ("train", test or "test"))
-    return ImageSplits(train, tested, classes, found["digest"], found["left_out"])
+            keep(path, listing)
+    train, tested = (Files(root / part if test else root, classes, listing[part]) for part in ("train", test or "test"))
+    return ImageSplits(train, tested, classes, listing["digest"], listing["left_out"])
 
 
 def _divide(files: list[tuple[int, str, int]], classes: list[str]) -> dict[str, list[tuple[int, str, int]]]:
@@ -176,14 +176,14 @@ def _divide(files: list[tuple[int, str, int]], classes: list[str]) -> dict[str, 
     names: dict[int, list[str]] = {}
     for label, name, _ in files:
         names.setdefault(label, []).append(name)
-    tested = {(label, name) for label, found in names.items() for name in part_for_test(classes[label], found)}
+    tested = {(label, name) for label, group in names.items() for name in part_for_test(classes[label], group)}
     return {part: [file for file in files if (file[:2] in tested) == (part == "test")] for part in ("train", "test")}
 
 
 def _stamp(folders: Sequence[Path]) -> tuple[str, float]:
-    """What changes when a file comes into one of `folders` or leaves it, or the folder is another; the newest change.
+    """A digest that changes when files are added to or removed from `folders`, and the time of the newest change.
 
-    Contents that change in place show when they are read: by their size.
+    Files that change in place are noticed when they are read, by their size.
     """
     stamp, newest = hashlib.sha256(repr(IMAGE_SUFFIXES).encode()), 0.0
     for folder in folders:
@@ -197,23 +197,23 @@ def _stamp(folders: Sequence[Path]) -> tuple[str, float]:
     return stamp.hexdigest(), newest
 
 
-def _listed(folders: list[Path], left_out: Counter[str]) -> list[tuple[int, str, int]]:
-    """The label, name and size of every image in `folders`, one for each class, in order. Counts in `left_out`."""
+def _list_images(folders: list[Path], left_out: Counter[str]) -> list[tuple[int, str, int]]:
+    """The label, name and size of every image in `folders`, one per class, in order; other files go to `left_out`."""
 
-    def one(folder: Path) -> tuple[list[tuple[str, int]], Counter[str]]:
+    def scan(folder: Path) -> tuple[list[tuple[str, int]], Counter[str]]:
         try:
-            entries, other = images_in(folder)
-            return [(entry.name, entry.stat().st_size) for entry in entries], other
+            images, other = images_in(folder)
+            return [(entry.name, entry.stat().st_size) for entry in images], other
         except OSError as error:
             raise UserError(f"data.root: {error.filename}: {error.strerror}") from error
 
     with ThreadPoolExecutor(LISTERS) as pool:
-        bar = tqdm(pool.map(one, folders), total=len(folders), desc=f"listing {folders[0].parent.name}", disable=None)
-        found = []
+        bar = tqdm(pool.map(scan, folders), total=len(folders), desc=f"listing {folders[0].parent.name}", disable=None)
+        entries = []
         for label, (files, other) in enumerate(bar):
-            found += [(label, name, size) for name, size in files]
+            entries += [(label, name, size) for name, size in files]
             left_out.update(other)
-    return found
+    return entries
 
 
 def _compact(files: list[tuple[int, str, int]]) -> dict[str, Tensor]:
@@ -227,6 +227,6 @@ def _compact(files: list[tuple[int, str, int]]) -> dict[str, Tensor]:
 
 
 def image_of(part: ImageSource, index: int) -> tuple[Tensor, int]:
-    """An image of a part, whole and exact, as (3, H, W) uint8, and its label. Raises ImageError and UserError."""
+    """An image of a part, decoded at full size, as (3, H, W) uint8, and its label. Raises ImageError and UserError."""
     name, data, label = part.read(index)
     return decode(data, name).permute(2, 0, 1), label

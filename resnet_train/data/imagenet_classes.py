@@ -1,4 +1,4 @@
-"""The classes of ImageNet: WordNet's numbers, which are the names of its folders, and words for them."""
+"""The classes of ImageNet: WordNet IDs, which are the names of its folders, and words for them."""
 
 from __future__ import annotations
 

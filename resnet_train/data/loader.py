@@ -1,4 +1,4 @@
-"""Worker processes that read images, their errors and their end."""
+"""Data-loading workers: their errors, signals and end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from resnet_train.errors import SIGNALS, RunError, UserError
 
 
 def checked_batches(loader: DataLoader) -> Iterator[Any]:
-    """What `loader` gives; the UserError of a worker as that worker raised it."""
+    """The batches of `loader`; the UserError of a worker is raised as in that worker."""
     _end_workers_at_exit()
     try:
         yield from loader
@@ -26,19 +26,19 @@ def checked_batches(loader: DataLoader) -> Iterator[Any]:
 
 
 def leave_signals(_: int) -> None:
-    """Signals that reach all processes of a job are for those that train; their end is the worker's end."""
+    """Ignore signals sent to all processes of a job: training processes handle them, and end their workers."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 @functools.cache
 def _end_workers_at_exit() -> None:
-    """Have the workers that are left at the end of this process ended; called before the first is started."""
+    """End remaining workers when this process exits; to be called before the first is started."""
     atexit.register(_end_workers)
 
 
 def _end_workers() -> None:
-    """End workers whose loader an error has left: they ignore what Python would send them, and it would wait."""
+    """End workers that an error has left behind: they ignore SIGTERM, so Python would wait for them at exit."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for a worker that is killed
     for child in multiprocessing.active_children():
         if child.daemon:

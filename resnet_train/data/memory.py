@@ -1,4 +1,4 @@
-"""A data set of small images that lies on the training device, where whole batches are changed."""
+"""A data set of small images on the training device, which augments whole batches."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ class MemoryDataset:
     _mean: Tensor | None = None
 
     def __init__(self, *, name: str, root: str | None, size: int, validation: int) -> None:
-        found = load(name, root, size)
+        data = load(name, root, size)
         self.left_out = left_out(name, root)
-        self.classes, self.digest = found.classes, found.digest
-        self.label = "cifar10" if found.digest == CIFAR10_FINGERPRINT else name_data(name, root)
+        self.classes, self.digest = data.classes, data.digest
+        self.label = "cifar10" if data.digest == CIFAR10_FINGERPRINT else name_data(name, root)
         self.name, self.root = name, root
-        train, self.val_indices = split_sizes(len(found.train), validation)
-        self.indices = {"train": train, "val": self.val_indices, "test": torch.arange(len(found.test))}
+        train, self.val_indices = split_sizes(len(data.train), validation)
+        self.indices = {"train": train, "val": self.val_indices, "test": torch.arange(len(data.test))}
         self.parts = {
-            "train": found.train.part(train) if validation else found.train,
-            "val": found.train.part(self.val_indices),
-            "test": found.test,
+            "train": data.train.part(train) if validation else data.train,
+            "val": data.train.part(self.val_indices),
+            "test": data.test,
         }
         self.sizes = {split: len(part) for split, part in self.parts.items()}
 
@@ -52,9 +52,9 @@ class MemoryDataset:
         return self._mean
 
     def names(self, split: str) -> list[str | int]:
-        """What to call each image of a part: CLASS/FILE, or where it has no file of its own its index in the set.
+        """The name of each image of a part: CLASS/FILE, or its index in the set if it has no file of its own.
 
-        CIFAR-10's have the order that `make_data_set` gives them.
+        Indices of CIFAR-10 are in the order of `make_data_set`.
         """
         indices = self.indices[split].tolist()
         files = file_names(self.name, self.root, self.classes, "test" if split == "test" else "train")
@@ -69,18 +69,18 @@ class MemoryDataset:
         return self.parts[split]
 
     def train_batches(self, mean: Tensor, device: torch.device, order: BatchOrder) -> Batches:
-        """Augmented batches without end: (B, 3, H, W) float32 channels last, (B,) int64.
+        """Endless augmented batches: (B, 3, H, W) float32 channels last, (B,) int64.
 
-        B is the batch size of all processes divided by their number.
+        B is the global batch size divided by the number of processes.
         """
         make = self.batch_maker(mean, device, order.augment.pad)
         for draws in self.draw_batches(device, order):
             yield make(draws.to(device, non_blocking=True))
 
     def draw_batches(self, device: torch.device, order: BatchOrder) -> Iterator[Tensor]:
-        """What training batches are made of: (4, B) int64, the indices of images, offsets from top and left, flips.
+        """The random draws of training batches: (4, B) int64, image indices, offsets from top and left, flips.
 
-        On the CPU, pinned for a GPU: one copy an iteration, which nobody waits for.
+        On the CPU, pinned for a GPU, so that the one copy per iteration is asynchronous.
         """
         augment = order.augment
         for iteration in itertools.count(order.start):
@@ -91,13 +91,13 @@ class MemoryDataset:
             yield rows.pin_memory() if device.type == "cuda" else rows
 
     def batch_maker(self, mean: Tensor, device: torch.device, pad: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        """The function that makes images and labels of such draws, once these are on the device."""
-        data, padded_mean = self._on(device, "train"), pad_and_mirror(mean[None], pad)
+        """A function that makes images and labels from draws on the device."""
+        train, padded_mean = self._on(device, "train"), pad_and_mirror(mean[None], pad)
 
         def make(draws: Tensor) -> tuple[Tensor, Tensor]:
             indices, tops, lefts, flips = draws
-            images = data.images.index_select(0, indices)  # many times as fast as data.images[indices]
-            labels = data.labels.index_select(0, indices)
+            images = train.images.index_select(0, indices)  # many times faster than images[indices]
+            labels = train.labels.index_select(0, indices)
             return crop_and_normalise(images, padded_mean, tops, lefts, flips.bool(), pad), labels
 
         return make
@@ -105,14 +105,14 @@ class MemoryDataset:
     def eval_batches(
         self, split: str, mean: Tensor, device: torch.device, batch_size: int, rank: int = 0, world: int = 1
     ) -> Batches:
-        """Every image once, unchanged but for the mean. All batches are full: what fills the last has label -1."""
+        """Every image once, without augmentation. All batches are full: padding of the last has label -1."""
         data = self._on(device, split)
         for start in range(rank * batch_size, len(data), world * batch_size):
             indices = torch.arange(start, start + batch_size, device=device)
-            inside = indices < len(data)
+            real = indices < len(data)
             indices = indices.clamp(max=len(data) - 1)
             images = normalise(data.images.index_select(0, indices), mean)
-            yield images, torch.where(inside, data.labels[indices], -1)
+            yield images, torch.where(real, data.labels[indices], -1)
 
     def eval_views(
         self, _: str, split: str, mean: Tensor, device: torch.device, batch_size: int, rank: int = 0, world: int = 1

@@ -1,8 +1,8 @@
-"""The command `resnet-pack`: a tree of photographs as shards of resized JPEG, and the check of such a folder.
+"""The command `resnet-pack`: write a tree of photographs as shards of resized JPEG.
 
-Which images make up a shard, and the bytes of it, depend on the tree and the settings alone: not on the number of
-processes, nor on how often the command was killed. While it works, OUT/packing/ holds the settings and a note for
-each shard that is whole and on disk; at the end the notes become pack.json, and the folder goes.
+The images and bytes of a shard depend only on the tree and the settings, not on the number of processes or on how often
+the command was interrupted. While it runs, OUT/packing/ has the settings and a note for each finished shard; at the end
+the notes are combined into pack.json, and the folder is removed.
 """
 
 from __future__ import annotations
@@ -49,24 +49,24 @@ from resnet_train.errors import RunError, UserError
 from resnet_train.files import lock_directory, read_json, write_json
 from resnet_train.terminal import printable, say
 
-LONGEST_JPEG = 65_500  # pixels of a side, as libjpeg has it
+LONGEST_JPEG = 65_500  # pixels of a side, the limit of libjpeg
 
 
 def pack(*, root: str, out: Path, shorter_side: int, quality: int, images: int, workers: int, broken: str) -> None:
-    """Write the tree at `root` to the folder `out`, or resume it. Raises UserError and RunError.
+    """Pack the tree at `root` into the folder `out`, or resume packing. Raises UserError and RunError.
 
-    Images come `images` to a shard, as `packed_image` makes them. With `broken="skip"` those that cannot be decoded are
-    left out and named.
+    Each shard has `images` images, encoded by `packed_image`. With `broken="skip"` images that cannot be decoded are
+    left out and reported.
     """
     if find_spec("litdata") is None:
         raise UserError("resnet-pack: needs litdata: pip install 'resnet-train[streaming]'")
-    found = open_image_splits(root)
-    assert isinstance(found.train, Files)  # check_pack has seen to it
-    assert isinstance(found.test, Files)
-    undivided = found.test.folder == found.train.folder
-    files = {"train": found.train, "test" if undivided else found.test.folder.name: found.test}
-    check_classes(found.classes)
-    source = PackSource(os.fsencode(Path(root).name).decode(errors="replace"), found.digest)
+    splits = open_image_splits(root)
+    assert isinstance(splits.train, Files)  # ensured by check_pack
+    assert isinstance(splits.test, Files)
+    undivided = splits.test.folder == splits.train.folder
+    files = {"train": splits.train, "test" if undivided else splits.test.folder.name: splits.test}
+    check_classes(splits.classes)
+    source = PackSource(os.fsencode(Path(root).name).decode(errors="replace"), splits.digest)
     settings = PackSettings(FORMAT, source, shorter_side, quality, images, typing.cast(Any, broken))
     with lock_directory(out, "out", "packing"):
         if (out / PACKED).is_file():
@@ -75,7 +75,7 @@ def pack(*, root: str, out: Path, shorter_side: int, quality: int, images: int, 
             say(f"{out}: is packed already; nothing to do")
             return
         _begin(out, settings, files)
-        if line := describe_left_out(found.left_out):
+        if line := describe_left_out(splits.left_out):
             say(f"note: {line}")
         shards = list(_shards(out, files, images))
         missing = [shard for shard in shards if _note_of(shard) is None]
@@ -91,7 +91,7 @@ def pack(*, root: str, out: Path, shorter_side: int, quality: int, images: int, 
                 bar.update(len(job["items"]))
                 for line in lines:
                     tqdm.write(printable(f"skipped: {line}"), file=sys.stderr)
-        parts = _finish(out, settings, found.classes, files, shards).parts.values()
+        parts = _finish(out, settings, splits.classes, files, shards).parts.values()
     size = sum(shard.bytes for part in parts for shard in part.shards)
     skipped = sum(len(part.skipped) for part in parts)
     say(
@@ -100,35 +100,35 @@ def pack(*, root: str, out: Path, shorter_side: int, quality: int, images: int, 
     )
 
 
-def _check_same(out: Path, before: PackSettings, settings: PackSettings) -> None:
-    """Refuse a folder that holds something else. Raises UserError."""
+def _check_same(out: Path, existing: PackSettings, settings: PackSettings) -> None:
+    """Raises UserError if the pack in `out` has other settings."""
     for field in dataclasses.fields(PackSettings):
-        value = getattr(before, field.name)
+        value = getattr(existing, field.name)
         if value != getattr(settings, field.name):
-            word = "data.root" if field.name == "source" else field.name
-            raise UserError(f"{word}: {out} holds a pack with other values ({format_value(value)}); use another out=")
+            key = "data.root" if field.name == "source" else field.name
+            raise UserError(f"{key}: {out} holds a pack with other values ({format_value(value)}); use another out=")
 
 
 def _begin(out: Path, settings: PackSettings, files: dict[str, Files]) -> None:
-    """Make the folders, or see that they are of the same pack. Raises UserError."""
-    place = out / PACKING / "settings.json"
-    if place.is_file():
+    """Make the folders, or check that existing ones are of the same pack. Raises UserError."""
+    path = out / PACKING / "settings.json"
+    if path.is_file():
         try:
-            before = from_dict(PackSettings, read_json(place))
+            existing = from_dict(PackSettings, read_json(path))
         except (OSError, ValueError, RecursionError, UserError) as error:
-            raise UserError(f"{place}: is damaged ({error}); remove {out}") from error
-        _check_same(out, before, settings)
-    elif any(path.name != PACKING or not path.is_dir() for path in out.iterdir()):
+            raise UserError(f"{path}: is damaged ({error}); remove {out}") from error
+        _check_same(out, existing, settings)
+    elif any(entry.name != PACKING or not entry.is_dir() for entry in out.iterdir()):
         raise UserError(f"out={out}: exists and holds no pack; use another out=")
     for folder in (PACKING, *files):
         (out / folder).mkdir(exist_ok=True)
-    if not place.is_file():
-        write_json(place, dataclasses.asdict(settings))
+    if not path.is_file():
+        write_json(path, dataclasses.asdict(settings))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Note:
-    """What is noted of a shard that is on disk: the images that were left out, the shard if any is left, its config."""
+    """The note of a finished shard: skipped images, the shard (None if it would be empty) and litdata's config."""
 
     skipped: list[int]
     shard: PackShard | None
@@ -136,7 +136,7 @@ class _Note:
 
 
 class _Planned(NamedTuple):
-    """A shard to be: its file, the note of it, and which images of a part it holds."""
+    """A planned shard: its file, its note, and its images as places in the listing of a part."""
 
     path: Path
     note: Path
@@ -156,7 +156,7 @@ def _items(shard: _Planned) -> list[tuple[int, str, int, int]]:
 
 
 def _note_of(planned: _Planned) -> _Note | None:
-    """What is noted of a shard that is on disk, or None: where note or file are not of this shard, it is made again."""
+    """The note of a finished shard; None, so that it is made again, if note or file do not match the plan."""
     try:
         note = from_dict(_Note, read_json(planned.note))
         if note.shard is not None:
@@ -171,9 +171,9 @@ def _note_of(planned: _Planned) -> _Note | None:
 
 
 def _write_shard(job: dict[str, Any]) -> list[str]:
-    """Write one shard, then its note; a line for each image that was skipped. Raises UserError.
+    """Write one shard, then its note; return a line for each skipped image. Raises UserError.
 
-    A shard of which all images are broken is not written.
+    A shard whose images are all broken is not written.
     """
     from litdata.streaming.writer import BinaryWriter
 
@@ -197,20 +197,20 @@ def _write_shard(job: dict[str, Any]) -> list[str]:
             writer.add_item(count, {"image": image, "label": label, "name": name})
             count += 1
         note = _Note(skipped, None)
-        for written in map(Path, writer.done()):  # one, or none
-            with written.open("rb") as handle:
+        for chunk in map(Path, writer.done()):  # one, or none
+            with chunk.open("rb") as handle:
                 os.fsync(handle.fileno())
-            shard = PackShard(path.name, count, written.stat().st_size, checksum(written))
+            shard = PackShard(path.name, count, chunk.stat().st_size, checksum(chunk))
             note = _Note(skipped, shard, writer.get_config())
-            written.replace(path)
+            chunk.replace(path)
         write_json(note_file, dataclasses.asdict(note))
     return broken
 
 
 def packed_image(data: bytes, name: str, shorter_side: int, quality: int) -> bytes:
-    """An encoded image as JPEG of `quality`, its shorter side brought down to `shorter_side`. Raises ImageError.
+    """Encode an image as JPEG of `quality`, its shorter side at most `shorter_side`. Raises ImageError.
 
-    A JPEG that any reader takes, and that is small enough in pixels and in bytes, stays as it is.
+    A JPEG for which `jpeg_size` gives a size is kept unchanged if it is small enough in pixels and bytes.
     """
     image = Image.fromarray(decode(data, name).numpy())
     scale = shorter_side / min(image.size)
@@ -221,19 +221,19 @@ def packed_image(data: bytes, name: str, shorter_side: int, quality: int) -> byt
     if max(image.size) > LONGEST_JPEG:
         raise ImageError(f"{name}: is {image.width}x{image.height}; a JPEG has at most {LONGEST_JPEG} pixels a side")
     image.save(encoded, "JPEG", quality=quality)
-    stays = scale >= 1 and len(data) <= encoded.tell() and jpeg_size(data) is not None
-    return data if stays else encoded.getvalue()
+    keep_original = scale >= 1 and len(data) <= encoded.tell() and jpeg_size(data) is not None
+    return data if keep_original else encoded.getvalue()
 
 
 def _finish(
     out: Path, settings: PackSettings, classes: list[str], files: dict[str, Files], planned: list[_Planned]
 ) -> Pack:
-    """Write litdata's index of each part and, last, pack.json; what it holds. Raises UserError."""
+    """Write litdata's index of each part and, last, pack.json; return its content. Raises UserError."""
     parts: dict[str, PackPart] = {}
     for part, source in files.items():
-        found = [(shard, _note_of(shard)) for shard in planned if shard.source is source]
-        notes = [note for _, note in found if note is not None]
-        if len(notes) < len(found):
+        written = [(shard, _note_of(shard)) for shard in planned if shard.source is source]
+        notes = [note for _, note in written if note is not None]
+        if len(notes) < len(written):
             raise RunError(f"{out}: was changed while it was packed; the same command resumes")
         shards = [note.shard for note in notes if note.shard]
         if not shards:

@@ -1,4 +1,4 @@
-"""What pack.json says, checked, and the checksums of the shards."""
+"""The content of pack.json, checked, and the checksums of the shards."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from resnet_train.files import read_json
 
 FORMAT = 1
 Number = Annotated[int, Range(0, 2**48)]
-LARGEST = 2**32 - 1  # bytes of a shard: its table says in 4 bytes where an image ends
-LEAST = 24  # bytes of an image in a shard: 4 of the table, three sizes, the label
+LARGEST = 2**32 - 1  # bytes of a shard: its table has offsets of 4 bytes
+LEAST = 24  # bytes of an image in a shard without data: 4 in the table, three sizes, the label
 
 
 @dataclasses.dataclass(frozen=True)
 class PackShard:
-    """A shard as pack.json has it."""
+    """A shard in pack.json."""
 
     name: str
     images: ShardImages
@@ -36,7 +36,7 @@ class PackShard:
 
 @dataclasses.dataclass(frozen=True)
 class PackPart:
-    """A part as pack.json has it: images stored, images of the tree's listing, and which of these were left out."""
+    """A part in pack.json: the number of stored images, of images in the tree's listing, and the skipped ones."""
 
     images: Number
     listed: Number
@@ -54,13 +54,13 @@ class PackSource:
 
 @dataclasses.dataclass(frozen=True)
 class PackSettings:
-    """What a pack depends on: packing/settings.json, and the beginning of pack.json."""
+    """The settings of a pack: packing/settings.json, and the first keys of pack.json."""
 
     format: Annotated[int, Range(FORMAT, FORMAT)]
     source: PackSource
     shorter_side: ShorterSide
     quality: Quality
-    images: ShardImages  # of a whole shard
+    images: ShardImages  # per full shard
     broken: Literal["stop", "skip"]
 
 
@@ -74,7 +74,7 @@ class Pack(PackSettings):
     parts: dict[str, PackPart]
 
     def __post_init__(self) -> None:
-        """Raises UserError where one value contradicts another."""
+        """Raises UserError if values contradict each other."""
         check_classes(self.classes)
         if list(self.parts) != ["train", self.test]:
             raise UserError(f"parts: are {format_value(', '.join(self.parts))} and must be train, {self.test}")
@@ -85,7 +85,7 @@ class Pack(PackSettings):
 
 
 def check_classes(names: list[str]) -> None:
-    """Refuse names of classes that no pack may have. Raises UserError."""
+    """Raises UserError for names of classes that are not allowed in a pack."""
     if len(set(names)) < max(2, len(names)):
         raise UserError("classes: must be two or more different names")
     for name in names:
@@ -99,9 +99,9 @@ def _check_part(key: str, part: PackPart, images: int) -> None:
     for name, number in zip(names, numbers, strict=True):
         if number is None:
             raise UserError(f"{key}.shards.name={format_value(name)}: must be chunk-0-NUMBER.bin")
-    for (one, first), (other, second) in itertools.pairwise(zip(names, numbers, strict=True)):
+    for (previous, first), (current, second) in itertools.pairwise(zip(names, numbers, strict=True)):
         if int(first[1]) >= int(second[1]):  # type: ignore[index]
-            raise UserError(f"{key}.shards.name={other}: comes after {one}")
+            raise UserError(f"{key}.shards.name={current}: comes after {previous}")
     for shard in part.shards:
         if shard.images > images or 8 + LEAST * shard.images > shard.bytes:
             raise UserError(f"{key}.shards.images={shard.images}: are too many for {shard.name}")
@@ -111,12 +111,12 @@ def _check_part(key: str, part: PackPart, images: int) -> None:
         raise UserError(f"{key}.images={part.images}: must be the {sum(sizes)} of its shards, and one at least")
     if part.listed != part.images + len(part.skipped):
         raise UserError(f"{key}.listed={part.listed}: must be {part.images} stored and {len(part.skipped)} skipped")
-    if any(one >= other for one, other in itertools.pairwise([*part.skipped, part.listed])):
+    if any(previous >= current for previous, current in itertools.pairwise([*part.skipped, part.listed])):
         raise UserError(f"{key}.skipped: must rise, and stay below {part.listed}")
 
 
 def shard_name(number: int) -> str:
-    """As litdata names the shards of one writer."""
+    """The name of a shard, as litdata's writer gives it."""
     return f"chunk-0-{number}.bin"
 
 
@@ -124,13 +124,13 @@ def read_about(folder: Path) -> Pack:
     """The content of pack.json. Raises UserError."""
     path = folder / PACKED
     try:
-        found = read_json(path)
-        if isinstance(found.get("format"), int) and found["format"] != FORMAT:
+        content = read_json(path)
+        if isinstance(content.get("format"), int) and content["format"] != FORMAT:
             raise UserError(
-                f"{folder}: is packed in format {format_value(found['format'])}; this version reads {FORMAT}"
+                f"{folder}: is packed in format {format_value(content['format'])}; this version reads {FORMAT}"
             )
         try:
-            return from_dict(Pack, found)
+            return from_dict(Pack, content)
         except UserError as error:
             raise UserError(f"{path}: is damaged ({error}); pack it again") from error
     except OSError as error:
@@ -140,10 +140,10 @@ def read_about(folder: Path) -> Pack:
 
 
 def check_shard(path: Path, shard: PackShard) -> None:
-    """Refuse a file that is not as long as its shard should be, or has a table for other images. Raises UserError."""
+    """Raises UserError for a file whose size or number of images is not that of `shard`."""
     try:
-        found = path.stat()
-        if stat.S_ISREG(found.st_mode) and found.st_size == shard.bytes:
+        status = path.stat()
+        if stat.S_ISREG(status.st_mode) and status.st_size == shard.bytes:
             with path.open("rb", buffering=0) as file:
                 count = count_items(file.fileno())
             if count == shard.images:
@@ -151,7 +151,7 @@ def check_shard(path: Path, shard: PackShard) -> None:
             raise UserError(f"{path}: holds {count} images and should {shard.images}; pack it again")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; it belongs to a packed folder, which is not whole") from error
-    raise UserError(f"{path}: is cut short or damaged ({found.st_size} bytes of {shard.bytes}); pack it again")
+    raise UserError(f"{path}: is cut short or damaged ({status.st_size} bytes of {shard.bytes}); pack it again")
 
 
 def checksum(path: Path) -> str:
@@ -161,7 +161,7 @@ def checksum(path: Path) -> str:
 
 
 def digest_of(classes: list[str], parts: dict[str, PackPart]) -> str:
-    """The digest of a packed set: of its class names and of the checksums of its shards."""
+    """The digest of a pack, over its class names and the checksums of its shards."""
     digest = hashlib.sha256(repr(classes).encode())
     for part in parts.values():
         for shard in part.shards:
@@ -170,5 +170,5 @@ def digest_of(classes: list[str], parts: dict[str, PackPart]) -> str:
 
 
 def count_items(file: int) -> int:
-    """How many images a shard says that it holds."""
+    """The number of images that a shard declares."""
     return struct.unpack("<I", os.pread(file, 4, 0).ljust(4, b"\0"))[0]

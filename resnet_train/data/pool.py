@@ -1,4 +1,4 @@
-"""Work for several processes, which end with this one."""
+"""A pool of worker processes that end with this process."""
 
 from __future__ import annotations
 
@@ -18,24 +18,25 @@ from resnet_train.errors import SIGNALS, RunError
 
 
 def work_in_processes(work: Callable[[Any], Any], jobs: Iterable[Any], workers: int) -> Iterator[tuple[Any, Any]]:
-    """Each job and what `work` makes of it in one of `workers` processes, as they finish. Raises what it raises.
+    """Run `work` for each job in one of `workers` processes; yield job and result as they finish.
 
-    Jobs are taken from `jobs` when there is room. The processes end with this one, however that ends; 0 is this one.
+    Exceptions of `work` are raised here. `jobs` is consumed lazily. The workers end with this process, however it
+    ends; with 0 workers the jobs run in this process.
     """
     if not workers:
         yield from ((job, work(job)) for job in jobs)
         return
-    waiting = iter(jobs)
+    remaining = iter(jobs)
     with concurrent.futures.ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), initializer=_begin_worker
     ) as pool:
         try:
-            running = {pool.submit(work, job): job for job in itertools.islice(waiting, 2 * workers)}
+            running = {pool.submit(work, job): job for job in itertools.islice(remaining, 2 * workers)}
             while running:
                 done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
                 for future in done:
                     yield running.pop(future), future.result()
-                    running |= {pool.submit(work, job): job for job in itertools.islice(waiting, 1)}
+                    running |= {pool.submit(work, job): job for job in itertools.islice(remaining, 1)}
         except BrokenProcessPool as error:
             raise RunError("a process was killed (out of memory?); the same command resumes") from error
         finally:
@@ -43,7 +44,7 @@ def work_in_processes(work: Callable[[Any], Any], jobs: Iterable[Any], workers: 
 
 
 def _begin_worker() -> None:
-    """Leave signals to the parent, compute with one thread, and end where the parent is no more."""
+    """Ignore signals, which the parent handles, use one thread, and end when the parent ends."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Whole data sets in memory: CIFAR, class-folder trees and scikit-learn's digits, as uint8."""
+"""Data sets that fit in memory: CIFAR, class-folder trees and scikit-learn's digits, as uint8."""
 
 from __future__ import annotations
 
@@ -23,19 +23,21 @@ from resnet_train.files import expand
 
 
 def load(name: str, root: str | None, size: int) -> DataSet:
-    """The data set `name` at `root`, one that is kept in memory; decoded on the first call, then from a cache.
+    """Load the data set `name` at `root` into memory; decoded on the first call, then read from the cache.
 
-    Images come out `size` pixels square. Raises UserError for data that are not what they should be.
+    Images are `size` pixels square. Raises UserError for data that are missing or damaged.
     """
     if name == "digits":
         return _digits(size)
     path = expand(root) if root else None
     if name in ("cifar10", "cifar100") and (path is None or is_official(name, path)):
-        of: Any = cifar10 if name == "cifar10" else cifar100
-        place = cache_folder() / of.MIRRORS[0].rpartition("/")[2]
-        source = path or download(of.MIRRORS, place, of.ARCHIVE_MD5, of.ARCHIVE_SIZE)
-        files = [source] if source.is_file() else [cifar10.official_folder(source, name) / file for file in of.FILES]
-        return load_cached(name, files, "", lambda: of.read_official(source))
+        module: Any = cifar10 if name == "cifar10" else cifar100
+        archive = cache_folder() / module.MIRRORS[0].rpartition("/")[2]
+        source = path or download(module.MIRRORS, archive, module.ARCHIVE_MD5, module.ARCHIVE_SIZE)
+        files = (
+            [source] if source.is_file() else [cifar10.official_folder(source, name) / file for file in module.FILES]
+        )
+        return load_cached(name, files, "", lambda: module.read_official(source))
     assert path is not None
     classes, test = class_folders(path)
     files_of = {part: listing(path, part, classes, divided=bool(test)) for part in ("train", test or "test")}
@@ -51,19 +53,19 @@ def load(name: str, root: str | None, size: int) -> DataSet:
 
 def listing(root: Path, part: str, classes: list[str], *, divided: bool) -> list[tuple[Path, int]]:
     """The image files of `part` of a tree with their labels, in order."""
-    found = []
+    entries = []
     for label, name in enumerate(classes):
         folder = root / part / name if divided else root / name
         files = [entry.name for entry in images_in(folder)[0]]
         tested = set() if divided else part_for_test(name, files)
-        found += [(folder / file, label) for file in files if divided or (file in tested) == (part == "test")]
-    return found
+        entries += [(folder / file, label) for file in files if divided or (file in tested) == (part == "test")]
+    return entries
 
 
 def file_names(name: str, root: str | None, classes: list[str], part: str) -> list[str] | None:
-    """CLASS/FILE of every image of a part (train or test) of `load`, in order; None where it has no files of its own.
+    """CLASS/FILE of every image of a part (train or test) of `load`, in order.
 
-    That is so of scikit-learn's digits and of CIFAR's archives.
+    None for scikit-learn's digits and CIFAR's archives, which have no file per image.
     """
     if name == "digits" or root is None or is_official(name, expand(root)):
         return None
@@ -74,20 +76,20 @@ def file_names(name: str, root: str | None, classes: list[str], part: str) -> li
 
 
 def _decode(files: list[tuple[Path, int]], size: int, exact: bool) -> ImageSet:
-    """Decode all files; `exact` refuses images of another size, otherwise they are resized and center-cropped."""
+    """Decode all files; images of another size are refused if `exact`, else resized and center-cropped."""
 
-    def one(item: tuple[Path, int]) -> Tensor:
+    def read(item: tuple[Path, int]) -> Tensor:
         image = read_image(item[0])
         if image.shape[1:] != (size, size):
             if exact:
-                found = f"{image.shape[2]}x{image.shape[1]}"
-                raise UserError(f"{item[0]}: is {found}; data=cifar10 takes {size}x{size}, data=imagefolder any size")
+                shape = f"{image.shape[2]}x{image.shape[1]}"
+                raise UserError(f"{item[0]}: is {shape}; data=cifar10 takes {size}x{size}, data=imagefolder any size")
             image = whole_view(image, size)
         return image.permute(1, 2, 0)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         images = torch.empty(len(files), size, size, 3, dtype=torch.uint8)
-        bar = tqdm(pool.map(one, files), total=len(files), desc=f"decoding {files[0][0].parts[-3]}", disable=None)
+        bar = tqdm(pool.map(read, files), total=len(files), desc=f"decoding {files[0][0].parts[-3]}", disable=None)
         for index, image in enumerate(bar):
             images[index] = image
     return ImageSet(images, torch.tensor([label for _, label in files]))
@@ -105,9 +107,9 @@ def _digits(size: int) -> DataSet:
 
     digits = load_digits()
     grey = torch.from_numpy(digits.images).mul(255 / 16).round().float()[:, None]
-    # In float and rounded after: resizing uint8 rounds otherwise on other processors, and the digest would differ.
+    # Resized as float and then rounded: rounding of uint8 depends on the processor, and the digest would differ.
     large = TF.resize(grey, [size, size], antialias=True).round().to(torch.uint8)
     images = large.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous()
-    both = ImageSet(images, torch.from_numpy(digits.target).long())
-    train, test = held_out(len(both), 360)
-    return make_data_set(both.part(train), both.part(test), [str(digit) for digit in range(10)])
+    all_images = ImageSet(images, torch.from_numpy(digits.target).long())
+    train, test = held_out(len(all_images), 360)
+    return make_data_set(all_images.part(train), all_images.part(test), [str(digit) for digit in range(10)])

@@ -1,4 +1,4 @@
-"""Batches of images, and several views of each for the tests of section 3.4."""
+"""Batches of images, and several views of each image for the evaluation of section 3.4."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from resnet_train.errors import UserError
 
 T = TypeVar("T")
 Batches = Iterator[tuple[Tensor, Tensor]]
-# Of a batch of images: views of them (V times N, 3, H, W), which N images of the batch these show, V times over, and
-# the labels of all.
+# A batch of images: views (V times N, 3, H, W), each with the indices (N,) of the images that they show, and the labels
+# of all images. The views of N images are repeated V times in the same order.
 Views = tuple[list[tuple[Tensor, Tensor]], Tensor]
-# An index, and what to cut: the part that a function of height and width gives, or for a test the center.
+# An index, and the crop: a function from height and width to a box, or None for the center crop of evaluation.
 View = tuple[int, Callable[[int, int], Box] | None]
-TRIES = 100  # broken images in a row after which nothing is skipped any more
+TRIES = 100  # broken images in a row that raise an error in spite of skipping
 SCALES = (224, 256, 384, 480, 640)  # shorter sides of the fully convolutional test (section 3.4)
 PROTOCOLS = {"tencrop": "10-crop", "multiscale": "multi-scale, fully convolutional"}
 
 
 def split_sizes(train: int, validation: int) -> tuple[Tensor, Tensor]:
-    """The indices of the training part and of the part held out. Raises UserError if nothing would be left."""
+    """The indices of the training part and of the part held out. Raises UserError if no training image is left."""
     if validation >= train:
         raise UserError(f"data.validation={validation}: the training set has {train} images; hold out fewer")
     return held_out(train, validation)
@@ -38,9 +38,9 @@ def split_sizes(train: int, validation: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class BatchOrder:
-    """Which training batches: those of `seed` from iteration `start` on, of which a process takes its share.
+    """The sequence of training batches of `seed` from iteration `start` on, and the share of one process.
 
-    `batch_size` is that of all `world` processes together.
+    `batch_size` is the global batch size of all `world` processes.
     """
 
     seed: int
@@ -57,16 +57,15 @@ class BatchOrder:
 
 
 def single_views(batches: Batches) -> Iterator[Views]:
-    """Batches as views: of each image one."""
+    """Batches as views, one of each image."""
     for images, labels in batches:
         yield [(images, torch.arange(len(labels), device=images.device))], labels
 
 
 def skip_broken(read: Callable[[int], T], index: int, size: int, *, skip: bool) -> tuple[T, str]:
-    """What `read` makes of the image `index` of `size`, and "".
+    """`read(index)` and "", or, with `skip`, the result for the next intact image and a line for each broken one.
 
-    With `skip`, in place of one that is broken what it makes of the next that is not, and a line of each broken one.
-    Raises ImageError for one that is broken, or for TRIES of them in a row.
+    Raises ImageError for a broken image, with `skip` only for TRIES of them in a row. `size`: the number of images.
     """
     broken: list[str] = []
     tries = min(size, TRIES) if skip else 1
@@ -79,24 +78,22 @@ def skip_broken(read: Callable[[int], T], index: int, size: int, *, skip: bool) 
 
 
 class CroppedViews(Dataset[tuple[Tensor, int, str]]):
-    """Square uint8 crops (S, S, 3) of photographs, as each view says, their labels, and which were broken, if any."""
+    """Square uint8 crops (S, S, 3) of photographs, given by views, with labels and lines about broken images."""
 
     def __init__(self, part: ImageSource, size: int, broken: str = "stop") -> None:
         self.part, self.size, self.skip = part, size, broken == "skip"
 
     def __getitem__(self, view: View) -> tuple[Tensor, int, str]:
-        index, what = view
-        (image, label), broken = skip_broken(
-            lambda place: self._cut(place, what), index, len(self.part), skip=self.skip
-        )
+        index, box_of = view
+        (image, label), broken = skip_broken(lambda i: self._cut(i, box_of), index, len(self.part), skip=self.skip)
         return image, label, broken
 
-    def _cut(self, index: int, what: Callable[[int, int], Box] | None) -> tuple[Tensor, int]:
-        if what is None:  # as exact as can be
+    def _cut(self, index: int, box_of: Callable[[int, int], Box] | None) -> tuple[Tensor, int]:
+        if box_of is None:  # evaluation: decoded at full size
             image, label = image_of(self.part, index)
             return center_view(image, self.size).permute(1, 2, 0).contiguous(), label
         name, data, label = self.part.read(index)
-        return cut(data, name, self.size, what), label
+        return cut(data, name, self.size, box_of), label
 
 
 class WholeViews(Dataset[tuple[list[Tensor], int]]):
@@ -108,23 +105,23 @@ class WholeViews(Dataset[tuple[list[Tensor], int]]):
     def __getitem__(self, index: int) -> tuple[list[Tensor], int]:
         from torchvision.transforms.v2 import functional as TF
 
-        (image, label), found = image_of(self.part, index), []
+        (image, label), scales = image_of(self.part, index), []
         for side in self.sides:
             resized = TF.resize(middle(image), [side], antialias=True)
             views = TF.five_crop(resized, [self.crop, self.crop]) if self.crop else (resized,)
-            found.append(torch.stack(views).permute(0, 2, 3, 1).contiguous())
-        return found, label
+            scales.append(torch.stack(views).permute(0, 2, 3, 1).contiguous())
+        return scales, label
 
 
-def same_shape(found: list[list[Tensor]], pixels: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Views of one shape together, at most `pixels` of them: (V times N, H, W, 3) and which N images they show.
+def same_shape(images: list[list[Tensor]], pixels: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Group views of one shape, at most `pixels` together: (V times N, H, W, 3) and the indices of the N images.
 
-    `found` holds for each image its (V, H, W, 3) at each scale. Images keep their order.
+    `images` has for each image its views (V, H, W, 3) at each scale. The order of images is kept.
     """
-    for scale in zip(*found, strict=True):
+    for scale in zip(*images, strict=True):
         for shape in dict.fromkeys(views.shape for views in scale):
-            whose = [number for number, views in enumerate(scale) if views.shape == shape]
+            indices = [number for number, views in enumerate(scale) if views.shape == shape]
             at_once = max(1, pixels // (2 * shape[0] * shape[1] * shape[2]))
-            for start in range(0, len(whose), at_once):
-                some = whose[start : start + at_once]
-                yield torch.stack([scale[number] for number in some], 1).flatten(0, 1), torch.tensor(some)
+            for start in range(0, len(indices), at_once):
+                chunk = indices[start : start + at_once]
+                yield torch.stack([scale[number] for number in chunk], 1).flatten(0, 1), torch.tensor(chunk)
