@@ -233,7 +233,7 @@ def test_where_the_best_of_then_is_left_in_no_file_there_is_none(whole, tmp_path
     with contextlib.ExitStack() as held:
         opened(config_of(f"resume={path}"), tmp_path / "new", held)
     assert [path.name for path in (tmp_path / "new/checkpoints").glob("*.pt")] == ["last.pt"]
-    assert "note: the best checkpoint so far, of iteration 4, is left in no file" in capsys.readouterr().out
+    assert "note: the best checkpoint so far, of iteration 4, is in no file" in capsys.readouterr().out
 
 
 def test_the_best_is_not_forgotten_at_a_resume(whole, tmp_path):

@@ -1,1 +1,1 @@
-"""What may be asked for, and whether it can be had; checked before torch is imported."""
+"""Configurations of the commands and their checks, which run before torch is imported."""

@@ -1,4 +1,4 @@
-"""How training images are changed at random: the augment.* keys, which the data sets take as this value."""
+"""Augmentation of training images: the augment.* keys, as a value that the data sets take."""
 
 from __future__ import annotations
 

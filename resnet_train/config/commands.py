@@ -1,4 +1,4 @@
-"""What the other commands may be told: typed dataclasses and their checks; no torch here."""
+"""Configurations of the other commands: typed dataclasses and their checks; no torch here."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from resnet_train.files import expand
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Everything that `resnet-eval` is told: configs/eval.yaml."""
+    """The configuration of `resnet-eval`: configs/eval.yaml."""
 
     data: EvalData
     checkpoint: list[str]
@@ -45,7 +45,7 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Everything that `resnet-report` is told: configs/report.yaml."""
+    """The configuration of `resnet-report`: configs/report.yaml."""
 
     report: Literal["runs", "complexity"]
     runs: list[str]
@@ -55,7 +55,7 @@ class ReportConfig:
 
 @dataclass(frozen=True)
 class ResponsesConfig:
-    """Everything that `resnet-responses` is told: configs/responses.yaml."""
+    """The configuration of `resnet-responses`: configs/responses.yaml."""
 
     checkpoint: list[str]
     data: EvalData
@@ -67,7 +67,7 @@ class ResponsesConfig:
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """What `resnet-bench` is told beside a configuration of training: configs/bench.yaml."""
+    """The configuration of `resnet-bench`, in addition to one of training: configs/bench.yaml."""
 
     bench: Literal["step", "loop", "loader", "eval", "startup", "memory"]
     rounds: Annotated[int, Range(1, 1000)]
@@ -79,7 +79,7 @@ class BenchConfig:
 
 @dataclass(frozen=True)
 class PackConfig:
-    """Everything that `resnet-pack` is told: configs/pack.yaml."""
+    """The configuration of `resnet-pack`: configs/pack.yaml."""
 
     data: PackData
     out: str | None
@@ -92,7 +92,7 @@ class PackConfig:
 
 @dataclass(frozen=True)
 class WeightsConfig:
-    """Everything that `resnet-weights` is told: configs/weights.yaml."""
+    """The configuration of `resnet-weights`: configs/weights.yaml."""
 
     word: Literal["import", "export"]
     file: str
@@ -107,10 +107,10 @@ class WeightsConfig:
     data: Annotated[WeightsData, OnlyFor("import")]
 
 
-# The formats of each word of `resnet-weights`, and the endings of files that tell them.
+# The formats of each subcommand of `resnet-weights`, and the formats of file suffixes.
 FORMATS = {"import": ("auto", "torchvision", "akamaster"), "export": ("auto", "torchvision", "safetensors", "onnx")}
 SUFFIXES = {".pth": "torchvision", ".pt": "torchvision", ".safetensors": "safetensors", ".onnx": "onnx"}
-# What `resnet-bench` has in place of training's own keys.
+# The values of training's keys in `resnet-bench`.
 FIXED_BY_BENCH = {
     "iterations": 10**9,
     "eval_every": 10**9,
@@ -124,7 +124,7 @@ FIXED_BY_BENCH = {
     "freeze": None,
     "scale": 1,
 }
-UNREAD_BY_BENCH = (*FIXED_BY_BENCH, "data.validation")  # of the data set it reads all else
+UNREAD_BY_BENCH = (*FIXED_BY_BENCH, "data.validation")  # it reads all other keys of the data set
 
 
 def check_eval(values: Mapping[str, Any]) -> EvalConfig:
@@ -163,7 +163,7 @@ def check_responses(values: Mapping[str, Any]) -> ResponsesConfig:
 
 
 def check_pack(values: Mapping[str, Any]) -> PackConfig:
-    """The checked configuration of a packing, or of the check of a packed folder. Raises UserError."""
+    """The checked configuration of packing, or of the verification of a pack. Raises UserError."""
     config = from_dict(PackConfig, values)
     check_paths({"data.root": config.data.root, "out": config.out, "check": config.check})
     if config.check is not None:
@@ -186,13 +186,13 @@ def check_pack(values: Mapping[str, Any]) -> PackConfig:
     if out.exists() and not out.is_dir():
         raise UserError(f"out={config.out}: is a file; name a folder")
     if out.resolve().is_relative_to(root.resolve()):
-        raise UserError(f"out={config.out}: lies in the tree itself; use another folder")
+        raise UserError(f"out={config.out}: is inside the tree; use another folder")
     if not writable(out / PACKED):
         raise UserError(f"out={config.out}: is not a folder that you may write to")
     return dataclasses.replace(config, data=anchored(config.data))
 
 
-def check_weights(values: Mapping[str, Any], asked: Collection[str] = ()) -> WeightsConfig:
+def check_weights(values: Mapping[str, Any], requested: Collection[str] = ()) -> WeightsConfig:
     """The checked configuration of an import or export. Raises UserError."""
     word = values["word"]
     if word not in FORMATS:
@@ -210,7 +210,7 @@ def check_weights(values: Mapping[str, Any], asked: Collection[str] = ()) -> Wei
         allowed = ", ".join(FORMATS[word])
         raise UserError(f"format={config.format}: resnet-weights {word} has {allowed}")
     unread = unread_keys(WeightsConfig, word)
-    for key in asked:
+    for key in requested:
         if key.split(".")[0] in unread:
             raise UserError(f"{key}: is not used by resnet-weights {word}; remove it")
     for key, value in (("mean", config.mean), ("std", config.std)):
@@ -225,7 +225,7 @@ def check_weights(values: Mapping[str, Any], asked: Collection[str] = ()) -> Wei
         if config.format == "auto":
             suffix = expand(config.out).suffix
             if suffix not in SUFFIXES:
-                raise UserError(f"out={config.out}: ends in none of {' '.join(SUFFIXES)}; say format=")
+                raise UserError(f"out={config.out}: ends in none of {' '.join(SUFFIXES)}; add format=")
             config = dataclasses.replace(config, format=SUFFIXES[suffix])  # type: ignore[arg-type]
         check_checkpoints([config.file])
     elif expand(config.out).suffix not in (".pt", ".pth"):
@@ -236,8 +236,8 @@ def check_weights(values: Mapping[str, Any], asked: Collection[str] = ()) -> Wei
     return dataclasses.replace(config, data=anchored(config.data))
 
 
-def check_bench(values: Mapping[str, Any], asked: Collection[str] = ()) -> tuple[BenchConfig, Config]:
-    """The checked configuration of a benchmark: its own, and that of the training it measures. Raises UserError."""
+def check_bench(values: Mapping[str, Any], requested: Collection[str] = ()) -> tuple[BenchConfig, Config]:
+    """The checked configurations of a benchmark and of the training that it measures. Raises UserError."""
     own = {field.name for field in dataclasses.fields(BenchConfig)}
     names = typing.get_args(typing.get_type_hints(BenchConfig)["bench"])
     if values["bench"] is None:
@@ -246,12 +246,12 @@ def check_bench(values: Mapping[str, Any], asked: Collection[str] = ()) -> tuple
     check_paths({"out": bench.out})
     check_out(bench.out)
     for key in UNREAD_BY_BENCH:
-        if key in asked:
+        if key in requested:
             raise UserError(f"{key}: is not used by resnet-bench; remove it")
     if values["devices"] != 1:
         raise UserError(f"devices={format_value(values['devices'])}: resnet-bench measures one; remove it")
     training = {key: value for key, value in values.items() if key not in own}
-    config = check_train(training | FIXED_BY_BENCH, asked, needs_data=False)
+    config = check_train(training | FIXED_BY_BENCH, requested, needs_data=False)
     photographs = config.data.family == "imagenet" and bench.bench == "loader"
     if photographs and config.data.root is None:
         raise UserError(

@@ -1,4 +1,4 @@
-"""What a shell offers for a value that is being typed, beyond Hydra's keys and groups; no torch here."""
+"""Shell completion of values, in addition to Hydra's completion of keys and groups; no torch here."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ KINDS: dict[str, tuple[type, ...]] = {
 
 
 def complete(name: str, line: str, short: Mapping[str, str]) -> list[str]:
-    """KEY=VALUE for every word that the key at the end of the command line `line` takes and that begins as typed.
+    """Completions KEY=VALUE of the last word of the command line `line`, which must have a =.
 
-    Nothing for keys whose values are numbers or text, for groups, and where no value is begun.
+    None for groups and for keys whose values are numbers or text.
     """
-    typed, equals, begun = line.split(" ")[-1].partition("=")
+    typed, equals, prefix = line.split(" ")[-1].partition("=")
     key = short.get(f"{typed}=", f"{typed}=").removesuffix("=")
     hints: dict[str, Any] = {}
     for kind in KINDS.get(name, ()):
         hints = types_of(kind) | hints
     if not equals or key not in hints:
         return []
-    return [f"{typed}={word}" for word in words_of(hints[key]) if word.startswith(begun)]
+    return [f"{typed}={word}" for word in words_of(hints[key]) if word.startswith(prefix)]
 
 
 def words_of(hint: Any) -> list[str]:
-    """The words that a value of a type may be, as they are typed: those of Literal, true and false, and null."""
+    """The words that are values of a type: those of Literal, true and false, and null."""
     if hint is bool:
         return ["true", "false"]
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
@@ -51,5 +51,5 @@ def words_of(hint: Any) -> list[str]:
         return [str(word) for word in arguments]
     if origin is typing.Annotated:
         return words_of(arguments[0])
-    found = [word for argument in arguments for word in words_of(argument)] if origin is not list else []
-    return [*found, "null"] if found and type(None) in arguments else found
+    words = [word for argument in arguments for word in words_of(argument)] if origin is not list else []
+    return [*words, "null"] if words and type(None) in arguments else words

@@ -1,4 +1,4 @@
-"""From a command line to the values of its jobs, with Hydra; its complaints in our words."""
+"""From a command line to the values of its jobs, with Hydra, whose errors are reworded."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ CONFIGS: list[type] = [train.Config, detection.DetectConfig, detection.PredictCo
 CONFIGS += [commands.EvalConfig, commands.ReportConfig, commands.ResponsesConfig, commands.BenchConfig]
 CONFIGS += [commands.PackConfig, commands.WeightsConfig, images.ClassifyConfig, images.FeaturesConfig]
 CONFIGS += [localization.LocalizeConfig, localization.LocalizeTestConfig]
-# Keys whose values are text as it is typed, numbers too, and those that take lists of numbers.
+# Keys whose values are always text, even if they look like numbers, and keys that take lists of numbers.
 TEXTS = keys_taking({str, list[str]}, *CONFIGS)
 LISTS = keys_taking({list[int], list[float]}, *CONFIGS)
-# What composing raises for overrides that cannot be taken; OSError: an option as long as no file name may be.
+# Exceptions of composition for invalid overrides; OSError: an option longer than a file name may be.
 UNTAKEN = (HydraException, OmegaConfBaseException, ValueError, AssertionError, AttributeError, OSError, RecursionError)
 
 
 def config_dir(name: str) -> str:
-    """The folder of a command's configurations."""
+    """The folder with a command's configurations."""
     return str(Path(CONFIG_DIR, FOLDERS.get(name, "")))
 
 
@@ -57,9 +57,9 @@ def groups(name: str) -> list[str]:
 
 
 def parse(name: str, words: list[str]) -> argparse.Namespace:
-    """A command line as Hydra takes it apart: its flags, `overrides`, and all else as it was typed in `flags`.
+    """Parse a command line as Hydra does: its flags, `overrides`, and in `flags` all other words.
 
-    Flags may stand anywhere between the overrides. Raises UserError.
+    Flags may be anywhere between the overrides. Raises UserError.
     """
 
     def refuse(message: str) -> NoReturn:
@@ -80,27 +80,27 @@ def parse(name: str, words: list[str]) -> argparse.Namespace:
 
 
 def expand_words(words: list[str], short: Mapping[str, str]) -> list[str]:
-    """The words of a command line without what is `short` for another word, or for nothing, or for another KEY=.
+    """The words of a command line with those in `short` replaced: by another word, by nothing, or KEY= by another KEY=.
 
-    A file stands for itself, and a word without = is short for another only where it comes first.
+    Names of existing files are not replaced, and words without = only if they come first.
     """
-    found, first = [], next((word for word in words if not word.startswith("-")), None)
+    expanded, first = [], next((word for word in words if not word.startswith("-")), None)
     for word in words:
         key, equals, value = word.partition("=")
-        meant = short.get(word, short.get(key + equals, key + equals) + value if equals else word)
+        replacement = short.get(word, short.get(key + equals, key + equals) + value if equals else word)
         if os.path.isfile(word) or not (equals or word.startswith("-") or word is first):
-            meant = word
-        if meant or word not in short:
-            found.append(meant)
-    return found
+            replacement = word
+        if replacement or word not in short:
+            expanded.append(replacement)
+    return expanded
 
 
 def name_words(keys: tuple[str, ...], overrides: list[str]) -> tuple[list[str], list[str]]:
-    """The overrides, with those of the keys for which words without = stand: files and folders, with any name.
+    """Turn words without =, such as files and folders, into overrides of `keys`; return all overrides.
 
-    Words that stand for images come by themselves: they may be thousands, and Hydra is slow. Raises UserError.
+    Images are returned separately: there may be thousands, for which Hydra is too slow. Raises UserError.
     """
-    if keys == ("bench",):  # the first word says what to measure
+    if keys == ("bench",):  # the first word is what to measure
         first = [f"bench={word}" for word in overrides[:1] if "=" not in word]
         return first + overrides[len(first) :], []
     is_there = os.path.exists if keys == ("runs",) else os.path.isfile
@@ -116,12 +116,12 @@ def name_words(keys: tuple[str, ...], overrides: list[str]) -> tuple[list[str], 
         return [*pairs, *(f"{key}={quoted(word)}" for key, word in zip(keys, words, strict=False))], []
     if any(item.startswith(f"{keys[0]}=") for item in pairs):
         raise UserError(f"{words[0]}: and {keys[0]}= are two ways to say the same; use one of them")
-    named = ",".join(map(quoted, words))
-    return [*pairs, f"{keys[0]}={named if len(words) == 1 else f'[{named}]'}"], []
+    value = ",".join(map(quoted, words))
+    return [*pairs, f"{keys[0]}={value if len(words) == 1 else f'[{value}]'}"], []
 
 
 def check_hydras(words: list[str], multirun: bool) -> None:
-    """Refuse what would go round this command's own checks. Raises UserError."""
+    """Raises UserError for overrides of Hydra that would bypass this command's own checks."""
     for item in words:
         key = item.lstrip("+~").partition("=")[0]
         if key == "hydra.searchpath":
@@ -131,41 +131,41 @@ def check_hydras(words: list[str], multirun: bool) -> None:
 
 
 def plain(composed: DictConfig) -> Any:
-    """The resolved values of one job, as its check takes them."""
+    """The resolved values of one job, as plain containers."""
     return OmegaConf.to_container(composed, resolve=True)
 
 
 def quoted(text: str) -> str:
-    """`text` as Hydra reads it back, whatever it holds."""
-    return '"' + re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + ('\\"' if found[2] else ""), text) + '"'
+    """`text` in quotes, with escapes, so that Hydra reads it back unchanged."""
+    return '"' + re.sub(r'(\\*)("|$)', lambda match: match[1] * 2 + ('\\"' if match[2] else ""), text) + '"'
 
 
 def as_text(item: str, sweep: bool) -> str:
-    """An override, with quotes around what Hydra's grammar has no name for: paths with ~, spaces, = or letters as ö.
+    """An override, with quotes around values that Hydra's grammar does not accept: with ~, spaces, = or letters like ö.
 
-    So are numbers where text is asked for, which a folder 2026_11 would be. In a sweep commas are between values.
+    Also around numbers for a key that takes text, such as a folder 2026_11. In a sweep, commas separate values.
     """
     key, equals, value = item.partition("=")
     if not equals or not KEY.fullmatch(key) or key.lstrip("+~").partition(".")[0] == "hydra":
         return item
-    inside = value[1:-1] if value[:1] + value[-1:] == "[]" else value  # a list
-    if inside != value and _lists_texts(key, value):
+    content = value[1:-1] if value[:1] + value[-1:] == "[]" else value  # a list
+    if content != value and _lists_texts(key, value):
         return item
-    split = (sweep or inside != value) and not set("[]{}()") & set(inside)
-    pieces = PIECE.findall(inside) if split else [inside]
-    if ",".join(pieces) != inside:
-        pieces = [inside]
+    split = (sweep or content != value) and not set("[]{}()") & set(content)
+    pieces = PIECE.findall(content) if split else [content]
+    if ",".join(pieces) != content:
+        pieces = [content]
     if _readable(key, value, sweep) and all(_readable(key, piece, sweep) for piece in pieces):
         return item
     pieces = [piece if _readable(key, piece, sweep) else quoted(piece) for piece in pieces]
-    if inside != value and len(pieces) == 1 and not split:  # a list of lists
+    if content != value and len(pieces) == 1 and not split:  # a list of lists
         return f"{key}={quoted(value)}"
     joined = ",".join(pieces)
-    return f"{key}=[{joined}]" if inside != value else f"{key}={joined}"
+    return f"{key}=[{joined}]" if content != value else f"{key}={joined}"
 
 
 def as_typed(item: str) -> str:
-    """An override without the quotes that `as_text` has put around its value."""
+    """An override without the quotes that `as_text` has added to its value."""
     key, _, value = item.partition("=")
     text = re.sub(r'\\(["\\])', r"\1", value[1:-1])
     return f"{key}={text}" if value == quoted(text) else item
@@ -174,14 +174,14 @@ def as_typed(item: str) -> str:
 def _lists_texts(key: str, value: str) -> bool:
     """Whether Hydra reads KEY=`value` as a list of texts, such as names in quotes of their own."""
     try:
-        found = OverridesParser.create().parse_override(f"{key}={value}").value()
+        parsed = OverridesParser.create().parse_override(f"{key}={value}").value()
     except (HydraException, ValueError, RecursionError):
         return False
-    return isinstance(found, list) and all(isinstance(item, str) for item in found)
+    return isinstance(parsed, list) and all(isinstance(item, str) for item in parsed)
 
 
 def _readable(key: str, value: str, sweep: bool) -> bool:
-    """Whether Hydra reads KEY=`value`, and as what was meant."""
+    """Whether Hydra can parse KEY=`value`, with the type that is meant."""
     try:
         override = OverridesParser.create().parse_override(f"{key}={value}")
     except (HydraException, ValueError, RecursionError):
@@ -190,12 +190,12 @@ def _readable(key: str, value: str, sweep: bool) -> bool:
         return True
     if override.is_sweep_override():
         return sweep
-    found = override.value()
-    return isinstance(found, bool) or not isinstance(found, (int, float))
+    parsed = override.value()
+    return isinstance(parsed, bool) or not isinstance(parsed, (int, float))
 
 
 def jobs_of(name: str, overrides: list[str], sweep: bool) -> list[list[str]]:
-    """The overrides of each job: the sweep written out, or the command line as it is."""
+    """The overrides of each job: those of all combinations in a sweep, else the command line's. Raises UserError."""
     parsed = []
     for item in overrides:
         try:
@@ -223,31 +223,31 @@ def jobs_of(name: str, overrides: list[str], sweep: bool) -> list[list[str]]:
 
 
 def with_jobs(overrides: list[str], sweep: bool) -> list[str]:
-    """The overrides, and in a sweep of an experiment that names no job, all its jobs.
+    """The overrides; in a sweep of an experiment without job=, all its jobs are added.
 
     Raises UserError for a job that the experiment does not have.
     """
-    named = next((item for item in overrides if item.startswith("experiment=")), "")
-    if "," in named:
-        raise UserError(f"{named}: takes one experiment at a time")
-    path = Path(CONFIG_DIR, "experiment", named.removeprefix("experiment=") + ".yaml")
-    if not named or not path.is_file():  # a wrong name is told of with those of all groups
+    experiment = next((item for item in overrides if item.startswith("experiment=")), "")
+    if "," in experiment:
+        raise UserError(f"{experiment}: takes one experiment at a time")
+    path = Path(CONFIG_DIR, "experiment", experiment.removeprefix("experiment=") + ".yaml")
+    if not experiment or not path.is_file():  # a wrong name is reported with those of all groups
         return overrides
     jobs = [str(job) for job in OmegaConf.load(path).jobs]
-    asked = [item for item in overrides if item.startswith("job=")]
-    for job in asked[-1].removeprefix("job=").split(",") if asked else []:
+    requested = [item for item in overrides if item.startswith("job=")]
+    for job in requested[-1].removeprefix("job=").split(",") if requested else []:
         if job not in jobs:
-            raise UserError(f"job={job}: {named} has {', '.join(jobs)}{nearest(job, jobs)}")
-    if asked:
+            raise UserError(f"job={job}: {experiment} has {', '.join(jobs)}{nearest(job, jobs)}")
+    if requested:
         return overrides
     if not sweep:
-        raise UserError(f"{named}: has {len(jobs)} jobs; add -m for all, or name one, as in job={jobs[0]}")
-    place = overrides.index(named) + 1
-    return [*overrides[:place], "job=" + ",".join(jobs), *overrides[place:]]
+        raise UserError(f"{experiment}: has {len(jobs)} jobs; add -m for all, or name one, as in job={jobs[0]}")
+    position = overrides.index(experiment) + 1
+    return [*overrides[:position], "job=" + ",".join(jobs), *overrides[position:]]
 
 
 def _unreadable(name: str, item: str) -> str:
-    """What is to be typed in place of a word that Hydra does not take for an override."""
+    """The error for a word that Hydra cannot parse as an override, with advice on what to type."""
     key, equals, _ = item.partition("=")
     if equals and KEY.fullmatch(key):
         return f"{item}: the value cannot be read, which is too long, or nested too deeply"
@@ -255,8 +255,8 @@ def _unreadable(name: str, item: str) -> str:
         return f"{item!r}: is not key=value"
     if item in known_keys(name):
         return f"{item!r}: is not key=value; add a value, as in {item}=VALUE"
-    of = [group for group in groups(name) if item in options(name, group)]
-    advice = f"; did you mean {of[0]}={item}?" if of else ", as depth=20 is; --help shows what there is"
+    matching = [group for group in groups(name) if item in options(name, group)]
+    advice = f"; did you mean {matching[0]}={item}?" if matching else ", as depth=20 is; --help shows what there is"
     return f"{item!r}: is not key=value{advice}"
 
 
@@ -267,9 +267,9 @@ def known_keys(name: str) -> list[str]:
 
 
 def _words(name: str, keys: Iterable[str]) -> list[str]:
-    """What a command line may name: all of `keys` but Hydra's and what a benchmark has in their place, and groups."""
-    taken = commands.UNREAD_BY_BENCH if name == "bench" else []
-    return [key for key in keys if not key.startswith("hydra.") and key not in taken] + groups(name)
+    """The names allowed on a command line: groups, and `keys` except Hydra's and those fixed by a benchmark."""
+    excluded = commands.UNREAD_BY_BENCH if name == "bench" else []
+    return [key for key in keys if not key.startswith("hydra.") and key not in excluded] + groups(name)
 
 
 def options(name: str, group: str) -> list[str]:
@@ -278,36 +278,36 @@ def options(name: str, group: str) -> list[str]:
 
 
 def explain(text: str, name: str, overrides: list[str]) -> str:
-    """The `text` of --help, with the comment that each key has in its YAML file above it."""
+    """The `text` of --help, with the comment of each key in its YAML file added above it."""
     with hydra.initialize_config_dir(config_dir(name), version_base="1.3"):
-        said = comments(name, overrides)
+        texts = comments(name, overrides)
     before, title, values = text.partition("== Values (key=value) ==\n")
     lines: list[str] = []
     for key, line in _keyed(values.splitlines()):
         indent = len(line) - len(line.lstrip())
         lines += textwrap.wrap(
-            said.get(key, ""), 80, initial_indent=indent * " " + "# ", subsequent_indent=indent * " " + "# "
+            texts.get(key, ""), 80, initial_indent=indent * " " + "# ", subsequent_indent=indent * " " + "# "
         )
         lines.append(line)
     return before + title + "\n".join(lines).rstrip() + "\n"
 
 
 def comments(name: str, overrides: list[str]) -> dict[str, str]:
-    """What the YAML files of a command, with the groups that are chosen, say of each key. Hydra is initialised."""
-    chosen = hydra.compose(name, overrides, return_hydra_config=True).hydra.runtime.choices
-    found = _comments(Path(config_dir(name), f"{name}.yaml"), "")
+    """The comment of each key in the YAML files of a command and its chosen groups. Hydra must be initialised."""
+    choices = hydra.compose(name, overrides, return_hydra_config=True).hydra.runtime.choices
+    texts = _comments(Path(config_dir(name), f"{name}.yaml"), "")
     for group in groups(name):
-        path = Path(config_dir(name), group, f"{chosen.get(group)}.yaml")
-        found |= _comments(path, group) if path.is_file() else {}
-    return found
+        path = Path(config_dir(name), group, f"{choices.get(group)}.yaml")
+        texts |= _comments(path, group) if path.is_file() else {}
+    return texts
 
 
 def _comments(path: Path, group: str) -> dict[str, str]:
-    """What the YAML file of a `group` says of each of its keys, by their dotted names: above them and beside."""
+    """The comments of the keys in the YAML file of a `group`, above and beside them, by dotted names."""
     text = path.read_text()
     prefix = "" if text.startswith("# @package _global_") or not group else f"{group}."
     _, _, body = text.partition("\n\n") if not group else ("", "", re.sub(r"\A(#.*\n)+", "", text))
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     above: list[str] = []
     for key, line in _keyed(body.partition("\nhydra:")[0].splitlines()):
         if line.lstrip().startswith("#"):
@@ -315,24 +315,24 @@ def _comments(path: Path, group: str) -> dict[str, str]:
             continue
         beside = line.partition(" # ")[2]
         if key and (above or beside):
-            found[prefix + key] = " ".join([*above, beside]).strip()
+            texts[prefix + key] = " ".join([*above, beside]).strip()
         above = []
-    return found
+    return texts
 
 
 def _keyed(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Lines of YAML, each with the dotted name of the key that it begins with, or an empty one."""
+    """Lines of YAML, each with the dotted name of the key at its beginning, or an empty string."""
     outer: list[tuple[int, str]] = []
     for line in lines:
-        found = re.match(r"( *)(\w+):", line)
-        if found:
-            outer = [(indent, key) for indent, key in outer if indent < len(found[1])]
-            outer.append((len(found[1]), found[2]))
-        yield ".".join(key for _, key in outer) if found else "", line
+        match = re.match(r"( *)(\w+):", line)
+        if match:
+            outer = [(indent, key) for indent, key in outer if indent < len(match[1])]
+            outer.append((len(match[1]), match[2]))
+        yield ".".join(key for _, key in outer) if match else "", line
 
 
 def no_flag(name: str, flag: str, words: list[str]) -> str:
-    """What is to be typed in place of a `flag` that there is not, with the `words` that came after it."""
+    """The error for an unknown `flag`, with advice on what to type; `words` came after the flag."""
     key, equals, value = flag.lstrip("-").partition("=")
     value = value if equals else next((word for word in words[:1] if "=" not in word and word[0] != "-"), "VALUE")
     key = closest(key_for(key.replace("-", "_"), *CONFIGS), known_keys(name)) or ""
@@ -341,9 +341,9 @@ def no_flag(name: str, flag: str, words: list[str]) -> str:
 
 
 def compose(name: str, overrides: list[str], package: str | None = None) -> dict[str, Any]:
-    """Plain, resolved values of one job. Raises UserError naming the override that is at fault.
+    """Compose the plain, resolved values of one job. Raises UserError that names the wrong override.
 
-    `package` is a part of the configuration to be shown, which must exist.
+    `package` is the part of the configuration to be shown, which must exist.
     """
     with hydra.initialize_config_dir(config_dir(name), version_base="1.3"):
         chosen = _check_options(name, overrides)
@@ -354,21 +354,21 @@ def compose(name: str, overrides: list[str], package: str | None = None) -> dict
         except UNTAKEN as error:
             raise UserError(_diagnosis(name, overrides, chosen, error)) from error
         if package is not None:
-            found = {key for key, value in _keys(name, overrides).items() if value is not None}
-            if package not in found and not any(key.startswith(package + ".") for key in found):
-                raise UserError(f"--package {package}: is no part of the configuration")
+            keys = {key for key, value in _keys(name, overrides).items() if value is not None}
+            if package not in keys and not any(key.startswith(package + ".") for key in keys):
+                raise UserError(f"--package {package}: is not part of the configuration")
     assert isinstance(values, dict)
     return values  # type: ignore[return-value]
 
 
 def _keys(name: str, overrides: list[str]) -> dict[str, Any]:
-    """All values, Hydra's own as well, by their dotted keys."""
+    """All values by dotted keys, including Hydra's own."""
     composed = hydra.compose(name, overrides, return_hydra_config=True)
     return flat(OmegaConf.to_container(composed, resolve=False))  # type: ignore[arg-type]
 
 
 def _check_options(name: str, overrides: list[str]) -> list[str]:
-    """The overrides that choose an option of a group, once each is seen to exist. Raises UserError."""
+    """The overrides that choose an option of a group. Raises UserError for an option that does not exist."""
     chosen = []
     for item in overrides if name in GROUPED else []:
         parsed = OverridesParser.create().parse_override(item)
@@ -385,7 +385,7 @@ def _check_options(name: str, overrides: list[str]) -> list[str]:
 
 
 def _check_there(name: str, overrides: list[str], chosen: list[str]) -> None:
-    """Refuse to add what is there, and to take away what must be. Raises UserError."""
+    """Raises UserError for an override that adds an existing key (+) or removes one (~)."""
     for item in overrides:
         parsed = OverridesParser.create().parse_override(item)
         key = parsed.key_or_group
@@ -397,13 +397,13 @@ def _check_there(name: str, overrides: list[str], chosen: list[str]) -> None:
 
 
 def _diagnosis(name: str, overrides: list[str], chosen: list[str], error: Exception) -> str:
-    """Why composition failed, in our words: an unknown key, one that is missing, or a value that is none."""
+    """Why composition failed: an unknown key, a missing key, or an invalid value."""
     keys = _keys(name, chosen)
     words = _words(name, keys)
-    named: dict[str, str] = {
+    typed: dict[str, str] = {
         OverridesParser.create().parse_override(item).key_or_group: as_typed(item) for item in overrides
     }
-    for key, item in named.items():
+    for key, item in typed.items():
         if name == "bench" and key in commands.UNREAD_BY_BENCH:
             return f"{item}: is not used by resnet-bench; remove it"
         known = key in keys or key in words or any(known.startswith(key + ".") for known in keys)
@@ -411,36 +411,36 @@ def _diagnosis(name: str, overrides: list[str], chosen: list[str], error: Except
             near = nearest(key_for(key, *CONFIGS), words) or _members(key, words)
             return f"{item}: {_other_option(name, key, keys) or f'there is no key {key}{near}'}"
     missing = next((key for key in words if keys.get(key) == "???"), None)
-    if missing and missing not in named:
+    if missing and missing not in typed:
         return f"{missing}: is needed; add {missing}=…"
     for reason in (error, error.__cause__):  # Hydra says which override, OmegaConf why
-        place = getattr(reason, "full_key", None)
-        which = named.get(str(place)) or place or next((item for item in overrides if item in str(reason)), None)
-        if which and "$" in which:
-            return f"{which}: ${{…}} gives nothing here; it can name another key, as ${{seed}}, or ${{oc.env:HOME}}"
-        if which:
-            return f"{which}: cannot be taken ({str(reason).splitlines()[0]})"
+        full_key = getattr(reason, "full_key", None)
+        override = typed.get(str(full_key)) or full_key or next((o for o in overrides if o in str(reason)), None)
+        if override and "$" in override:
+            return f"{override}: ${{…}} gives nothing here; it can name another key, as ${{seed}}, or ${{oc.env:HOME}}"
+        if override:
+            return f"{override}: cannot be taken ({str(reason).splitlines()[0]})"
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _members(key: str, words: Iterable[str]) -> str:
-    """`; schedule has lr, factor` for a key schedule.KEY that there is not; nothing where there is no such group."""
+    """`; schedule has lr, factor` for an unknown key schedule.KEY; empty if there is no such group."""
     group = key.rpartition(".")[0]
     names = [word[len(group) + 1 :] for word in words if group and word.startswith(f"{group}.")]
     return f"; {group} has {', '.join(names)}" if names else ""
 
 
 def _other_option(name: str, key: str, keys: Mapping[str, Any]) -> str | None:
-    """What is said of a key that other options of its group have, as drops of schedule=step, and the chosen has not."""
+    """The error for a key that the chosen option does not have but others of its group do; None if none do."""
     group, _, rest = key.partition(".")
     if group not in groups(name) or f"{group}.name" not in keys:
         return None
     files = {option: OmegaConf.load(Path(config_dir(name), group, f"{option}.yaml")) for option in options(name, group)}
-    having = [f"{group}={option}" for option, values in files.items() if OmegaConf.select(values, rest) is not None]
-    return f"{group}={keys[f'{group}.name']} has no {rest}; there is one with {' or '.join(having)}" if having else None
+    others = [f"{group}={option}" for option, values in files.items() if OmegaConf.select(values, rest) is not None]
+    return f"{group}={keys[f'{group}.name']} has no {rest}; there is one with {' or '.join(others)}" if others else None
 
 
 def keys_asked(overrides: list[str]) -> list[str]:
-    """The keys that the command line names."""
+    """The keys that are given on the command line."""
     keys = [item.lstrip("+~").split("=")[0] for item in overrides]
     return [key for key in keys if not key.startswith("hydra")]

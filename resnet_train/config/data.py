@@ -1,4 +1,4 @@
-"""What data.* may be for each command, and what a look at the folder shows to be wrong with it; no torch here."""
+"""The data.* keys of each command, and checks that need only look at folders; no torch here."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class EvalData:
 
 @dataclass(frozen=True)
 class FeaturesData:
-    """The data to take features of, as in `EvalData`; none where images are named."""
+    """The data to take features of, as in `EvalData`; none if images are named."""
 
     name: Literal["none", "same", "cifar10", "cifar100", "digits", "imagefolder", "imagenet"]
     root: str | None
@@ -63,13 +63,13 @@ def _is_official(data: Data) -> bool:
 
 
 def check_family(data: Data) -> None:
-    """Refuse a family that the data set cannot have. Raises UserError."""
+    """Raises UserError for a family that the data set cannot have."""
     if data.family == "imagenet" and (_is_official(data) or data.name == "digits"):
         raise UserError(f"data.family=imagenet: is for folders of photographs, not for data={data.name}")
 
 
 def training_images(data: Data) -> int | None:
-    """The images of a training set in memory; None where they are counted only when they are listed, or not there."""
+    """The number of training images of a data set in memory; None if it is not known before the data are opened."""
     if _is_official(data) or data.name == "digits":
         return 50_000 if _is_official(data) else 1_437
     root = expand(data.root or "")
@@ -80,14 +80,14 @@ def training_images(data: Data) -> int | None:
 
 
 def check_held_out(data: Data) -> None:
-    """Refuse a held-out part that the data set cannot have. Raises UserError."""
+    """Raises UserError if more images are held out than the training set has."""
     images = training_images(data) if data.validation else None
     if images is not None and data.validation >= images:
         raise UserError(f"data.validation={data.validation}: the training set has {images} images; hold out fewer")
 
 
 def check_other_data(data: EvalData) -> None:
-    """Refuse other data than the checkpoint's own that a look at the folder shows to be wrong. Raises UserError."""
+    """Raises UserError for data, other than the checkpoint's own, that are missing or in the wrong layout."""
     if data.name != "same":
         check_source(data.name, data.root)
     elif data.root is not None and not expand(data.root).exists():

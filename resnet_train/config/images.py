@@ -1,4 +1,4 @@
-"""What the commands that look at single images may be told: typed dataclasses and their checks; no torch here."""
+"""Configurations of the commands for single images: typed dataclasses and their checks; no torch here."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from resnet_train.files import expand
 
 @dataclass(frozen=True)
 class ClassifyConfig:
-    """Everything that `resnet-classify` is told beside the images: configs/classify.yaml."""
+    """The configuration of `resnet-classify` except the images: configs/classify.yaml."""
 
     checkpoint: str
     device: keys.Device
@@ -25,7 +25,7 @@ class ClassifyConfig:
 
 @dataclass(frozen=True)
 class FeaturesConfig:
-    """Everything that `resnet-features` is told beside the images: configs/features.yaml."""
+    """The configuration of `resnet-features` except the images: configs/features.yaml."""
 
     checkpoint: str
     layer: str
@@ -36,7 +36,7 @@ class FeaturesConfig:
 
 
 def check_classify(values: Mapping[str, Any], images: Collection[str]) -> ClassifyConfig:
-    """The checked configuration of a classification of `images`. Raises UserError."""
+    """The checked configuration of the classification of `images`. Raises UserError."""
     config = from_dict(ClassifyConfig, values)
     check_paths({"out": config.out})
     check_checkpoints([config.checkpoint])
@@ -57,9 +57,9 @@ def _check_images(images: Collection[str]) -> None:
 
 
 def check_features(
-    values: Mapping[str, Any], images: Collection[str], asked: Collection[str] = ()
+    values: Mapping[str, Any], images: Collection[str], requested: Collection[str] = ()
 ) -> tuple[FeaturesConfig, EvalData | None]:
-    """The checked configuration of features of `images`, or of the data that it gives as well. Raises UserError."""
+    """The checked configuration of `resnet-features` and, if no `images` are named, its data. Raises UserError."""
     if values["out"] is None:
         raise UserError("out: is needed; add out=…")
     config = from_dict(FeaturesConfig, values)
@@ -71,7 +71,7 @@ def check_features(
     if expand(config.out).exists():
         raise UserError(f"out={config.out}: is there already; remove it, or use another name")
     if images:
-        for key in asked:
+        for key in requested:
             if key == "split" or key.startswith("data"):
                 raise UserError(f"{key.removesuffix('.name')}: is not used with images; remove it, or the images")
         _check_images(images)

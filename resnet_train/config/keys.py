@@ -1,6 +1,6 @@
-"""What is known of a key, as marks at its field: Annotated[int, Range(1, 100), Free()].
+"""Marks for the fields of configurations, as in Annotated[int, Range(1, 100), Free()].
 
-And the types, with their marks, of keys that several commands have.
+Also the marked types of keys that several commands have.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 @dataclass(frozen=True)
 class Range:
-    """What a number, or each of a list, may be: from `low` to `high`, themselves left out where `above` and `below`."""
+    """The range of a number, or of each in a list: `low` (excluded if `above`) to `high` (excluded if `below`)."""
 
     low: float | None = None
     high: float | None = None
@@ -21,38 +21,38 @@ class Range:
 
 @dataclass(frozen=True)
 class Free:
-    """May differ between a run and its continuation, as it does not enter the mathematics.
+    """May change when a run is resumed, since it does not affect the mathematics.
 
-    But for batch norm's statistics where bn_images=device leaves them to the devices; then a note is printed.
+    The exception are batch norm's statistics with bn_images=device; then a note is printed.
     """
 
 
 @dataclass(frozen=True)
 class Unnamed:
-    """Changes nothing that is learned: it stays out of the name of a run's folder, as a Free key does."""
+    """Does not affect what is learned: like a Free key it is not part of the name of a run's folder."""
 
 
 @dataclass(frozen=True)
 class StoredAs:
-    """Has no say in what a run computes, nor in how it is dealt to devices: checkpoints hold `value` in its place."""
+    """Affects neither the results of a run nor its division among devices: checkpoints have `value` in its place."""
 
     value: Any
 
 
 @dataclass(frozen=True)
 class Counted:
-    """Counts iterations: scale= multiplies it."""
+    """A number of iterations, multiplied by scale=."""
 
 
 class OnlyFor:
-    """Read for these families, kinds or commands only, and refused when asked for elsewhere."""
+    """Used by these families, kinds or commands only; refused for others if given on the command line."""
 
     def __init__(self, *readers: str) -> None:
         self.readers = frozenset(readers)
 
 
 class Alias:
-    """What other programs call the key."""
+    """Names of the key in other programs."""
 
     def __init__(self, *names: str) -> None:
         self.names = names
@@ -75,7 +75,7 @@ Timeout = Annotated[int, Range(1, 10**6), Free(), StoredAs(600)]
 MaxRestarts = Annotated[int, Range(0, 1000), Free(), StoredAs(0)]
 
 # A run.
-Depth = Annotated[int, Range(high=100_000)]  # check_depth says which there are
+Depth = Annotated[int, Range(high=100_000)]  # further checked by check_depth
 Seed = Annotated[int, Range(0, 2**63 - 1)]
 RunDir = Annotated[str | None, Free(), StoredAs(None)]
 InitFrom = Annotated[str | None, Alias("pretrained", "weights")]

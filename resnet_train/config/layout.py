@@ -1,4 +1,4 @@
-"""What `data.root` holds, as far as listings of folders tell; no torch here, so that errors come at once."""
+"""The layout of folders that `data.root` may name; no torch here, so that errors come at once."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from resnet_train.files import expand
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 LISTS = "ImageSets/Main"  # of VOC
 DET_LISTS = "ImageSets/DET"  # of ILSVRC's detection
-BOXES = "Annotations/CLS-LOC"  # of ILSVRC's localization, beside the images or beside Data/CLS-LOC, which holds them
+BOXES = "Annotations/CLS-LOC"  # of ILSVRC's localization, whose images are in the root or in Data/CLS-LOC
 CIFAR_FOLDER = "cifar-10-batches-py"
-# Of each data set that is distributed as an archive the folder that it unpacks to, and a file in it.
+# For data sets distributed as archives: the folder that the archive unpacks to, and a file in it.
 OFFICIAL = {"cifar10": (CIFAR_FOLDER, "data_batch_1"), "cifar100": ("cifar-100-python", "train")}
-PACKED = "pack.json"  # in a folder that resnet-pack has written, once it is whole
-PACKING = "packing"  # in one where it is not: what is done so far
-REMOTE = ("s3://", "gs://", "azure://", "r2://", "local:")  # where litdata reads from
+PACKED = "pack.json"  # the file that marks a complete pack
+PACKING = "packing"  # the folder for the state of an incomplete pack
+REMOTE = ("s3://", "gs://", "azure://", "r2://", "local:")  # prefixes that litdata can read
 
 
 def is_official(name: str, root: Path) -> bool:
@@ -30,9 +30,9 @@ def is_official(name: str, root: Path) -> bool:
 
 
 def name_data(name: str, root: str | None) -> str:
-    """What data are called before their images are read: CIFAR's official containers by its name, folders by theirs.
+    """The label of data before their images are read: the data set's name for official files, else the folder's name.
 
-    A folder's name says nothing of what it holds: one that is called cifar10 or digits becomes cifar10-folder.
+    A folder may have any content, so one that is called cifar10 or digits becomes cifar10-folder.
     """
     if root is None or is_official(name, expand(root)):
         return name
@@ -40,72 +40,72 @@ def name_data(name: str, root: str | None) -> str:
     return f"{folder}-folder" if folder in (*OFFICIAL, "digits") else folder
 
 
-def check_source(name: str, given: str | None) -> None:
-    """Refuse a data.root that a directory listing shows to be wrong for the data set. Raises UserError."""
-    if given is None:
+def check_source(name: str, root: str | None) -> None:
+    """Raises UserError for a data.root that does not have the layout of the data set."""
+    if root is None:
         if name in (*OFFICIAL, "digits"):
             return
         raise UserError(f"data.root: data={name} needs one: data.root=PATH, a folder with train/ and test/ or val/")
-    root = expand(given)
+    path = expand(root)
     if name == "digits":
-        raise UserError(f"data.root={given}: data=digits comes with scikit-learn and takes none; remove it")
-    if "://" in given or is_remote(given):
-        if name != "imagenet" or not is_remote(given):
-            raise UserError(f"data.root={given}: data=imagenet reads packed folders from {' '.join(REMOTE)}")
+        raise UserError(f"data.root={root}: data=digits comes with scikit-learn and takes none; remove it")
+    if "://" in root or is_remote(root):
+        if name != "imagenet" or not is_remote(root):
+            raise UserError(f"data.root={root}: data=imagenet reads packed folders from {' '.join(REMOTE)}")
         return
-    if not root.exists():
-        raise UserError(f"data.root={given}: there is no such file or folder")
-    if is_official(name, root):
+    if not path.exists():
+        raise UserError(f"data.root={root}: there is no such file or folder")
+    if is_official(name, path):
         return
     if name == "cifar100":
-        raise UserError(f"data.root={given}: is not CIFAR-100's archive or its folder; others are data=imagefolder")
-    if not root.is_dir():
-        raise UserError(f"data.root={given}: is a file; data={name} takes a folder with train/ and test/ or val/")
-    if name == "imagenet" and is_packed(given):
+        raise UserError(f"data.root={root}: is not CIFAR-100's archive or its folder; others are data=imagefolder")
+    if not path.is_dir():
+        raise UserError(f"data.root={root}: is a file; data={name} takes a folder with train/ and test/ or val/")
+    if name == "imagenet" and is_packed(root):
         return
-    if not class_folders(root)[1] and name == "cifar10":
-        raise UserError(f"data.root={given}: has no train/ and test/ folders; data=imagefolder divides it by itself")
+    if not class_folders(path)[1] and name == "cifar10":
+        raise UserError(f"data.root={root}: has no train/ and test/ folders; data=imagefolder divides it by itself")
 
 
 def is_remote(root: str) -> bool:
-    """Whether `root` is a place on object storage, where packed folders may lie."""
+    """Whether `root` is in object storage, where only packs are read."""
     return root.startswith(REMOTE)
 
 
 def is_packed(root: str) -> bool:
-    """Whether `root` is a packed folder, or may be one that is elsewhere."""
+    """Whether `root` is a packed folder, or is remote and thus may be one."""
     return is_remote(root) or (expand(root) / PACKED).is_file()
 
 
 def count_images(folder: Path) -> int:
-    """The image files below folder/<class>/."""
+    """The number of image files below folder/<class>/."""
     return sum(len(images_in(folder / name)[0]) for name in folders_in(folder))
 
 
 def folders_in(folder: Path) -> list[str]:
-    """The names of the folders in one, in order; hidden ones, such as .ipynb_checkpoints, are none."""
+    """The sorted names of the folders in a folder, without hidden ones such as .ipynb_checkpoints."""
     with os.scandir(folder) as entries:
         return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
 
 
 def images_in(folder: str | Path) -> tuple[list[os.DirEntry[str]], Counter[str]]:
-    """The image files of a class in the order of their names, and what else lies there, counted by kind."""
-    found, other = [], Counter[str]()
+    """The image files of a class, sorted by name, and the number of other files by kind."""
+    images, other = [], Counter[str]()
     with os.scandir(folder) as entries:
         for entry in entries:
             if is_image(entry.name):
-                found.append(entry)
+                images.append(entry)
             elif entry.name.startswith("."):
                 pass
             elif entry.is_dir():
                 other["in subfolders"] += sum(is_image(name) for _, _, names in os.walk(entry) for name in names)
             else:
                 other[ascii(os.path.splitext(entry.name)[1].lower())[1:-1] or "without a suffix"] += 1
-    return sorted(found, key=lambda entry: entry.name), other
+    return sorted(images, key=lambda entry: entry.name), other
 
 
 def left_out(name: str, root: str | None) -> Counter[str]:
-    """What `images_in` counts beside the images in all classes of the tree of a data set; nothing where it is none."""
+    """The number of files by kind that are not used, in all classes of a tree; empty for other data."""
     if name == "digits" or root is None or is_official(name, folder := expand(root)):
         return Counter()
     classes, test = class_folders(folder)
@@ -113,27 +113,27 @@ def left_out(name: str, root: str | None) -> Counter[str]:
     return sum((images_in(folder / part / name)[1] for part in parts for name in classes), Counter[str]())
 
 
-def describe_left_out(found: Mapping[str, int]) -> str:
-    """A line about the files that `images_in` has counted beside the images; empty where there are none."""
-    kinds = (+Counter(found)).most_common()
-    shown = [f"{count} {kind}" for kind, count in kinds[:5]]
+def describe_left_out(counts: Mapping[str, int]) -> str:
+    """A line about the files that are not used, from their `counts` by kind; empty if there are none."""
+    kinds = (+Counter(counts)).most_common()
+    parts = [f"{count} {kind}" for kind, count in kinds[:5]]
     if rest := sum(count for _, count in kinds[5:]):
-        shown.append(f"{rest} of other kinds")
-    line = f"left out of the class folders: {', '.join(shown)}; images end in {' '.join(IMAGE_SUFFIXES)}"
-    return line if shown else ""
+        parts.append(f"{rest} of other kinds")
+    line = f"left out of the class folders: {', '.join(parts)}; images end in {' '.join(IMAGE_SUFFIXES)}"
+    return line if parts else ""
 
 
 def class_folders(root: Path) -> tuple[list[str], str]:
     """The class names of a train/<class>/*, test/<class>/* tree and the name of its test part (test or val).
 
-    Of an undivided tree, <class>/*, the name is empty; `part_for_test` divides it. Raises UserError where the two parts
+    For an undivided tree, <class>/*, the name is empty; `part_for_test` divides it. Raises UserError if the two parts
     do not have the same classes or a class has no images.
     """
     try:
         if (root / PACKED).is_file():
             raise UserError(f"data.root={root}: is a packed folder, which data=imagenet reads")
         if (root / PACKING).is_dir():
-            raise UserError(f"data.root={root}: is not packed to the end; the same resnet-pack command resumes it")
+            raise UserError(f"data.root={root}: is packed incompletely; the same resnet-pack command resumes it")
         # ImageNet's own test/ is flat, without classes: there val/ is the test part.
         parts = [name for name in ("test", "val") if (root / name).is_dir()]
         test = next((name for name in parts if folders_in(root / name)), parts[0] if parts else None)
@@ -153,8 +153,8 @@ def class_folders(root: Path) -> tuple[list[str], str]:
                 raise UserError(f"data.root={root}: {part}/ has no folder for any class")
             for name in classes[part]:
                 with os.scandir(root / part / name) as entries:
-                    found = any(is_image(entry.name) for entry in entries)
-                if not found:
+                    has_images = any(is_image(entry.name) for entry in entries)
+                if not has_images:
                     raise UserError(f"data.root={root}: {part}/{name}/ has no images ({' '.join(IMAGE_SUFFIXES)})")
     except OSError as error:
         raise UserError(f"data.root={root}: {error.strerror}: {error.filename}") from error
@@ -169,7 +169,7 @@ def class_folders(root: Path) -> tuple[list[str], str]:
 
 
 def _misnamed(folders: Collection[str]) -> str:
-    """What is said of folders whose names are like those of the parts of a tree: tset, validation, Train."""
+    """Advice on folders whose names are similar to those of the parts of a tree: tset, validation, Train."""
     for folder in sorted(set(folders) - {"train", "test", "val"}):
         alike = [part for part in ("train", "test", "val") if folder.lower().startswith(part)]
         if part := alike[0] if alike else closest(folder, ["train", "test", "val"]):
@@ -178,42 +178,42 @@ def _misnamed(folders: Collection[str]) -> str:
 
 
 def _undivided(root: Path) -> list[str]:
-    """The classes of a <class>/* tree; empty where fewer than two folders have images. Raises UserError."""
+    """The classes of a <class>/* tree; empty if fewer than two folders have images. Raises UserError."""
     count = {name: len(images_in(root / name)[0]) for name in folders_in(root)}
     if sum(map(bool, count.values())) < 2:
         return []
     for name, images in count.items():
         if images < 2:
-            found = "one image" if images else f"no images ({' '.join(IMAGE_SUFFIXES)})"
-            raise UserError(f"data.root={root}: {name}/ has {found}; at least two are needed, one of them for the test")
+            files = "one image" if images else f"no images ({' '.join(IMAGE_SUFFIXES)})"
+            raise UserError(f"data.root={root}: {name}/ has {files}; at least two are needed, one of them for the test")
     return list(count)
 
 
 def part_for_test(name: str, files: Collection[str]) -> set[str]:
-    """Which files of class `name` of an undivided tree are for the test: a fifth, those whose names hash lowest.
+    """The test files of class `name` of an undivided tree: the fifth whose names have the lowest hashes.
 
-    So the parts depend on the names alone, not on the machine, the seed or the order of the folder.
+    So the division depends only on the names, not on the machine, the seed or the order of the folder.
     """
     ordered = sorted(files, key=lambda file: hashlib.sha256(os.fsencode(f"{name}/{file}")).digest())
     return set(ordered[: max(1, round(len(ordered) / 5))])
 
 
 def files_for_test(name: str, root: str | None) -> list[str]:
-    """The test images of an undivided tree as CLASS/FILE, in order; empty where the data have a test part."""
+    """The test images of an undivided tree as CLASS/FILE, in order; empty if the data have a test part."""
     if name == "digits" or root is None or is_packed(root) or is_official(name, folder := expand(root)):
         return []
     classes, test = class_folders(folder)
-    found = {} if test else {name: [entry.name for entry in images_in(folder / name)[0]] for name in classes}
-    return [f"{name}/{file}" for name, files in found.items() for file in sorted(part_for_test(name, files))]
+    by_class = {} if test else {name: [entry.name for entry in images_in(folder / name)[0]] for name in classes}
+    return [f"{name}/{file}" for name, files in by_class.items() for file in sorted(part_for_test(name, files))]
 
 
 def is_image(name: str) -> bool:
-    """Whether a file name looks like an image's."""
+    """Whether a file name has the suffix of an image."""
     return not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
 
 
 def list_file(root: Path, kind: str, name: str) -> Path:
-    """The file that says which images are in the list `name`: 2007_trainval, or in one folder trainval; train2014."""
+    """The file of the image list `name`, such as 2007_trainval (trainval in a single VOC folder) or train2014."""
     if kind == "coco":
         return root / "annotations" / f"instances_{name}.json"
     if kind == "det":
@@ -225,12 +225,12 @@ def list_file(root: Path, kind: str, name: str) -> Path:
 
 def lists_by_class(root: Path) -> list[Path]:
     """ILSVRC's training lists, one for each class: ImageSets/DET/train_1.txt, …, train_200.txt."""
-    found = {path.stem.removeprefix("train_"): path for path in root.glob(f"{DET_LISTS}/train_*.txt")}
-    return [found[number] for number in sorted((name for name in found if name.isdecimal()), key=int)]
+    paths = {path.stem.removeprefix("train_"): path for path in root.glob(f"{DET_LISTS}/train_*.txt")}
+    return [paths[number] for number in sorted((name for name in paths if name.isdecimal()), key=int)]
 
 
 def lists_of(root: Path, kind: str) -> list[str]:
-    """The names of the lists that there are."""
+    """The names of the available image lists."""
     if kind == "coco":
         return sorted(path.stem.removeprefix("instances_") for path in root.glob("annotations/instances_*.json"))
     if kind == "det":
@@ -242,7 +242,7 @@ def lists_of(root: Path, kind: str) -> list[str]:
 
 
 def class_folders_of_boxes(root: Path) -> tuple[Path, list[str]]:
-    """Where the images of an ImageNet tree with boxes lie, in train/ and val/, and its classes. Raises UserError."""
+    """The folder with train/ and val/ of an ImageNet tree with boxes, and its classes. Raises UserError."""
     images = next((place for place in (root, root / "Data/CLS-LOC") if (place / "train").is_dir()), root)
     for place in (images / "train", images / "val", root / BOXES / "train", root / BOXES / "val"):
         if not place.is_dir():

@@ -1,4 +1,4 @@
-"""What a look at the disk shows to be wrong with a file or folder that is named; no torch here."""
+"""Checks of files and folders given on the command line; no torch here."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from resnet_train.files import expand, nearest_existing
 
 
 def check_paths(paths: Mapping[str, str | None]) -> None:
-    """Refuse what the file system cannot even look for: a name too long, the home of nobody, a closed folder."""
+    """Raises UserError for invalid paths: a name that is too long, an unknown user's home, no permission."""
     for key, text in paths.items():
         try:
             Path(text or ".").expanduser().exists()
@@ -25,7 +25,7 @@ def check_paths(paths: Mapping[str, str | None]) -> None:
 
 
 def check_checkpoints(names: list[str]) -> None:
-    """Refuse what is no checkpoint at a first look. Raises UserError."""
+    """Raises UserError for files that are missing or clearly not checkpoints."""
     if not names:
         raise UserError("checkpoint=[]: name at least one")
     for number, name in enumerate(names):
@@ -41,32 +41,32 @@ def check_checkpoints(names: list[str]) -> None:
 
 
 def check_folder(out: str) -> None:
-    """Refuse a folder for results that is none or cannot be written. Raises UserError."""
+    """Raises UserError if `out` is not a folder, or cannot be written to."""
     check_paths({"out": out})
     if (expand(out).exists() and not expand(out).is_dir()) or not writable(expand(out) / "file"):
         raise UserError(f"out={out}: is not a folder that you may write to")
 
 
 def check_file(key: str, name: str) -> None:
-    """Refuse what is no file. Raises UserError."""
+    """Raises UserError if `name` is not a file."""
     if not expand(name).is_file():
         raise UserError(f"{key}={name}: {'is a folder' if expand(name).is_dir() else 'there is no such file'}")
 
 
 def check_out(out: str | None) -> None:
-    """Refuse a file for results that cannot be written. Raises UserError."""
+    """Raises UserError if `out` is a file that cannot be written."""
     if out is not None and (expand(out).is_dir() or not writable(expand(out))):
         raise UserError(f"out={out}: is not a file that you may write")
 
 
 def writable(file: Path) -> bool:
-    """Whether a file could be made or written there, with the folders that are missing."""
+    """Whether `file` can be written, including missing folders."""
     parent = nearest_existing(file.parent)
     return parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)
 
 
 def anchored(data: Any) -> Any:
-    """`data` with an absolute root, so that the record of a run holds from any folder."""
+    """`data` with an absolute root, so that a run's configuration does not depend on the working directory."""
     if data.root is None or is_remote(data.root):
         return data
     return dataclasses.replace(data, root=str(expand(data.root).absolute()))

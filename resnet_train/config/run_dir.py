@@ -1,4 +1,4 @@
-"""Where a run lies, and whether it can be begun or gone on with there."""
+"""The directory of a run, and whether the run can be started or resumed there."""
 
 from __future__ import annotations
 
@@ -21,36 +21,36 @@ from resnet_train.files import expand, nearest_existing, read_object
 LONGEST_NAME = 100  # bytes of a run's folder
 
 
-def run_directory(config: Config, asked: Iterable[str], scale: float = 1) -> Path:
-    """Where the run goes: `run_dir`, or runs/DATA/NET/ and the values of the other keys that were `asked` for.
+def run_directory(config: Config, requested: Iterable[str], scale: float = 1) -> Path:
+    """The directory of a run: `run_dir`, or runs/DATA/NET/ and the values of the other `requested` keys.
 
-    An experiment's runs lie where the same runs lie without it, so that experiments share them.
+    An experiment's runs are in the same directories as the same runs without it, so that experiments share them.
     """
     if config.run_dir is not None:
         return expand(config.run_dir)
-    told = {"data", "depth", "arch", "shortcut", "seed"} | unnamed(Config)
-    if config.schedule.name == "plateau":  # which is decided at these iterations
-        told.discard("log_every")
+    excluded = {"data", "depth", "arch", "shortcut", "seed"} | unnamed(Config)
+    if config.schedule.name == "plateau":  # drops happen at these iterations only
+        excluded.discard("log_every")
     values = flat(config.plain()) | {"schedule": config.schedule.name} | ({"scale": scale} if scale != 1 else {})
     return (
         Path("runs")
         / (plain_word(config.data_label) or "images")
         / config.net
-        / run_name(values, set(asked) - told, config.seed)
+        / run_name(values, set(requested) - excluded, config.seed)
     )
 
 
 def unnamed(kind: Any) -> set[str]:
-    """The keys of a configuration that have no say in what is learned."""
+    """The keys of a configuration that are not part of the name of a run's folder."""
     return marked(Free, kind).keys() | marked(Unnamed, kind).keys()
 
 
-def run_name(values: Mapping[str, Any], asked: Iterable[str], seed: int) -> str:
-    """The name of a run's folder: the flat `values` of the keys that were `asked` for, then the seed."""
+def run_name(values: Mapping[str, Any], requested: Iterable[str], seed: int) -> str:
+    """The name of a run's folder: the flat `values` of the `requested` keys, then the seed."""
     rest: dict[str, Any] = {}
-    for word in asked:
-        named = [word] if word in values else [key for key in values if key.startswith(word + ".")]
-        rest |= {key: _short(values[key]) for key in named}
+    for word in requested:
+        keys = [word] if word in values else [key for key in values if key.startswith(word + ".")]
+        rest |= {key: _short(values[key]) for key in keys}
     words = [plain_word(f"{key}={json.dumps(rest[key], ensure_ascii=False)}") for key in sorted(rest)]
     name = "+".join([*words, f"seed-{seed}"])
     if len(os.fsencode(name)) <= LONGEST_NAME:
@@ -59,7 +59,7 @@ def run_name(values: Mapping[str, Any], asked: Iterable[str], seed: int) -> str:
 
 
 def _short(value: Any) -> Any:
-    """A value as the name of a folder has it: of an absolute path the file's name, and what tells its folder apart."""
+    """A value for the name of a folder; an absolute path is shortened to the file's name and a hash."""
     return f"{Path(value).stem}-{_hash(value)[:6]}" if isinstance(value, str) and value.startswith("/") else value
 
 
@@ -68,7 +68,7 @@ def _hash(text: str) -> str:
 
 
 def plain_word(text: str) -> str:
-    """`text` with only letters, digits, `.`, `_` and `-`, which need no quotes on a later command line.
+    """`text` with only letters, digits, `.`, `_` and `-`, which need no quotes on a command line.
 
     Letters are those of any language, with their marks, as in größe or हिन्दी.
     """
@@ -78,49 +78,51 @@ def plain_word(text: str) -> str:
 
 
 def check_same_run(old: Mapping[str, Any], config: RunConfig, where: str, otherwise: str = "another run_dir=") -> None:
-    """Refuse to resume the run in `where`, of configuration `old`, under one that changes its mathematics.
+    """Raises UserError if `config` would change the mathematics of the run in `where`, whose configuration is `old`.
 
-    `otherwise` is what can be done to have the new value.
+    `otherwise` is the advice on how to use the new value.
     """
-    was, now, free = flat(old), flat(config.plain()), marked(Free, type(config))
-    for key in sorted(was.keys() | now.keys()):
-        if key not in free and was.get(key) != now.get(key):
+    before, after, free = flat(old), flat(config.plain()), marked(Free, type(config))
+    for key in sorted(before.keys() | after.keys()):
+        if key not in free and before.get(key) != after.get(key):
             raise UserError(
-                f"{key}={format_value(now.get(key))}: the run in {where} has {key}={format_value(was.get(key))};"
+                f"{key}={format_value(after.get(key))}: the run in {where} has {key}={format_value(before.get(key))};"
                 f" use that, or {otherwise}"
             )
 
 
-def check_same_data(old: Mapping[str, Any], was: str, data: Mapping[str, Any], now: str, where: str) -> None:
-    """Refuse other data, by their digest `now`, than those of the run in `where`, by theirs: `was`.
+def check_same_data(
+    old: Mapping[str, Any], old_digest: str, new: Mapping[str, Any], new_digest: str, where: str
+) -> None:
+    """Raises UserError if the digest of the data is not that of the run in `where`.
 
-    `old` and `data` are what the two configurations say of the data.
+    `old` and `new` are the data of the two configurations.
     """
-    if was != now:
+    if old_digest != new_digest:
         raise UserError(
-            f"{data_words(data)}: holds other data (digest {now[:12]}) than the run in {where} was trained on"
-            f" ({data_words(old)}, digest {was[:12]}); use those, or another run_dir="
+            f"{data_words(new)}: holds other data (digest {new_digest[:12]}) than the run in {where} was trained on"
+            f" ({data_words(old)}, digest {old_digest[:12]}); use those, or another run_dir="
         )
 
 
 def data_words(data: Mapping[str, Any]) -> str:
-    """The data that a configuration names, as they are typed."""
+    """The data of a configuration, as on the command line."""
     return f"data.root={data['root']}" if data.get("root") is not None else f"data={data.get('name')}"
 
 
 def run_state(directory: Path) -> Literal["new", "unfinished", "finished"]:
-    """What a run directory holds."""
+    """The state of the run in a directory."""
     if (directory / "summary.json").is_file():
         return "finished"
     return "unfinished" if (directory / "config.json").is_file() else "new"
 
 
 class RunConfig(Protocol):
-    """What training and detection say alike of a run."""
+    """The part of a configuration that all tasks have."""
 
     @property
     def run_dir(self) -> str | None:
-        """Where it was asked to lie."""
+        """The directory given by the user, if any."""
 
     @property
     def resume(self) -> str:
@@ -128,19 +130,19 @@ class RunConfig(Protocol):
 
     @property
     def init_from(self) -> str | None:
-        """The weights that it begins with."""
+        """The file with the initial weights, if any."""
 
     def plain(self) -> dict[str, Any]:
         """The configuration as nested dictionaries of plain values."""
 
 
 def as_stored(config: RunConfig) -> dict[str, Any]:
-    """What a checkpoint holds of a configuration: the same in any directory, however often the run was cut."""
+    """A configuration as stored in checkpoints: independent of the directory and of interruptions."""
     return config.plain() | {key: stored.value for key, stored in marked(StoredAs, type(config)).items()}
 
 
 def check_run_dir(directory: Path, config: RunConfig, *, may_be_finished: bool = False) -> None:
-    """Refuse a directory that cannot take this run: finished, not a run's, of another run, not writable."""
+    """Raises UserError for a directory that is finished, not a run's, of another run, or not writable."""
     state = run_state(directory)
     try:
         if state == "finished" and not may_be_finished:
@@ -165,7 +167,7 @@ def check_run_dir(directory: Path, config: RunConfig, *, may_be_finished: bool =
 
 
 def _on_other_data(directory: Path, config: RunConfig) -> str:
-    """Where the data of a finished run lay, if not where `config` has them: they may be others."""
+    """A note if a finished run has its data in another place than `config`: they may differ."""
     try:
         old, new = read_object(directory / "config.json")["data"], config.plain()["data"]
         return "" if data_words(old) == data_words(new) else f" on {data_words(old)}, not on {data_words(new)}"

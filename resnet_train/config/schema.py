@@ -1,6 +1,6 @@
-"""From plain values to typed dataclasses: what a value may be, and the nearest right one for a wrong one.
+"""From plain values to typed dataclasses; errors name the allowed values and the nearest right one.
 
-What is known of a key stands at its field, in the marks of config.keys.
+Ranges and other properties of a key are marks of config.keys at its field.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from resnet_train.config.keys import Alias, OnlyFor, Range
 from resnet_train.errors import UserError, nearest, nearest_data
 
-RESUME = "auto, never or a checkpoint's file"  # what resume= may be
+RESUME = "auto, never or a checkpoint's file"  # the values of resume=
 
 UNBOUNDED = Range()
 
@@ -25,14 +25,14 @@ T = TypeVar("T")
 
 
 def format_value(value: Any) -> str:
-    """A value as it is typed, if not too long."""
+    """A value as it is typed on the command line, at most 60 characters."""
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
     text = text.replace(", ", ",") if isinstance(value, list) else text
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def coerce(key: str, value: Any, hint: Any, bounds: Range = UNBOUNDED) -> Any:
-    """`value` as the type `hint`, its numbers within `bounds`, which a Range at the type replaces. Raises UserError."""
+    """Convert `value` to the type `hint`; numbers must be within `bounds`, or a Range at the type. Raises UserError."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         own = next((mark for mark in arguments if isinstance(mark, Range)), bounds)
@@ -75,7 +75,7 @@ def coerce(key: str, value: Any, hint: Any, bounds: Range = UNBOUNDED) -> Any:
         return value
     if hint is str and (isinstance(value, str) or number):
         text = str(value)
-        if text.strip() and not re.search("[\0\ud800-\udfff]", text):  # neither NUL nor what was no UTF-8
+        if text.strip() and not re.search("[\0\ud800-\udfff]", text):  # no NUL, no surrogates from invalid UTF-8
             return text
     kind = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}[hint]
     kind = RESUME if key == "resume" else kind
@@ -93,7 +93,7 @@ def _in_range(key: str, value: float, bounds: Range) -> float:
 
 
 def from_dict(kind: type[T], values: Any, prefix: str = "") -> T:
-    """The dataclass `kind` from nested plain `values`; unknown, missing and mistyped keys are refused by name."""
+    """Build the dataclass `kind` from nested plain `values`. Raises UserError for unknown, missing or mistyped keys."""
     if not isinstance(values, Mapping):
         raise UserError(
             f"{prefix[:-1]}={format_value(values)}: holds values of its own; set one, as in {prefix}KEY=VALUE"
@@ -102,29 +102,29 @@ def from_dict(kind: type[T], values: Any, prefix: str = "") -> T:
     for name in values:
         if name not in fields:
             raise UserError(f"{prefix}{name}: there is no such key{nearest(key_for(str(name), kind), fields)}")
-    found = {}
+    arguments = {}
     for name, field in fields.items():
         if name in values:
-            found[name] = coerce(prefix + name, values[name], hints[name])
+            arguments[name] = coerce(prefix + name, values[name], hints[name])
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise UserError(f"{prefix}{name}: is missing")
-    return kind(**found)
+    return kind(**arguments)
 
 
-@functools.cache  # a pack has as many shards as it likes
+@functools.cache  # called for each shard of a pack
 def _fields(kind: Any) -> tuple[dict[str, Any], dict[str, dataclasses.Field[Any]]]:
     """The types and the fields of a dataclass by name."""
     return typing.get_type_hints(kind, include_extras=True), {field.name: field for field in dataclasses.fields(kind)}
 
 
 def types_of(kind: Any, prefix: str = "") -> dict[str, Any]:
-    """The types of the keys of a dataclass, marked as they are; those of one within it with dots: data, data.root."""
-    found = {}
+    """The types of the keys of a dataclass with their marks; nested keys are dotted: data, data.root."""
+    hints = {}
     for name, hint in _fields(kind)[0].items():
-        found[prefix + name] = hint
+        hints[prefix + name] = hint
         if dataclasses.is_dataclass(_unmarked(hint)):
-            found |= types_of(_unmarked(hint), f"{prefix}{name}.")
-    return found
+            hints |= types_of(_unmarked(hint), f"{prefix}{name}.")
+    return hints
 
 
 def _unmarked(hint: Any) -> Any:
@@ -132,39 +132,39 @@ def _unmarked(hint: Any) -> Any:
 
 
 def marked(mark: type[T], *kinds: Any) -> dict[str, T]:
-    """The keys of the dataclasses `kinds` whose fields have a `mark`, and what it says."""
+    """The keys of the dataclasses `kinds` whose fields have a mark of type `mark`, with that mark."""
     hints = [item for kind in kinds for item in types_of(kind).items()]
-    return {key: found for key, hint in hints for found in typing.get_args(hint) if isinstance(found, mark)}
+    return {key: argument for key, hint in hints for argument in typing.get_args(hint) if isinstance(argument, mark)}
 
 
 def keys_taking(types: Collection[Any], *kinds: Any) -> set[str]:
-    """The keys of the dataclasses `kinds` that may be of one of `types`."""
+    """The keys of the dataclasses `kinds` that accept one of `types`."""
     hints = [(key, _unmarked(hint)) for kind in kinds for key, hint in types_of(kind).items()]
     return {key for key, hint in hints if not {hint, *typing.get_args(hint)}.isdisjoint(types)}
 
 
 def unread_keys(kind: Any, *readers: str) -> list[str]:
-    """The keys of a dataclass that none of `readers` reads: families, kinds of schedule, commands."""
+    """The keys of a dataclass that none of `readers` (families, kinds of schedule, commands) uses."""
     return [key for key, only in marked(OnlyFor, kind).items() if only.readers.isdisjoint(readers)]
 
 
 def key_for(word: str, *kinds: Any) -> str:
-    """The key of one of `kinds` that other programs call `word`, or the word itself."""
+    """The key of one of `kinds` with the alias `word`, or the word itself."""
     names = {name: key.split(".")[-1] for key, alias in marked(Alias, *kinds).items() for name in alias.names}
     return names.get(word.lower(), word)
 
 
 def as_list(value: Any) -> Any:
-    """Of a key that takes one or several, a list in either case."""
+    """The value of a key that takes one or several values, as a list."""
     return value if isinstance(value, list) else [value]
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested plain values as one level, with dotted keys."""
-    found: dict[str, Any] = {}
+    """Flatten nested plain values, with dotted keys."""
+    flattened: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{key}.")
+            flattened |= flat(value, f"{prefix}{key}.")
         else:
-            found[prefix + key] = value
-    return found
+            flattened[prefix + key] = value
+    return flattened

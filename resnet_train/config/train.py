@@ -1,4 +1,4 @@
-"""What `resnet-train` may be told: typed dataclasses and their checks; no torch here, so that errors come at once."""
+"""The configuration of `resnet-train`: typed dataclasses and their checks; no torch, so that errors come at once."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from resnet_train.errors import UserError
 from resnet_train.files import expand
 
 IMAGENET_DEPTHS = (18, 34, 50, 101, 152)
-DEEPEST_CIFAR = 1202  # the paper's; each layer more is memory that a line of text would take
+DEEPEST_CIFAR = 1202  # the paper's; without a limit one number could demand any amount of memory
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The learning rate over iterations: configs/schedule/. Each kind has the keys of its own file only."""
+    """The learning rate over iterations: configs/schedule/. Each kind has only the keys of its own file."""
 
     name: Literal["step", "plateau", "cosine"]
     lr: keys.LearningRate
@@ -36,7 +36,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Warmup:
-    """Nets of `depth` layers and more start at `lr`, for `iterations` at least, until the error is below `error` %."""
+    """Nets of at least `depth` layers start at `lr` for at least `iterations`, until the error is below `error` %."""
 
     depth: Annotated[int, Range(0)]
     lr: keys.LearningRate
@@ -46,7 +46,7 @@ class Warmup:
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that `resnet-train` is told: configs/train.yaml, the recipe, the schedule and the data set."""
+    """The configuration of `resnet-train`: configs/train.yaml, the recipe, the schedule and the data set."""
 
     data: Annotated[Data, Alias("dataset")]
     schedule: Schedule
@@ -97,16 +97,16 @@ class Config:
 
     @property
     def data_label(self) -> str:
-        """The data's name before the images are read; records have that of the opened data, which know CIFAR-10."""
+        """The label of the data before the images are read; opened data have their own, which recognises CIFAR-10."""
         return name_data(self.data.name, self.data.root)
 
 
-def check_train(values: Mapping[str, Any], asked: Collection[str] = (), *, needs_data: bool = True) -> Config:
+def check_train(values: Mapping[str, Any], requested: Collection[str] = (), *, needs_data: bool = True) -> Config:
     """The checked configuration of a training run from plain, resolved `values`.
 
-    `asked` are the keys that the user named: a shortcut for a plain net is refused only if asked for.
-    `needs_data`: data.root= must be there where the data set has no other place.
-    Looks at the command line and at directory listings only. Raises UserError.
+    `requested` are the keys on the command line: a shortcut for a plain net is refused only if it is among them.
+    With `needs_data`, data.root= is required for data sets without a default place. Nothing but directory listings is
+    read. Raises UserError.
     """
     config = from_dict(Config, {key: value for key, value in values.items() if key != "scale"})
     config = scaled(config, values.get("scale", 1))
@@ -120,7 +120,7 @@ def check_train(values: Mapping[str, Any], asked: Collection[str] = (), *, needs
     check_family(config.data)
     check_depth(config.depth, config.data.family)
     for key in unread:
-        if key in asked:
+        if key in requested:
             other = "imagenet" if config.data.family == "cifar" else "cifar10"
             here = f"data={config.data.name} (data.family={config.data.family})"
             raise UserError(f"{key}: is for data={other}; {here} does not use it; remove it")
@@ -131,7 +131,7 @@ def check_train(values: Mapping[str, Any], asked: Collection[str] = (), *, needs
     if config.arch == "plain" and config.zero_gamma:
         raise UserError("zero_gamma=true: a plain net would give nothing but zeros; it is for arch=resnet")
     if config.arch == "plain":
-        if "shortcut" in asked and config.shortcut != "none":
+        if "shortcut" in requested and config.shortcut != "none":
             raise UserError(f"shortcut={config.shortcut}: a plain net has no shortcuts; remove it, or use arch=resnet")
         config = dataclasses.replace(config, shortcut="none")
     elif config.shortcut == "none":
@@ -167,7 +167,7 @@ def check_train(values: Mapping[str, Any], asked: Collection[str] = (), *, needs
 
 
 def scaled(config: Config, scale: Any) -> Config:
-    """`config` with all that counts iterations multiplied by `scale`. Raises UserError."""
+    """`config` with all numbers of iterations multiplied by `scale`. Raises UserError."""
     factor = coerce("scale", scale, Annotated[float, Range(0, 1, above=True)])
     counts = {key: getattr(config, key) for key in marked(Counted, Config)}
     return dataclasses.replace(config, **{key: max(1, round(n * factor)) for key, n in counts.items() if n})
@@ -175,7 +175,7 @@ def scaled(config: Config, scale: Any) -> Config:
 
 @dataclass(frozen=True)
 class BatchSplit:
-    """How one batch is dealt: `images` per device and forward pass, `passes` per step, batch norm over `group`."""
+    """The division of a batch: `images` per device and forward pass, `passes` per step, batch norm over `group`."""
 
     images: int
     passes: int
@@ -183,7 +183,7 @@ class BatchSplit:
 
 
 def split_batch(config: Config, devices: int) -> BatchSplit:
-    """The share of each of `devices` in a batch. Raises UserError for what does not divide, naming the nearest."""
+    """The share of each of `devices` in a batch. Raises UserError, which names the nearest value that divides."""
     check_divisible(config.batch_size, devices)
     each = config.batch_size // devices
     images = min(config.device_batch_size or each, each)
@@ -191,7 +191,7 @@ def split_batch(config: Config, devices: int) -> BatchSplit:
         near = _nearest_divisor(each, images, config.bn_images if isinstance(config.bn_images, int) else 1)
         raise UserError(f"device_batch_size={images}: does not divide the {each} images of a device; nearest: {near}")
     passes = each // images
-    # Five halvings leave maps of one pixel: of one image each channel then has one value, which has no variance.
+    # Five halvings leave maps of one pixel: with one image each channel has a single value, and no variance.
     if images == 1 and config.data.family == "imagenet" and config.data.size == 32 and config.bn_images != "all":
         key = "device_batch_size" if each > 1 else "batch_size"
         raise UserError(
@@ -203,7 +203,7 @@ def split_batch(config: Config, devices: int) -> BatchSplit:
     if config.bn_images == "all":
         if config.activation_checkpointing:
             raise UserError(
-                "bn_images=all: would count twice what activation_checkpointing computes again; use a number"
+                "bn_images=all: activation_checkpointing would count recomputed statistics twice; use a number"
             )
         if passes > 1:
             raise UserError("bn_images=all: a batch taken in parts has no common statistics; remove device_batch_size=")
@@ -220,20 +220,20 @@ def split_batch(config: Config, devices: int) -> BatchSplit:
 
 
 def check_divisible(batch_size: int, devices: int) -> None:
-    """Refuse a batch that does not divide by the devices. Raises UserError, which names the nearest that is allowed."""
+    """Raises UserError, which names the nearest allowed one, for a batch size not divisible by `devices`."""
     if batch_size % devices or batch_size < devices:
         near = min(max(1, round(batch_size / devices)), keys.LARGEST_BATCH // devices) * devices
         raise UserError(f"batch_size={batch_size}: does not divide by {devices} devices; nearest: {near}")
 
 
 def _nearest_divisor(number: int, near: int, of: int = 1, at_least: int = 1) -> int:
-    """The divisor of `number` nearest to `near`: if there are such, one that is a multiple of `of`."""
+    """The divisor of `number` nearest to `near`, if possible a multiple of `of`."""
     divisors = [d for d in range(at_least, number + 1) if number % d == 0]
     return min([d for d in divisors if d % of == 0] or divisors, key=lambda d: abs(d - near))
 
 
 def config_from_checkpoint(values: Mapping[str, Any]) -> Config:
-    """The configuration that a checkpoint or a run directory holds. Raises UserError if it is of another version."""
+    """The configuration in a checkpoint or run directory. Raises UserError if it is of another version."""
     try:
         config = from_dict(Config, values)
         check_depth(config.depth, config.data.family)
@@ -243,7 +243,7 @@ def config_from_checkpoint(values: Mapping[str, Any]) -> Config:
 
 
 def _check_crops(augment: Augment, size: int) -> None:
-    """Refuse ways to cut training images of `size` from photographs that cannot be gone. Raises UserError."""
+    """Raises UserError for contradictory or impossible ways to crop training images of `size`."""
     sides, area = augment.shorter_side, augment.area
     if (sides is None) == (area is None):
         raise UserError(
@@ -257,7 +257,7 @@ def _check_crops(augment: Augment, size: int) -> None:
 
 
 def check_depth(depth: int, family: str) -> None:
-    """Refuse a depth that the family does not have, naming the nearest (CIFAR: section 4.2; ImageNet: table 1)."""
+    """Raises UserError, naming the nearest, for a depth not in the family (CIFAR: section 4.2; ImageNet: table 1)."""
     if family == "cifar":
         if not 8 <= depth <= DEEPEST_CIFAR or (depth - 2) % 6:
             near = min(max(8, (depth + 1) // 6 * 6 + 2), DEEPEST_CIFAR)

@@ -64,8 +64,4 @@ def keep(path: Path, values: Any) -> None:
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
-        tqdm.write(
-            printable(
-                f"{path.parent}: what was made of the images cannot be kept there ({error}); set RESNET_TRAIN_DATA"
-            )
-        )
+        tqdm.write(printable(f"{path.parent}: the cache cannot be written ({error}); set RESNET_TRAIN_DATA"))

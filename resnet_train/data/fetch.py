@@ -79,7 +79,7 @@ def _fetch_pack(url: str) -> Path:
                 for size in pool.map(fetch_shard, missing):
                     bar.update(size)
     except OSError as error:
-        raise UserError(f"{folder}: {error.strerror}; set RESNET_TRAIN_DATA to where there is room") from error
+        raise UserError(f"{folder}: {error.strerror}; set RESNET_TRAIN_DATA to a folder with more room") from error
     return folder
 
 

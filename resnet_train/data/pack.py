@@ -193,7 +193,7 @@ def _write_shard(job: dict[str, Any]) -> list[str]:
             name = os.fsencode("/".join(file.split(os.sep)[-2:])).decode(errors="replace")
             size += len(image) + len(name.encode()) + LEAST
             if size + 8 > LARGEST:
-                raise UserError(f"shard_images={job['images']}: such a shard would be above 4 GiB; use fewer")
+                raise UserError(f"shard_images={job['images']}: the shard would exceed 4 GiB; use fewer")
             writer.add_item(count, {"image": image, "label": label, "name": name})
             count += 1
         note = _Note(skipped, None)

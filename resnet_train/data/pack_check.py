@@ -37,7 +37,7 @@ def check_packed(root: str, workers: int) -> None:
     for line in errors:
         say(f"wrong: {line}", file=sys.stderr)
     if errors:
-        raise RunError(f"check={root}: {len(errors)} things are wrong, the first: {errors[0]}")
+        raise RunError(f"check={root}: {len(errors)} errors, the first: {errors[0]}")
     say(f"{root}: {total} images in {len(jobs)} shards, all as they were packed")
 
 
@@ -48,7 +48,7 @@ def read_shard(job: dict[str, Any]) -> list[str]:
         shard = Shard(job["path"])
     except UserError as error:
         return [str(error)]
-    errors = [] if checksum(job["path"]) == job["shard"].sha256 else [f"{job['path']}: its checksum does not hold"]
+    errors = [] if checksum(job["path"]) == job["shard"].sha256 else [f"{job['path']}: its checksum is wrong"]
     for position in range(len(shard)):
         try:
             name, data, label = shard.item(position)

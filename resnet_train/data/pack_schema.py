@@ -134,7 +134,7 @@ def read_about(folder: Path) -> Pack:
         except UserError as error:
             raise UserError(f"{path}: is damaged ({error}); pack it again") from error
     except OSError as error:
-        raise UserError(f"{folder}: is no whole packed folder ({PACKED}: {error.strerror})") from error
+        raise UserError(f"{folder}: is not a complete packed folder ({PACKED}: {error.strerror})") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is damaged ({error}); pack it again") from error
 
@@ -150,7 +150,7 @@ def check_shard(path: Path, shard: PackShard) -> None:
                 return
             raise UserError(f"{path}: holds {count} images and should {shard.images}; pack it again")
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; it belongs to a packed folder, which is not whole") from error
+        raise UserError(f"{path}: {error.strerror}; the packed folder is incomplete") from error
     raise UserError(f"{path}: is cut short or damaged ({status.st_size} bytes of {shard.bytes}); pack it again")
 
 

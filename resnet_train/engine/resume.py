@@ -139,7 +139,7 @@ def import_checkpoint(path: Path, directory: Path, state: dict[str, Any]) -> Non
         if source.parent != directory.absolute() and (source.parent / "metrics.jsonl").exists():
             shutil.copy(source.parent / "metrics.jsonl", directory / "metrics.jsonl")
     except OSError as error:
-        raise UserError(f"resume={path}: cannot be taken into {directory}: {error.strerror}") from error
+        raise UserError(f"resume={path}: cannot be copied into {directory}: {error.strerror}") from error
 
 
 def _best_of(state: dict[str, Any], path: Path, source: Path) -> Path | None:
@@ -151,5 +151,5 @@ def _best_of(state: dict[str, Any], path: Path, source: Path) -> Path | None:
         with contextlib.suppress(UserError):
             if checkpoint.load(place)["iteration"] == iteration:
                 return place
-    say(f"note: the best checkpoint so far, of iteration {iteration}, is left in no file; the next better one is kept")
+    say(f"note: the best checkpoint so far, of iteration {iteration}, is in no file; the next better one is saved")
     return None
