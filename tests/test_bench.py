@@ -203,7 +203,7 @@ def test_a_step_of_an_imagenet_net_can_be_measured(tmp_path):
 def test_jobs_take_turns():
     turns = []
     jobs = {name: lambda name=name: turns.append(name) or float(len(turns)) for name in "ABC"}
-    assert timing.interleaved(jobs, 3) == {"A": [1, 4, 7], "B": [2, 5, 8], "C": [3, 6, 9]}
+    assert timing.run_interleaved(jobs, 3) == {"A": [1, 4, 7], "B": [2, 5, 8], "C": [3, 6, 9]}
     assert "".join(turns) == "ABCABCABC"
 
 
@@ -213,7 +213,7 @@ def test_what_is_measured_comes_after_one_that_is_not_and_is_whole_units():
         "free": timing.Work(lambda count: done["free"].append(count), 2),
         "bound": timing.Work(lambda count: done["bound"].append(count), 2, least=7),
     }
-    found = timing.speeds(works, 1e-5, 3, CPU)
+    found = timing.measure_speeds(works, 1e-5, 3, CPU)
     for name, counts in done.items():
         assert counts[:2] == [1, 1]
         assert counts[2:] == [1, counts[3]] * 3
@@ -298,23 +298,23 @@ def test_photographs_are_read_and_decoded_on_one_core(tmp_path, monkeypatch, cap
 
 
 def test_random_images_stand_in_for_data_that_have_no_place():
-    sets = subject.sets_of(checked("bench=loop")[1])
+    sets = subject.make_dataset(checked("bench=loop")[1])
     assert (sets.sizes, len(sets.classes)) == ({"train": 50_000, "val": 0, "test": 10_000}, 10)
     assert sets.parts["train"].images.shape == (50_000, 32, 32, 3)
     assert set(sets.parts["test"].labels.tolist()) == set(range(10))
 
 
 def test_random_images_of_many_pixels_are_few():
-    sets = subject.sets_of(checked("bench=step", "data=imagenet", "depth=18")[1])
+    sets = subject.make_dataset(checked("bench=step", "data=imagenet", "depth=18")[1])
     assert (sets.sizes["train"], len(sets.classes)) == (1020, 1000)
 
 
 def test_the_loop_runs_as_asked_logs_and_leaves_no_checkpoint(tmp_path):
     _, training = checked("bench=loop", *TINY)
-    run = subject.opened(training, subject.sets_of(training))
-    with subject.recording(run, tmp_path) as record:
+    run = subject.build_task(training, subject.make_dataset(training))
+    with subject.open_logger(run, tmp_path) as record:
         for count in (1, 6, 1):
-            subject.trained(run, tmp_path, record, count)
+            subject.train_steps(run, tmp_path, record, count)
     assert run.iteration == 8
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["split"], line["iteration"]) for line in lines] == [("train", 3), ("train", 6)]
@@ -323,8 +323,8 @@ def test_the_loop_runs_as_asked_logs_and_leaves_no_checkpoint(tmp_path):
 
 def test_bare_is_our_step_on_one_batch(tmp_path):
     _, training = checked("bench=loop", *TINY)
-    run = subject.opened(training, subject.sets_of(training))
-    work = subject.bare(run)
+    run = subject.build_task(training, subject.make_dataset(training))
+    work = subject.bare_step(run)
     work.do(3)
     assert work.images == 12
     assert (run.iteration, run.metrics.seen) == (3, 36)

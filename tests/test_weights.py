@@ -416,7 +416,7 @@ def test_a_description_that_is_not_one_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("name", "value", "told"),
     [
-        ("layer1.0.conv1.weight", torch.ones(16, 16, 3, 3, dtype=torch.int8), "is int8; taken are float64, float32"),
+        ("layer1.0.conv1.weight", torch.ones(16, 16, 3, 3, dtype=torch.int8), "is int8; allowed are float64, float32"),
         ("layer2.0.bn1.weight", torch.full((32,), float("nan")), "has values that are not finite"),
         ("fc.bias", torch.full((10,), float("-inf")), "has values that are not finite"),
         ("bn1.running_var", torch.full((16,), -1.0), "has values below 0, as no variance is"),
@@ -463,7 +463,7 @@ def test_a_checkpoint_that_declares_another_net_than_it_holds_is_one_line(
 
 
 def test_the_other_nets_of_timm_that_look_like_torchvisions_are_the_anti_aliased_ones():
-    """What `check_said` is for: nothing in names and shapes tells them apart."""
+    """What `check_architecture` is for: nothing in names and shapes tells them apart."""
     with torch.device("meta"):
         for name, depth in (("resnetblur18", 18), ("resnetblur50", 50), ("resnetaa50", 50)):
             state = timm_net(name).state_dict()
@@ -498,10 +498,10 @@ def test_what_a_file_says_of_its_net_counts(named, inside, beside, told, tmp_pat
         inside = {}
     found = {**inside, "state_dict": state}
     if isinstance(told, bool):
-        assert state_dicts.check_said(found, path) == told
+        assert state_dicts.check_architecture(found, path) == told
         return
     with pytest.raises(UserError, match=rf"is another net by {told}, though .* format=torchvision$"):
-        state_dicts.check_said(found, path)
+        state_dicts.check_architecture(found, path)
 
 
 def test_an_import_tells_what_it_assumes(weights, tmp_path):

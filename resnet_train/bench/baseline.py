@@ -1,7 +1,7 @@
-"""The reference of resnet-bench: the training that everybody writes. Nothing else uses it.
+"""The reference of resnet-bench, a conventional PyTorch training loop.
 
-torchvision's idiom as the most copied trainers have it: one PIL image at a time through transforms in DataLoader
-workers, float32, contiguous tensors, no compiler, `.item()` in every step.
+As in most trainers with torchvision: one PIL image at a time through transforms in DataLoader workers, float32,
+contiguous tensors, no compiler, `.item()` in every step.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NORMALISE = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 class TransformedImages(Dataset[tuple[Tensor, int]]):
-    """An image set as torchvision.datasets.CIFAR10 gives it: a transformed PIL image at a time."""
+    """An image set that transforms one PIL image at a time, as torchvision.datasets.CIFAR10."""
 
     def __init__(self, data: ImageSet, *, train: bool) -> None:
         self.images, self.labels = data.images.cpu().numpy(), data.labels.tolist()
@@ -40,7 +40,7 @@ class TransformedImages(Dataset[tuple[Tensor, int]]):
 
 
 class TransformedPhotographs(Dataset[tuple[Tensor, int]]):
-    """Photographs through torchvision's recipe for ImageNet: one PIL image at a time, a random part of it resized."""
+    """Photographs with torchvision's transforms for ImageNet, random resized crop and flip, one PIL image at a time."""
 
     def __init__(self, part: ImageSource, size: int) -> None:
         self.part = part
@@ -56,7 +56,7 @@ class TransformedPhotographs(Dataset[tuple[Tensor, int]]):
 
 
 def loader(data: ImageSet, batch_size: int, device: torch.device, *, train: bool) -> DataLoader:
-    """Batches from a worker for each core; in training shuffled, and full ones only."""
+    """A loader with one worker per core; shuffled and without the incomplete last batch if `train`."""
     return DataLoader(
         TransformedImages(data, train=train),
         batch_size,
@@ -76,7 +76,7 @@ def endless(batches: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
 
 @contextlib.contextmanager
 def defaults() -> Iterator[None]:
-    """PyTorch's own float32 for convolutions on a GPU, which is TF32; ours is switched off in this process."""
+    """PyTorch's default for float32 convolutions on a GPU, TF32, which is otherwise switched off in this process."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = True
     try:
@@ -86,7 +86,7 @@ def defaults() -> Iterator[None]:
 
 
 class Trainer:
-    """A network with torch.optim.SGD as it comes, and the running sums that everybody prints."""
+    """A network with torch.optim.SGD and running sums of loss and accuracy."""
 
     def __init__(self, net: nn.Module, device: torch.device) -> None:
         self.net, self.device = net.to(device), device
@@ -95,13 +95,13 @@ class Trainer:
         self.loss, self.right = 0.0, 0.0
 
     def steps(self, batches: Iterator[tuple[Tensor, Tensor]], count: int) -> None:
-        """So many iterations."""
+        """Run `count` iterations."""
         for _ in range(count):
             self.step(*next(batches))
 
     @defaults()
     def step(self, images: Tensor, labels: Tensor) -> None:
-        """One iteration, which waits for its loss and its accuracy."""
+        """One iteration, which waits for loss and accuracy."""
         images, labels = images.to(self.device), labels.to(self.device)
         logits = self.net(images)
         loss = self.criterion(logits, labels)

@@ -1,9 +1,8 @@
-"""What is measured: a task as resnet-train builds it, its step and its loop."""
+"""The code under measurement: a task as resnet-train builds it, its step and its loop."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +25,7 @@ from resnet_train.models.compile import compile_network
 
 
 class Outcome(NamedTuple):
-    """What a sub-benchmark found: rows of the table, the first of which is ours, further values, and lines to read."""
+    """The result of a benchmark: rows of the table, the first of which is ours, further values, and lines to print."""
 
     rows: list[dict[str, Any]]
     values: dict[str, Any]
@@ -34,12 +33,12 @@ class Outcome(NamedTuple):
 
 
 def is_synthetic(config: Config) -> bool:
-    """Whether the configuration names no data, so that random images are measured."""
+    """Whether random images are used, as the configuration names no data."""
     return config.data.root is None and config.data.name != "digits"
 
 
-def sets_of(config: Config) -> MemoryDataset | StreamingDataset:
-    """The data that the configuration names, or random images where it names no place."""
+def make_dataset(config: Config) -> MemoryDataset | StreamingDataset:
+    """The data of the configuration, or random images if it names none."""
     return (
         SyntheticDataset(family=config.data.family, size=config.data.size)
         if is_synthetic(config)
@@ -47,33 +46,28 @@ def sets_of(config: Config) -> MemoryDataset | StreamingDataset:
     )
 
 
-def in_memory(config: Config) -> MemoryDataset:
-    """The same; check_bench has seen to it that it is a set in memory."""
-    dataset = sets_of(config)
+def memory_dataset(config: Config) -> MemoryDataset:
+    """The same, for a configuration that check_bench has limited to data in memory."""
+    dataset = make_dataset(config)
     assert isinstance(dataset, MemoryDataset)
     return dataset
 
 
-def changed(config: Config, **changes: Any) -> Config:
-    """The configuration with other values."""
-    return dataclasses.replace(config, **changes)
-
-
-def opened(config: Config, dataset: MemoryDataset | StreamingDataset) -> ClassificationTask:
-    """A task ready to train, as resnet-train would build it."""
+def build_task(config: Config, dataset: MemoryDataset | StreamingDataset) -> ClassificationTask:
+    """A task ready to train, as resnet-train builds it."""
     run = build(config, dataset)
     run.compiled = pick_compile(config, run.device) and compile_network(run.model, config.depth, run.device)
     return run
 
 
-def batches_of(run: ClassificationTask) -> Batches:
-    """The run's augmented batches, without end."""
+def train_batches(run: ClassificationTask) -> Batches:
+    """The run's endless augmented batches."""
     order = BatchOrder(run.config.seed, run.config.batch_size, run.config.augment)
     return run.dataset.train_batches(run.mean, run.device, order)
 
 
-def bare(run: ClassificationTask) -> Work:
-    """Our step on one batch, as the loop makes it: captured on a GPU, where it cuts its images itself."""
+def bare_step(run: ClassificationTask) -> Work:
+    """Our step on a single batch, as in the loop; on a GPU it is captured and includes augmentation."""
     batch = next(run.batches())
 
     def do(count: int) -> None:
@@ -84,7 +78,7 @@ def bare(run: ClassificationTask) -> Work:
 
 
 class _Until(Stop):
-    """Ends the loop after so many iterations."""
+    """Ends the loop after `count` iterations."""
 
     def __init__(self, run: ClassificationTask, count: int) -> None:
         self.run, self.end = run, run.iteration + count
@@ -93,15 +87,15 @@ class _Until(Stop):
         return self.run.iteration >= self.end
 
 
-def trained(run: ClassificationTask, folder: Path, logger: MetricsLogger, count: int) -> None:
-    """So many iterations of the training loop, without a checkpoint."""
+def train_steps(run: ClassificationTask, folder: Path, logger: MetricsLogger, count: int) -> None:
+    """Run `count` iterations of the training loop, without a checkpoint."""
     with contextlib.redirect_stdout(io.StringIO()):
         loop(run, folder, logger, Clock(run.iteration), _Until(run, count), saved_at=run.iteration + count)
 
 
 @contextlib.contextmanager
-def recording(run: ClassificationTask, folder: Path) -> Iterator[MetricsLogger]:
-    """The record of a run, as it is where there is no terminal."""
+def open_logger(run: ClassificationTask, folder: Path) -> Iterator[MetricsLogger]:
+    """The logger of a run, as without a terminal."""
     with contextlib.redirect_stderr(io.StringIO()):
         logger = MetricsLogger(folder, {"data": "bench", "seed": run.config.seed}, 0, run.config.iterations)
     try:

@@ -1,6 +1,6 @@
-"""The command `resnet-bench`: each figure beside a reference that runs in the same process, round by round.
+"""The command `resnet-bench`: each measurement beside a reference that runs in the same process, round by round.
 
-The references: `classic`, the training that everybody writes, and `bare`, our own step on one batch, the ceiling.
+The references are `classic`, a conventional PyTorch loop, and `bare`, our own step on a single batch, an upper bound.
 """
 
 from __future__ import annotations
@@ -27,22 +27,21 @@ from resnet_train.bench.memory import memory
 from resnet_train.bench.startup import startup
 from resnet_train.bench.subject import (
     Outcome,
-    bare,
-    batches_of,
-    changed,
-    in_memory,
+    bare_step,
+    build_task,
     is_synthetic,
-    opened,
-    recording,
-    sets_of,
-    trained,
+    make_dataset,
+    memory_dataset,
+    open_logger,
+    train_batches,
+    train_steps,
 )
 from resnet_train.bench.timing import (
     Work,
-    clocked,
-    compared,
+    comparison_rows,
     environment,
-    speeds,
+    measure_seconds,
+    measure_speeds,
     table,
 )
 from resnet_train.classification.evaluate import count_errors
@@ -59,15 +58,16 @@ from resnet_train.models.build import build_network
 from resnet_train.terminal import say
 
 
-def bench(asked: BenchConfig, config: Config) -> None:
-    """Run one sub-benchmark; print its table and write the JSON. Raises UserError and RunError."""
-    out = expand(asked.out) if asked.out is not None else None
+def bench(args: BenchConfig, config: Config) -> None:
+    """Run one benchmark, print its table and write the JSON. Raises UserError and RunError."""
+    out = expand(args.out) if args.out is not None else None
     if out is not None:
         check_result(out)
     prepare_process()
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # takes the temporary folder along
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # removes the temporary folder
     device = pick_device(config.device)
-    config = changed(config, precision=pick_precision(config.precision, device))
+    precision: Any = pick_precision(config.precision, device)
+    config = dataclasses.replace(config, precision=precision)
     measure = {
         "step": steps,
         "loop": whole_loop,
@@ -77,69 +77,69 @@ def bench(asked: BenchConfig, config: Config) -> None:
         "memory": memory,
     }
     with tempfile.TemporaryDirectory(prefix="resnet-bench-") as folder:
-        found = measure[asked.bench](asked, config, Path(folder), device)
-    title = _title(asked, config, device)
-    for line in (title, *table(found.rows), *found.notes):
+        outcome = measure[args.bench](args, config, Path(folder), device)
+    title = _title(args, config, device)
+    for line in (title, *table(outcome.rows), *outcome.notes):
         say(line)
     if out is None:
         return
     result = {
-        "bench": asked.bench,
+        "bench": args.bench,
         "title": title,
-        **{f"ratio_to_{name}": ratio["median"] for name, ratio in found.rows[0]["ratios"].items()},
-        **found.values,
-        "rows": found.rows,
+        **{f"ratio_to_{name}": ratio["median"] for name, ratio in outcome.rows[0]["ratios"].items()},
+        **outcome.values,
+        "rows": outcome.rows,
         "machine": _machine(device),
         "versions": versions(device),
         "git_commit": git_commit(),
         "measured": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "settings": {**dataclasses.asdict(asked), "random_images": is_synthetic(config), "config": config.plain()},
+        "settings": {**dataclasses.asdict(args), "random_images": is_synthetic(config), "config": config.plain()},
     }
     write_result(out, result)
 
 
-def steps(asked: BenchConfig, config: Config, folder: Path, device: torch.device) -> Outcome:
-    """The step on one batch, as configured and in other precisions, against the classic step; first steps apart."""
+def steps(args: BenchConfig, config: Config, folder: Path, device: torch.device) -> Outcome:
+    """The step on one batch, as configured and in other precisions, against the classic step; also the first steps."""
     kinds = [(config.precision, config.compile), ("fp32", False), ("bf16", False), ("bf16", config.compile)]
-    dataset, works = sets_of(config), {}
+    dataset, works = make_dataset(config), {}
     for precision, compiled in dict.fromkeys(kinds):
-        run = opened(changed(config, precision=precision, compile=compiled), dataset)
-        works[f"{precision} {'compiled' if run.compiled else 'eager'}"] = bare(run)
-    images, labels = next(batches_of(run))
+        run = build_task(dataclasses.replace(config, precision=precision, compile=compiled), dataset)
+        works[f"{precision} {'compiled' if run.compiled else 'eager'}"] = bare_step(run)
+    images, labels = next(train_batches(run))
     batch = images.contiguous(), labels
     trainer = baseline.Trainer(build_network(config, len(dataset.classes)), device)
     works["classic"] = Work(functools.partial(trainer.steps, itertools.repeat(batch)), len(images))
-    # Empty ones; Triton's lies in the other's unless that has been used before.
+    # Empty caches; Triton's is in Inductor's unless that has been used before.
     with environment("TORCHINDUCTOR_CACHE_DIR", str(folder)), environment("TRITON_CACHE_DIR", str(folder / "triton")):
-        first = {name: clocked(functools.partial(work.do, 1), device) for name, work in works.items()}
-    found = speeds(works, asked.seconds, asked.rounds, device)
-    rows = compared(found, "classic")
+        first = {name: measure_seconds(functools.partial(work.do, 1), device) for name, work in works.items()}
+    rates = measure_speeds(works, args.seconds, args.rounds, device)
+    rows = comparison_rows(rates, "classic")
     text = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in first.items())
     return Outcome(rows, {"first_step_seconds": first}, [f"first step, compile cache empty: {text}"])
 
 
-def whole_loop(asked: BenchConfig, config: Config, folder: Path, device: torch.device) -> Outcome:
-    """The training loop with its record, evaluation and checkpoints aside, against `bare` and `classic`."""
-    dataset, batch = in_memory(config), config.batch_size
+def whole_loop(args: BenchConfig, config: Config, folder: Path, device: torch.device) -> Outcome:
+    """The training loop with logging, without evaluation and checkpoints, against `bare` and `classic`."""
+    dataset, batch = memory_dataset(config), config.batch_size
     trainer = baseline.Trainer(build_network(config, len(dataset.classes)), device)
     batches = baseline.endless(baseline.loader(dataset.parts["train"], batch, device, train=True))
-    run = opened(config, dataset)
-    with recording(run, folder) as logger:
+    run = build_task(config, dataset)
+    with open_logger(run, folder) as logger:
         works = {
-            "loop": Work(functools.partial(trained, run, folder, logger), batch, config.log_every),
-            "bare": bare(run),
+            "loop": Work(functools.partial(train_steps, run, folder, logger), batch, config.log_every),
+            "bare": bare_step(run),
             "classic": Work(functools.partial(trainer.steps, batches), batch),
         }
-        found = speeds(works, asked.seconds, asked.rounds, device)
+        rates = measure_speeds(works, args.seconds, args.rounds, device)
         shares = _shares(run, folder, logger)
-    rows = compared(found, "classic", "bare")
+    rows = comparison_rows(rates, "classic", "bare")
     text = ", ".join(f"{name} {share:.2%}" for name, share in shares.items())
     return Outcome(rows, {"shares": shares}, [f"of the loop, taken apart: {text}"])
 
 
 def _shares(run: ClassificationTask, folder: Path, logger: MetricsLogger) -> dict[str, float]:
-    """What the parts of the loop take of it, from one logged point to the next, each waited for."""
-    batches, clock, spent = run.batches(), Clock(run.iteration), dict.fromkeys(("data", "step", "record"), 0.0)
+    """The fraction of time of each part of the loop, between two logged points, with a wait for each part."""
+    batches, clock, seconds = run.batches(), Clock(run.iteration), dict.fromkeys(("data", "step", "record"), 0.0)
     lr, batch = run.learning_rate(), next(batches)
 
     def fetch() -> None:
@@ -147,43 +147,43 @@ def _shares(run: ClassificationTask, folder: Path, logger: MetricsLogger) -> dic
         batch = next(batches)
 
     for _ in range(run.config.log_every):
-        spent["data"] += clocked(fetch, run.device)
-        spent["step"] += clocked(lambda: run.step(batch, lr), run.device)
-        spent["record"] += clocked(logger.bar.update, run.device)
+        seconds["data"] += measure_seconds(fetch, run.device)
+        seconds["step"] += measure_seconds(lambda: run.step(batch, lr), run.device)
+        seconds["record"] += measure_seconds(logger.bar.update, run.device)
     with contextlib.redirect_stdout(io.StringIO()):
-        spent["record"] += clocked(lambda: log_training(run, folder, logger, clock, lr), run.device)
-    return {name: seconds / sum(spent.values()) for name, seconds in spent.items()}
+        seconds["record"] += measure_seconds(lambda: log_training(run, folder, logger, clock, lr), run.device)
+    return {name: value / sum(seconds.values()) for name, value in seconds.items()}
 
 
-def evaluation(asked: BenchConfig, config: Config, folder: Path, device: torch.device) -> Outcome:
+def evaluation(args: BenchConfig, config: Config, folder: Path, device: torch.device) -> Outcome:
     """A pass over the test images against the classic one."""
-    dataset = in_memory(config)
+    dataset = memory_dataset(config)
     size, batch = dataset.sizes["test"], pick_eval_batch(config, device)
     trainer = baseline.Trainer(build_network(config, len(dataset.classes)), device)
-    theirs = baseline.loader(dataset.parts["test"], batch, device, train=False)
-    run = opened(config, dataset)
+    batches = baseline.loader(dataset.parts["test"], batch, device, train=False)
+    run = build_task(config, dataset)
 
-    def ours(count: int) -> None:
+    def evaluate(count: int) -> None:
         for _ in range(count):
             count_errors(run.model, dataset.eval_batches("test", run.mean, device, batch), run.precision, size)
 
-    def classically(count: int) -> None:
+    def evaluate_baseline(count: int) -> None:
         for _ in range(count):
-            trainer.evaluate(theirs)
+            trainer.evaluate(batches)
 
-    works = {"ours": Work(ours, size), "classic": Work(classically, size)}
-    found = speeds(works, asked.seconds, asked.rounds, device)
-    rows = compared(found, "classic")
+    works = {"ours": Work(evaluate, size), "classic": Work(evaluate_baseline, size)}
+    rates = measure_speeds(works, args.seconds, args.rounds, device)
+    rows = comparison_rows(rates, "classic")
     return Outcome(rows, {"images": size}, [f"a pass: {size} images in batches of {batch}"])
 
 
-def _title(asked: BenchConfig, config: Config, device: torch.device) -> str:
+def _title(args: BenchConfig, config: Config, device: torch.device) -> str:
     data = "random images" if is_synthetic(config) else config.data_label
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    processor_name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return (
-        f"resnet-bench {asked.bench}: {config.net}, batch {config.batch_size}, {config.precision}"
-        f" {'compiled' if config.compile else 'eager'}, {data}, {device} ({where}),"
-        f" {torch.get_num_threads()} threads, torch {torch.__version__}, {asked.rounds} rounds"
+        f"resnet-bench {args.bench}: {config.net}, batch {config.batch_size}, {config.precision}"
+        f" {'compiled' if config.compile else 'eager'}, {data}, {device} ({processor_name}),"
+        f" {torch.get_num_threads()} threads, torch {torch.__version__}, {args.rounds} rounds"
     )
 
 

@@ -1,4 +1,4 @@
-"""Random images in place of a data set, to measure with: speed does not depend on what they show."""
+"""Random images in place of a data set, for benchmarks: speed does not depend on their content."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from resnet_train.data.sampler import generator
 
 
 class SyntheticDataset(MemoryDataset):
-    """Random images: 50,000 and 10,000 of 32 px, fewer of more pixels."""
+    """Random images: 50,000 for training and 10,000 for the test at 32 px, fewer at larger sizes."""
 
     def __init__(self, *, family: str, size: int) -> None:
         self.classes, self.digest = [str(name) for name in range(1000 if family == "imagenet" else 10)], ""

@@ -1,4 +1,4 @@
-"""Timing side by side: jobs that take turns, round by round, and the table of what came out."""
+"""Timing of jobs that take turns, round by round, and the table of results."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ SPEED = "images/s"
 
 
 class Work(NamedTuple):
-    """Something to time: `do(n)` does it n times, n a multiple of `least`; once is `images` images."""
+    """Work to time: `do(n)` repeats it n times, n a multiple of `least`; each time processes `images` images."""
 
     do: Callable[[int], Any]
     images: int
     least: int = 1
 
 
-def clocked(job: Callable[[], Any], device: torch.device) -> float:
-    """The seconds that `job` takes, to the end of what it has started on the device."""
+def measure_seconds(job: Callable[[], Any], device: torch.device) -> float:
+    """The run time of `job` in seconds, including the work that it has started on the device."""
     _wait(device)
     start = time.perf_counter()
     job()
@@ -43,39 +43,39 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def interleaved(jobs: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """What each job gives in each round: A B C A B C …, so that a change of the machine's pace meets them all."""
-    found: dict[str, list[float]] = {name: [] for name in jobs}
+def run_interleaved(jobs: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """The results of each job in each round, in the order A B C A B C …, so that changes of speed affect all jobs."""
+    results: dict[str, list[float]] = {name: [] for name in jobs}
     for _ in tqdm(range(rounds), desc="rounds", disable=None, leave=False):
         for name, job in jobs.items():
-            found[name].append(job())
-    return found
+            results[name].append(job())
+    return results
 
 
-def speeds(works: dict[str, Work], seconds: float, rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Images per second of each work in each round, for about `seconds` each.
+def measure_speeds(works: dict[str, Work], seconds: float, rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Images per second of each work in each round, measured for about `seconds`.
 
-    It is done once unmeasured before every measurement: for compilers and memory, and lest it pay for what the one
-    before left behind (caches, workers that still read ahead).
+    Before every measurement it is done once untimed, for compilation and memory, and so that it is not affected by the
+    previous work (caches, workers that still read ahead).
     """
 
     def job(work: Work) -> Callable[[], float]:
         work.do(1)
-        each = clocked(lambda: work.do(1), device)
+        each = measure_seconds(lambda: work.do(1), device)
         count = math.ceil(seconds / each / work.least) * work.least
 
         def timed() -> float:
             work.do(1)
-            return count * work.images / clocked(lambda: work.do(count), device)
+            return count * work.images / measure_seconds(lambda: work.do(count), device)
 
         return timed
 
-    return interleaved({name: job(work) for name, work in works.items()}, rounds)
+    return run_interleaved({name: job(work) for name, work in works.items()}, rounds)
 
 
 @contextlib.contextmanager
 def threads(count: int) -> Iterator[None]:
-    """PyTorch computes with so many threads."""
+    """Set the number of PyTorch's threads within the context."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -86,7 +86,7 @@ def threads(count: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def environment(name: str, value: str) -> Iterator[None]:
-    """An environment variable for a while."""
+    """Set an environment variable within the context."""
     before = os.environ.get(name)
     os.environ[name] = value
     try:
@@ -99,7 +99,7 @@ def environment(name: str, value: str) -> Iterator[None]:
 
 
 def in_new_process(job: Callable[..., Any], *arguments: Any) -> Any:
-    """What `job` gives in a fresh process. Raises RunError where that is killed."""
+    """The result of `job` in a new process. Raises RunError if it is killed."""
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         try:
             return pool.submit(job, *arguments).result()
@@ -108,7 +108,7 @@ def in_new_process(job: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Median, least and most, and the values."""
+    """Median, minimum and maximum, and the values."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "rounds": list(values)}
 
 
@@ -121,9 +121,9 @@ def row(name: str, unit: str, values: Sequence[float], **references: Sequence[fl
     return {"name": name, "unit": unit, **spread(values), "ratios": ratios}
 
 
-def compared(found: dict[str, list[float]], *references: str) -> list[dict[str, Any]]:
-    """A row for each of the speeds, with its ratios to those that are named."""
-    return [row(name, SPEED, values, **{other: found[other] for other in references}) for name, values in found.items()]
+def comparison_rows(rates: dict[str, list[float]], *references: str) -> list[dict[str, Any]]:
+    """A row for each work, with the ratios of its rates to those of the `references`."""
+    return [row(name, SPEED, values, **{other: rates[other] for other in references}) for name, values in rates.items()]
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
@@ -132,8 +132,8 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     lines = [["", "median", "min", "max", "", *(f"/ {name}" for name in references)]]
     for row in rows:
         ratios = [row["ratios"].get(name) for name in references]
-        shown = [f"{r['median']:.3g} ({r['min']:.3g} to {r['max']:.3g})" if r else "" for r in ratios]
-        lines.append([row["name"], *(_number(row[key]) for key in ("median", "min", "max")), row["unit"], *shown])
+        cells = [f"{r['median']:.3g} ({r['min']:.3g} to {r['max']:.3g})" if r else "" for r in ratios]
+        lines.append([row["name"], *(_number(row[key]) for key in ("median", "min", "max")), row["unit"], *cells])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     left = (0, 4)  # names and units
     return [

@@ -1,4 +1,4 @@
-"""The networks."""
+"""Networks."""
 
 from resnet_train.models.resnet import cifar_resnet, imagenet_resnet
 

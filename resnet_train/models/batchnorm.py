@@ -1,7 +1,7 @@
-"""Batch norm: PyTorch's, and one whose statistics are those of small groups of images, on however many devices.
+"""Batch norm: PyTorch's, and one whose statistics are over small groups of images, on any number of devices.
 
-The paper's were: 32 images on each of 8 GPUs for ImageNet, 64 on each of 2 for CIFAR-10. Here any device takes several
-such groups at once, one after another or with others, and the mathematics stays the same.
+In the paper these were 32 images on each of 8 GPUs for ImageNet, and 64 on each of 2 for CIFAR-10. Here a device may
+process several such groups, in one pass or several, and the mathematics is the same.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from resnet_train.engine.distributed import all_reduce_sum
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """nn.BatchNorm2d whose batches `update_statistics` counts, all norms at once: on a GPU each count is a kernel."""
+    """nn.BatchNorm2d whose batches are counted by `update_statistics`, for all norms in one kernel on a GPU."""
 
     running_mean: Tensor
     running_var: Tensor
@@ -34,8 +34,8 @@ class BatchNorm2d(nn.BatchNorm2d):
 class GroupBatchNorm2d(BatchNorm2d):
     """nn.BatchNorm2d over groups of `images` consecutive images; its state dict is the same.
 
-    In training the running statistics are left alone: `sums` gathers mean and (unbiased) variance of each group, and
-    `update_statistics` moves them once per step. In evaluation it is nn.BatchNorm2d.
+    In training the forward pass does not change the running statistics: it adds mean and (unbiased) variance of each
+    group to `sums`, and `update_statistics` updates them once per step. In evaluation it is nn.BatchNorm2d.
     """
 
     sums: Tensor  # (2, channels)
@@ -51,14 +51,14 @@ class GroupBatchNorm2d(BatchNorm2d):
             return super().forward(x)
         parts = []
         for group in x.split(self.images):
-            mean, var = torch.zeros_like(self.sums)  # filled by batch_norm: with momentum 1 nothing of them stays
+            mean, var = torch.zeros_like(self.sums)  # overwritten by batch_norm with momentum 1
             parts.append(F.batch_norm(group, mean, var, self.weight, self.bias, True, 1.0, self.eps))
             self.sums += torch.stack([mean, var])
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def use_group_batch_norm(model: nn.Module, images: int) -> None:
-    """Make every batch norm of a fresh `model` take its statistics over groups of `images`, in place."""
+    """Replace every batch norm of a new `model` by one over groups of `images`, in place."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child) is BatchNorm2d:
@@ -69,25 +69,25 @@ def use_group_batch_norm(model: nn.Module, images: int) -> None:
 
 @contextlib.contextmanager
 def preserve_statistics(model: nn.Module) -> Iterator[None]:
-    """Leave the sums of `model` as they were: a forward pass that is computed again has already given its own.
+    """Restore the sums of `model` on exit: a forward pass that is recomputed has already been added to them.
 
-    Compiled code is the same in both passes, as it would not be if they differed in what they do.
+    As the passes do not differ otherwise, compiled code is the same in both.
     """
     sums = [module.sums for module in model.modules() if isinstance(module, GroupBatchNorm2d)]
-    before = [tensor.clone() for tensor in sums]
+    saved = [tensor.clone() for tensor in sums]
     try:
         yield
     finally:
-        for tensor, old in zip(sums, before, strict=True):
-            tensor.copy_(old)
+        for tensor, value in zip(sums, saved, strict=True):
+            tensor.copy_(value)
 
 
 @torch.no_grad()
 def update_statistics(model: nn.Module, groups: int) -> None:
     """Count one step in every batch norm that is not frozen.
 
-    Those over groups also move their running statistics here, towards the mean over the `groups` of the step, which
-    all processes share.
+    Batch norms over groups also update their running statistics here, towards the mean over the `groups` of the step
+    in all processes.
     """
     trained = [module for module in model.modules() if isinstance(module, BatchNorm2d) and module.training]
     if not trained:
@@ -96,18 +96,18 @@ def update_statistics(model: nn.Module, groups: int) -> None:
     norms = [norm for norm in trained if isinstance(norm, GroupBatchNorm2d)]
     if not norms:
         return
-    found = all_reduce_sum(torch.cat([norm.sums.flatten() for norm in norms])).div_(groups)
+    means = all_reduce_sum(torch.cat([norm.sums.flatten() for norm in norms])).div_(groups)
     running = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
-    torch._foreach_lerp_(running, found.split([len(buffer) for buffer in running]), norms[0].momentum)
+    torch._foreach_lerp_(running, means.split([len(buffer) for buffer in running]), norms[0].momentum)
     torch._foreach_zero_([norm.sums for norm in norms])
 
 
 @torch.no_grad()
 def average_statistics(model: nn.Module, passes: Iterable[Tensor], count: int) -> None:
-    """Set the running statistics to true averages over groups, as the authors' release has them at test time.
+    """Set the running statistics to averages over groups, as in the authors' released models.
 
-    `passes` are forward passes of `model` in training mode over one group each, made as they are asked for: this
-    process's share of `count`. Summed in float64, so that the number of processes makes no difference.
+    `passes` lazily computes forward passes of `model` in training mode over one group each: this process's share of
+    `count`. Sums are in float64, so that the result does not depend on the number of processes.
     """
     was_training = model.training
     model.train()

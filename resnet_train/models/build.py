@@ -1,4 +1,4 @@
-"""The network that a configuration names."""
+"""Building the network of a configuration."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from resnet_train.models.resnet import ResNet
 
 
 def build_network(config: Config, num_classes: int) -> ResNet:
-    """The network that the configuration names, initialised from torch's random state."""
+    """Build the network of the configuration, initialised from torch's random state."""
     if config.data.family == "cifar":
         return cifar_resnet(
             config.depth, config.shortcut, num_classes=num_classes, init=config.init, zero_gamma=config.zero_gamma
@@ -27,6 +27,6 @@ def build_network(config: Config, num_classes: int) -> ResNet:
 
 
 def check_net(config: Config, state: dict[str, Any]) -> None:
-    """Raise ValueError where a checkpoint's `state` does not hold the net that its `config` declares; makes none."""
+    """Raise ValueError if a checkpoint's `state` does not have the net of its `config`; the net is not built."""
     checkpoint.check_net(state["model"], lambda: build_network(config, len(state["classes"])), config.depth)
     checkpoint.check_mean(state["mean"])

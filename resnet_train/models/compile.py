@@ -1,4 +1,4 @@
-"""Compiling a network."""
+"""Compilation of networks."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from resnet_train.engine.distributed import is_main
 from resnet_train.models.resnet import ResNet
 from resnet_train.terminal import say
 
-WHOLE = 110  # deeper nets are compiled block by block: compiling the whole takes time in proportion to its depth
+WHOLE = 110  # layers; deeper nets are compiled block by block, as compilation time is proportional to depth
 
 
 def compile_network(model: ResNet, depth: int, device: torch.device) -> bool:
-    """Compile in place, the whole net or block by block; False where there is no compiler.
+    """Compile the net in place; returns False if there is no compiler.
 
-    Block by block above 110 layers, and where activations are computed again, which is done between blocks.
+    Nets above 110 layers, and nets with activation checkpointing, are compiled block by block.
 
-    Shapes are fixed: the same batch gives the same kernels, in training and in every later evaluation.
+    Shapes are static: the same batch gives the same kernels, in training and in every later evaluation.
     """
-    if device.type == "cpu":  # where it is of no use that there is a CUDA toolkit and no GPU
+    if device.type == "cpu":  # silence the warning about a CUDA toolkit without a GPU
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # its advice; fp32 means fp32 here
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # advice to use TF32; fp32 means fp32 here
     try:
         torch.compile(torch.neg, dynamic=False)(torch.zeros(8, device=device))
     except Exception as error:
@@ -35,7 +35,7 @@ def compile_network(model: ResNet, depth: int, device: torch.device) -> bool:
     if depth <= WHOLE and not model.recompute:
         model.compile(dynamic=False)
         return True
-    with contextlib.suppress(AttributeError):  # one kernel set for each shape and mode, however many blocks share it
+    with contextlib.suppress(AttributeError):  # blocks share code, one version per shape and mode
         torch._dynamo.config.recompile_limit = 64
     for block in model.blocks():
         block.compile(dynamic=False)

@@ -1,7 +1,7 @@
 """The networks of section 3 and table 1: plain and residual, for CIFAR-10 and for ImageNet.
 
-Module names are torchvision's, so that state dicts interchange: a 50-layer net with option B and its stride in the
-3x3 is torchvision's resnet50.
+Module names are torchvision's, so that state dicts are interchangeable: a 50-layer net with option B and the stride in
+the 3x3 is torchvision's resnet50.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def conv(in_channels: int, out_channels: int, size: int, stride: int = 1) -> nn.
 class PaddedIdentity(nn.Module):
     """Option A where the dimensions change: identity with spatial stride, extra channels zero. No parameters.
 
-    (N, C, H, W) to (N, C + extra, ceil(H / stride), ceil(W / stride)); the zeros stand after the channels.
+    (N, C, H, W) to (N, C + extra, ceil(H / stride), ceil(W / stride)); the zeros come after the channels.
     """
 
     def __init__(self, stride: int, extra: int) -> None:
@@ -93,7 +93,7 @@ class PaddedIdentity(nn.Module):
 
 
 def make_shortcut(option: str, in_channels: int, out_channels: int, stride: int) -> nn.Module | None:
-    """The shortcut of one block (section 3.3); None for the identity and, in plain nets, for none at all.
+    """The shortcut of one block (section 3.3); None for the identity, and in plain nets, which have no shortcuts.
 
     A: identity, zero-padded where the dimensions change. B: a projection (1x1 convolution and batch norm) there,
     identity elsewhere. C: a projection everywhere.
@@ -165,9 +165,9 @@ class BottleneckV1(Bottleneck):
 class ResNet(nn.Module):
     """The stem, the stages, global average pooling and the classifier; use `cifar_resnet` or `imagenet_resnet`.
 
-    With `recompute`, training keeps of each block its input alone, and the backward pass computes the rest again
-    (Chen et al. 2016): less memory for a third more time. That needs batch norm that does not move its running
-    statistics in the forward pass, which comes twice: batchnorm.GroupBatchNorm2d.
+    With `recompute`, training keeps only the input of each block, and the backward pass recomputes the rest (Chen et
+    al. 2016): less memory for a third more time. As the forward pass then runs twice, batch norm must not update its
+    running statistics there: batchnorm.GroupBatchNorm2d.
     """
 
     recompute = False
@@ -217,14 +217,14 @@ class ResNet(nn.Module):
         nn.init.zeros_(self.fc.bias)
 
     def freeze(self, last: str) -> None:
-        """Keep all from the input to the stage `last` (conv1, layer1, …) as it is: no gradients, no statistics."""
+        """Freeze all from the input to the stage `last` (conv1, layer1, …): no gradients, no statistics."""
         self.frozen = ("conv1", "bn1", *self.stages[: ["conv1", *self.stages].index(last)])
         for name in self.frozen:
             getattr(self, name).requires_grad_(False)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Self:
-        """Training or evaluation mode; what is frozen stays in the latter, so that its batch norm does not move."""
+        """Set training or evaluation mode; frozen stages stay in evaluation mode, so that batch norm is constant."""
         super().train(mode)
         for name in self.frozen:
             getattr(self, name).eval()
@@ -250,12 +250,12 @@ class ResNet(nn.Module):
 
 
 def _full_precision(device_type: str) -> AbstractContextManager[Any]:
-    """Autocast off, for the classifier: logits rounded to bf16 tie, and then topk decides what counts as wrong."""
+    """Autocast off, for the classifier: logits rounded to bf16 would tie, and the order in topk would count."""
     return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
 
 
 def _first_and_again(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """The contexts of a block's forward pass and of the same computed again: statistics are gathered in the first."""
+    """The contexts of a block's forward pass and its recomputation: statistics are collected in the first only."""
     return nullcontext(), preserve_statistics(block)
 
 

@@ -1,4 +1,4 @@
-"""The command `resnet-weights`, and the weights that a run begins with: from other programs' files and for them."""
+"""The command `resnet-weights`: import of other programs' weights, and export for them."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ from resnet_train.weights.source import FAMILIES, HEADER, Source, divisor, load,
 BN_IMAGES = {"cifar": 64, "imagenet": 32}
 
 
-def import_weights(asked: WeightsConfig, bases: dict[str, dict[str, Any]]) -> None:
-    """The command `resnet-weights import`: a checkpoint that gives the logits that the file's own program gives.
+def import_weights(args: WeightsConfig, bases: dict[str, dict[str, Any]]) -> None:
+    """The command `resnet-weights import`: write a checkpoint with the same logits as in the file's own program.
 
-    `bases` has for each family of nets the values of a training run, of which evaluation reads some.
+    `bases` has the values of a training run for each family of nets, some of which are used in evaluation.
     """
-    path, out = expand(asked.file), expand(asked.out)
-    double = asked.precision == "fp64"
-    source = read_source(path, form=asked.format, mean=asked.mean, std=asked.std, double=double)
+    path, out = expand(args.file), expand(args.out)
+    double = args.precision == "fp64"
+    source = read_source(path, form=args.format, mean=args.mean, std=args.std, double=double)
     if source.ours:
         raise UserError(f"file={path}: is a checkpoint of resnet-train already; resnet-weights export is the other way")
-    config = _config(asked, source, bases[source.family])
-    classes = _classes(asked, source)
+    config = _config(args, source, bases[source.family])
+    classes = _classes(args, source)
     state = {
         "config": config.plain(),
         "classes": classes,
         "label": config.data_label,
-        "digest": "",  # of the images that it was trained on, which nobody knows
-        # How batch norm's statistics were taken, nobody knows either; for precise_bn, the paper's groups.
-        "measure": {"precision": asked.precision, "compile": False, "bn_images": BN_IMAGES[source.family]},
+        "digest": "",  # of the training images: unknown
+        # The groups of batch norm's statistics are unknown as well; for precise_bn, the paper's.
+        "measure": {"precision": args.precision, "compile": False, "bn_images": BN_IMAGES[source.family]},
         "mean": source.mean if double else source.mean.float(),
         "iteration": 0,
         "model": state_dicts.rescaled(source.model, source.std, divisor(config)),
@@ -56,30 +56,30 @@ def import_weights(asked: WeightsConfig, bases: dict[str, dict[str, Any]]) -> No
     with checkpoint.checkpoint_errors(path):
         build_network(config, len(classes)).load_state_dict(source.model)
     checkpoint.save(out, state)
-    shown = [round(value, 4) for value in (source.mean.mean((0, 1)) / 255).tolist()]
+    mean = [round(value, 4) for value in (source.mean.mean((0, 1)) / 255).tolist()]
     stride = f", stride in the {config.bottleneck_stride}" if source.has_bottlenecks else ""
     folded = "" if divisor(config) == source.std else " (in conv1 now)"
     say(
         f"{FAMILIES[source.family]} {config.net}{stride}, {len(classes)} classes ({', '.join(classes[:3])}…); images in"
-        f" 0 to 1 minus {shown}, divided by {list(source.std)}{folded}; {asked.precision}; {out}"
+        f" 0 to 1 minus {mean}, divided by {list(source.std)}{folded}; {args.precision}; {out}"
     )
-    given = {"stride in the 3x3": asked.bottleneck_stride, "a residual net": asked.arch}
-    if assumed := [what for what in source.assumed if not given.get(what)]:
+    specified = {"stride in the 3x3": args.bottleneck_stride, "a residual net": args.arch}
+    if assumed := [item for item in source.assumed if not specified.get(item)]:
         say(f"assumed, for the file does not say: {'; '.join(assumed)}")
 
 
-def _config(asked: WeightsConfig, source: Source, base: dict[str, Any]) -> Config:
-    """What a training run of such a net would have had for its configuration."""
-    data = dict(base["data"]) | {"family": source.family, "root": asked.data.root}
-    data["name"] = data["name"] if asked.data.name == "auto" else asked.data.name
-    data["size"] = asked.data.size or data["size"]
+def _config(args: WeightsConfig, source: Source, base: dict[str, Any]) -> Config:
+    """The configuration of a training run of such a net."""
+    data = dict(base["data"]) | {"family": source.family, "root": args.data.root}
+    data["name"] = data["name"] if args.data.name == "auto" else args.data.name
+    data["size"] = args.data.size or data["size"]
     values = base | {
         "data": data,
         "depth": source.depth,
-        "arch": asked.arch or source.arch or "resnet",
+        "arch": args.arch or source.arch or "resnet",
         "shortcut": source.shortcut,
-        "bottleneck_stride": asked.bottleneck_stride or source.bottleneck_stride,
-        "precision": asked.precision,
+        "bottleneck_stride": args.bottleneck_stride or source.bottleneck_stride,
+        "precision": args.precision,
         "compile": False,
         "recipe": "imported",
     }
@@ -87,41 +87,41 @@ def _config(asked: WeightsConfig, source: Source, base: dict[str, Any]) -> Confi
         values["augment"] = base["augment"] | {"shorter_side": [max(256, data["size"]), max(480, data["size"])]}
         values["normalise"] = "standard" if source.std == IMAGENET_STD else "channels"
     if values["arch"] == "plain" and source.shortcut not in ("A", "none"):
-        raise UserError(f"arch=plain: {asked.file} has projections (option {source.shortcut}), as no plain net has")
+        raise UserError(f"arch=plain: {args.file} has projections (option {source.shortcut}), as no plain net has")
     if values["arch"] == "resnet" and source.shortcut == "none":
         values["shortcut"] = "A"
     return check_train(values, needs_data=False)
 
 
-def _classes(asked: WeightsConfig, source: Source) -> list[str]:
-    """The names of the classes, from the first place that has them. Raises UserError where they are too few or many."""
-    root, count = asked.data.root, source.count
-    if asked.classes is not None:
-        where = f"classes={asked.classes}"
+def _classes(args: WeightsConfig, source: Source) -> list[str]:
+    """The names of the classes, from the first source that has them. Raises UserError if their number is wrong."""
+    root, count = args.data.root, source.count
+    if args.classes is not None:
+        origin = f"classes={args.classes}"
         try:
-            names = read_regular(expand(asked.classes)).decode().splitlines()
+            names = read_regular(expand(args.classes)).decode().splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{where}: cannot be read as text: {error}") from error
+            raise UserError(f"{origin}: cannot be read as text: {error}") from error
         names = [name.strip() for name in names if name.strip()]
     elif root is not None and not any(is_official(name, Path(root)) for name in OFFICIAL):
-        names, where = (
+        names, origin = (
             open_packed(root).classes if is_packed(root) else class_folders(Path(root))[0],
             f"data.root={root}",
         )
     elif source.classes is not None:
-        names, where = source.classes, f"{asked.file}.json"
-    elif count == 10 and asked.data.name in ("auto", "cifar10") and source.family == "cifar":
+        names, origin = source.classes, f"{args.file}.json"
+    elif count == 10 and args.data.name in ("auto", "cifar10") and source.family == "cifar":
         return CLASSES
     else:
         return list(imagenet_classes()) if count == 1000 else [str(number) for number in range(count)]
     if len(names) != count:
-        raise UserError(f"{where}: names {len(names)} classes, the net in {asked.file} has {count}")
+        raise UserError(f"{origin}: names {len(names)} classes, the net in {args.file} has {count}")
     return names
 
 
-def export(asked: WeightsConfig) -> None:
-    """The command `resnet-weights export`: the file, and beside it in JSON what is to be done to images."""
-    path, out = expand(asked.file), expand(asked.out)
+def export(args: WeightsConfig) -> None:
+    """The command `resnet-weights export`: write the file, and beside it JSON with the preprocessing of images."""
+    path, out = expand(args.file), expand(args.out)
     state = load(path)
     with checkpoint.checkpoint_errors(path):
         config = config_from_checkpoint(state["config"])
@@ -132,18 +132,18 @@ def export(asked: WeightsConfig) -> None:
         mean = (state["mean"].double() / 255).view(-1, 3)
         image = mean.view(state["mean"].shape)
     mean = mean[0] if bool((mean == mean[0]).all()) else image
-    std = list(asked.std or (IMAGENET_STD if mean.ndim == 1 else divisor(config)))
+    std = list(args.std or (IMAGENET_STD if mean.ndim == 1 else divisor(config)))
     note, images = "", "RGB in 0 to 1, minus mean, divided by std"
-    if asked.format == "onnx":
-        if asked.std is not None:
+    if args.format == "onnx":
+        if args.std is not None:
             raise UserError("std: is not used by an ONNX file, which takes images in 0 to 1 as they are; remove it")
         difference, content = to_onnx(net, mean, divisor(config), config.data.size)
         images = f"float32 RGB in 0 to 1, (N, 3, {config.data.size}, {config.data.size}); mean and std are inside"
         note = f"; logits as PyTorch's to {difference:.1g} by onnxruntime"
-    described = {
+    description = {
         "written_by": f"resnet-train {__version__}",
         "format": checkpoint.FORMAT,
-        "checkpoint": asked.file,
+        "checkpoint": args.file,
         "net": config.net,
         "family": config.data.family,
         "arch": config.arch,
@@ -158,17 +158,17 @@ def export(asked: WeightsConfig) -> None:
         "precision": state["measure"]["precision"],
         "images": images,
         "mean": mean.tolist(),
-        "std": std if asked.format != "onnx" else list(state_dicts.UNDIVIDED),
+        "std": std if args.format != "onnx" else list(state_dicts.UNDIVIDED),
         "classes": state["classes"],
     }
-    if asked.format != "onnx":
+    if args.format != "onnx":
         tensors = {k: v.contiguous() for k, v in state_dicts.rescaled(net.state_dict(), divisor(config), std).items()}
-        if asked.format == "safetensors":
-            # What `load` makes a checkpoint of again. Where the data lie elsewhere, data.root= says.
+        if args.format == "safetensors":
+            # The rest of the checkpoint, for `load`. If the data are in another place, data.root= is needed.
             values = config.plain() | {"init_from": config.init_from and Path(config.init_from).name}
             values["data"] |= {"root": None}
-            kept = {"config": values, "digest": state["digest"], "measure": state["measure"]}
-            content = _safetensors(tensors, described | kept)
+            checkpoint_parts = {"config": values, "digest": state["digest"], "measure": state["measure"]}
+            content = _safetensors(tensors, description | checkpoint_parts)
         else:
             content = _saved(tensors)
         if mean.ndim == 3 and config.data.family == "imagenet":
@@ -177,10 +177,10 @@ def export(asked: WeightsConfig) -> None:
         if stride == "1x1":
             note += "; note: its stride is in the first 1x1, torchvision's is in the 3x3: there it gives other logits"
     write_whole(out, content)
-    write_result(out.with_name(out.name + ".json"), described)
-    of = "the mean image in the JSON file" if mean.ndim == 3 else str([round(value, 4) for value in mean.tolist()])
-    takes = images if asked.format == "onnx" else f"RGB in 0 to 1, minus {of}, divided by {std}"
-    say(f"{FAMILIES[config.data.family]} {config.net}, {len(state['classes'])} classes; images: {takes}{note}; {out}")
+    write_result(out.with_name(out.name + ".json"), description)
+    shift = "the mean image in the JSON file" if mean.ndim == 3 else str([round(value, 4) for value in mean.tolist()])
+    inputs = images if args.format == "onnx" else f"RGB in 0 to 1, minus {shift}, divided by {std}"
+    say(f"{FAMILIES[config.data.family]} {config.net}, {len(state['classes'])} classes; images: {inputs}{note}; {out}")
 
 
 def _saved(tensors: dict[str, Tensor]) -> bytes:
@@ -189,9 +189,9 @@ def _saved(tensors: dict[str, Tensor]) -> bytes:
     return content.getvalue()
 
 
-def _safetensors(tensors: dict[str, Tensor], told: dict[str, Any]) -> bytes:
+def _safetensors(tensors: dict[str, Tensor], header: dict[str, Any]) -> bytes:
     try:
         from safetensors.torch import save
     except ImportError as error:
         raise UserError("format=safetensors: needs safetensors: pip install 'resnet-train[safetensors]'") from error
-    return save(tensors, metadata={"format": "pt", HEADER: json.dumps(told)})
+    return save(tensors, metadata={"format": "pt", HEADER: json.dumps(header)})

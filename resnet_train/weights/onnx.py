@@ -17,7 +17,7 @@ TOLERANCE = 1e-4  # of ONNX logits, in absolute terms and relative to the larges
 
 
 class _FromPixels(nn.Module):
-    """The net for images (N, 3, H, W) in 0 to 1: it subtracts the mean, (3, 1, 1) or (3, H, W), itself."""
+    """A net for images (N, 3, H, W) in 0 to 1, which subtracts the mean, (3, 1, 1) or (3, H, W)."""
 
     mean: Tensor
 
@@ -31,7 +31,10 @@ class _FromPixels(nn.Module):
 
 
 def to_onnx(net: ResNet, mean: Tensor, std: Sequence[float], size: int) -> tuple[float, bytes]:
-    """An ONNX file for any number of images, and how far its logits are off. Raises UserError and RunError."""
+    """Export to ONNX with a dynamic batch size; returns the largest error of its logits, and the file's content.
+
+    Raises UserError and RunError.
+    """
     try:
         import onnxruntime
         import onnxscript  # noqa: F401 (torch's exporter needs it)
@@ -39,11 +42,11 @@ def to_onnx(net: ResNet, mean: Tensor, std: Sequence[float], size: int) -> tuple
         raise UserError(f"format=onnx: needs {error.name}: pip install 'resnet-train[onnx]'") from error
     net.load_state_dict(state_dicts.rescaled(net.state_dict(), std, state_dicts.UNDIVIDED))
     channels_first = mean.view(3, 1, 1) if mean.ndim == 1 else mean.permute(2, 0, 1)
-    whole = _FromPixels(net, channels_first).float().eval()
+    model = _FromPixels(net, channels_first).float().eval()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter's own parts
+        warnings.simplefilter("ignore")  # from inside the exporter
         program = torch.onnx.export(
-            whole,
+            model,
             (torch.rand(2, 3, size, size),),
             dynamo=True,
             verbose=False,
@@ -58,9 +61,9 @@ def to_onnx(net: ResNet, mean: Tensor, std: Sequence[float], size: int) -> tuple
     for count in (1, 3):
         images = torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(count))
         with torch.no_grad():
-            wanted = whole(images).numpy()
-        found = session.run(None, {"images": images.numpy()})[0]
-        difference = max(difference, float(np.abs(found - wanted).max()))
-        if not difference <= TOLERANCE * max(1.0, float(np.abs(wanted).max())):
+            expected = model(images).numpy()
+        logits = session.run(None, {"images": images.numpy()})[0]
+        difference = max(difference, float(np.abs(logits - expected).max()))
+        if not difference <= TOLERANCE * max(1.0, float(np.abs(expected).max())):
             raise RunError(f"the ONNX file's logits differ by {difference:.2g} from PyTorch's; it is not written")
     return difference, content

@@ -1,11 +1,11 @@
-"""State dicts of other programs in our form, and back. Names are torchvision's; what differs is said here.
+"""Conversion of state dicts from and to other programs. Our names are torchvision's; the differences are these.
 
-**Pixels.** Others divide by a standard deviation, and most of our nets do not. conv1(w, (x - m) / s) is
-conv1(w / s, x - m), and the zeros that pad the image are zeros in both: with the weights of conv1 multiplied or divided
-once, it is the same net for other pixels (`rescaled`).
+**Pixels.** Others divide by a standard deviation, most of our nets do not. conv1(w, (x - m) / s) equals
+conv1(w / s, x - m), and padding is zero in both: with the weights of conv1 multiplied or divided, it is the same net
+for other pixels (`rescaled`).
 
 **Padding of option A.** akamaster's pytorch_resnet_cifar10 puts half of the new zero channels before the old ones and
-half after them; ours stand after them. The same net with its channels in another order is ours: `end_padded`.
+half after them; ours are all after them. A permutation of channels makes the nets the same: `end_padded`.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from resnet_train.files import open_regular, read_if_object
 from resnet_train.models import cifar_resnet, imagenet_resnet
 from resnet_train.models.resnet import IMAGENET
 
-# What torchvision, timm and pytorch_resnet_cifar10 subtract from images in 0 to 1; they divide by IMAGENET_STD.
+# Subtracted from images in 0 to 1 by torchvision, timm and pytorch_resnet_cifar10; they divide by IMAGENET_STD.
 MEAN = (0.485, 0.456, 0.406)
 UNDIVIDED = (1.0, 1.0, 1.0)
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.")  # of DataParallel, compiled modules and Lightning's own
-# Where programs put the state dict among other things, and what of two that are there is taken.
+# Keys under which programs store the state dict; if there are several, the first is used.
 PLACES = ("state_dict", "model", "model_state_dict", "net", "state_dict_ema", "model_ema", "ema")
-SAYS = ("architecture", "arch")  # where files say which net they hold
-# A net with the names and shapes of torchvision's may be another: an anti-aliased one of timm's, or one of Caffe, whose
-# stride and pixels are others. Of what a file says, the words that are torchvision's; of its name, those that are not.
+ARCHITECTURE_KEYS = ("architecture", "arch")  # keys of the net's name in files
+# A net with torchvision's names and shapes may be different: an anti-aliased one from timm, or one from Caffe with
+# other strides and pixels. PLAIN matches torchvision's architectures, OTHERS the file names of nets that are not.
 PLAIN = re.compile(r"([\w:.-]*[/:])?((tv|gluon|ssl|swsl)_)?resnet([_-]?\d+([_-]?v1b|[_-]?v1\.5)?([^a-z0-9].*)?)?")
 OTHERS = re.compile(r"resnet[_-]?aa|blur|anti-?_?alias|caffe|msra")
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -43,7 +43,7 @@ NORM = ("weight", "bias", "running_mean", "running_var")
 
 @dataclass(frozen=True)
 class Shape:
-    """What a state dict shows of its net; `shortcut` A may be a plain net, which has the same parameters."""
+    """The net of a state dict; `shortcut` A may also be a plain net, which has the same parameters."""
 
     family: str
     depth: int
@@ -52,19 +52,19 @@ class Shape:
 
 
 def read(path: Path) -> Any:
-    """What is in a .safetensors file or in one that torch.save wrote. Raises UserError."""
+    """The content of a .safetensors file or a file of torch.save. Raises UserError."""
     return _read_safetensors(path) if path.suffix == ".safetensors" else checkpoint.read(path)
 
 
-def tensors(found: object, path: Path) -> dict[str, Tensor]:
-    """The state dict in what was read from `path`: itself, or in one of PLACES. Raises UserError.
+def tensors(content: object, path: Path) -> dict[str, Tensor]:
+    """The state dict in the `content` of `path`: itself, or under one of PLACES. Raises UserError.
 
-    Prefixes of wrappers are taken off.
+    Prefixes of wrappers are removed.
     """
-    place = next(iter(places(found)), None)
-    state = found[place] if place is not None and isinstance(found, Mapping) else found
+    place = next(iter(places(content)), None)
+    state = content[place] if place is not None and isinstance(content, Mapping) else content
     if not _is_state_dict(state):
-        raise UserError(f"{path}: is no state dict, which holds a tensor for each name{_holds(found)}")
+        raise UserError(f"{path}: is no state dict, which holds a tensor for each name{_describe_content(content)}")
     state = {str(name): value.detach() for name, value in state.items()}
     try:
         checkpoint.check_own_memory(state)
@@ -75,46 +75,47 @@ def tensors(found: object, path: Path) -> dict[str, Tensor]:
     return state
 
 
-def places(found: object) -> list[str]:
-    """Under which of PLACES there is a state dict; the first is taken."""
-    return [key for key in PLACES if isinstance(found, Mapping) and _is_state_dict(found.get(key))]
+def places(content: object) -> list[str]:
+    """Those of PLACES under which there is a state dict; the first is used."""
+    return [key for key in PLACES if isinstance(content, Mapping) and _is_state_dict(content.get(key))]
 
 
 def _is_state_dict(value: Any) -> TypeGuard[Mapping[Any, Tensor]]:
     return isinstance(value, Mapping) and bool(value) and all(isinstance(item, Tensor) for item in value.values())
 
 
-def _holds(found: object) -> str:
-    """What there is in a file in place of a state dict, as far as a line has room."""
-    if not isinstance(found, Mapping):
-        return f"; it is a {type(found).__name__}"
+def _describe_content(content: object) -> str:
+    """A short description of a file's content that is not a state dict."""
+    if not isinstance(content, Mapping):
+        return f"; it is a {type(content).__name__}"
     kinds = [
         f"{str(key)[:40]!r} ({f'{len(item)} entries' if isinstance(item, (Mapping, list)) else type(item).__name__})"
-        for key, item in found.items()
+        for key, item in content.items()
     ]
-    return f"; it has {_some(kinds, 6)}" if kinds else "; it is empty"
+    return f"; it has {_first_few(kinds, 6)}" if kinds else "; it is empty"
 
 
-def check_said(found: object, path: Path) -> bool:
-    """Whether a file says that its net is torchvision's: in itself, in timm's config.json beside it, or by its name.
+def check_architecture(content: object, path: Path) -> bool:
+    """Whether a file declares its net to be torchvision's, in its content, in timm's config.json, or by its name.
 
-    Raises UserError where it says another, whose names and shapes may be the same.
+    Raises UserError if it declares another, whose names and shapes may be the same.
     """
-    notes = [found, metadata(path), {"architecture": read_if_object(path.with_name("config.json")).get("architecture")}]
-    words = [(key, note.get(key)) for note in notes if isinstance(note, Mapping) for key in SAYS]
-    told = [(f"{key}={word[:60]}", PLAIN.fullmatch(word.lower())) for key, word in words if isinstance(word, str)]
-    told += [("its name", None)] if OTHERS.search(path.name.lower()) else []
-    for what, plain in told:
-        if not plain:
+    timm_config = read_if_object(path.with_name("config.json"))
+    notes = [content, metadata(path), {"architecture": timm_config.get("architecture")}]
+    words = [(key, note.get(key)) for note in notes if isinstance(note, Mapping) for key in ARCHITECTURE_KEYS]
+    claims = [(f"{key}={word[:60]}", PLAIN.fullmatch(word.lower())) for key, word in words if isinstance(word, str)]
+    claims += [("its name", None)] if OTHERS.search(path.name.lower()) else []
+    for claim, is_torchvision in claims:
+        if not is_torchvision:
             raise UserError(
-                f"{path}: is another net by {what}, though its weights have torchvision's names and shapes; if it"
+                f"{path}: is another net by {claim}, though its weights have torchvision's names and shapes; if it"
                 " is torchvision's, resnet-weights import takes it with format=torchvision"
             )
-    return bool(told) or re.search(r"(?<![a-z])resnet[_-]?\d+(?![a-z])", path.name.lower()) is not None
+    return bool(claims) or re.search(r"(?<![a-z])resnet[_-]?\d+(?![a-z])", path.name.lower()) is not None
 
 
 def metadata(path: Path) -> dict[str, str]:
-    """What the header of a .safetensors file says beside its tensors."""
+    """The metadata in the header of a .safetensors file."""
     if path.suffix != ".safetensors":
         return {}
     with _safetensors_errors(path):
@@ -133,13 +134,13 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def _safetensors_errors(path: Path) -> Iterator[None]:
-    """Make a UserError of what the reading of a .safetensors file raises."""
+    """Turn the exceptions of reading a .safetensors file into a UserError."""
     try:
         from safetensors import SafetensorError
     except ImportError as error:
         raise UserError(f"{path}: needs safetensors: pip install 'resnet-train[safetensors]'") from error
     try:
-        with open_regular(path):  # lest safetensors wait for a FIFO
+        with open_regular(path):  # else safetensors would wait for a FIFO
             pass
         yield
     except OSError as error:
@@ -149,9 +150,9 @@ def _safetensors_errors(path: Path) -> Iterator[None]:
 
 
 def to_our_names(state: Mapping[str, Tensor], form: str, where: str) -> tuple[dict[str, Tensor], Shape]:
-    """A state dict of `form` (torchvision, akamaster, or auto to see by its names) in our form, but for the pixels.
+    """Convert a state dict of `form` (torchvision, akamaster, or auto: by its names) to our names and channel order.
 
-    Weights come out in float32, or in float64 where they are. Raises UserError, beginning with `where`.
+    16-bit weights become float32; conv1 is not rescaled. Raises UserError, beginning with `where`.
     """
     akamaster = form == "akamaster" or (form == "auto" and "linear.weight" in state)
     if akamaster:
@@ -166,13 +167,13 @@ def to_our_names(state: Mapping[str, Tensor], form: str, where: str) -> tuple[di
 
 
 def _check_values(state: Mapping[str, Tensor], where: str) -> None:
-    """Refuse weights that no logits can be computed with. Raises UserError."""
+    """Raises UserError for weights that are not floats, not finite, or variances below 0."""
     for name, value in state.items():
         if name.endswith("num_batches_tracked"):
             continue
         if value.dtype not in FLOATS:
             raise UserError(
-                f"{where}: {name} is {str(value.dtype).removeprefix('torch.')}; taken are"
+                f"{where}: {name} is {str(value.dtype).removeprefix('torch.')}; allowed are"
                 f" {', '.join(str(dtype).removeprefix('torch.') for dtype in FLOATS)}"
             )
         if not bool(value.isfinite().all()):
@@ -182,23 +183,23 @@ def _check_values(state: Mapping[str, Tensor], where: str) -> None:
 
 
 def end_padded(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The CIFAR net of option A whose zero channels stand on both sides, as one whose zeros stand at the end.
+    """Convert a CIFAR net of option A with zero channels on both sides to one with zeros at the end.
 
-    `order[i]` is the channel there that is our channel i of the features which the shortcuts of a stage hand on. The
-    first block of the next stage pads C channels to 2C, with C/2 zeros before them: the old ones come first with us.
-    Whatever writes these features (conv2 and bn2 of each block) or reads them (conv1 of each block, fc) is put in that
-    order; the channels inside of a block stay. The same sums in another order, so equal up to rounding.
+    `order[i]` is the channel of the original net that is our channel i, in the features that a stage's shortcuts pass
+    on. The first block of the next stage pads C channels to 2C, with C/2 zeros before them; with us the old channels
+    come first. All layers that write these features (conv2 and bn2 of each block) or read them (conv1 of each block,
+    fc) are permuted; channels inside a block are not. The sums are the same in another order, so equal up to rounding.
     """
     state = dict(state)
     order = torch.arange(len(state["conv1.weight"]))
     for stage in _blocks(state):
         for index, block in enumerate(stage):
-            before = order
+            previous = order
             if index == 0 and block != "layer1.0.":
                 channels = len(order)
-                old = order + channels // 2
-                order = torch.cat([old, torch.tensor(sorted(set(range(2 * channels)) - set(old.tolist())))])
-            state[f"{block}conv1.weight"] = state[f"{block}conv1.weight"][:, before]
+                moved = order + channels // 2
+                order = torch.cat([moved, torch.tensor(sorted(set(range(2 * channels)) - set(moved.tolist())))])
+            state[f"{block}conv1.weight"] = state[f"{block}conv1.weight"][:, previous]
             state[f"{block}conv2.weight"] = state[f"{block}conv2.weight"][order]
             for name in NORM:
                 state[f"{block}bn2.{name}"] = state[f"{block}bn2.{name}"][order]
@@ -207,7 +208,7 @@ def end_padded(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _blocks(state: Mapping[str, Tensor]) -> list[list[str]]:
-    """The prefixes of the blocks of each stage, from the input on: layer1.0., layer1.1., …"""
+    """The prefixes of the blocks of each stage, in order: layer1.0., layer1.1., …"""
     stages: list[list[str]] = []
     while f"layer{len(stages) + 1}.0.conv1.weight" in state:
         stage, blocks = f"layer{len(stages) + 1}.", 0
@@ -217,47 +218,47 @@ def _blocks(state: Mapping[str, Tensor]) -> list[list[str]]:
     return stages
 
 
-def rescaled(state: Mapping[str, Tensor], of: Sequence[float], to: Sequence[float]) -> dict[str, Tensor]:
-    """The net for images that are divided by `to` (a number for each channel), from one for images divided by `of`.
+def rescaled(state: Mapping[str, Tensor], old: Sequence[float], new: Sequence[float]) -> dict[str, Tensor]:
+    """Convert a net for images divided by `old` (a number per channel) to one for images divided by `new`.
 
-    Where these are the same, the same bits; else conv1 is computed in float64 and rounded to what it was.
+    If they are equal, the weights are unchanged; else conv1 is computed in float64 and rounded to its own type.
     """
-    if tuple(of) == tuple(to):
+    if tuple(old) == tuple(new):
         return dict(state)
     weight = state["conv1.weight"]
-    factors = torch.tensor(to, dtype=torch.float64) / torch.tensor(of, dtype=torch.float64)
+    factors = torch.tensor(new, dtype=torch.float64) / torch.tensor(old, dtype=torch.float64)
     return {**state, "conv1.weight": (weight.double() * factors.view(1, 3, 1, 1)).to(weight.dtype)}
 
 
 def shape_of(state: Mapping[str, Tensor], where: str) -> Shape:
-    """What net of the paper a state dict of torchvision's names is. Raises UserError, beginning with `where`."""
-    found = _guess(state)
-    if found is None:
+    """The net of the paper for a state dict with torchvision's names. Raises UserError, beginning with `where`."""
+    shape = _guess(state)
+    if shape is None:
         raise UserError(
             f"{where}: is no net of the paper, whose keys are conv1.weight, bn1.…, layer1.0.conv1.weight, …, fc.bias;"
-            f" it has {_some(list(state))}"
+            f" it has {_first_few(list(state))}"
         )
     with torch.device("meta"):
-        make = cifar_resnet if found.family == "cifar" else imagenet_resnet
-        wanted = make(found.depth, found.shortcut, num_classes=found.classes).state_dict()
+        make = cifar_resnet if shape.family == "cifar" else imagenet_resnet
+        expected = make(shape.depth, shape.shortcut, num_classes=shape.classes).state_dict()
     faults = {
-        "has": [name for name in state if name not in wanted],
-        "lacks": [name for name in wanted if name not in state and not name.endswith("num_batches_tracked")],
+        "has": [name for name in state if name not in expected],
+        "lacks": [name for name in expected if name not in state and not name.endswith("num_batches_tracked")],
         "differs in": [
             f"{name} ({'x'.join(map(str, state[name].shape))} for {'x'.join(map(str, value.shape))})"
-            for name, value in wanted.items()
+            for name, value in expected.items()
             if name in state and state[name].shape != value.shape
         ],
     }
     if any(faults.values()):
-        looks = f"{'CIFAR' if found.family == 'cifar' else 'ImageNet'} resnet-{found.depth}-{found.shortcut}"
-        told = "; ".join(f"it {word} {_some(names)}" for word, names in faults.items() if names)
-        raise UserError(f"{where}: looks like the {looks}, but is not: {told}")
-    return found
+        looks = f"{'CIFAR' if shape.family == 'cifar' else 'ImageNet'} resnet-{shape.depth}-{shape.shortcut}"
+        differences = "; ".join(f"it {word} {_first_few(names)}" for word, names in faults.items() if names)
+        raise UserError(f"{where}: looks like the {looks}, but is not: {differences}")
+    return shape
 
 
 def _guess(state: Mapping[str, Tensor]) -> Shape | None:
-    """The net that the names and the first and the last weights look like."""
+    """The most likely net, from the names and the first and last weights; None if there is none."""
     stem, fc, stages = state.get("conv1.weight"), state.get("fc.weight"), _blocks(state)
     counts = tuple(map(len, stages))
     if stem is None or fc is None or stem.ndim != 4 or fc.ndim != 2 or not stages:
@@ -275,12 +276,12 @@ def _guess(state: Mapping[str, Tensor]) -> Shape | None:
 
 
 def complete(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """With the counters of batch norm, which old files lack and no net uses."""
+    """Add the batch counters of batch norm, which are missing in old files and not used by any net."""
     norms = [name.removesuffix("running_mean") for name in state if name.endswith("running_mean")]
     return {**{f"{norm}num_batches_tracked": torch.tensor(0) for norm in norms}, **state}
 
 
-def _some(names: Sequence[str], count: int = 3) -> str:
+def _first_few(names: Sequence[str], count: int = 3) -> str:
     """The first few of `names`, and how many more there are."""
     more = f" and {len(names) - count} more" if len(names) > count else ""
     return ", ".join(names[:count]) + more
