@@ -28,7 +28,7 @@ def expand(path: str | Path) -> Path:
 
 def nearest_existing(path: Path) -> Path:
     """`path`, or the nearest folder above it that exists."""
-    return next(place for place in (path, *path.absolute().parents) if place.exists())
+    return next(candidate for candidate in (path, *path.absolute().parents) if candidate.exists())
 
 
 def remove_empty(folder: Path, above: Path) -> None:
@@ -136,14 +136,14 @@ def write_json(path: Path, values: Any, indent: int | None = 2) -> None:
 
 def write_result(path: Path, values: Any) -> None:
     """Write a command's result to the JSON file that was given as `out`; folders are made. Raises UserError."""
-    with _named(path):
+    with _write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, values)
 
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write the file that was given as `out`, whole or not at all; folders are made. Raises UserError."""
-    with _named(path):
+    with _write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         put(path, content)
 
@@ -152,7 +152,7 @@ def write_whole(path: Path, content: bytes) -> None:
 def writing(path: Path) -> Iterator[Path]:
     """A temporary file that becomes `path`, which was given as `out`, once it is written. Raises UserError."""
     part = path.with_name(path.name + ".part")
-    with _named(path):
+    with _write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield part
@@ -164,14 +164,14 @@ def writing(path: Path) -> Iterator[Path]:
 def check_result(path: Path) -> None:
     """Make the folders above `path` and check that a file can be written there. Raises UserError."""
     part = path.with_name(path.name + ".part")
-    with _named(path):
+    with _write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         part.touch()
         part.unlink()
 
 
 @contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
+def _write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from resnet_train import sweep
 from resnet_train.console import exit_code
 from resnet_train.engine import checkpoint
-from resnet_train.engine.distributed import _not_joined, process_group
+from resnet_train.engine.distributed import _join_error, process_group
 from resnet_train.engine.limits import check_open_files, most_workers
 from resnet_train.engine.loop import check_finite
 from resnet_train.errors import RunError, UserError, from_nccl_error, from_os_error, is_peer_failure
@@ -289,17 +289,17 @@ def test_only_an_error_that_says_so_is_taken_for_the_loss_of_a_process(text, gon
 
 
 def test_nccl_that_cannot_work_is_told_for_what_it_is(capsys):
-    duplicate = _not_joined(RuntimeError(DUPLICATE), "they did not meet")
+    duplicate = _join_error(RuntimeError(DUPLICATE), "they did not meet")
     assert type(duplicate) is UserError
     assert str(duplicate) == (
         "NCCL: Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1000; each process needs a GPU of its"
         " own: start fewer (devices=)"
     )
-    memory = _not_joined(RuntimeError(NO_ROOM), "they did not meet")
+    memory = _join_error(RuntimeError(NO_ROOM), "they did not meet")
     assert type(memory) is RunError
     assert re.fullmatch(MEMORY, str(memory))
     assert "NCCL cannot work here: Cuda failure 719" in str(from_nccl_error(RuntimeError(UNHANDLED)))
-    assert str(_not_joined(RuntimeError(GONE), "they did not meet")).startswith("they did not meet (NCCL error in: ")
+    assert str(_join_error(RuntimeError(GONE), "they did not meet")).startswith("they did not meet (NCCL error in: ")
 
 
 @pytest.fixture

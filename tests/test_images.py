@@ -34,7 +34,7 @@ from resnet_train.data import crops
 from resnet_train.data.cache import cache_folder
 from resnet_train.data.cifar10 import TEST_FILES, TRAIN_FILES, read_official
 from resnet_train.data.crops import LONGEST, center_view, cut, whole_view
-from resnet_train.data.decode import ImageError, _decoding, check_pixels, decode, image_size, jpeg_size, read_image
+from resnet_train.data.decode import ImageError, _decode_errors, check_pixels, decode, image_size, jpeg_size, read_image
 from resnet_train.data.image_set import CIFAR10_FINGERPRINT, ImageSet, make_data_set
 from resnet_train.data.imagefolder import open_image_splits
 from resnet_train.data.memory import MemoryDataset
@@ -899,13 +899,13 @@ def test_whatever_a_decoder_raises_names_the_file(make):
 
 @pytest.mark.parametrize("error", [RuntimeError("a\nb"), NotImplementedError(), KeyError("k"), struct.error("s")])
 def test_an_exception_of_any_kind_is_an_image_error(error):
-    with pytest.raises(ImageError, match=r"^x: is not an image that can be read") as caught, _decoding("x"):
+    with pytest.raises(ImageError, match=r"^x: is not an image that can be read") as caught, _decode_errors("x"):
         raise error
     one_line(caught)
 
 
 def test_a_lack_of_memory_is_not_the_images_fault():
-    with pytest.raises(MemoryError), _decoding("x"):
+    with pytest.raises(MemoryError), _decode_errors("x"):
         raise MemoryError
 
 

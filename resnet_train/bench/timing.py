@@ -59,18 +59,18 @@ def measure_speeds(works: dict[str, Work], seconds: float, rounds: int, device: 
     previous work (caches, workers that still read ahead).
     """
 
-    def job(work: Work) -> Callable[[], float]:
+    def prepare(work: Work) -> Callable[[], float]:
         work.do(1)
         each = measure_seconds(lambda: work.do(1), device)
         count = math.ceil(seconds / each / work.least) * work.least
 
-        def timed() -> float:
+        def measure() -> float:
             work.do(1)
             return count * work.images / measure_seconds(lambda: work.do(count), device)
 
-        return timed
+        return measure
 
-    return run_interleaved({name: job(work) for name, work in works.items()}, rounds)
+    return run_interleaved({name: prepare(work) for name, work in works.items()}, rounds)
 
 
 @contextlib.contextmanager

@@ -246,8 +246,8 @@ def _count_members(
     precisions, compiled, size = set(), True, dataset.sizes[args.split]
     torch.backends.cudnn.benchmark = args.protocol != "multiscale"  # whose shapes vary
     for member in members:
-        of = member.path, member.config, member.state, dataset.classes, device
-        restore = functools.partial(load_model, *of, precise_bn=args.precise_bn > 0)
+        loading = member.path, member.config, member.state, dataset.classes, device
+        restore = functools.partial(load_model, *loading, precise_bn=args.precise_bn > 0)
         model, mean, precision, compile = raise_on_all_ranks(restore)
         precisions.add(precision)
         if args.precise_bn:
@@ -255,15 +255,16 @@ def _count_members(
             average_batch_norm(model, mean, member.config, images, dataset, args.precise_bn, precision)
         compile = compile and compile_network(model, member.config.depth, device)
         compiled = compiled and compile
-        deal = (args.split, mean, device, pick_eval_batch(member.config, device), rank(), world_size())
+        share = (args.split, mean, device, pick_eval_batch(member.config, device), rank(), world_size())
         if len(members) == 1 and args.protocol == "center":
-            return count_errors(model, dataset.eval_batches(*deal), precision, size, answer_rows), precision, compiled
-        outcomes = probabilities(model, dataset.eval_views(args.protocol, *deal), precision)
+            batches = dataset.eval_batches(*share)
+            return count_errors(model, batches, precision, size, answer_rows), precision, compiled
+        outcomes = probabilities(model, dataset.eval_views(args.protocol, *share), precision)
         if not sums:
-            sums = [(p.cpu(), labels.cpu()) for p, labels in outcomes]
+            sums = [(scores.cpu(), labels.cpu()) for scores, labels in outcomes]
         else:
-            sums = [(total + p.cpu(), labels) for (total, labels), (p, _) in zip(sums, outcomes, strict=True)]
-    means = (((p / len(members)).log(), labels) for p, labels in sums)
+            sums = [(total + scores.cpu(), labels) for (total, labels), (scores, _) in zip(sums, outcomes, strict=True)]
+    means = (((scores / len(members)).log(), labels) for scores, labels in sums)
     return count(means, size, torch.device("cpu"), answer_rows), " and ".join(sorted(precisions)), compiled
 
 

@@ -87,7 +87,7 @@ def gather(
             values = values.double() if model.precision == "fp64" else values.float()
             values = values.flatten(1) if values.shape[2:] == (1, 1) else values
             if not arrays:
-                arrays["features"] = _room(layer, (count, *values.shape[1:]), 8 if model.precision == "fp64" else 4)
+                arrays["features"] = _allocate(layer, (count, *values.shape[1:]), 8 if model.precision == "fp64" else 4)
                 arrays |= {} if labels is None else {"labels": np.empty(count, np.int64)}
             stop = start + len(values)
             arrays["features"][start:stop] = values.cpu().numpy()
@@ -98,7 +98,7 @@ def gather(
     return arrays
 
 
-def _room(layer: str, shape: tuple[int, ...], size: int) -> np.ndarray:
+def _allocate(layer: str, shape: tuple[int, ...], size: int) -> np.ndarray:
     """An empty array of floats of `size` bytes. Raises UserError if it is larger than the machine's memory."""
     need, memory = int(np.prod(shape)) * size, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if need > memory:

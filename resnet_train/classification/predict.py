@@ -76,8 +76,8 @@ class Classifier:
         `net(images)` computes in float32 instead, and with gradients. Raises UserError for images of another shape.
         """
         if images.ndim != 4 or images.shape[1] != 3:
-            one = "; of one image give image[None]" if images.ndim == 3 else ""
-            raise UserError(f"logits: images are (N, 3, S, S), and these are {tuple(images.shape)}{one}")
+            hint = "; of one image give image[None]" if images.ndim == 3 else ""
+            raise UserError(f"logits: images are (N, 3, S, S), and these are {tuple(images.shape)}{hint}")
         return compute_logits(self.net, images.to(self.device), self.precision)
 
     def batches(self, names: Sequence[str]) -> Iterator[tuple[Sequence[str], Tensor]]:
@@ -91,8 +91,8 @@ class Classifier:
 
         with ThreadPoolExecutor(max(1, min(AT_ONCE, share_of_cores()))) as pool:
             for start in range(0, len(names), AT_ONCE):
-                some = names[start : start + AT_ONCE]
-                yield some, self.normalise(torch.stack(list(pool.map(read, some))).to(self.device))
+                chunk = names[start : start + AT_ONCE]
+                yield chunk, self.normalise(torch.stack(list(pool.map(read, chunk))).to(self.device))
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> Classifier:
@@ -131,9 +131,9 @@ def classify(args: ClassifyConfig, images: list[str]) -> None:
     """Print the five most likely classes of each image; with `args.out` also as JSON. Raises UserError."""
     model = load(args.checkpoint, pick_device(args.device))
     words, predictions = imagenet_classes(), []
-    for some, batch in model.batches(images):
+    for names, batch in model.batches(images):
         top = model.logits(batch).double().softmax(1).topk(min(5, len(model.classes)))
-        for name, probabilities, indices in zip(some, top.values.tolist(), top.indices.tolist(), strict=True):
+        for name, probabilities, indices in zip(names, top.values.tolist(), top.indices.tolist(), strict=True):
             rows = [_row(model.classes[n], p, words) for p, n in zip(probabilities, indices, strict=True)]
             predictions.append({"image": name, "top": rows})
             say(name)

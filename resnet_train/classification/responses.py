@@ -153,48 +153,43 @@ def responses(args: ResponsesConfig) -> None:
     Raises UserError.
     """
     device = pick_device(args.device)
-    members = [
-        _load_member(name, args) for name in args.checkpoint
-    ]  # all, before the first is measured: errors come early
-    measured = []
+    members = [_load_member(name, args) for name in args.checkpoint]  # all of them first: errors come early
+    results = []
     for member in members:
-        one = _measure(member, args, device)
-        measured.append(one)
-        mean = sum(one.stds.values()) / len(one.stds)
+        s = _measure(member, args, device)
+        results.append(s)
+        mean = sum(s.stds.values()) / len(s.stds)
         say(
-            f"{one.net} on {one.data} {args.split}, seed {one.seed}, iteration {one.iteration}:"
-            f" {len(one.stds)} layers, {args.images} images, mean std {mean:.4f}, largest"
-            f" {max(one.stds.values()):.4f}; gradients by response {min(one.by_response):.2g} to"
-            f" {max(one.by_response):.2g}, by weights {min(one.by_weights):.2g} to {max(one.by_weights):.2g}",
+            f"{s.net} on {s.data} {args.split}, seed {s.seed}, iteration {s.iteration}:"
+            f" {len(s.stds)} layers, {args.images} images, mean std {mean:.4f}, largest"
+            f" {max(s.stds.values()):.4f}; gradients by response {min(s.by_response):.2g} to"
+            f" {max(s.by_response):.2g}, by weights {min(s.by_weights):.2g} to {max(s.by_weights):.2g}",
         )
     out = expand(args.out)
 
     def lines(values: Callable[[Signals], Sequence[float]]) -> list[figures.Responses]:
-        return [
-            figures.Responses(one.net, one.data, one.seed, values(one), one.note, one.finished, one.iteration)
-            for one in measured
-        ]
+        return [figures.Responses(s.net, s.data, s.seed, values(s), s.note, s.finished, s.iteration) for s in results]
 
     try:
         out.mkdir(parents=True, exist_ok=True)
         header = ["net", "data", "seed", "iteration", "finished", "index", "layer"]
         rows = [
-            [*_about(one), number, name, std, args.split, args.images, one.note]
-            for one in measured
-            for number, (name, std) in enumerate(one.stds.items(), 1)
+            [*_columns(s), number, name, std, args.split, args.images, s.note]
+            for s in results
+            for number, (name, std) in enumerate(s.stds.items(), 1)
         ]
         _put_csv(out / "responses.csv", [*header, "std", "split", "images", "note"], rows)
         rows = [
-            [*_about(one), number, *values, args.split, args.images // one.batch * one.batch, one.batch, one.note]
-            for one in measured
-            for number, values in enumerate(zip(one.stds, one.by_response, one.by_weights, strict=True), 1)
+            [*_columns(s), number, *values, args.split, args.images // s.batch * s.batch, s.batch, s.note]
+            for s in results
+            for number, values in enumerate(zip(s.stds, s.by_response, s.by_weights, strict=True), 1)
         ]
         columns = ["by_response", "by_weights", "split", "images", "batch", "note"]
         _put_csv(out / "gradients.csv", [*header, *columns], rows)
     except OSError as error:
         raise UserError(f"out={out}: cannot be written: {error.strerror}") from error
-    norms = [lines(lambda one: one.by_response), lines(lambda one: one.by_weights)]
-    stds = lines(lambda one: list(one.stds.values()))
+    norms = [lines(lambda s: s.by_response), lines(lambda s: s.by_weights)]
+    stds = lines(lambda s: list(s.stds.values()))
     drawn = figures.draw(
         [
             figures.Picture("figure-7", "", lambda: figures.draw_responses(stds)),
@@ -202,13 +197,13 @@ def responses(args: ResponsesConfig) -> None:
         ],
         out,
     )
-    pictures = [f"{one.name}.{kind}" for one in drawn for kind in ("png", "svg")]
+    pictures = [f"{picture.name}.{kind}" for picture in drawn for kind in ("png", "svg")]
     say(f"{out}/{', '.join(['responses.csv', 'gradients.csv', *pictures])}")
 
 
-def _about(one: Signals) -> list[Any]:
+def _columns(signals: Signals) -> list[Any]:
     """The first columns of every row of a checkpoint."""
-    return [one.net, one.data, one.seed, one.iteration, one.finished]
+    return [signals.net, signals.data, signals.seed, signals.iteration, signals.finished]
 
 
 def _put_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

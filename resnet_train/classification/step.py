@@ -43,15 +43,15 @@ def step(task: TrainState, images: Tensor, labels: Tensor, lr: float | Tensor) -
     """
     _set_rate(task, lr)
     passes = task.share.passes
-    for part, (some, truth) in enumerate(zip(images.chunk(passes), labels.chunk(passes), strict=True), 1):
-        with contextlib.nullcontext() if part == passes or world_size() == 1 else task.net.no_sync():  # type: ignore[operator]
+    for number, (inputs, targets) in enumerate(zip(images.chunk(passes), labels.chunk(passes), strict=True), 1):
+        with contextlib.nullcontext() if number == passes or world_size() == 1 else task.net.no_sync():  # type: ignore[operator]
             # Forward
-            logits = compute_logits(task.net, some, task.precision)
-            loss = F.cross_entropy(logits, truth)
+            logits = compute_logits(task.net, inputs, task.precision)
+            loss = F.cross_entropy(logits, targets)
             # Backward
             task.scaler.scale(loss / passes).backward()
         # Sums for the log
-        task.metrics.add(loss.detach(), logits.detach(), truth)
+        task.metrics.add(loss.detach(), logits.detach(), targets)
     # Update: the weights by SGD, the running statistics by the mean over all parts of the batch
     task.scaler.step(task.optimizer)
     task.scaler.update()

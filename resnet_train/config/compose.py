@@ -283,7 +283,7 @@ def explain(text: str, name: str, overrides: list[str]) -> str:
         texts = comments(name, overrides)
     before, title, values = text.partition("== Values (key=value) ==\n")
     lines: list[str] = []
-    for key, line in _keyed(values.splitlines()):
+    for key, line in _with_keys(values.splitlines()):
         indent = len(line) - len(line.lstrip())
         lines += textwrap.wrap(
             texts.get(key, ""), 80, initial_indent=indent * " " + "# ", subsequent_indent=indent * " " + "# "
@@ -309,7 +309,7 @@ def _comments(path: Path, group: str) -> dict[str, str]:
     _, _, body = text.partition("\n\n") if not group else ("", "", re.sub(r"\A(#.*\n)+", "", text))
     texts: dict[str, str] = {}
     above: list[str] = []
-    for key, line in _keyed(body.partition("\nhydra:")[0].splitlines()):
+    for key, line in _with_keys(body.partition("\nhydra:")[0].splitlines()):
         if line.lstrip().startswith("#"):
             above.append(line.lstrip(" #"))
             continue
@@ -320,7 +320,7 @@ def _comments(path: Path, group: str) -> dict[str, str]:
     return texts
 
 
-def _keyed(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
+def _with_keys(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
     """Lines of YAML, each with the dotted name of the key at its beginning, or an empty string."""
     outer: list[tuple[int, str]] = []
     for line in lines:

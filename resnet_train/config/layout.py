@@ -26,7 +26,7 @@ REMOTE = ("s3://", "gs://", "azure://", "r2://", "local:")  # prefixes that litd
 def is_official(name: str, root: Path) -> bool:
     """Whether `root` is a data set's official archive (a file), the folder that it unpacks to, or that one's parent."""
     folder, file = OFFICIAL.get(name, ("", ""))
-    return name in OFFICIAL and (root.is_file() or any((place / file).is_file() for place in (root, root / folder)))
+    return name in OFFICIAL and (root.is_file() or any((parent / file).is_file() for parent in (root, root / folder)))
 
 
 def name_data(name: str, root: str | None) -> str:
@@ -139,12 +139,12 @@ def class_folders(root: Path) -> tuple[list[str], str]:
         test = next((name for name in parts if folders_in(root / name)), parts[0] if parts else None)
         if not any(root.iterdir()):
             raise UserError(f"data.root={root}: the folder is empty")
-        if test is None and not (root / "train").is_dir() and (undivided := _undivided(root)):
+        if test is None and not (root / "train").is_dir() and (undivided := _undivided_classes(root)):
             return undivided, ""
         if test is None or not (root / "train").is_dir():
             raise UserError(
                 f"data.root={root}: has no train/ and test/ (or val/) folders with a folder for each class"
-                f"{_misnamed(folders_in(root))}"
+                f"{_suggest_name(folders_in(root))}"
             )
         classes = {}
         for part in ("train", test):
@@ -168,7 +168,7 @@ def class_folders(root: Path) -> tuple[list[str], str]:
     return classes["train"], test
 
 
-def _misnamed(folders: Collection[str]) -> str:
+def _suggest_name(folders: Collection[str]) -> str:
     """Advice on folders whose names are similar to those of the parts of a tree: tset, validation, Train."""
     for folder in sorted(set(folders) - {"train", "test", "val"}):
         alike = [part for part in ("train", "test", "val") if folder.lower().startswith(part)]
@@ -177,7 +177,7 @@ def _misnamed(folders: Collection[str]) -> str:
     return ""
 
 
-def _undivided(root: Path) -> list[str]:
+def _undivided_classes(root: Path) -> list[str]:
     """The classes of a <class>/* tree; empty if fewer than two folders have images. Raises UserError."""
     count = {name: len(images_in(root / name)[0]) for name in folders_in(root)}
     if sum(map(bool, count.values())) < 2:
@@ -243,10 +243,10 @@ def lists_of(root: Path, kind: str) -> list[str]:
 
 def class_folders_of_boxes(root: Path) -> tuple[Path, list[str]]:
     """The folder with train/ and val/ of an ImageNet tree with boxes, and its classes. Raises UserError."""
-    images = next((place for place in (root, root / "Data/CLS-LOC") if (place / "train").is_dir()), root)
-    for place in (images / "train", images / "val", root / BOXES / "train", root / BOXES / "val"):
-        if not place.is_dir():
-            raise UserError(f"data.root={root}: has no {place.relative_to(root)}/, as ILSVRC's localization has")
+    images = next((path for path in (root, root / "Data/CLS-LOC") if (path / "train").is_dir()), root)
+    for path in (images / "train", images / "val", root / BOXES / "train", root / BOXES / "val"):
+        if not path.is_dir():
+            raise UserError(f"data.root={root}: has no {path.relative_to(root)}/, as ILSVRC's localization has")
     try:
         classes = folders_in(images / "train")
     except OSError as error:

@@ -122,12 +122,12 @@ def types_of(kind: Any, prefix: str = "") -> dict[str, Any]:
     hints = {}
     for name, hint in _fields(kind)[0].items():
         hints[prefix + name] = hint
-        if dataclasses.is_dataclass(_unmarked(hint)):
-            hints |= types_of(_unmarked(hint), f"{prefix}{name}.")
+        if dataclasses.is_dataclass(_strip_marks(hint)):
+            hints |= types_of(_strip_marks(hint), f"{prefix}{name}.")
     return hints
 
 
-def _unmarked(hint: Any) -> Any:
+def _strip_marks(hint: Any) -> Any:
     return typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
 
 
@@ -139,7 +139,7 @@ def marked(mark: type[T], *kinds: Any) -> dict[str, T]:
 
 def keys_taking(types: Collection[Any], *kinds: Any) -> set[str]:
     """The keys of the dataclasses `kinds` that accept one of `types`."""
-    hints = [(key, _unmarked(hint)) for kind in kinds for key, hint in types_of(kind).items()]
+    hints = [(key, _strip_marks(hint)) for kind in kinds for key, hint in types_of(kind).items()]
     return {key for key, hint in hints if not {hint, *typing.get_args(hint)}.isdisjoint(types)}
 
 

@@ -149,8 +149,8 @@ def check_train(values: Mapping[str, Any], requested: Collection[str] = (), *, n
         raise UserError(f"schedule.drops={config.schedule.drops}: must rise, as [0.5,0.75] does")
     if config.schedule.watch == "val" and not config.data.validation:
         images = training_images(config.data)
-        some = "IMAGES" if images is None else max(1, images // 10)
-        raise UserError(f"schedule.watch=val: needs a held-out part of the training set; add data.validation={some}")
+        count = "IMAGES" if images is None else max(1, images // 10)
+        raise UserError(f"schedule.watch=val: needs a held-out part of the training set; add data.validation={count}")
     if config.freeze is not None:
         last = "layer3" if config.data.family == "cifar" else "layer4"
         if config.freeze > last:

@@ -48,7 +48,7 @@ def image_size(path: Path) -> tuple[int, int]:
         file = open_regular(path)
     except OSError as error:
         raise UserError(f"{path}: is not an image that can be read ({error.strerror})") from error
-    with file, _decoding(str(path)), _open(file) as image:
+    with file, _decode_errors(str(path)), _open(file) as image:
         return image.size
 
 
@@ -58,13 +58,13 @@ def decode(data: bytes, name: str, factor: int = 1) -> Tensor:
     With a `factor` of 2, 4 or 8 a JPEG for which `jpeg_size` gives a size may be decoded at 1/factor; others are not
     reduced.
     """
-    with _decoding(name):
+    with _decode_errors(name):
         if size := jpeg_size(data):
             check_pixels(*size)
-            least = {"min_height": -(-size[0] // factor), "min_width": -(-size[1] // factor)} if factor > 1 else {}
+            limits = {"min_height": -(-size[0] // factor), "min_width": -(-size[1] // factor)} if factor > 1 else {}
             with contextlib.suppress(ValueError):  # then Pillow tries
                 # The same pixels as Pillow's, faster.
-                return torch.from_numpy(simplejpeg.decode_jpeg(data, "RGB", **least))
+                return torch.from_numpy(simplejpeg.decode_jpeg(data, "RGB", **limits))
         with _open(io.BytesIO(data)) as image:
             return from_pillow(image)
 
@@ -85,15 +85,15 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
     when it reduces a lossless frame. Unusual sequences of segments give None, so that libjpeg cannot find another frame
     than this function.
     """
-    place = 2
-    while data[:2] == b"\xff\xd8" and len(data) >= place + 10 and data[place] == 0xFF:
-        kind, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4])
+    offset = 2
+    while data[:2] == b"\xff\xd8" and len(data) >= offset + 10 and data[offset] == 0xFF:
+        kind, length = data[offset + 1], int.from_bytes(data[offset + 2 : offset + 4])
         if kind in (0xC0, 0xC2):  # baseline and progressive
-            bits, height, width, colours = struct.unpack_from(">BHHB", data, place + 4)
+            bits, height, width, colours = struct.unpack_from(">BHHB", data, offset + 4)
             return (height, width) if bits == 8 and height and width and colours in (1, 3) else None
         if not (kind in (0xC4, 0xDB, 0xDD, 0xFE) or 0xE0 <= kind <= 0xEF) or length < 2:  # tables, comments, APPn
             return None
-        place += 2 + length
+        offset += 2 + length
     return None
 
 
@@ -104,7 +104,7 @@ def check_pixels(height: int, width: int) -> None:
 
 
 @contextlib.contextmanager
-def _decoding(name: str) -> Iterator[None]:
+def _decode_errors(name: str) -> Iterator[None]:
     """Turn any exception of a decoder into an ImageError, except MemoryError."""
     try:
         yield

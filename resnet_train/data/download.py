@@ -56,7 +56,7 @@ def download(
     reasons = []
     attempts = [(url, slow) for url in urls]
     for url, min_rate in attempts:
-        before = part.stat().st_size if part.exists() else 0
+        old_size = part.stat().st_size if part.exists() else 0
         try:
             # If the resumed file has a wrong checksum, the earlier part may be bad: download all of it.
             for _ in range(1 + part.exists()):
@@ -68,7 +68,7 @@ def download(
             raise _Failed("other content than the checksum says")
         except _Failed as error:
             reasons.append(f"{url}: {error}")
-            if min_rate and part.exists() and part.stat().st_size != before:
+            if min_rate and part.exists() and part.stat().st_size != old_size:
                 attempts.append((url, 0.0))
             if attempts[-1] != (url, min_rate):
                 tqdm.write(printable(f"{url}: {error}; trying the next"))

@@ -57,7 +57,7 @@ def _fetch_pack(url: str) -> Path:
                 (f"{name}/{shard.name}", shard)
                 for name, part in pack.parts.items()
                 for shard in part.shards
-                if not _is_there(folder / name / shard.name, shard)
+                if not _is_complete(folder / name / shard.name, shard)
             ]
 
             def fetch_shard(item: tuple[str, PackShard]) -> int:
@@ -83,7 +83,7 @@ def _fetch_pack(url: str) -> Path:
     return folder
 
 
-def _is_there(path: Path, shard: PackShard) -> bool:
+def _is_complete(path: Path, shard: PackShard) -> bool:
     note = path.with_name(f"{path.name}.sha256")
     whole = path.is_file() and path.stat().st_size == shard.bytes
     return whole and note.is_file() and note.read_bytes() == shard.sha256.encode()

@@ -31,13 +31,11 @@ def load(name: str, root: str | None, size: int) -> DataSet:
         return _digits(size)
     path = expand(root) if root else None
     if name in ("cifar10", "cifar100") and (path is None or is_official(name, path)):
-        module: Any = cifar10 if name == "cifar10" else cifar100
-        archive = cache_folder() / module.MIRRORS[0].rpartition("/")[2]
-        source = path or download(module.MIRRORS, archive, module.ARCHIVE_MD5, module.ARCHIVE_SIZE)
-        files = (
-            [source] if source.is_file() else [cifar10.official_folder(source, name) / file for file in module.FILES]
-        )
-        return load_cached(name, files, "", lambda: module.read_official(source))
+        cifar: Any = cifar10 if name == "cifar10" else cifar100
+        archive = cache_folder() / cifar.MIRRORS[0].rpartition("/")[2]
+        source = path or download(cifar.MIRRORS, archive, cifar.ARCHIVE_MD5, cifar.ARCHIVE_SIZE)
+        files = [source] if source.is_file() else [cifar10.official_folder(source, name) / file for file in cifar.FILES]
+        return load_cached(name, files, "", lambda: cifar.read_official(source))
     assert path is not None
     classes, test = class_folders(path)
     files_of = {part: listing(path, part, classes, divided=bool(test)) for part in ("train", test or "test")}

@@ -51,12 +51,12 @@ def save(path: Path, state: dict[str, Any], *, keep_as: Path | None = None) -> N
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
-        reason, way = "the disk may be full", "with room made"
+        reason, advice = "the disk may be full", "with room made"
         if isinstance(error, OSError) and error.strerror:
-            reason, way = error.strerror, remedy(error)
+            reason, advice = error.strerror, remedy(error)
         intact = path.exists() or (keep_as is not None and keep_as.exists())
         raise RunError(
-            f"{path}: the checkpoint cannot be written ({reason}); {way}, the same command resumes"
+            f"{path}: the checkpoint cannot be written ({reason}); {advice}, the same command resumes"
             + (" from the one before it, which is intact" if intact else "")
         ) from error
 
@@ -84,10 +84,10 @@ def read(path: Path) -> Any:
             raise UserError(f"{path}: is not a file")
         with path.open("rb") as file:
             legacy = file.read(len(LEGACY)) == LEGACY  # a format without checksums
-        damaged = None if legacy else _damaged(path)
+        damaged = None if legacy else _find_damage(path)
         if damaged:
             raise UserError(f"{path}: is damaged ({damaged})")
-        if BYTEARRAY.search(_pickled(path, legacy)):
+        if BYTEARRAY.search(_pickle_bytes(path, legacy)):
             raise UserError(f"{path}: is refused: it holds a bytearray, which may ask for any amount of memory")
         content = torch.load(path, map_location="cpu", weights_only=True)
         _check_sizes(content, path)
@@ -95,8 +95,8 @@ def read(path: Path) -> Any:
     except UserError:
         raise
     except pickle.UnpicklingError as error:
-        what = re.search(r"GLOBAL (\S+)", str(error))
-        name = f" ({what[1]})" if what else ""
+        match = re.search(r"GLOBAL (\S+)", str(error))
+        name = f" ({match[1]})" if match else ""
         raise UserError(f"{path}: is refused: it holds more than tensors and plain values{name}") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
@@ -106,7 +106,7 @@ def read(path: Path) -> Any:
         raise UserError(f"{path}: is cut short or not a checkpoint") from error
 
 
-def _damaged(path: Path) -> str | None:
+def _find_damage(path: Path) -> str | None:
     """The first damaged member of a file in torch's zip format, or another fault; None if there is none."""
     with zipfile.ZipFile(path) as archive:
         # torch.save does not compress: members larger than the file mean a zip bomb.
@@ -118,7 +118,7 @@ def _damaged(path: Path) -> str | None:
         return damaged or next(iter(marked), None)
 
 
-def _pickled(path: Path, legacy: bool) -> bytes:
+def _pickle_bytes(path: Path, legacy: bool) -> bytes:
     """The bytes that will be unpickled."""
     if legacy:
         return path.read_bytes()

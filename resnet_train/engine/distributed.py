@@ -124,12 +124,12 @@ def process_group(device: torch.device, timeout: int) -> Iterator[None]:
         yield
         return
     file = os.environ.get(STORE)
-    where = file or f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    unmet = f"{os.environ['WORLD_SIZE']} processes did not meet at {where} within timeout={timeout} s"
-    listening = "" if file else " (something else may be listening there); use another port"
-    watch = threading.Timer(3 * timeout, _end, [unmet + listening])
-    watch.daemon = True
-    watch.start()
+    address = file or f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    failure = f"{os.environ['WORLD_SIZE']} processes did not meet at {address} within timeout={timeout} s"
+    hint = "" if file else " (something else may be listening there); use another port"
+    watchdog = threading.Timer(3 * timeout, _end, [failure + hint])
+    watchdog.daemon = True
+    watchdog.start()
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
         _listen_on_loopback()
     try:
@@ -142,9 +142,9 @@ def process_group(device: torch.device, timeout: int) -> Iterator[None]:
             **_in_file(file, timeout) if file else {},
         )
     except (RuntimeError, ValueError) as error:
-        raise _not_joined(error, unmet) from error
+        raise _join_error(error, failure) from error
     finally:
-        watch.cancel()
+        watchdog.cancel()
     try:
         yield
     except UserError as error:
@@ -168,7 +168,7 @@ def _in_file(path: str, timeout: int) -> dict[str, Any]:
     return {"store": store, "rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
 
 
-def _not_joined(error: Exception, unmet: str) -> UserError:
+def _join_error(error: Exception, failure: str) -> UserError:
     """The error for the user when the processes could not join."""
     text = str(error)
     if "EADDRINUSE" in text:
@@ -182,10 +182,10 @@ def _not_joined(error: Exception, unmet: str) -> UserError:
     user_error = from_nccl_error(error) or from_machine_error(error)
     if user_error is not None:
         return user_error
-    way = "see that every machine runs the same command and reaches that address"
+    advice = "see that every machine runs the same command and reaches that address"
     if STORE in os.environ:
-        way = "a larger timeout= waits longer"
-    return UserError(f"{unmet} ({text.splitlines()[0][:200]}); {way}")
+        advice = "a larger timeout= waits longer"
+    return UserError(f"{failure} ({text.splitlines()[0][:200]}); {advice}")
 
 
 def _wait_for(host: str, port: int, timeout: int) -> None:

@@ -77,8 +77,8 @@ def launch(job: Callable[[], int], processes: int, max_restarts: int) -> int:
         stop_early(-failure.exitcode)
     restarts = f" after all restarts (max_restarts={max_restarts})" if max_restarts else ""
     advice = "" if max_restarts else ", and with max_restarts=3 by itself"
-    who = f"rank {rank} (process {failure.pid}) was killed by {signal.Signals(-failure.exitcode).name}"
-    raise RunError(f"{who}{restarts}; the same command resumes from the last checkpoint{advice}")
+    description = f"rank {rank} (process {failure.pid}) was killed by {signal.Signals(-failure.exitcode).name}"
+    raise RunError(f"{description}{restarts}; the same command resumes from the last checkpoint{advice}")
 
 
 def _work(job: Callable[[], int], processes: int, received: list[int]) -> int:

@@ -79,14 +79,14 @@ class MetricsLogger:
             return
         self.path = directory / "metrics.jsonl"
         self.names = names
-        with self._writing():
+        with self._write_errors():
             points = read_points(self.path, iteration)
         self.last = {point["split"]: point["iteration"] for point in points}
         self.seconds = max((line.get("seconds", 0.0) for line in points), default=0.0)
         errors = [line["error"] for line in points if line["split"] == "train" and "error" in line]
         self.train_error = errors[-1] if errors else None
         part = directory / "metrics.jsonl.part"
-        with self._writing():
+        with self._write_errors():
             part.write_text("".join(json.dumps(line) + "\n" for line in points))
             part.replace(self.path)
             self.file = self.path.open("a")
@@ -97,7 +97,7 @@ class MetricsLogger:
                     self._writer(split)  # opened now, so that purge_step removes points after the checkpoint
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _write_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -122,7 +122,7 @@ class MetricsLogger:
         if split == "train" and "error" in values:
             self.train_error = float(values["error"])
         line = {"iteration": iteration, "split": split, **self.names, **values}
-        with self._writing():
+        with self._write_errors():
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
             self.last[split] = iteration
@@ -158,7 +158,7 @@ class MetricsLogger:
         """
         if self.silent:
             return
-        with self._writing():
+        with self._write_errors():
             writer, names = self._writer("test"), [name for name in results if name.startswith(("error", "map"))]
             if "error" in names and self.train_error is not None:
                 writer.add_scalar("final/train_error", self.train_error, iteration)
@@ -169,13 +169,13 @@ class MetricsLogger:
     def log_image(self, iteration: int, name: str, image: Tensor) -> None:
         """Log an image (3, H, W) uint8 of the test set to TensorBoard."""
         if not self.silent:
-            with self._writing():
+            with self._write_errors():
                 self._writer("test").add_image(name, image, iteration)
 
     def log_reference(self, error: float, iterations: int) -> None:
         """Log the paper's final error as a line across TensorBoard's error chart, once per run."""
         if not self.silent and not (self.board / "paper").exists():
-            with self._writing(), SummaryWriter(str(self.board / "paper")) as writer:
+            with self._write_errors(), SummaryWriter(str(self.board / "paper")) as writer:
                 for iteration in (0, iterations):
                     writer.add_scalar("error", error, iteration)
 
@@ -183,7 +183,7 @@ class MetricsLogger:
         """Write everything to disk; called before each checkpoint, which must not be ahead of the metrics."""
         if self.silent:
             return
-        with self._writing():
+        with self._write_errors():
             os.fsync(self.file.fileno())
             for writer in self.writers.values():
                 writer.flush()

@@ -102,8 +102,8 @@ def begin_directory(directory: Path, config: dict[str, Any], *, new: bool) -> No
             os.replace(folder, old)
     write_json(directory / "config.json", config)  # makes the folder a run's directory
     if new:
-        for place in (old, directory / "tensorboard"):
-            _remove_folder(place)
+        for path in (old, directory / "tensorboard"):
+            _remove_folder(path)
         for name in ("metrics.jsonl", "split.json", "curves.png"):
             (directory / name).unlink(missing_ok=True)
 
@@ -147,9 +147,9 @@ def _best_of(state: dict[str, Any], path: Path, source: Path) -> Path | None:
     iteration = state["best"][1]
     if not iteration:  # there is no validation set, or it was not yet evaluated
         return None
-    for place in (source / "best.pt", source / f"iteration-{iteration:07d}.pt", path, source / "previous.pt"):
+    for candidate in (source / "best.pt", source / f"iteration-{iteration:07d}.pt", path, source / "previous.pt"):
         with contextlib.suppress(UserError):
-            if checkpoint.load(place)["iteration"] == iteration:
-                return place
+            if checkpoint.load(candidate)["iteration"] == iteration:
+                return candidate
     say(f"note: the best checkpoint so far, of iteration {iteration}, is in no file; the next better one is saved")
     return None

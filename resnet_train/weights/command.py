@@ -170,7 +170,7 @@ def export(args: WeightsConfig) -> None:
             checkpoint_parts = {"config": values, "digest": state["digest"], "measure": state["measure"]}
             content = _safetensors(tensors, description | checkpoint_parts)
         else:
-            content = _saved(tensors)
+            content = _to_bytes(tensors)
         if mean.ndim == 3 and config.data.family == "imagenet":
             note = "; note: torchvision subtracts one mean of each channel, as nets trained with normalise=channels do"
         stride = config.bottleneck_stride if config.data.family == "imagenet" and config.depth >= 50 else "3x3"
@@ -183,7 +183,7 @@ def export(args: WeightsConfig) -> None:
     say(f"{FAMILIES[config.data.family]} {config.net}, {len(state['classes'])} classes; images: {inputs}{note}; {out}")
 
 
-def _saved(tensors: dict[str, Tensor]) -> bytes:
+def _to_bytes(tensors: dict[str, Tensor]) -> bytes:
     content = io.BytesIO()
     torch.save(tensors, content)
     return content.getvalue()
