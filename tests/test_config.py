@@ -541,7 +541,7 @@ WRONG = [
     ("bn_images=1", "at least 2"),
     ("bn_images=some", "whole number or device or all"),
     ("device_batch_size=64 bn_images=all", "remove device_batch_size="),
-    ("activation_checkpointing=true bn_images=all", "activation_checkpointing computes again"),
+    ("activation_checkpointing=true bn_images=all", "would count recomputed statistics twice"),
     ("compile=true bn_images=all", "add compile=false"),
     ("max_restarts=-1", "at least 0"),
     ("timeout=0", "at least 1"),

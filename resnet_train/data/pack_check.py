@@ -37,7 +37,7 @@ def check_packed(root: str, workers: int) -> None:
     for line in errors:
         say(f"wrong: {line}", file=sys.stderr)
     if errors:
-        raise RunError(f"check={root}: {len(errors)} errors, the first: {errors[0]}")
+        raise RunError(f"check={root}: number of errors: {len(errors)}; the first: {errors[0]}")
     say(f"{root}: {total} images in {len(jobs)} shards, all as they were packed")
 
 
