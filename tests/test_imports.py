@@ -42,7 +42,7 @@ LAYERS = [
     ["classification.load", "weights.source"],
     ["models.build"],
     ["engine.run"],
-    ["engine.loop", "engine.resume"],
+    ["engine.loop", "engine.resume", "engine.boxes"],
     ["engine.task"],
 ]
 UPPER = {f"resnet_train.{name}" for layer in LAYERS for name in layer}

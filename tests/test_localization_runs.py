@@ -283,7 +283,7 @@ def test_it_learns(folder, tmp_path):
 
     def error():
         rpn = task._trained()
-        return evaluate(rpn, None, data.photos.test, device=CPU, workers=0, sides=[37])["error"]
+        return evaluate(rpn, None, data.test, device=CPU, workers=0, sides=[37])["error"]
 
     before = error()
     for batch in task.batches():

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from resnet_train.config import keys
-from resnet_train.config.keys import Alias, Free, OnlyFor, Range, StoredAs
+from resnet_train.config import boxes, keys
+from resnet_train.config.keys import Alias, OnlyFor, Range
 from resnet_train.config.layout import list_file, lists_of
-from resnet_train.config.paths import (
-    anchored,
-    check_checkpoints,
-    check_file,
-    check_folder,
-    check_out,
-    check_paths,
-)
-from resnet_train.config.run_dir import plain_word, run_name, unnamed
-from resnet_train.config.schema import as_list, flat, format_value, from_dict, unread_keys
-from resnet_train.config.train import check_depth, check_divisible
+from resnet_train.config.paths import anchored, check_checkpoints, check_file, check_folder, check_out, check_paths
+from resnet_train.config.schema import as_list, from_dict
+from resnet_train.config.train import check_depth
 from resnet_train.errors import UserError, nearest
 from resnet_train.files import expand, read_if_object
 
@@ -32,21 +24,18 @@ LIST_FILES = {
 }
 
 
-@dataclass(frozen=True)
-class DetectData:
+@dataclass(frozen=True, kw_only=True)
+class DetectData(boxes.BoxData):
     """Pictures with boxes: configs/detection/data/."""
 
     name: Literal["voc", "coco", "det"]
-    root: keys.Root
     train: list[str]
     test: str
     classes: list[str] | None
-    workers: Annotated[int, Range(0, 256), Free()]
-    broken: keys.Broken
 
 
-@dataclass(frozen=True)
-class DetectConfig:
+@dataclass(frozen=True, kw_only=True)
+class DetectConfig(boxes.BoxConfig):
     """Everything that `resnet-detect` is told: configs/detection/detect.yaml, the data set and the recipe."""
 
     data: Annotated[DetectData, Alias("dataset")]
@@ -55,37 +44,12 @@ class DetectConfig:
     pyramid: Annotated[bool, OnlyFor("resnet")]
     context: Annotated[bool, OnlyFor("resnet")]
     masks: Annotated[bool, OnlyFor("resnet")]
-    init_from: keys.InitFrom
-    seed: keys.Seed
-    precision: Literal["auto", "bf16", "fp16", "fp32"]
-    devices: keys.Devices
-    device: keys.Device
-    max_restarts: keys.MaxRestarts
-    timeout: keys.Timeout
-    checkpoint_every: keys.CheckpointEvery
-    keep_every: keys.KeepEvery
-    run_dir: keys.RunDir
-    resume: Annotated[Literal["auto", "never"], Free(), StoredAs("auto")]
-    recipe: str
-    iterations: keys.Iterations
-    batch_size: keys.BatchSize
     regions: Annotated[int, Range(2, 10_000)]
-    lr: keys.LearningRate
     warmup: Annotated[int, Range(0, 10**9)]
-    drops: keys.Drops
-    momentum: keys.Momentum
-    weight_decay: keys.WeightDecay
     freeze: Annotated[Literal["conv1", "layer1", "layer2", "layer3"] | None, Alias("frozen_stages")]
     min_size: Annotated[int, Range(32, 4096)]
     max_size: Annotated[int, Range(32, 8192)]
-    anchors: Annotated[list[int], Range(1, 4096)]
     proposals: Annotated[int, Range(1, 10_000)]
-    log_every: keys.LoggingInterval
-    eval_every: keys.LoggingInterval
-
-    def plain(self) -> dict[str, Any]:
-        """The configuration as nested dictionaries of plain values, for JSON and checkpoints."""
-        return dataclasses.asdict(self)
 
     @property
     def net(self) -> str:
@@ -95,19 +59,12 @@ class DetectConfig:
         words = [word for word in ("pyramid", "context", "masks") if getattr(self, word)]
         return "-".join([f"resnet-{self.depth}", *words])
 
-    @property
-    def data_label(self) -> str:
-        """The data's name in every record: the folder's own."""
-        return expand(self.data.root or "").resolve().name or "root"
 
-
-@dataclass(frozen=True)
-class DetectTestData:
+@dataclass(frozen=True, kw_only=True)
+class DetectTestData(boxes.BoxTestData):
     """The pictures of a test; null is what the checkpoint has."""
 
-    root: keys.Root
     test: str | None
-    broken: Literal["stop", "skip"] | None
 
 
 @dataclass(frozen=True)
@@ -141,16 +98,10 @@ def check_detect(values: Mapping[str, Any], asked: Collection[str] = ()) -> Dete
     """
     data = {**values["data"], "train": as_list(values["data"]["train"])}
     config = from_dict(DetectConfig, {**values, "data": data})
-    check_paths({"data.root": config.data.root, "run_dir": config.run_dir, "init_from": config.init_from})
-    _check_backbone(config, asked)
-    if config.devices != "auto":
-        check_divisible(config.batch_size, config.devices)
-    if config.drops != sorted(set(config.drops)):
-        raise UserError(f"drops={config.drops}: must rise, as [0.5,0.75] does")
+    boxes.check_boxes(config, asked, "backbone")
+    _check_backbone(config)
     if config.max_size < config.min_size:
         raise UserError(f"max_size={config.max_size}: is below min_size={config.min_size}")
-    if config.precision == "fp16" and config.device == "cpu":
-        raise UserError("precision=fp16: is for GPUs; on a CPU use bf16 or fp32")
     if config.freeze is not None and config.init_from is None:
         if "freeze" in asked:
             raise UserError(f"freeze={config.freeze}: would keep random weights; add init_from=, or remove it")
@@ -158,16 +109,10 @@ def check_detect(values: Mapping[str, Any], asked: Collection[str] = ()) -> Dete
     if not config.data.train:
         raise UserError("data.train=[]: name at least one list")
     _check_data(config.data, {"data.train": config.data.train, "data.test": [config.data.test]}, asked or None)
-    root = str(expand(config.data.root or "").absolute())
-    source = None if config.init_from is None else str(expand(config.init_from).absolute())
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, root=root), init_from=source)
+    return boxes.with_absolute_paths(config)
 
 
-def _check_backbone(config: DetectConfig, asked: Collection[str]) -> None:
-    for key in unread_keys(DetectConfig, config.backbone):
-        if key in asked:
-            value = format_value(getattr(config, key))
-            raise UserError(f"{key}={value}: is not used by backbone={config.backbone}; remove it")
+def _check_backbone(config: DetectConfig) -> None:
     if config.backbone == "resnet":
         check_depth(config.depth, "imagenet")
     if config.pyramid and len(config.anchors) != 5:
@@ -176,8 +121,6 @@ def _check_backbone(config: DetectConfig, asked: Collection[str]) -> None:
         raise UserError("context=true: is for conv5_x on each region, which pyramid=true has not; remove one of them")
     if config.masks and config.data.name != "coco":
         raise UserError(f"masks=true: data={config.data.name} has boxes alone; use data=coco, or remove it")
-    if config.anchors != sorted(set(config.anchors)) or not config.anchors:
-        raise UserError(f"anchors={config.anchors}: must rise, as [128,256,512] does")
 
 
 def _check_data(data: DetectData, named: Mapping[str, list[str]], asked: Collection[str] | None = None) -> None:
@@ -187,7 +130,7 @@ def _check_data(data: DetectData, named: Mapping[str, list[str]], asked: Collect
     """
     if data.root is None:
         raise UserError(f"data.root: data={data.name} needs one: data.root=PATH")
-    root = _check_root(data.root)
+    root = boxes.check_root(data.root)
     if data.classes is not None and data.name == "coco":
         raise UserError("data.classes: COCO's are those of its JSON; remove it")
     for key, lists in named.items():
@@ -206,13 +149,6 @@ def _check_data(data: DetectData, named: Mapping[str, list[str]], asked: Collect
                 raise UserError(f"{key}={name}: {data.root} has {', '.join(there)}{nearest(name, there)}")
 
 
-def _check_root(given: str) -> Path:
-    root = expand(given)
-    if not root.is_dir():
-        raise UserError(f"data.root={given}: {'is no folder' if root.exists() else 'there is no such folder'}")
-    return root
-
-
 def check_test(values: Mapping[str, Any]) -> DetectTestConfig:
     """The checked configuration of a test. Raises UserError."""
     config = from_dict(DetectTestConfig, {**values, "checkpoint": as_list(values["checkpoint"])})
@@ -222,8 +158,8 @@ def check_test(values: Mapping[str, Any]) -> DetectTestConfig:
     check_out(config.out)
     if config.scales is not None and len(config.scales) < 2:
         raise UserError(f"scales={config.scales}: give two or more, as [200,400,600,800,1000]; null is training's one")
-    if config.scales != sorted(set(config.scales or [])) and config.scales is not None:
-        raise UserError(f"scales={config.scales}: must rise, as [200,400,600,800,1000] does")
+    if config.scales is not None:
+        boxes.check_rising("scales", config.scales, "[200,400,600,800,1000]")
     return dataclasses.replace(config, data=anchored(config.data))
 
 
@@ -235,7 +171,7 @@ def _check_test_list(data: DetectTestData, checkpoint: Path) -> None:
     trained = read_if_object(checkpoint.absolute().parent.parent / "config.json").get("data")
     given = data.root or (trained.get("root") if isinstance(trained, dict) else None)
     if data.root is not None:
-        _check_root(data.root)
+        boxes.check_root(data.root)
     if data.test is None or not isinstance(given, str) or not (root := expand(given)).is_dir():
         return
     there = [name for kind in LIST_FILES for name in lists_of(root, kind)]
@@ -245,10 +181,9 @@ def _check_test_list(data: DetectTestData, checkpoint: Path) -> None:
 
 def with_test_data(config: DetectConfig, asked: DetectTestData) -> DetectConfig:
     """A checkpoint's configuration, on the pictures that the command line names, if any. Raises UserError."""
-    given = {key: value for key, value in dataclasses.asdict(asked).items() if value is not None}
-    data = dataclasses.replace(config.data, **given)
-    _check_data(data, {"data.test": [data.test]})
-    return dataclasses.replace(config, data=data)
+    tested = boxes.with_test_data(config, asked)
+    _check_data(tested.data, {"data.test": [tested.data.test]})
+    return tested
 
 
 def check_predict(values: Mapping[str, Any], images: Collection[str]) -> PredictConfig:
@@ -282,11 +217,7 @@ def config_from_checkpoint(values: Any) -> DetectConfig:
         raise UserError(f"the stored configuration cannot be read: {error}") from error
 
 
-def run_directory(config: DetectConfig, asked: Iterable[str]) -> Path:
+def run_directory(config: DetectConfig, asked: Collection[str]) -> Path:
     """Where the run goes: `run_dir`, or runs/DATA-detection/NET/ and the values of other keys that were `asked` for."""
-    if config.run_dir is not None:
-        return expand(config.run_dir)
-    told = {"data", "backbone", "depth", "pyramid", "context", "masks", "seed"} | unnamed(DetectConfig)
-    values = flat(config.plain())
-    place = Path("runs") / f"{plain_word(config.data_label) or 'images'}-detection" / config.net
-    return place / run_name(values, set(asked) - told, config.seed)
+    shown = ("backbone", "depth", "pyramid", "context", "masks")
+    return boxes.run_directory(config, asked, "detection", config.net, shown)

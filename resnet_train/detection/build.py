@@ -14,7 +14,6 @@ from resnet_train.config.schema import format_value
 from resnet_train.data.augment import IMAGENET_STD
 from resnet_train.detection.model import Detector, DetectorSettings, resnet_detector, vgg_detector
 from resnet_train.engine import checkpoint
-from resnet_train.engine.compute import DTYPES
 from resnet_train.errors import UserError
 from resnet_train.models import imagenet_resnet
 from resnet_train.weights import state_dicts
@@ -91,14 +90,6 @@ def build_new(config: DetectConfig, names: list[str]) -> tuple[Detector, Backbon
     model, _ = _assemble(config, backbone, classes)
     _load_resnet(model, source.model, path)
     return model, backbone
-
-
-def precision_of(state: dict[str, Any]) -> str:
-    """The precision that a checkpoint was trained in. Raises KeyError and ValueError for none that there is."""
-    precision = str(state["measure"]["precision"])
-    if precision not in DTYPES:
-        raise ValueError(f"precision {precision}")
-    return precision
 
 
 def build_like_checkpoint(config: DetectConfig, state: dict[str, Any]) -> tuple[Detector, Backbone]:

@@ -13,7 +13,7 @@ from resnet_train.config.detection import DetectConfig, DetectTestConfig, config
 from resnet_train.config.run_dir import plain_word
 from resnet_train.config.schema import format_value
 from resnet_train.detection.annotations import Examples
-from resnet_train.detection.build import build_like_checkpoint, precision_of
+from resnet_train.detection.build import build_like_checkpoint
 from resnet_train.detection.ensemble import Ensemble
 from resnet_train.detection.evaluate import check_shape, evaluate
 from resnet_train.detection.metrics import mask_figures
@@ -23,7 +23,7 @@ from resnet_train.detection.refine import VOTERS
 from resnet_train.detection.run import read_test
 from resnet_train.detection.train import PROTOCOL
 from resnet_train.engine import checkpoint
-from resnet_train.engine.compute import pick_device, to_device
+from resnet_train.engine.compute import pick_device, precision_of, to_device
 from resnet_train.engine.distributed import is_main, on_rank_zero, process_group, raise_on_all_ranks
 from resnet_train.engine.limits import most_workers
 from resnet_train.errors import UserError

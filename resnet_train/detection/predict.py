@@ -11,12 +11,12 @@ from PIL import Image
 
 from resnet_train.config.detection import PredictConfig, config_from_checkpoint
 from resnet_train.data.decode import read_image
-from resnet_train.detection.build import build_like_checkpoint, precision_of
+from resnet_train.detection.build import build_like_checkpoint
 from resnet_train.detection.draw import draw_detections, likely
 from resnet_train.detection.evaluate import Found, check_shape, detections
 from resnet_train.detection.masks import rle
 from resnet_train.engine import checkpoint
-from resnet_train.engine.compute import pick_device, to_device
+from resnet_train.engine.compute import pick_device, precision_of, to_device
 from resnet_train.files import expand, write_result, write_whole
 from resnet_train.terminal import say
 

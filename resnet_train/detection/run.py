@@ -10,16 +10,15 @@ import torch
 from resnet_train.config.detection import DetectConfig
 from resnet_train.data.sampler import generator
 from resnet_train.detection.annotations import Examples
-from resnet_train.detection.build import build_like_checkpoint, build_new, precision_of
+from resnet_train.detection.build import build_like_checkpoint, build_new
 from resnet_train.detection.coco import read_coco
 from resnet_train.detection.evaluate import check_shape
 from resnet_train.detection.masks import check_masks
 from resnet_train.detection.model import losses_of
 from resnet_train.detection.train import DetectionTask
 from resnet_train.detection.voc import read_voc
-from resnet_train.engine import checkpoint
-from resnet_train.engine.compute import pick_precision, sgd, to_device
-from resnet_train.engine.distributed import raise_on_all_ranks, world_size
+from resnet_train.engine.boxes import begin
+from resnet_train.engine.distributed import raise_on_all_ranks
 from resnet_train.engine.run import check_compute, run
 from resnet_train.errors import UserError
 
@@ -70,29 +69,10 @@ def build(
     config: DetectConfig, examples: Examples, device: torch.device, state: dict[str, Any] | None = None
 ) -> DetectionTask:
     """The detector and its optimiser, from a checkpoint's `state`, if given, else as they begin. Raises UserError."""
-    precision = pick_precision(config.precision, device)
     torch.manual_seed(generator(config.seed, "initialisation", 0).initial_seed())
-    if state is not None:
-        model, backbone = build_like_checkpoint(config, state)
-        with checkpoint.checkpoint_errors(state["path"]):
-            precision = precision_of(state)
-    else:
+    if state is None:
         model, backbone = build_new(config, examples.classes)
-    model = to_device(model, device, precision)
-    trained = {"params": [p for p in model.parameters() if p.requires_grad], "weight_decay": config.weight_decay}
-    task = DetectionTask(
-        config=config,
-        device=device,
-        precision=precision,
-        examples=examples,
-        backbone=backbone,
-        model=model,
-        net=model,
-        optimizer=sgd([trained], lr=config.lr, momentum=config.momentum, precision=precision),
-        scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
-        losses=torch.zeros(world_size(), len(losses_of(config.masks)), dtype=torch.float64, device=device),
-    )
-    if state is not None:
-        with checkpoint.checkpoint_errors(state["path"]):
-            task.load(state)
-    return task
+    else:
+        model, backbone = build_like_checkpoint(config, state)
+    names = losses_of(config.masks)
+    return begin(DetectionTask, config, model, device, state, names, data=examples, backbone=backbone)

@@ -13,18 +13,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from resnet_train.config.detection import DetectConfig
-from resnet_train.config.run_dir import as_stored
 from resnet_train.detection.annotations import Examples, load
 from resnet_train.detection.build import Backbone
 from resnet_train.detection.draw import draw_detections
 from resnet_train.detection.evaluate import evaluate
 from resnet_train.detection.loader import Batch, tell_skipped, training_batches
 from resnet_train.detection.metrics import mask_figures
-from resnet_train.detection.model import Detector, losses_of
+from resnet_train.detection.model import Detector
 from resnet_train.detection.sampling import seeds
-from resnet_train.engine import schedule
+from resnet_train.engine import boxes
+from resnet_train.engine.boxes import BoxTask, update
 from resnet_train.engine.compute import autocast, wrap_ddp
-from resnet_train.engine.distributed import all_reduce_sum, is_main, rank, restore_rank_sums, world_size
+from resnet_train.engine.distributed import is_main, rank, world_size
 from resnet_train.engine.task import Point
 from resnet_train.models.batchnorm import update_statistics
 from resnet_train.models.resnet import parameters
@@ -36,108 +36,52 @@ PROTOCOL = "every test image once, whole"
 
 def step(task: DetectionTask, images: list[Tensor], targets: list[dict[str, Tensor]], lr: float) -> None:
     """One iteration on this process's share of a batch; images are (3, H, W) uint8."""
-    for group in task.optimizer.param_groups:
-        group["lr"] = lr
     # Anchors and regions are sampled from a seed of each image, whichever process has it, as the loader deals them.
     places = range(rank(), task.config.batch_size, world_size())
     for what, part in (("anchors", task.model.rpn), ("regions", task.model.roi_heads)):
         part.fg_bg_sampler.seeds = seeds(task.config.seed, what, task.iteration, places)
     # Forward
+    parts = losses_in(task, task.net, images, targets)
+    # Backward, update, sums for the log
+    update(task, parts, lr)
+    update_statistics(task.model, 1)
+
+
+def losses_in(task: DetectionTask, net: nn.Module, images: list[Tensor], targets: list[dict[str, Tensor]]) -> Tensor:
+    """The losses of images (3, H, W) uint8, in the order of `task.names`."""
     with autocast(task.device, task.precision):
-        losses = task.net([image.float() / 255 for image in images], targets)
+        losses = net([image.float() / 255 for image in images], targets)
     if not len(task.model.roi_heads.fg_bg_sampler.positive):  # no proposals and no objects: means of nothing
         losses |= {name: losses[name].nan_to_num() for name in ("loss_classifier", "loss_box_reg")}
-    parts = torch.stack([losses[name].float() for name in losses_of(task.config.masks)])
-    # Backward
-    task.scaler.scale(parts.sum()).backward()
-    # Update
-    task.scaler.step(task.optimizer)
-    task.scaler.update()
-    task.optimizer.zero_grad(set_to_none=True)
-    update_statistics(task.model, 1)
-    # Sums for the log
-    task.losses[rank()] += parts.detach()
-    task.iteration += 1
+    return torch.stack([losses[name].float() for name in task.names])
 
 
 def learning_rate(iteration: int, config: DetectConfig) -> float:
     """The rate of the step after `iteration` steps: rising to `lr` in the warm-up, a tenth at each of `drops`."""
-    dropped = schedule.learning_rate(
-        iteration,
-        config.iterations,
-        schedule.Progress(warm=False),
-        name="step",
-        lr=config.lr,
-        warmup_lr=config.lr,
-        factor=0.1,
-        drops=config.drops,
-    )
-    return dropped * min(1.0, (iteration + 1) / max(1, config.warmup))
+    return boxes.learning_rate(iteration, config) * min(1.0, (iteration + 1) / max(1, config.warmup))
 
 
-@dataclass
-class DetectionTask:
-    """A detector in training on its data: what it was given, and what training changes and a checkpoint holds."""
+@dataclass(kw_only=True)
+class DetectionTask(BoxTask):
+    """A detector in training on its data."""
 
     config: DetectConfig
-    device: torch.device
-    precision: str  # bf16, fp16 or fp32
-    examples: Examples
+    data: Examples
     backbone: Backbone
     model: Detector
-    net: nn.Module  # the model, or around it what averages gradients over processes
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    losses: Tensor  # sums since the last logged point, a row for each process; on the device, read seldom
-    iteration: int = 0
-    skipped: int = 0  # broken images that others stood in for since the last logged point, in this process
-    told: set[str] = dataclasses.field(default_factory=set)  # the lines of broken images that have been printed
-    measured: dict[str, Any] = dataclasses.field(default_factory=dict)  # by the last test
-    compiled = False
-    best_at = 0  # nothing is held out
-    reference = None
-    key_of_lr = "lr"
-    splits = ("test",)
-
-    @property
-    def label(self) -> str:
-        """The name of the data in every record."""
-        return self.config.data_label
-
-    @property
-    def epoch(self) -> float:
-        """Passes over the training images so far."""
-        return self.iteration * self.config.batch_size / len(self.examples.train)
 
     def wrap_ddp(self) -> None:
         """Average gradients over all processes from now on."""
         target = {"boxes": torch.tensor([[8.0, 8, 40, 40]]), "labels": torch.ones(1, dtype=torch.int64)}
         target |= {"masks": torch.ones(1, 64, 64, dtype=torch.uint8)} if self.config.masks else {}
-
-        def first(net: nn.Module) -> Tensor:
-            with autocast(self.device, self.precision):
-                losses = net(
-                    [torch.zeros(3, 64, 64, device=self.device)],
-                    [{key: value.to(self.device) for key, value in target.items()}],
-                )
-            return torch.stack([losses[name].float() for name in losses_of(self.config.masks)]).sum()
-
-        self.net = wrap_ddp(self.model, first)
+        targets = [{key: value.to(self.device) for key, value in target.items()}]
+        images = [torch.zeros(3, 64, 64, dtype=torch.uint8, device=self.device)]
+        self.net = wrap_ddp(self.model, lambda net: losses_in(self, net, images, targets).sum())
 
     def batches(self) -> Iterator[Batch]:
         """This process's part of the training batches that are left."""
-        return training_batches(
-            self.examples.train,
-            seed=self.config.seed,
-            batch_size=self.config.batch_size,
-            iterations=range(self.iteration, self.config.iterations),
-            workers=self.config.data.workers,
-            device=self.device,
-            rank=rank(),
-            world=world_size(),
-            masks=(self.config.min_size, self.config.max_size) if self.config.masks else None,
-            skip=self.config.data.broken == "skip",
-        )
+        masks = (self.config.min_size, self.config.max_size) if self.config.masks else None
+        return training_batches(self.data.train, masks=masks, **self.loading())
 
     def learning_rate(self) -> float:
         """Of the next step."""
@@ -145,23 +89,8 @@ class DetectionTask:
 
     def step(self, batch: Batch, lr: float) -> None:
         """One iteration with a batch of `batches`."""
-        tell_skipped(line for line in batch.broken if line not in self.told)
-        self.told |= set(batch.broken)
-        self.skipped += len(batch.broken)
+        tell_skipped(self.count_skipped(batch.broken))
         step(self, batch.images, batch.targets, lr)
-
-    def train_point(self) -> dict[str, Any]:
-        """The mean losses since the last point."""
-        steps = (self.iteration - 1) % self.config.log_every + 1
-        means = (all_reduce_sum(self.losses.clone()).sum(0) / (world_size() * steps)).tolist()
-        skipped = {"skipped": self._skipped()} if self.config.data.broken == "skip" else {}
-        self.losses.zero_()
-        self.skipped = 0
-        return {"loss": sum(means), **dict(zip(losses_of(self.config.masks), means, strict=True)), **skipped}
-
-    def _skipped(self) -> int:
-        """Broken images since the last point, in all processes."""
-        return int(all_reduce_sum(torch.tensor(self.skipped, device=self.device)))
 
     def _share_statistics(self) -> None:
         """Where batch norm is trained, each process has averages of its own images: take the first's."""
@@ -172,7 +101,7 @@ class DetectionTask:
     def evaluate(self) -> Iterator[Point]:
         """Average precision on the test images, and the first of them with what was found."""
         self._share_statistics()
-        examples = self.examples
+        examples = self.data
         self.measured, found = evaluate(
             self.model,
             examples.test,
@@ -205,43 +134,14 @@ class DetectionTask:
         self._share_statistics()
         return {
             "detector": dataclasses.asdict(self.backbone),
-            "config": as_stored(self.config),
-            "classes": self.examples.classes,
-            "label": self.label,
-            "category_ids": self.examples.category_ids,
-            "digest": self.examples.digest,
-            "measure": {"precision": self.precision},
+            "category_ids": self.data.category_ids,
             "mean": torch.tensor(self.backbone.mean),
-            "iteration": self.iteration,
-            "measured": self.measured if self.iteration == self.config.iterations else {},
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "sums": all_reduce_sum(self.losses.clone()).cpu(),
-            "skipped": self._skipped(),
+            **super().state(),
         }
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Resume from a checkpoint."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        restore_rank_sums(self.losses, state["sums"])
-        self.iteration, self.measured = state["iteration"], state["measured"]
-        self.skipped = state["skipped"] if is_main() else 0
-
-    def begin_files(self) -> dict[str, Any]:
-        """None."""
-        return {}
 
     def describe(self) -> list[str]:
         """What is about to be trained, in lines to print."""
-        config, examples = self.config, self.examples
-        lines = [
-            f"{config.net} on {self.label}: {len(examples.train)} training images, {len(examples.test)} for the"
-            f" test, {len(examples.classes)} classes; {config.iterations} iterations of {config.batch_size};"
-            f" {self.precision} on {self.device}"
-        ]
+        config, lines = self.config, [f"{self.config.net} on {self.describe_data()}"]
         if origin := self.backbone.detector or self.backbone.pretrained:
             frozen = f"; frozen up to {config.freeze}" if config.freeze else ""
             norm = "; batch norm stays as it has it" if self.backbone.pretrained and config.backbone != "vgg16" else ""
@@ -250,7 +150,7 @@ class DetectionTask:
             lines.append(
                 "starts from random weights, which the paper does not: the figures say nothing about its tables 7 and 8"
             )
-        return lines + [f"warning: {count} {fault}" for fault, count in examples.faults.items()]
+        return lines + self.describe_faults()
 
     def describe_changes(self, state: dict[str, Any]) -> list[str]:
         """Whether the checkpoint `state` was written by another number of processes."""
@@ -263,7 +163,7 @@ class DetectionTask:
 
     def summary(self, metrics: list[dict[str, Any]]) -> dict[str, Any]:
         """What summary.json says of the finished run."""
-        config, examples = self.config, self.examples
+        config, examples = self.config, self.data
         parts = {"train": examples.train, "test": examples.test}
         return {
             "task": "detection",
@@ -291,7 +191,7 @@ class DetectionTask:
         last = summary["last"]
         return (
             f"{self._title()}: {last['map07']:.2f} % mAP by VOC 2007's rule, {last['map10']:.2f} by VOC 2010's,"
-            f" {last['map']:.2f} by COCO's @[.5,.95]{mask_figures(last)}, on {len(self.examples.test)} images at"
+            f" {last['map']:.2f} by COCO's @[.5,.95]{mask_figures(last)}, on {len(self.data.test)} images at"
             f" iteration {self.iteration}, the last"
         )
 

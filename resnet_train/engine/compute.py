@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,6 +46,14 @@ def pick_precision(name: str, device: torch.device) -> str:
         return name
     fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else _cpu_has_bf16()
     return "bf16" if fast else "fp32"
+
+
+def precision_of(state: Mapping[str, Any]) -> str:
+    """The precision that a checkpoint was trained in. Raises KeyError and ValueError for none that there is."""
+    precision = str(state["measure"]["precision"])
+    if precision not in DTYPES:
+        raise ValueError(f"precision {precision}")
+    return precision
 
 
 def _cpu_has_bf16() -> bool:

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 
 from resnet_train.config.localization import LocalizeConfig, config_from_checkpoint
-from resnet_train.detection.build import precision_of
 from resnet_train.detection.model import RATIOS
 from resnet_train.engine import checkpoint
-from resnet_train.engine.compute import to_device
+from resnet_train.engine.compute import precision_of, to_device
 from resnet_train.errors import UserError
 from resnet_train.localization.find import Trained
 from resnet_train.localization.model import Localizer, stride_of

@@ -15,9 +15,8 @@ from tqdm import tqdm
 from resnet_train.config.localization import LocalizeConfig
 from resnet_train.data.cache import cache_folder, keep
 from resnet_train.data.sampler import generator
-from resnet_train.detection.build import precision_of
 from resnet_train.engine import checkpoint
-from resnet_train.engine.compute import pick_precision, sgd, to_device
+from resnet_train.engine.boxes import begin
 from resnet_train.engine.distributed import all_reduce_sum, is_main, raise_on_all_ranks, rank, world_size
 from resnet_train.engine.run import check_compute, run
 from resnet_train.errors import UserError
@@ -50,11 +49,12 @@ def open_data(config: LocalizeConfig, *, begun: bool = False) -> Data:
     device = raise_on_all_ranks(lambda: check_compute(config.batch_size, config.device, config.precision))
     photos = raise_on_all_ranks(lambda: read_tree(Path(config.data.root or ""), broken=config.data.broken))
     if config.stage == "rpn":
-        return Data(photos, photos.digest)
+        return Data(**vars(photos))
     rpn, digest = raise_on_all_ranks(lambda: _load_rpn(Path(config.rpn or ""), photos, device))
     if not begun:  # to be told before hours of work
         raise_on_all_ranks(lambda: read_source(Path(config.init_from)))
-    return Data(photos, digest, rpn, _proposals(config, rpn, photos.train, digest, device))
+    proposals = _proposals(config, rpn, photos.train, digest, device)
+    return Data(**vars(photos) | {"digest": digest}, rpn=rpn, proposals=proposals)
 
 
 def _load_rpn(path: Path, photos: Localized, device: torch.device) -> tuple[Trained, str]:
@@ -122,29 +122,9 @@ def build(
     config: LocalizeConfig, data: Data, device: torch.device, state: dict[str, Any] | None = None
 ) -> LocalizationTask:
     """The localizer and its optimiser, from a checkpoint's `state`, if given, else as they begin. Raises UserError."""
-    precision = pick_precision(config.precision, device)
     torch.manual_seed(generator(config.seed, "initialisation", 0).initial_seed())
-    if state is not None:
-        model, around = build_like_checkpoint(config, state)
-        with checkpoint.checkpoint_errors(state["path"]):
-            precision = precision_of(state)
+    if state is None:
+        model, around = build_new(config, len(data.classes))
     else:
-        model, around = build_new(config, len(data.photos.classes))
-    model = to_device(model, device, precision)
-    learnt = {"params": [p for p in model.parameters() if p.requires_grad], "weight_decay": config.weight_decay}
-    task = LocalizationTask(
-        config=config,
-        device=device,
-        precision=precision,
-        data=data,
-        around=around,
-        model=model,
-        net=model,
-        optimizer=sgd([learnt], lr=config.lr, momentum=config.momentum, precision=precision),
-        scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
-        losses=torch.zeros(world_size(), len(LOSSES), dtype=torch.float64, device=device),
-    )
-    if state is not None:
-        with checkpoint.checkpoint_errors(state["path"]):
-            task.load(state)
-    return task
+        model, around = build_like_checkpoint(config, state)
+    return begin(LocalizationTask, config, model, device, state, LOSSES, data=data, around=around)
