@@ -16,7 +16,7 @@ from resnet_train.config.compose import compose
 from resnet_train.config.detection import check_detect, check_test
 from resnet_train.detection.ensemble import Ensemble, union
 from resnet_train.detection.model import DetectorSettings, resnet_detector, vgg_detector
-from resnet_train.detection.multiscale import Look, View, lower_scales, region_features
+from resnet_train.detection.multiscale import ImageFeatures, View, lower_scales, region_features
 from resnet_train.detection.refine import vote
 from resnet_train.detection.run import build, read_examples
 from resnet_train.engine import checkpoint
@@ -265,7 +265,7 @@ def test_of_two_scales_the_greater_of_each_feature_counts():
         for side, value in ((192, 5.0), (384, 1.0), (576, 2.0), (768, -3.0))
     ]
     regions = torch.tensor([[0, 0, 550, 550], [100, 50, 324, 274], [64, 64, 96, 96], [0.0, 0, 190, 210]])
-    found = region_features(model, Look(regions, (576, 576), views), regions, (576, 576))
+    found = region_features(model, ImageFeatures(regions, (576, 576), views), regions, (576, 576))
     areas = [float((box[2] - box[0]) * (box[3] - box[1])) for box in regions]
     taken = [nearest_two([area * (side / 576) ** 2 for side in (192, 384, 576, 768)]) for area in areas]
     assert taken == [[0, 1], [1, 2], [2, 3], [2, 3]]

@@ -16,20 +16,20 @@ from resnet_train.data import crops
 from resnet_train.detection.annotations import BAD_ANNOTATION, CUT, NO_AREA, NO_IMAGE, OTHER_SIZE, UNKNOWN, UNREADABLE
 from resnet_train.errors import RunError, UserError
 from resnet_train.localization.evaluate import evaluate
-from resnet_train.localization.find import (
-    Trained,
+from resnet_train.localization.loader import Crops, Regions, sample, training_batches
+from resnet_train.localization.model import CODERS, Localizer, anchors_of, loss_parts, warp
+from resnet_train.localization.predict import (
+    Predictor,
     best,
     center_view,
     dense_sides,
     is_right,
     locate,
-    look,
     propose,
     rescore,
+    score_anchors,
     whole_view,
 )
-from resnet_train.localization.loader import Crops, Regions, sample, training_batches
-from resnet_train.localization.model import CODERS, Localizer, anchors_of, loss_parts, warp
 from resnet_train.localization.tree import NO_BOX, NO_CLASS, TOO_LONG, read_tree
 from resnet_train.models import cifar_resnet, imagenet_resnet
 
@@ -59,7 +59,7 @@ def localizer(pooled=False, classes=4, shapes=3, depth=8):
 
 
 def trained(crop=32, proposals=5, **options):
-    return Trained(localizer(**options), "fp32", crop, 4, [8], proposals)
+    return Predictor(localizer(**options), "fp32", crop, 4, [8], proposals)
 
 
 # --- The net ---------------------------------------------------------------------------------------------------------
@@ -266,8 +266,8 @@ def test_a_dense_test_of_one_crops_size_is_that_of_the_center():
     image, rpn = torch.randint(256, (3, 60, 90), dtype=torch.uint8), trained()
     view, labels = center_view(image, rpn.crop), torch.tensor([0, 2])
     alone = view.pixels.permute(2, 0, 1).contiguous()
-    boxes, scores = look(rpn, image, labels, None)
-    dense, likely = look(rpn, alone, labels, [rpn.crop])
+    boxes, scores = score_anchors(rpn, image, labels, None)
+    dense, likely = score_anchors(rpn, alone, labels, [rpn.crop])
     assert torch.equal(scores, likely)
     inside = ((dense > 0) & (dense < rpn.crop)).all(2)  # the rest is cut at the edges of another image
     assert inside.any()
@@ -276,8 +276,8 @@ def test_a_dense_test_of_one_crops_size_is_that_of_the_center():
 
 def test_several_scales_are_looked_at_together_and_the_likeliest_box_is_the_answer():
     image, rpn, labels = torch.randint(256, (3, 40, 50), dtype=torch.uint8), trained(), torch.tensor([1, 3])
-    boxes, scores = look(rpn, image, labels, [32, 40])
-    parts = [look(rpn, image, labels, [side]) for side in (32, 40)]
+    boxes, scores = score_anchors(rpn, image, labels, [32, 40])
+    parts = [score_anchors(rpn, image, labels, [side]) for side in (32, 40)]
     assert torch.equal(boxes, torch.cat([part[0] for part in parts], 1))
     assert torch.equal(locate(rpn, None, image, labels, [32, 40]), best(boxes, scores))
     assert torch.equal(best(boxes, scores)[1], boxes[1][scores[1].argmax()])
@@ -296,7 +296,7 @@ def test_proposals_are_the_likeliest_that_do_not_overlap():
 def test_rcnn_moves_the_rpns_proposals_and_takes_the_likeliest():
     image, rpn, rcnn = torch.randint(256, (3, 50, 60), dtype=torch.uint8), trained(), trained(pooled=True, shapes=1)
     labels = torch.tensor([3, 1])
-    boxes, scores = look(rpn, image, labels, None)
+    boxes, scores = score_anchors(rpn, image, labels, None)
     found = locate(rpn, rcnn, image, labels)
     for row, label in enumerate(labels):
         regions = propose(boxes[row], scores[row], 5, (50, 60))

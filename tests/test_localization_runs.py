@@ -17,10 +17,10 @@ from resnet_train.config.compose import compose
 from resnet_train.config.localization import check_localize
 from resnet_train.engine import checkpoint
 from resnet_train.errors import UserError
-from resnet_train.localization.build import load_trained
+from resnet_train.localization.build import load_predictor
 from resnet_train.localization.evaluate import evaluate
-from resnet_train.localization.find import locate
 from resnet_train.localization.loader import whole_images
+from resnet_train.localization.predict import locate
 from resnet_train.localization.run import build, open_data
 from resnet_train.localization.tree import read_tree
 
@@ -140,7 +140,7 @@ def test_the_test_of_a_checkpoint_gives_what_training_logged(folder, command_her
 def test_rcnn_moves_the_boxes_of_the_rpn(folder):
     """Found by both runs as they end; their errors on seven images may be equal."""
     rpn, rcnn = (
-        load_trained(path, checkpoint.load(path, kind="localizer"), stage, CPU)[0]
+        load_predictor(path, checkpoint.load(path, kind="localizer"), stage, CPU)[0]
         for stage in ("rpn", "rcnn")
         for path in [folder / stage / "checkpoints/last.pt"]
     )
@@ -282,7 +282,7 @@ def test_it_learns(folder, tmp_path):
     task = build(config, data, CPU)
 
     def error():
-        rpn = task._trained()
+        rpn = task.predictor()
         return evaluate(rpn, None, data.test, device=CPU, workers=0, sides=[37])["error"]
 
     before = error()

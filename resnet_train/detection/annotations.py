@@ -68,15 +68,15 @@ class Examples:
     digest: str  # SHA-256 of all that is read: lists, names, sizes, classes, boxes, flags; not of the pixels
 
 
-Found = list[tuple[str, Example]]  # with where the image really lies: one that is reached in two ways is one
+LocatedExamples = list[tuple[str, Example]]  # with where the image really lies: one that is reached in two ways is one
 Object = tuple[int, list[float], bool, float]  # label, box, whether it is ignored, area
 
 
 class Fault(Exception):
     """Something that cannot be used; with `always` it is left out and counted even where others stop."""
 
-    def __init__(self, kind: str, told: str, *, always: bool = False) -> None:
-        super().__init__(told)
+    def __init__(self, kind: str, text: str, *, always: bool = False) -> None:
+        super().__init__(text)
         self.kind, self.always = kind, always
 
 
@@ -112,10 +112,10 @@ def load(example: Example) -> Tensor:
 
 def group_by_stem(files: Iterable[str]) -> dict[str, list[str]]:
     """The images among `files` by their names without suffix, in order."""
-    found: dict[str, list[str]] = {}
+    stems: dict[str, list[str]] = {}
     for name in sorted(filter(is_image, files)):
-        found.setdefault(os.path.splitext(name)[0], []).append(name)
-    return found
+        stems.setdefault(os.path.splitext(name)[0], []).append(name)
+    return stems
 
 
 def file_of_list(root: Path, kind: str, name: str) -> Path:
@@ -206,20 +206,20 @@ def make_example(
 
 
 def collect_examples(
-    classes: dict[int, str], found: dict[str, Found], train: list[str], test: str, faults: Faults
+    classes: dict[int, str], lists: dict[str, LocatedExamples], train: list[str], test: str, faults: Faults
 ) -> Examples:
     """The lists, once they are found to be fit for training, if any is for it, and testing. Raises UserError."""
-    trained = {real for name in train for real, _ in found[name]}
-    if common := [example.name for real, example in found[test] if real in trained]:
-        told = f"{len(common)} of its images are trained on, such as {common[0]}; the test would not be one"
-        raise UserError(f"data.test={test}: {told}")
+    trained = {real for name in train for real, _ in lists[name]}
+    if common := [example.name for real, example in lists[test] if real in trained]:
+        reason = f"{len(common)} of its images are trained on, such as {common[0]}; the test would not be one"
+        raise UserError(f"data.test={test}: {reason}")
     parts: dict[str, list[Example]] = {"train": [], "test": []}
     seen: set[str] = set()
     digest = hashlib.sha256(json.dumps([list(classes.items()), train, test]).encode())
     for part, name in [*(("train", name) for name in train), ("test", test)]:
-        if not found[name]:
+        if not lists[name]:
             raise UserError(f"data.{part}: {name}: has no image that can be used")
-        for real, example in found[name]:
+        for real, example in lists[name]:
             with faults:
                 if real in seen:
                     raise Fault(IMAGE_TWICE, f"{example.path}: is given twice in data.{part} ({name})")

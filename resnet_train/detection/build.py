@@ -59,9 +59,9 @@ def build_new(config: DetectConfig, names: list[str]) -> tuple[Detector, Backbon
     if config.init_from is None:
         return _assemble(config, plain, classes)
     path = Path(config.init_from)
-    found = state_dicts.read(path)
-    if checkpoint.is_ours(found) and "detector" in found:
-        return _go_on_from(config, found, names, path)
+    weights = state_dicts.read(path)
+    if checkpoint.is_ours(weights) and "detector" in weights:
+        return _go_on_from(config, weights, names, path)
     if config.backbone == "vgg16":
         backbone = dataclasses.replace(plain, pretrained=f"VGG-16 of {path.name}")
         model, _ = _assemble(config, backbone, classes)

@@ -27,7 +27,7 @@ from resnet_train.detection.annotations import (
     Examples,
     Fault,
     Faults,
-    Found,
+    LocatedExamples,
     Object,
     box_area,
     collect_examples,
@@ -51,7 +51,7 @@ def read_coco(root: Path, *, train: list[str], test: str, broken: str, masks: bo
     object needs one, polygons or RLE. `broken`: stop or skip, see above. Raises UserError.
     """
     faults, classes = Faults(broken), dict[int, str]()
-    found: dict[str, Found] = {}
+    lists: dict[str, LocatedExamples] = {}
     for name in dict.fromkeys([*train, test]):
         file = file_of_list(root, "coco", name)
         content = _json(file, masks)
@@ -61,8 +61,8 @@ def read_coco(root: Path, *, train: list[str], test: str, broken: str, masks: bo
             raise UserError(f"{file}: has other categories than {list_file(root, 'coco', train[0])}")
         folder = next((place for place in (root / name, root / "images" / name) if place.is_dir()), root / name)
         labels = {key: label for label, key in enumerate(classes, 1)}
-        found[name] = _coco_list(file, content, folder, faults, labels, masks)
-    return collect_examples(classes, found, train, test, faults)
+        lists[name] = _coco_list(file, content, folder, faults, labels, masks)
+    return collect_examples(classes, lists, train, test, faults)
 
 
 def _json(file: Path, masks: bool) -> dict[str, Any]:
@@ -72,34 +72,34 @@ def _json(file: Path, masks: bool) -> dict[str, Any]:
         return row
 
     try:
-        found = json.loads(read_regular(file), object_hook=lean)
+        content = json.loads(read_regular(file), object_hook=lean)
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: is not JSON that can be read ({error})") from error
     for key in ("images", "annotations", "categories"):
-        if not isinstance(found, dict) or not isinstance(found.get(key), list):
+        if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise UserError(f"{file}: has no list {key!r}, as COCO's instances have")
-    rows = found["annotations"]
+    rows = content["annotations"]
     if masks and rows and not any(isinstance(row, dict) and row.get("segmentation") for row in rows):
         raise UserError(f"masks=true: {file}: has no segmentation in any annotation")
-    return found
+    return content
 
 
 def _categories(rows: list[Any], file: Path) -> dict[int, str]:
     """Names by id, in the order of the ids."""
     try:
-        found = {read_field(row, "id", int, file): read_field(row, "name", str, file) for row in rows}
+        names = {read_field(row, "id", int, file): read_field(row, "name", str, file) for row in rows}
     except Fault as fault:
         raise UserError(f"{fault} in a category") from fault
-    if not found or len(set(found.values())) < len(rows):
+    if not names or len(set(names.values())) < len(rows):
         raise UserError(f"{file}: has {'two categories of one id or name' if rows else 'no categories'}")
-    return dict(sorted(found.items()))
+    return dict(sorted(names.items()))
 
 
 def _coco_list(
     file: Path, content: dict[str, Any], folder: Path, faults: Faults, labels: dict[int, int], masks: bool
-) -> Found:
+) -> LocatedExamples:
     files = {"": list_files(folder)}  # of each inner folder; once: no question to the file system for each of 118,000
     known: set[int] = set()
     images: dict[int, tuple[str, str, tuple[int, int], list[Object], list[bytes]]] = {}

@@ -23,7 +23,8 @@ from resnet_train.detection.refine import VOTERS
 from resnet_train.detection.run import read_test
 from resnet_train.detection.train import PROTOCOL
 from resnet_train.engine import checkpoint
-from resnet_train.engine.compute import pick_device, precision_of, to_device
+from resnet_train.engine.boxes import restore
+from resnet_train.engine.compute import pick_device
 from resnet_train.engine.distributed import is_main, on_rank_zero, process_group, raise_on_all_ranks
 from resnet_train.engine.limits import most_workers
 from resnet_train.errors import UserError
@@ -39,7 +40,7 @@ class Member:
     config: DetectConfig
     state: dict[str, Any]
 
-    def told(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         """What a result says of it."""
         return {
             **checkpoint.describe(self.path, self.config.net, self.config, self.state),
@@ -49,25 +50,25 @@ class Member:
         }
 
 
-def evaluate_checkpoints(asked: DetectTestConfig) -> None:
+def evaluate_checkpoints(options: DetectTestConfig) -> None:
     """Print and write the average precision of one checkpoint, or of several as an ensemble. Raises UserError.
 
     With nothing switched on, the figures that training logged, from the file and the pictures alone.
     """
-    device = pick_device(asked.device)
-    with process_group(device, asked.timeout):
-        _evaluate(asked, device)
+    device = pick_device(options.device)
+    with process_group(device, options.timeout):
+        _evaluate(options, device)
 
 
-def _evaluate(asked: DetectTestConfig, device: torch.device) -> None:
-    members = [_member(expand(name), asked) for name in asked.checkpoint]
+def _evaluate(options: DetectTestConfig, device: torch.device) -> None:
+    members = [_member(expand(name), options) for name in options.checkpoint]
     first, one = members[0], len(members) == 1
-    raise_on_all_ranks(lambda: _check_members(members, asked.scales))
-    examples = raise_on_all_ranks(lambda: _read(members, asked.scales or []))
+    raise_on_all_ranks(lambda: _check_members(members, options.scales))
+    examples = raise_on_all_ranks(lambda: _read(members, options.scales or []))
     models, precisions = zip(*raise_on_all_ranks(lambda: [_restore(member, device) for member in members]), strict=True)
     start = time.perf_counter()
     measured, _ = evaluate(
-        Ensemble(models, precisions, refine=asked.refine, scales=asked.scales or ()),
+        Ensemble(models, precisions, refine=options.refine, scales=options.scales or ()),
         examples.test,
         classes=examples.classes,
         category_ids=examples.category_ids,
@@ -77,24 +78,24 @@ def _evaluate(asked: DetectTestConfig, device: torch.device) -> None:
         skip=first.config.data.broken == "skip",
     )
     result = {
-        **(first.told() if one else {"net": f"ensemble of {len(members)}"}),
-        **({} if one else {"members": [member.told() for member in members]}),
+        **(first.describe() if one else {"net": f"ensemble of {len(members)}"}),
+        **({} if one else {"members": [member.describe() for member in members]}),
         "data": first.config.data_label,
         "root": str(expand(first.config.data.root or "").resolve()),
         "list": first.config.data.test,
         "images": len(examples.test) - measured.get("skipped", 0),
         "boxes": sum(len(example.boxes) for example in examples.test),
         "faults": examples.faults,
-        "protocol": _protocol(asked, len(members)),
-        "refine": asked.refine,
-        "scales": asked.scales,
+        "protocol": _protocol(options, len(members)),
+        "refine": options.refine,
+        "scales": options.scales,
         **measured,
         "precision": " and ".join(sorted(set(precisions))),
         "device": str(device),
         "seconds": time.perf_counter() - start,
     }
     if is_main():
-        out = expand(asked.out) if asked.out else _default_out(members, asked)
+        out = expand(options.out) if options.out else _default_out(members, options)
         write_result(out, result)
         say(_line(members, examples, result, out))
         if first.config.data.test in first.config.data.train:
@@ -103,9 +104,9 @@ def _evaluate(asked: DetectTestConfig, device: torch.device) -> None:
             say(f"note: left out or cut: {', '.join(f'{count} {kind}' for kind, count in examples.faults.items())}")
 
 
-def _member(path: Path, asked: DetectTestConfig) -> Member:
+def _member(path: Path, options: DetectTestConfig) -> Member:
     state = on_rank_zero(lambda: checkpoint.load_without_momentum(path, kind="detector"))
-    config = raise_on_all_ranks(lambda: with_test_data(config_from_checkpoint(state["config"]), asked.data))
+    config = raise_on_all_ranks(lambda: with_test_data(config_from_checkpoint(state["config"]), options.data))
     return Member(path, config, state)
 
 
@@ -145,31 +146,30 @@ def _read(members: list[Member], scales: list[int]) -> Examples:
 def _restore(member: Member, device: torch.device) -> tuple[Detector, str]:
     """The detector and the precision that it was trained in. Raises UserError."""
     model, _ = build_like_checkpoint(member.config, member.state)
-    with checkpoint.checkpoint_errors(member.path):
-        precision = precision_of(member.state)
-        model.load_state_dict(member.state["model"])
-    return to_device(model, device, "fp32"), precision
+    return restore(model, member.state, member.path, device)
 
 
-def _protocol(asked: DetectTestConfig, count: int) -> str:
+def _protocol(options: DetectTestConfig, count: int) -> str:
     """How the images are looked at, in words."""
     words = [PROTOCOL]
     words += [f"{count} detectors on the union of their proposals, averaged"] if count > 1 else []
-    listed = ", ".join(map(str, asked.scales or []))
-    words += [f"regions at two of the scales {listed}, where their area is nearest to 224x224"] if asked.scales else []
-    words += [f"boxes refined once, votes from an overlap of {VOTERS}"] if asked.refine else []
+    listed = ", ".join(map(str, options.scales or []))
+    words += (
+        [f"regions at two of the scales {listed}, where their area is nearest to 224x224"] if options.scales else []
+    )
+    words += [f"boxes refined once, votes from an overlap of {VOTERS}"] if options.refine else []
     return "; ".join(words)
 
 
-def _default_out(members: list[Member], asked: DetectTestConfig) -> Path:
+def _default_out(members: list[Member], options: DetectTestConfig) -> Path:
     """Beside the first checkpoint, named after what was measured."""
     first = members[0]
     words = [first.path.stem] if len(members) == 1 else [f"ensemble-of-{len(members)}"]
     label, trained = first.config.data_label, config_from_checkpoint(first.state["config"]).data.root
     elsewhere = expand(first.config.data.root or "").resolve() != expand(trained or "").resolve()
     words += [plain_word(label)] if label != first.state["label"] else ["elsewhere"] if elsewhere else []
-    words += ["refine"] if asked.refine else []
-    words += ["scales", *map(str, asked.scales)] if asked.scales else []
+    words += ["refine"] if options.refine else []
+    words += ["scales", *map(str, options.scales)] if options.scales else []
     return first.path.with_name("-".join([*words, plain_word(first.config.data.test)]) + ".json")
 
 

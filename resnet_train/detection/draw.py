@@ -16,30 +16,30 @@ COLOURS = ("#00ff40", "#ff3030", "#30a0ff", "#ffd000", "#ff60ff")
 DARK = ("#006018", "#a01010", "#104880", "#705800", "#800080")  # the same, for white words to be read on
 
 
-def likely(found: Mapping[str, Any], score: float) -> dict[str, Any]:
+def likely(detections: Mapping[str, Any], score: float) -> dict[str, Any]:
     """Those of the detections that have at least `score`."""
-    kept = found["scores"] >= score
-    some = {name: value[kept] for name, value in found.items() if name != "masks"}
-    if "masks" in found:
-        some["masks"] = [text for text, one in zip(found["masks"], kept.tolist(), strict=True) if one]
+    kept = detections["scores"] >= score
+    some = {name: value[kept] for name, value in detections.items() if name != "masks"}
+    if "masks" in detections:
+        some["masks"] = [text for text, one in zip(detections["masks"], kept.tolist(), strict=True) if one]
     return some
 
 
-def draw_detections(image: Tensor, found: Mapping[str, Any], classes: Sequence[str], score: float) -> Tensor:
+def draw_detections(image: Tensor, detections: Mapping[str, Any], classes: Sequence[str], score: float) -> Tensor:
     """An image (3, H, W) uint8 with the boxes of at least `score`, their classes and scores: the same shape.
 
-    `found`: boxes (n, 4) in pixels, labels from 1 and scores; masks as run lengths, if it has any, are drawn too.
+    `detections`: boxes (n, 4) in pixels, labels from 1 and scores; masks as run lengths, if it has any, are drawn too.
     """
-    found = likely(found, score)
-    labels, scores = found["labels"].tolist(), found["scores"].tolist()
+    detections = likely(detections, score)
+    labels, scores = detections["labels"].tolist(), detections["scores"].tolist()
     if not labels:
         return image
     colours = [COLOURS[(label - 1) % len(COLOURS)] for label in labels]
-    for text, colour in zip(found.get("masks", ()), colours, strict=False):
+    for text, colour in zip(detections.get("masks", ()), colours, strict=False):
         mask = mask_of(text, image.shape[1:])
         if mask.any():
             image = draw_segmentation_masks(image, mask, alpha=0.5, colors=colour)
-    edges = found["boxes"].round() - torch.tensor([0, 0, 1, 1])  # the last pixel that is drawn is inside
+    edges = detections["boxes"].round() - torch.tensor([0, 0, 1, 1])  # the last pixel that is drawn is inside
     edges[:, 2:] = edges[:, 2:].maximum(edges[:, :2])
     return draw_bounding_boxes(
         image,

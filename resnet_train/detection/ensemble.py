@@ -12,7 +12,7 @@ from torchvision.models.detection.transform import resize_boxes
 from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
 
 from resnet_train.detection.model import Detector
-from resnet_train.detection.multiscale import Look, Shape, look, region_features
+from resnet_train.detection.multiscale import ImageFeatures, Shape, extract, region_features
 from resnet_train.detection.refine import regressed, vote
 from resnet_train.engine.compute import autocast
 
@@ -39,49 +39,49 @@ class Ensemble(nn.Module):
         self.precisions, self.refine, self.scales = precisions, refine, scales
 
     def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
-        return [self._find(image) for image in images]
+        return [self._detect(image) for image in images]
 
-    def _find(self, image: Tensor) -> dict[str, Tensor]:
-        looks = []
+    def _detect(self, image: Tensor) -> dict[str, Tensor]:
+        features = []
         for member, precision in zip(self.members, self.precisions, strict=True):
             with autocast(image.device, precision):
-                looks.append(look(member, image, self.scales))
-        shape = looks[0].shape
-        regions = union([resize_boxes(seen.proposals, seen.shape, shape) for seen in looks])
-        scores, boxes = self._judge(looks, regions, shape)
+                features.append(extract(member, image, self.scales))
+        shape = features[0].shape
+        regions = union([resize_boxes(own.proposals, own.shape, shape) for own in features])
+        scores, boxes = self._judge(features, regions, shape)
         if self.refine:
-            again = self._judge(looks, regressed(scores, boxes), shape)
+            again = self._judge(features, regressed(scores, boxes), shape)
             scores, boxes = torch.cat([scores, again[0]]), torch.cat([boxes, again[1]])
         heads = self.members[0].roi_heads
         boxes, scores, labels = candidates(boxes, scores, heads.score_thresh)
         kept = batched_nms(boxes, scores, labels, heads.nms_thresh)[: heads.detections_per_img]
         places = vote(boxes, scores, labels, kept) if self.refine else boxes[kept]
-        found = {
+        detections = {
             "boxes": resize_boxes(places, shape, tuple(image.shape[-2:])),
             "labels": labels[kept],
             "scores": scores[kept],
         }
         if heads.has_mask():
-            found["masks"] = self._outline(looks, places, labels[kept], shape)
-        return found
+            detections["masks"] = self._outline(features, places, labels[kept], shape)
+        return detections
 
-    def _judge(self, looks: list[Look], regions: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
+    def _judge(self, features: list[ImageFeatures], regions: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
         """Each class's score (n, K + 1), the background's first, and box (n, K + 1, 4): the members' means."""
         scores, boxes = [], []
-        for member, precision, seen in zip(self.members, self.precisions, looks, strict=True):
+        for member, precision, own in zip(self.members, self.precisions, features, strict=True):
             heads = member.roi_heads
             with autocast(regions.device, precision):
-                logits, moves = heads.box_predictor(region_features(member, seen, regions, shape))
+                logits, moves = heads.box_predictor(region_features(member, own, regions, shape))
             scores.append(logits.softmax(1))
             places = heads.box_coder.decode(moves, [regions]).view(*logits.shape, 4)  # else flat where there is none
             boxes.append(clip_boxes_to_image(places, shape))
         return torch.stack(scores).mean(0), torch.stack(boxes).mean(0)
 
-    def _outline(self, looks: list[Look], places: Tensor, labels: Tensor, shape: Shape) -> Tensor:
+    def _outline(self, features: list[ImageFeatures], places: Tensor, labels: Tensor, shape: Shape) -> Tensor:
         """The masks of boxes (n, 4) that were found, (n, 1, M, M) over each: the members' means, at one scale."""
         masks = []
-        for member, precision, seen in zip(self.members, self.precisions, looks, strict=True):
-            heads, (view,) = member.roi_heads, seen.views
+        for member, precision, own in zip(self.members, self.precisions, features, strict=True):
+            heads, (view,) = member.roi_heads, own.views
             with autocast(places.device, precision):
                 pooled = heads.mask_roi_pool(view.maps, [resize_boxes(places, shape, view.shape)], [view.shape])
                 logits = heads.mask_predictor(heads.mask_head(pooled))
@@ -91,11 +91,11 @@ class Ensemble(nn.Module):
 
 def union(proposals: Sequence[Tensor]) -> Tensor:
     """The boxes of all, (n, 4): of the second and later ones those that are not there yet."""
-    found = proposals[0]
+    boxes = proposals[0]
     for more in proposals[1:]:
-        _, number = torch.cat([found, more]).unique(dim=0, return_inverse=True)  # equal boxes have one number
-        found = torch.cat([found, more[~torch.isin(number[len(found) :], number[: len(found)])]])
-    return found
+        _, number = torch.cat([boxes, more]).unique(dim=0, return_inverse=True)  # equal boxes have one number
+        boxes = torch.cat([boxes, more[~torch.isin(number[len(boxes) :], number[: len(boxes)])]])
+    return boxes
 
 
 def candidates(boxes: Tensor, scores: Tensor, least: float) -> tuple[Tensor, Tensor, Tensor]:

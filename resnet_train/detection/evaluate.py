@@ -21,10 +21,10 @@ from resnet_train.engine.distributed import is_main, on_rank_zero, rank, world_s
 from resnet_train.errors import UserError
 
 # Boxes (n, 4) in pixels of the image, labels from 1, scores, and of a detector with masks these, as run lengths.
-Found = dict[str, Any]
+ImageDetections = dict[str, Any]
 
 
-def detections(model: nn.Module, images: Iterable[Tensor | str], precision: str) -> Iterator[Found]:
+def detections(model: nn.Module, images: Iterable[Tensor | str], precision: str) -> Iterator[ImageDetections]:
     """What `model`, a Detector or an Ensemble, finds in each image, (3, H, W) uint8 on its device; on the CPU.
 
     For the line of a broken image nothing, {}.
@@ -35,12 +35,13 @@ def detections(model: nn.Module, images: Iterable[Tensor | str], precision: str)
                 yield {}
                 continue
             with autocast(image.device, precision):
-                (found,) = model([image.float() / 255])
-            found["boxes"] = clip_boxes_to_image(found["boxes"], image.shape[1:])  # scaled back they may end beyond
-            found = {name: value.cpu() for name, value in found.items()}
-            if "masks" in found:
-                found["masks"] = paste(found["masks"], found["boxes"], image.shape[1:])
-            yield found
+                (detected,) = model([image.float() / 255])
+            # Scaled back they may end beyond it.
+            detected["boxes"] = clip_boxes_to_image(detected["boxes"], image.shape[1:])
+            detected = {name: value.cpu() for name, value in detected.items()}
+            if "masks" in detected:
+                detected["masks"] = paste(detected["masks"], detected["boxes"], image.shape[1:])
+            yield detected
 
 
 def check_shape(name: str, shape: Sequence[int], min_size: int, max_size: float) -> None:
@@ -61,7 +62,7 @@ def evaluate(
     device: torch.device,
     workers: int,
     skip: bool = False,
-) -> tuple[dict[str, Any], list[Found]]:
+) -> tuple[dict[str, Any], list[ImageDetections]]:
     """Average precision by VOC's and by COCO's rules, in %, and what was found in this process's images.
 
     Of several processes each takes its share of the images, and all get the same figures, those of one process. With
@@ -70,19 +71,19 @@ def evaluate(
     mine = examples[rank() :: world_size()]
     images = test_images(mine, workers=workers, device=device, skip=skip)
     bar = tqdm(images, total=len(mine), desc="test", unit="image", leave=False, disable=None if is_main() else True)
-    found = list(detections(model, _told(bar), precision))
-    shares: list[list[Found]] = [found]
+    detected = list(detections(model, _tell_broken(bar), precision))
+    shares: list[list[ImageDetections]] = [detected]
     if world_size() > 1:
         shares = [[] for _ in range(world_size())]
-        dist.all_gather_object(shares, found)
-    whole: list[Found] = [{} for _ in examples]
+        dist.all_gather_object(shares, detected)
+    whole: list[ImageDetections] = [{} for _ in examples]
     for start, share in enumerate(shares):
         whole[start :: world_size()] = share
     measured = on_rank_zero(lambda: _measured(examples, whole, classes, category_ids))
-    return measured | ({"skipped": whole.count({})} if skip else {}), found
+    return measured | ({"skipped": whole.count({})} if skip else {}), detected
 
 
-def _told(images: Iterable[Tensor | str]) -> Iterator[Tensor | str]:
+def _tell_broken(images: Iterable[Tensor | str]) -> Iterator[Tensor | str]:
     """The same, the lines of broken images printed."""
     for image in images:
         if isinstance(image, str):
@@ -91,14 +92,14 @@ def _told(images: Iterable[Tensor | str]) -> Iterator[Tensor | str]:
 
 
 def _measured(
-    examples: Sequence[Example], found: list[Found], classes: list[str], category_ids: list[int]
+    examples: Sequence[Example], detected: list[ImageDetections], classes: list[str], category_ids: list[int]
 ) -> dict[str, Any]:
-    seen = [example for example, row in zip(examples, found, strict=True) if row]
-    found = [row for row in found if row]
+    seen = [example for example, row in zip(examples, detected, strict=True) if row]
+    detected = [row for row in detected if row]
     if not seen:
         raise UserError("data.test: has no image whose pixels can be read")
-    measured = voc_map(seen, found, classes) | coco_map(seen, found, classes, category_ids)
-    if all("masks" in row for row in found):
-        masks = coco_map(seen, found, classes, category_ids, masks=True)
+    measured = voc_map(seen, detected, classes) | coco_map(seen, detected, classes, category_ids)
+    if all("masks" in row for row in detected):
+        masks = coco_map(seen, detected, classes, category_ids, masks=True)
         measured |= {f"mask_{name}": value for name, value in masks.items()}
     return measured

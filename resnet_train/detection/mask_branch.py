@@ -42,9 +42,9 @@ class MaskTransform(GeneralizedRCNNTransform):
         original_image_sizes: list[tuple[int, int]],
     ) -> list[dict[str, Tensor]]:
         """Boxes in pixels of the image as it came."""
-        masks = [found.pop("masks") for found in result]
+        masks = [detections.pop("masks") for detections in result]
         result = super().postprocess(result, image_shapes, original_image_sizes)
-        return [{**found, "masks": own} for found, own in zip(result, masks, strict=True)]
+        return [{**detections, "masks": own} for detections, own in zip(result, masks, strict=True)]
 
 
 def add_mask_branch(detector: Any, classes: int, pool: nn.Module, width: int | None) -> None:
@@ -70,6 +70,6 @@ def _shared_maps(
     """conv5_x of `boxes`; in training of the sampled regions with an object, which the box head has computed."""
     if not heads.training:
         return heads.box_head.conv5(pool(maps, boxes, shapes))
-    found, heads.box_head.maps = heads.box_head.maps, None
+    maps_of_regions, heads.box_head.maps = heads.box_head.maps, None
     positive = heads.fg_bg_sampler.positive
-    return found[: len(positive)][positive]  # behind the regions there may be those of whole images
+    return maps_of_regions[: len(positive)][positive]  # behind the regions there may be those of whole images

@@ -40,8 +40,8 @@ def read_mask(segmentation: Any, size: tuple[int, int], where: str) -> bytes:
             raise Fault(NO_MASK, f"{where}: its RLE is not of the size [{height}, {width}] of its image")
         packed = isinstance(segmentation.get("counts"), str)
         try:
-            found = segmentation if packed else code.frPyObjects(segmentation, height, width)
-            return code.encode(code.decode(found))["counts"]  # of what it says, in whatever way
+            runs = segmentation if packed else code.frPyObjects(segmentation, height, width)
+            return code.encode(code.decode(runs))["counts"]  # of what it says, in whatever way
         except (RuntimeError, TypeError, ValueError, KeyError) as error:
             raise Fault(NO_MASK, f"{where}: its RLE is not one of {width}x{height} pixels") from error
     if type(segmentation) is not list or not segmentation:
@@ -95,11 +95,11 @@ def training_masks(counts: Sequence[bytes], shape: Sequence[int], sides: tuple[i
 
 def paste(probabilities: Tensor, boxes: Tensor, shape: Sequence[int]) -> list[bytes]:
     """Masks (n, 1, M, M) over their boxes (n, 4) in an image of `shape` (H, W), set where they are 0.5 or more."""
-    code, found = mask_code(), []
+    code, texts = mask_code(), []
     for place in range(len(boxes)):
         (whole,) = paste_masks_in_image(probabilities[place, None], boxes[place, None], tuple(shape))
-        found.append(code.encode((whole[0] >= 0.5).numpy().astype("uint8", order="F"))["counts"])
-    return found
+        texts.append(code.encode((whole[0] >= 0.5).numpy().astype("uint8", order="F"))["counts"])
+    return texts
 
 
 def mask_of(counts: bytes, shape: Sequence[int]) -> Tensor:

@@ -61,10 +61,10 @@ def voc_map(examples: Sequence[Example], detections: Detections, classes: int | 
     `per_class` has for each name {"ap07", "ap10", "objects"}, the last without the difficult ones. A class without any
     has None for its precisions and is left out of the means. Raises RunError as `voc_curve`.
     """
-    truth, found = _columns(examples, detections)
+    truth, detected = _columns(examples, detections)
     per_class: dict[str, dict[str, Any]] = {}
     for label, name in enumerate(_names(classes), 1):
-        curve = _voc_curve(truth, found, label, 0.5)
+        curve = _voc_curve(truth, detected, label, 0.5)
         per_class[name] = {
             "ap07": None if curve is None else 100 * voc_ap(*curve, points11=True),
             "ap10": None if curve is None else 100 * voc_ap(*curve, points11=False),
@@ -98,7 +98,7 @@ def coco_map(
         raise UserError("COCO's mAP: needs faster-coco-eval: pip install 'resnet-train[detection]'") from error
     ids = list(category_ids or range(1, len(_names(classes)) + 1))
     order = sorted(range(len(examples)), key=lambda index: examples[index].image_id)
-    truth, found = _columns([examples[index] for index in order], [detections[index] for index in order])
+    truth, detected = _columns([examples[index] for index in order], [detections[index] for index in order])
     sizes = [(examples[index].height, examples[index].width) for index in order]
     images = [{"id": place, "height": height, "width": width} for place, (height, width) in enumerate(sizes)]
     common = {"images": images, "categories": [{"id": id_} for id_ in ids]}
@@ -122,8 +122,8 @@ def coco_map(
         rows = zip(*(values.tolist() for values in fields.values()), strict=True)
         return COCO({**common, "annotations": [dict(zip(fields, row, strict=True)) for row in rows]}, **quiet)
 
-    areas = (found["boxes"][:, 2:] - found["boxes"][:, :2]).prod(1)
-    drawn = outlines(found, (text for index in order for text in detections[index].get("masks", ())))
+    areas = (detected["boxes"][:, 2:] - detected["boxes"][:, :2]).prod(1)
+    drawn = outlines(detected, (text for index in order for text in detections[index].get("masks", ())))
     if masks:
         areas = np.array(mask_code().area(drawn["segmentation"].tolist()), float)
     objects = data_set(
@@ -132,8 +132,8 @@ def coco_map(
         iscrowd=truth["ignored"].astype(int),
         **outlines(truth, (text for index in order for text in examples[index].masks)),
     )
-    detected = data_set(found, area=areas, score=found["scores"], **drawn)
-    judge = COCOeval_faster(objects, detected, "segm" if masks else "bbox", **quiet)
+    candidates = data_set(detected, area=areas, score=detected["scores"], **drawn)
+    judge = COCOeval_faster(objects, candidates, "segm" if masks else "bbox", **quiet)
     judge.run()
     # Where there is no object COCO says -1.
     return {
@@ -178,30 +178,30 @@ def _columns(examples: Sequence[Example], detections: Detections) -> tuple[Colum
         "areas": column([example.areas for example in examples], torch.float64),
     }
     labels = [row["labels"] for row in detections]
-    found = {
+    detected = {
         "images": images(labels),
         "labels": column(labels, torch.int64),
         "boxes": column([row["boxes"] for row in detections], torch.float64, 4),
         "scores": column([row["scores"] for row in detections], torch.float64),
     }
-    finite = np.isfinite(found["boxes"]).all(1) & np.isfinite(found["scores"])
+    finite = np.isfinite(detected["boxes"]).all(1) & np.isfinite(detected["scores"])
     if not finite.all():
-        name = examples[found["images"][finite.argmin()]].name
+        name = examples[detected["images"][finite.argmin()]].name
         raise RunError(
             f"{name}: a box or score found is not finite; try an earlier checkpoint or a lower learning rate"
         )
-    return truth, found
+    return truth, detected
 
 
-def _voc_curve(truth: Columns, found: Columns, label: int, threshold: float) -> tuple[np.ndarray, np.ndarray] | None:
+def _voc_curve(truth: Columns, detected: Columns, label: int, threshold: float) -> tuple[np.ndarray, np.ndarray] | None:
     total = _objects(truth, label)
     if not total:
         return None
     theirs = truth["labels"] == label
     objects = {name: column[theirs] for name, column in truth.items()}
-    mine = np.flatnonzero(found["labels"] == label)
-    mine = mine[np.argsort(-found["scores"][mine], kind="stable")]
-    boxes, images = found["boxes"][mine], found["images"][mine]
+    mine = np.flatnonzero(detected["labels"] == label)
+    mine = mine[np.argsort(-detected["scores"][mine], kind="stable")]
+    boxes, images = detected["boxes"][mine], detected["images"][mine]
     # The objects of an image lie together: all detections are held against the first of theirs, then the second, …
     start, end = (np.searchsorted(objects["images"], images, side) for side in ("left", "right"))
     best, chosen = np.zeros(len(mine)), np.zeros(len(mine), int)

@@ -32,7 +32,7 @@ class View:
 
 
 @dataclass(frozen=True)
-class Look:
+class ImageFeatures:
     """What a detector sees of an image: proposals (n, 4) in one of `shape`, and the views that regions are cut of."""
 
     proposals: Tensor
@@ -45,7 +45,7 @@ def longest(scale: int, min_size: int, max_size: int) -> float:
     return max_size * scale / min_size
 
 
-def look(member: Detector, image: Tensor, scales: Sequence[int] = ()) -> Look:
+def extract(member: Detector, image: Tensor, scales: Sequence[int] = ()) -> ImageFeatures:
     """An image (3, H, W) in 0 to 1 as a detector sees it; regions are cut of views of `scales`, if any, alone."""
     base, (least,), most = member.transform, member.transform.min_size, member.transform.max_size
     images, _ = base([image])
@@ -57,12 +57,12 @@ def look(member: Detector, image: Tensor, scales: Sequence[int] = ()) -> Look:
         resize.min_size, resize.max_size = (scale,), longest(scale, least, most)
         images, _ = resize([image])
         views.append(own if scale == least else View(_maps(member, images.tensors), images.image_sizes[0]))
-    return Look(proposals, own.shape, views or [own])
+    return ImageFeatures(proposals, own.shape, views or [own])
 
 
 def _maps(member: Detector, images: Tensor) -> dict[str, Tensor]:
-    found = member.backbone(images)
-    return OrderedDict([("0", found)]) if isinstance(found, Tensor) else found
+    maps = member.backbone(images)
+    return OrderedDict([("0", maps)]) if isinstance(maps, Tensor) else maps
 
 
 def lower_scales(areas: Tensor) -> Tensor:
@@ -74,22 +74,22 @@ def lower_scales(areas: Tensor) -> Tensor:
     return (away[:, :-1] + away[:, 1:]).argmin(1)
 
 
-def region_features(member: Detector, seen: Look, regions: Tensor, shape: Shape) -> Tensor:
+def region_features(member: Detector, image: ImageFeatures, regions: Tensor, shape: Shape) -> Tensor:
     """What a detector hands its class and box layers of each of `regions` (n, 4), boxes in an image of `shape`: (n, C).
 
     They are cut of the feature maps that are there: no layer before the pooling is computed again.
     """
     heads = member.roi_heads
-    places = [resize_boxes(regions, shape, view.shape) for view in seen.views]
+    places = [resize_boxes(regions, shape, view.shape) for view in image.views]
     if len(places) == 1:
-        return heads.box_head(heads.box_roi_pool(seen.views[0].maps, places, [seen.views[0].shape]))
+        return heads.box_head(heads.box_roi_pool(image.views[0].maps, places, [image.views[0].shape]))
     lower = lower_scales(torch.stack([box_area(boxes) for boxes in places], 1))
-    found: Tensor | None = None
-    for number, (view, boxes) in enumerate(zip(seen.views, places, strict=True)):
+    pooled: Tensor | None = None
+    for number, (view, boxes) in enumerate(zip(image.views, places, strict=True)):
         here = (lower == number) | (lower + 1 == number)
         features = heads.box_head(heads.box_roi_pool(view.maps, [boxes[here]], [view.shape]))
-        if found is None:
-            found = features.new_full((len(regions), features.shape[1]), -torch.inf)
-        found[here] = found[here].maximum(features)
-    assert found is not None
-    return found
+        if pooled is None:
+            pooled = features.new_full((len(regions), features.shape[1]), -torch.inf)
+        pooled[here] = pooled[here].maximum(features)
+    assert pooled is not None
+    return pooled

@@ -13,38 +13,36 @@ from resnet_train.config.detection import PredictConfig, config_from_checkpoint
 from resnet_train.data.decode import read_image
 from resnet_train.detection.build import build_like_checkpoint
 from resnet_train.detection.draw import draw_detections, likely
-from resnet_train.detection.evaluate import Found, check_shape, detections
+from resnet_train.detection.evaluate import ImageDetections, check_shape, detections
 from resnet_train.detection.masks import rle
 from resnet_train.engine import checkpoint
-from resnet_train.engine.compute import pick_device, precision_of, to_device
+from resnet_train.engine.boxes import restore
+from resnet_train.engine.compute import pick_device
 from resnet_train.files import expand, write_result, write_whole
 from resnet_train.terminal import say
 
 SHOWN = 10  # detections of an image that are printed, those with the highest scores
 
 
-def predict(asked: PredictConfig, images: list[str]) -> None:
+def predict(options: PredictConfig, images: list[str]) -> None:
     """Print what is found in each image, draw it, and write it as JSON. Raises UserError for a broken image."""
-    device, path, out = pick_device(asked.device), expand(asked.checkpoint), expand(asked.out)
+    device, path, out = pick_device(options.device), expand(options.checkpoint), expand(options.out)
     state = checkpoint.load(path, kind="detector")
     config, classes = config_from_checkpoint(state["config"]), state["classes"]
-    model, _ = build_like_checkpoint(config, state)
-    with checkpoint.checkpoint_errors(path):
-        precision = precision_of(state)
-        model.load_state_dict(state["model"])
-    model = to_device(model, device, "fp32")
-    told = []
+    model, precision = restore(build_like_checkpoint(config, state)[0], state, path, device)
+    results = []
     for name in images:
         image = read_image(expand(name))
         check_shape(name, image.shape[1:], config.min_size, config.max_size)
-        (found,) = detections(model, [image.to(device)], precision)
-        rows = _rows(likely(found, asked.score), classes, image.shape[1:])
+        (detected,) = detections(model, [image.to(device)], precision)
+        rows = _rows(likely(detected, options.score), classes, image.shape[1:])
         picture = out / f"{Path(name).stem}.png"
         png = io.BytesIO()
-        Image.fromarray(draw_detections(image, found, classes, asked.score).permute(1, 2, 0).numpy()).save(png, "PNG")
+        drawn = draw_detections(image, detected, classes, options.score)
+        Image.fromarray(drawn.permute(1, 2, 0).numpy()).save(png, "PNG")
         write_whole(picture, png.getvalue())
-        told.append({"image": name, "picture": str(picture), "found": rows})
-        say(f"{name}: {len(rows)} found with a score of {asked.score:g} or more, {picture}")
+        results.append({"image": name, "picture": str(picture), "found": rows})
+        say(f"{name}: {len(rows)} found with a score of {options.score:g} or more, {picture}")
         for row in rows[:SHOWN]:
             left, top, right, bottom = row["box"]
             place = f"left {left:.0f}, top {top:.0f}, right {right:.0f}, bottom {bottom:.0f}"
@@ -52,17 +50,17 @@ def predict(asked: PredictConfig, images: list[str]) -> None:
         if len(rows) > SHOWN:
             say(f"  and {len(rows) - SHOWN} more, in {out / 'detections.json'}")
     named: dict[str, Any] = {"checkpoint": str(path.absolute()), "net": config.net, "data": config.data_label}
-    named |= {"score": asked.score, "iteration": state["iteration"], "boxes": "left, top, right, bottom, in pixels"}
+    named |= {"score": options.score, "iteration": state["iteration"], "boxes": "left, top, right, bottom, in pixels"}
     named |= {"masks": "run lengths, as pycocotools reads them"} if config.masks else {}
-    write_result(out / "detections.json", {**named, "images": told})
+    write_result(out / "detections.json", {**named, "images": results})
 
 
-def _rows(found: Found, classes: list[str], shape: Sequence[int]) -> list[dict[str, Any]]:
+def _rows(detected: ImageDetections, classes: list[str], shape: Sequence[int]) -> list[dict[str, Any]]:
     """What the JSON says of each object in an image of `shape` (H, W)."""
     rows: list[dict[str, Any]] = [
         {"class": classes[label - 1], "score": score, "box": box}
-        for box, score, label in zip(*(found[name].tolist() for name in ("boxes", "scores", "labels")), strict=True)
+        for box, score, label in zip(*(detected[name].tolist() for name in ("boxes", "scores", "labels")), strict=True)
     ]
-    for row, text in zip(rows, found.get("masks", ()), strict=False):
+    for row, text in zip(rows, detected.get("masks", ()), strict=False):
         row["mask"] = {**rle(text, shape), "counts": text.decode()}
     return rows

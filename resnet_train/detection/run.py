@@ -36,24 +36,24 @@ def open_data(config: DetectConfig) -> Examples:
 
 def read_examples(config: DetectConfig) -> Examples:
     """The pictures and boxes that the configuration names. Raises UserError."""
-    found = _read(config, config.data.train, config.data.classes)
-    for example in (*found.train, *found.test):
+    examples = _read(config, config.data.train, config.data.classes)
+    for example in (*examples.train, *examples.test):
         check_shape(str(example.path), (example.height, example.width), config.min_size, config.max_size)
-    for example in found.train if config.masks else ():
+    for example in examples.train if config.masks else ():
         check_masks(example, config.min_size, config.max_size)
-    return found
+    return examples
 
 
 def read_test(config: DetectConfig, classes: list[str]) -> Examples:
     """The pictures and boxes of the test list alone, for a detector of these classes. Raises UserError."""
-    found = _read(config, [], classes)
-    if found.classes != classes:  # COCO's are those of its JSON
-        other = next((name for name in found.classes if name not in classes), None)
-        missing = next((name for name in classes if name not in found.classes), None)
-        told = "has them in another order" if not missing else f"does not have the class {missing}"
-        told = f"has the class {other}, which the checkpoint does not" if other else told
-        raise UserError(f"data.test={config.data.test}: {told}; its classes are {', '.join(classes)[:300]}")
-    return found
+    examples = _read(config, [], classes)
+    if examples.classes != classes:  # COCO's are those of its JSON
+        other = next((name for name in examples.classes if name not in classes), None)
+        missing = next((name for name in classes if name not in examples.classes), None)
+        reason = "has them in another order" if not missing else f"does not have the class {missing}"
+        reason = f"has the class {other}, which the checkpoint does not" if other else reason
+        raise UserError(f"data.test={config.data.test}: {reason}; its classes are {', '.join(classes)[:300]}")
+    return examples
 
 
 def _read(config: DetectConfig, train: list[str], classes: list[str] | None) -> Examples:

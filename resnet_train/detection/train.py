@@ -102,7 +102,7 @@ class DetectionTask(BoxTask):
         """Average precision on the test images, and the first of them with what was found."""
         self._share_statistics()
         examples = self.data
-        self.measured, found = evaluate(
+        self.measured, detected = evaluate(
             self.model,
             examples.test,
             classes=examples.classes,
@@ -113,7 +113,7 @@ class DetectionTask(BoxTask):
             skip=self.config.data.broken == "skip",
         )
         values = {name: value for name, value in self.measured.items() if isinstance(value, (int, float))}
-        shown = list(zip(examples.test[:: world_size()], found, strict=False))[:PICTURES] if is_main() else []
+        shown = list(zip(examples.test[:: world_size()], detected, strict=False))[:PICTURES] if is_main() else []
         images = [
             (example.name, draw_detections(load(example), boxes, examples.classes, 0.5))
             for example, boxes in shown

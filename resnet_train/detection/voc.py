@@ -24,7 +24,7 @@ from resnet_train.detection.annotations import (
     Examples,
     Fault,
     Faults,
-    Found,
+    LocatedExamples,
     Object,
     box_area,
     check_plain,
@@ -92,10 +92,10 @@ def read_voc(
             raise UserError(
                 f"data.classes: {kind}: no training object is one; others are {', '.join(others)[:200]}{near}"
             )
-    found: dict[str, Found] = {}
+    located: dict[str, LocatedExamples] = {}
     folders: dict[Path, Listing] = {}
     for name, images in lists.items():
-        found[name] = []
+        located[name] = []
         for image in tqdm(images, desc=f"reading {name}", leave=False, disable=None):
             with faults:
                 if image.folder not in folders:
@@ -104,8 +104,8 @@ def read_voc(
                     files = list_files(image.folder)
                     folders[image.folder] = Listing(files, group_by_stem(files))
                 example = _voc_example(image, folders[image.folder], classes, faults)
-                found[name].append((folders[image.folder].files[example.path.name], example))
-    examples = collect_examples(dict(enumerate(classes, 1)), found, train, test, faults)
+                located[name].append((folders[image.folder].files[example.path.name], example))
+    examples = collect_examples(dict(enumerate(classes, 1)), located, train, test, faults)
     numbers = iter(range(1, 1 + len(examples.train) + len(examples.test)))
     for part in (examples.train, examples.test):
         part[:] = [replace(example, image_id=next(numbers)) for example in part]
@@ -135,13 +135,13 @@ def _det_list(root: Path, name: str) -> list[Listed]:
         file = file_of_list(root, "det", name)
         # Only in lists by class a flag says whether the image has it; in others it is a number.
         words = [(first, file) for first, *flags in _lines(file) if split != "train" or flags[:1] != ["-1"]]
-    found = []
+    listed = []
     for word, file in words:
         for part in word.split("/"):
             check_plain(part, file)
         folder = (root / "Data" / "DET" / split / word).parent
-        found.append(Listed(root / "Annotations" / "DET" / split / f"{word}.xml", folder, f"{split}/{word}"))
-    return found
+        listed.append(Listed(root / "Annotations" / "DET" / split / f"{word}.xml", folder, f"{split}/{word}"))
+    return listed
 
 
 def _lines(file: Path) -> list[list[str]]:

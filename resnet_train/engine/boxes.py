@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sized
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -49,7 +50,7 @@ class BoxTask:
     losses: Tensor  # sums since the last logged point, a row for each process; on the device, read seldom
     iteration: int = 0
     skipped: int = 0  # broken images that others stood in for since the last logged point, in this process
-    told: set[str] = dataclasses.field(default_factory=set)  # the lines of broken images that have been printed
+    printed: set[str] = dataclasses.field(default_factory=set)  # the lines of broken images that have been printed
     measured: dict[str, Any] = dataclasses.field(default_factory=dict)  # by the last test
     compiled = False
     best_at = 0  # nothing is held out
@@ -86,9 +87,9 @@ class BoxTask:
 
     def count_skipped(self, broken: list[str]) -> list[str]:
         """Count the images of a batch that others stand in for; those of their lines that are to be printed, once."""
-        new = sorted({*broken} - self.told)
+        new = sorted({*broken} - self.printed)
         self.skipped += len(broken)
-        self.told.update(new)
+        self.printed.update(new)
         return new
 
     def train_point(self) -> dict[str, Any]:
@@ -199,6 +200,17 @@ def begin(
         with checkpoint.checkpoint_errors(state["path"]):
             task.load(state)
     return task
+
+
+Net = TypeVar("Net", bound=nn.Module)
+
+
+def restore(model: Net, state: dict[str, Any], path: Path, device: torch.device) -> tuple[Net, str]:
+    """`model` for a test, with the weights of the checkpoint `state`, and its precision. Raises UserError."""
+    with checkpoint.checkpoint_errors(path):
+        precision = precision_of(state)
+        model.load_state_dict(state["model"])
+    return to_device(model, device, "fp32").eval(), precision
 
 
 def update(task: BoxTask, parts: Tensor, lr: float) -> None:

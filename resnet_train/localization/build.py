@@ -11,10 +11,10 @@ import torch
 from resnet_train.config.localization import LocalizeConfig, config_from_checkpoint
 from resnet_train.detection.model import RATIOS
 from resnet_train.engine import checkpoint
-from resnet_train.engine.compute import precision_of, to_device
+from resnet_train.engine.boxes import restore
 from resnet_train.errors import UserError
-from resnet_train.localization.find import Trained
 from resnet_train.localization.model import Localizer, stride_of
+from resnet_train.localization.predict import Predictor
 from resnet_train.models import cifar_resnet, imagenet_resnet
 from resnet_train.weights.source import read_source
 
@@ -22,7 +22,7 @@ KIND = "localizer"  # of checkpoints
 
 
 @dataclass(frozen=True)
-class Around:
+class Backbone:
     """The net that a localizer is built around, as its checkpoint keeps it."""
 
     family: str
@@ -42,11 +42,11 @@ class Around:
         )
 
 
-def build_new(config: LocalizeConfig, classes: int) -> tuple[Localizer, Around]:
+def build_new(config: LocalizeConfig, classes: int) -> tuple[Localizer, Backbone]:
     """The localizer as training begins: the layers of `init_from`, and new ones for the classes. Raises UserError."""
     path = Path(config.init_from)
     source = read_source(path)
-    around = Around(
+    backbone = Backbone(
         family=source.family,
         depth=source.depth,
         shortcut=source.shortcut,
@@ -56,46 +56,44 @@ def build_new(config: LocalizeConfig, classes: int) -> tuple[Localizer, Around]:
         name=source.name,
         file=path.name,
     )
-    model = _assemble(around, config, classes)
+    model = _assemble(backbone, config, classes)
     with checkpoint.checkpoint_errors(f"init_from={path}"):
         own = model.net.state_dict()
         model.net.load_state_dict({name: source.model[name] for name in own})
-    return model, around
+    return model, backbone
 
 
-def build_like_checkpoint(config: LocalizeConfig, state: dict[str, Any]) -> tuple[Localizer, Around]:
+def build_like_checkpoint(config: LocalizeConfig, state: dict[str, Any]) -> tuple[Localizer, Backbone]:
     """The localizer that a checkpoint's `state` holds, its weights not yet in it. Raises UserError."""
     with checkpoint.checkpoint_errors("the checkpoint"):
-        around, classes = Around(**state[KIND]), len(state["classes"])
-        checkpoint.check_net(state["model"], lambda: _assemble(around, config, classes), around.depth)
-        return _assemble(around, config, classes), around
+        backbone, classes = Backbone(**state[KIND]), len(state["classes"])
+        checkpoint.check_net(state["model"], lambda: _assemble(backbone, config, classes), backbone.depth)
+        return _assemble(backbone, config, classes), backbone
 
 
-def _assemble(around: Around, config: LocalizeConfig, classes: int) -> Localizer:
-    if around.family == "cifar":
-        net = cifar_resnet(around.depth, around.shortcut)
+def _assemble(backbone: Backbone, config: LocalizeConfig, classes: int) -> Localizer:
+    if backbone.family == "cifar":
+        net = cifar_resnet(backbone.depth, backbone.shortcut)
     else:
-        net = imagenet_resnet(around.depth, around.shortcut, bottleneck_stride=around.bottleneck_stride)
+        net = imagenet_resnet(backbone.depth, backbone.shortcut, bottleneck_stride=backbone.bottleneck_stride)
     whole = config.stage == "rcnn"
     shapes = 1 if whole else len(config.anchors) * len(RATIOS)
-    return Localizer(net, classes, shapes, pooled=whole, mean=around.mean, std=around.std)
+    return Localizer(net, classes, shapes, pooled=whole, mean=backbone.mean, std=backbone.std)
 
 
-def trained(model: Localizer, around: Around, config: LocalizeConfig, precision: str) -> Trained:
+def predictor_of(model: Localizer, backbone: Backbone, config: LocalizeConfig, precision: str) -> Predictor:
     """A localizer as it is tested."""
-    stride = stride_of(around.family)
-    return Trained(model, precision, config.crop, stride, config.anchors, config.proposals)
+    stride = stride_of(backbone.family)
+    return Predictor(model, precision, config.crop, stride, config.anchors, config.proposals)
 
 
-def load_trained(
+def load_predictor(
     path: Path, state: dict[str, Any], stage: str, device: torch.device
-) -> tuple[Trained, Around, LocalizeConfig]:
+) -> tuple[Predictor, Backbone, LocalizeConfig]:
     """What a checkpoint of the given stage holds, for a test. Raises UserError."""
     config = config_from_checkpoint(state["config"])
     if config.stage != stage:
         raise UserError(f"{path}: is of stage={config.stage}; one of stage={stage} is needed")
-    model, around = build_like_checkpoint(config, state)
-    with checkpoint.checkpoint_errors(path):
-        precision = precision_of(state)
-        model.load_state_dict(state["model"])
-    return trained(to_device(model, device, "fp32").eval(), around, config, precision), around, config
+    model, backbone = build_like_checkpoint(config, state)
+    model, precision = restore(model, state, path, device)
+    return predictor_of(model, backbone, config, precision), backbone, config

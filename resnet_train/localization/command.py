@@ -20,33 +20,33 @@ from resnet_train.engine.compute import pick_device
 from resnet_train.engine.distributed import is_main, on_rank_zero, process_group, raise_on_all_ranks
 from resnet_train.engine.limits import most_workers
 from resnet_train.files import expand, write_result
-from resnet_train.localization.build import KIND, load_trained
+from resnet_train.localization.build import KIND, load_predictor
 from resnet_train.localization.evaluate import Names, evaluate
-from resnet_train.localization.find import Trained, dense_sides, whole_view
+from resnet_train.localization.predict import Predictor, dense_sides, whole_view
 from resnet_train.localization.tree import check_classes, read_tree
 from resnet_train.paper import LOCALIZATION_METHODS
 from resnet_train.terminal import say
 
 
-def evaluate_checkpoint(asked: LocalizeTestConfig) -> None:
+def evaluate_checkpoint(options: LocalizeTestConfig) -> None:
     """Print and write the localization error of a checkpoint, by ILSVRC's rule. Raises UserError.
 
     On a center crop with the true class given it is what training logged.
     """
-    device = pick_device(asked.device)
-    with process_group(device, asked.timeout):
-        _evaluate(asked, device)
+    device = pick_device(options.device)
+    with process_group(device, options.timeout):
+        _evaluate(options, device)
 
 
-def _evaluate(asked: LocalizeTestConfig, device: torch.device) -> None:
-    path = expand(asked.checkpoint)
+def _evaluate(options: LocalizeTestConfig, device: torch.device) -> None:
+    path = expand(options.checkpoint)
     state = on_rank_zero(lambda: checkpoint.load_without_momentum(path, kind=KIND))
-    rpn, around, trained_as = raise_on_all_ranks(lambda: load_trained(path, state, "rpn", device))
-    config = raise_on_all_ranks(lambda: with_test_data(trained_as, asked.data))
+    rpn, backbone, trained_as = raise_on_all_ranks(lambda: load_predictor(path, state, "rpn", device))
+    config = raise_on_all_ranks(lambda: with_test_data(trained_as, options.data))
     classes, data, root = state["classes"], config.data, Path(config.data.root or "")
-    sides = dense_sides(rpn.crop, asked.scales) if asked.dense else None
-    rcnn, of_rcnn = _open_rcnn(asked.rcnn, classes, device) if asked.rcnn else (None, {})
-    classify, of_names = _open_names(asked.classifier, classes, sides, device) if asked.classifier else (None, {})
+    sides = dense_sides(rpn.crop, options.scales) if options.dense else None
+    rcnn, of_rcnn = _open_rcnn(options.rcnn, classes, device) if options.rcnn else (None, {})
+    classify, of_names = _open_names(options.classifier, classes, sides, device) if options.classifier else (None, {})
     photos = raise_on_all_ranks(lambda: read_tree(root, broken=data.broken, train=False, classes=classes))
     start = time.perf_counter()
     measured = evaluate(
@@ -62,7 +62,7 @@ def _evaluate(asked: LocalizeTestConfig, device: torch.device) -> None:
     result = {
         "task": "localization",
         "method": LOCALIZATION_METHODS["rcnn" if rcnn else "rpn"],
-        **checkpoint.describe(path, around.net, config, state),
+        **checkpoint.describe(path, backbone.net, config, state),
         **of_rcnn,
         **of_names,
         "data": config.data_label,
@@ -79,20 +79,20 @@ def _evaluate(asked: LocalizeTestConfig, device: torch.device) -> None:
         "seconds": time.perf_counter() - start,
     }
     if is_main():
-        out = expand(asked.out) if asked.out else _default_out(path, asked, config, trained_as)
+        out = expand(options.out) if options.out else _default_out(path, options, config, trained_as)
         write_result(out, result)
         say(_line(result, out))
         if photos.faults:
             say(f"note: left out or cut: {', '.join(f'{count} {kind}' for kind, count in photos.faults.items())}")
 
 
-def _open_rcnn(name: str, classes: list[str], device: torch.device) -> tuple[Trained, dict[str, Any]]:
+def _open_rcnn(name: str, classes: list[str], device: torch.device) -> tuple[Predictor, dict[str, Any]]:
     """R-CNN, and what a result says of it. Raises UserError."""
     path = expand(name)
     state = on_rank_zero(lambda: checkpoint.load_without_momentum(path, kind=KIND))
-    rcnn, around, config = raise_on_all_ranks(lambda: load_trained(path, state, "rcnn", device))
+    rcnn, backbone, config = raise_on_all_ranks(lambda: load_predictor(path, state, "rcnn", device))
     raise_on_all_ranks(lambda: check_classes(f"rcnn={name}", state["classes"], classes, "the RPN"))
-    return rcnn, {"rcnn": checkpoint.describe(path, around.net, config, state) | {"proposals": config.proposals}}
+    return rcnn, {"rcnn": checkpoint.describe(path, backbone.net, config, state) | {"proposals": config.proposals}}
 
 
 def _open_names(
@@ -123,13 +123,13 @@ def _protocol(crop: int, sides: Sequence[int] | None, *, named: bool) -> str:
     return f"dense, shorter side at {', '.join(map(str, sides))}" + ("; classes without mirror images" if named else "")
 
 
-def _default_out(path: Path, asked: LocalizeTestConfig, tested: LocalizeConfig, trained: LocalizeConfig) -> Path:
+def _default_out(path: Path, options: LocalizeTestConfig, tested: LocalizeConfig, trained: LocalizeConfig) -> Path:
     """Beside the checkpoint, named after the data, R-CNN and classifier that were measured."""
     elsewhere = expand(tested.data.root or "").resolve() != expand(trained.data.root or "").resolve()
     label = plain_word(tested.data_label)
     words = [path.stem, *([f"elsewhere-{label}-{_mark(tested.data.root or '')}"] if elsewhere else [])]
-    words += ["dense" if asked.dense else "center", *map(str, asked.scales or [])]
-    for word, name in (("rcnn", asked.rcnn), ("top5", asked.classifier)):
+    words += ["dense" if options.dense else "center", *map(str, options.scales or [])]
+    for word, name in (("rcnn", options.rcnn), ("top5", options.classifier)):
         words += [f"{word}-{_run_of(expand(name))}-{_mark(name)}"] if name else []
     return path.with_name("-".join([*words, "test"]) + ".json")
 

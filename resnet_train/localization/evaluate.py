@@ -12,8 +12,8 @@ from tqdm import tqdm
 from resnet_train.classification.evaluate import eval_mode
 from resnet_train.engine.distributed import all_reduce_sum, for_all_ranks, is_main, rank, world_size
 from resnet_train.errors import RunError, UserError
-from resnet_train.localization.find import Trained, is_right, locate
 from resnet_train.localization.loader import whole_images
+from resnet_train.localization.predict import Predictor, is_right, locate
 from resnet_train.localization.tree import Photos
 
 NAMED = ("error1", "error5", "class_error1", "class_error5")  # what is measured of the classes that are named
@@ -21,8 +21,8 @@ Names = Callable[[Tensor], Tensor]  # of an image (3, H, W), its likeliest class
 
 
 def evaluate(
-    rpn: Trained,
-    rcnn: Trained | None,
+    rpn: Predictor,
+    rcnn: Predictor | None,
     photos: Photos,
     *,
     device: torch.device,
@@ -46,15 +46,15 @@ def evaluate(
         for example, image in bar:
             label = int(example.labels[0]) - 1
             named = classify(image).cpu() if classify is not None else torch.empty(0, dtype=torch.int64)
-            asked = torch.cat([torch.tensor([label]), named[named != label]])
-            boxes = locate(rpn, rcnn, image, asked.to(device), sides).cpu()
+            labels = torch.cat([torch.tensor([label]), named[named != label]])
+            boxes = locate(rpn, rcnn, image, labels.to(device), sides).cpu()
             if not boxes.isfinite().all():
                 raise RunError(f"{example.name}: a box found is not finite; try an earlier checkpoint or a lower lr=")
-            place = {int(one): box for one, box in zip(asked, boxes, strict=True)}
+            place = {int(one): box for one, box in zip(labels, boxes, strict=True)}
             answers = torch.stack([place[int(one)] for one in named]) if len(named) else boxes[:0]
             truth = example.boxes
             counts[0] += 1
-            counts[1] += not is_right(asked[:1], boxes[:1], label, truth)
+            counts[1] += not is_right(labels[:1], boxes[:1], label, truth)
             for row, count in ((2, 1), (3, 5)):
                 counts[row] += not is_right(named[:count], answers[:count], label, truth)
                 counts[row + 2] += label not in named[:count].tolist()

@@ -81,8 +81,8 @@ class Localizer(nn.Module):
         weight = layer.weight.view(-1, rows, features.shape[1])[labels]  # (N, K, rows, C)
         assert layer.bias is not None
         bias = layer.bias.view(-1, rows)[labels]
-        found = torch.bmm(weight.flatten(1, 2), features.flatten(2)).float()  # (N, K * rows, places)
-        return found.view(*labels.shape, rows, -1).transpose(2, 3) + bias[:, :, None]
+        outputs = torch.bmm(weight.flatten(1, 2), features.flatten(2)).float()  # (N, K * rows, places)
+        return outputs.view(*labels.shape, rows, -1).transpose(2, 3) + bias[:, :, None]
 
 
 def stride_of(family: str) -> int:

@@ -20,9 +20,9 @@ from resnet_train.engine.boxes import begin
 from resnet_train.engine.distributed import all_reduce_sum, is_main, raise_on_all_ranks, rank, world_size
 from resnet_train.engine.run import check_compute, run
 from resnet_train.errors import UserError
-from resnet_train.localization.build import KIND, build_like_checkpoint, build_new, load_trained
-from resnet_train.localization.find import Trained, dense_sides, look, propose
+from resnet_train.localization.build import KIND, build_like_checkpoint, build_new, load_predictor
 from resnet_train.localization.loader import whole_images
+from resnet_train.localization.predict import Predictor, dense_sides, propose, score_anchors
 from resnet_train.localization.train import LOSSES, Data, LocalizationTask
 from resnet_train.localization.tree import Localized, Photos, check_classes, read_tree
 from resnet_train.terminal import say
@@ -57,10 +57,10 @@ def open_data(config: LocalizeConfig, *, begun: bool = False) -> Data:
     return Data(**vars(photos) | {"digest": digest}, rpn=rpn, proposals=proposals)
 
 
-def _load_rpn(path: Path, photos: Localized, device: torch.device) -> tuple[Trained, str]:
+def _load_rpn(path: Path, photos: Localized, device: torch.device) -> tuple[Predictor, str]:
     """The RPN in a checkpoint, and the digest of the images together with its weights. Raises UserError."""
     state = checkpoint.load(path, kind=KIND)
-    rpn, _, _ = load_trained(path, state, "rpn", device)
+    rpn, _, _ = load_predictor(path, state, "rpn", device)
     check_classes(f"rpn={path}", state["classes"], photos.classes)
     digest = hashlib.sha256(photos.digest.encode())
     for name, value in sorted(state["model"].items()):
@@ -68,7 +68,7 @@ def _load_rpn(path: Path, photos: Localized, device: torch.device) -> tuple[Trai
     return rpn, digest.hexdigest()
 
 
-def _proposals(config: LocalizeConfig, rpn: Trained, photos: Photos, digest: str, device: torch.device) -> Tensor:
+def _proposals(config: LocalizeConfig, rpn: Predictor, photos: Photos, digest: str, device: torch.device) -> Tensor:
     """The likeliest regions of the true class in each image, (images, n, 4), from the cache folder or made.
 
     Kept, so that a resumed run learns from the same ones: how they are ordered depends on the number of threads. In the
@@ -80,20 +80,20 @@ def _proposals(config: LocalizeConfig, rpn: Trained, photos: Photos, digest: str
     key = f"{digest} {config.proposals} {rpn.crop} {rpn.anchors} {rpn.precision}"
     path = cache_folder() / "proposals" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
     kept = _read_proposals(path, shape) if is_main() else None
-    found = torch.zeros(shape) if kept is None else kept
+    proposals = torch.zeros(shape) if kept is None else kept
     if int(all_reduce_sum(torch.tensor(int(kept is not None)))):
-        return all_reduce_sum(found)
+        return all_reduce_sum(proposals)
     if is_main():
         say(f"proposals of the RPN for {len(photos)} training images")
     with tqdm(total=len(photos), desc="proposals", leave=False, disable=None if is_main() else True) as bar:
         for start in range(0, len(photos), ROUND):
             part = range(start, min(start + ROUND, len(photos)))
-            raise_on_all_ranks(functools.partial(_propose_in, config, rpn, photos, part, device, found))
+            raise_on_all_ranks(functools.partial(_propose_in, config, rpn, photos, part, device, proposals))
             bar.update(len(part))
-    found = all_reduce_sum(found)
-    if is_main() and found[:, 0].isfinite().all():  # an image that cannot be read now may be mended
-        keep(path, found)
-    return found
+    proposals = all_reduce_sum(proposals)
+    if is_main() and proposals[:, 0].isfinite().all():  # an image that cannot be read now may be mended
+        keep(path, proposals)
+    return proposals
 
 
 def _read_proposals(path: Path, shape: tuple[int, ...]) -> Tensor | None:
@@ -106,16 +106,16 @@ def _read_proposals(path: Path, shape: tuple[int, ...]) -> Tensor | None:
 
 
 def _propose_in(
-    config: LocalizeConfig, rpn: Trained, photos: Photos, part: range, device: torch.device, found: Tensor
+    config: LocalizeConfig, rpn: Predictor, photos: Photos, part: range, device: torch.device, proposals: Tensor
 ) -> None:
-    """Write to `found` what the RPN proposes in this process's share of the images in `part`."""
+    """Write to `proposals` what the RPN proposes in this process's share of the images in `part`."""
     mine, skip = part[rank() :: world_size()], config.data.broken == "skip"
-    found[mine.start : mine.stop : world_size()] = torch.nan
+    proposals[mine.start : mine.stop : world_size()] = torch.nan
     for example, image in whole_images(photos, mine, workers=config.data.workers, skip=skip, device=device):
         label = torch.tensor([int(example.labels[0]) - 1], device=device)
-        boxes, scores = look(rpn, image, label, dense_sides(rpn.crop, None))
+        boxes, scores = score_anchors(rpn, image, label, dense_sides(rpn.crop, None))
         regions = propose(boxes[0], scores[0], config.proposals, image.shape[1:])
-        found[example.image_id - 1, : len(regions)] = regions.cpu()
+        proposals[example.image_id - 1, : len(regions)] = regions.cpu()
 
 
 def build(
@@ -124,7 +124,7 @@ def build(
     """The localizer and its optimiser, from a checkpoint's `state`, if given, else as they begin. Raises UserError."""
     torch.manual_seed(generator(config.seed, "initialisation", 0).initial_seed())
     if state is None:
-        model, around = build_new(config, len(data.classes))
+        model, backbone = build_new(config, len(data.classes))
     else:
-        model, around = build_like_checkpoint(config, state)
-    return begin(LocalizationTask, config, model, device, state, LOSSES, data=data, around=around)
+        model, backbone = build_like_checkpoint(config, state)
+    return begin(LocalizationTask, config, model, device, state, LOSSES, data=data, backbone=backbone)

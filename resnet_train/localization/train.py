@@ -16,11 +16,11 @@ from resnet_train.detection.loader import tell_skipped
 from resnet_train.engine.boxes import BoxTask, update
 from resnet_train.engine.compute import autocast, wrap_ddp
 from resnet_train.engine.task import Point
-from resnet_train.localization.build import KIND, Around, trained
+from resnet_train.localization.build import KIND, Backbone, predictor_of
 from resnet_train.localization.evaluate import evaluate
-from resnet_train.localization.find import Trained
 from resnet_train.localization.loader import Batch, Crops, Regions, training_batches
 from resnet_train.localization.model import Localizer, anchors_of, loss_parts
+from resnet_train.localization.predict import Predictor
 from resnet_train.localization.tree import Localized
 from resnet_train.models.resnet import parameters
 from resnet_train.paper import LOCALIZATION_METHODS
@@ -34,7 +34,7 @@ PROTOCOL = "center crop, true class given"
 class Data(Localized):
     """The images and, for R-CNN, the trained RPN and the regions that it proposes in the training images."""
 
-    rpn: Trained | None = None
+    rpn: Predictor | None = None
     proposals: Tensor | None = None
 
 
@@ -55,7 +55,7 @@ class LocalizationTask(BoxTask):
 
     config: LocalizeConfig
     data: Data
-    around: Around
+    backbone: Backbone
     model: Localizer
 
     def wrap_ddp(self) -> None:
@@ -78,11 +78,12 @@ class LocalizationTask(BoxTask):
         config = self.config
         if self.data.proposals is not None:
             return Regions(self.data.proposals, config.crop, config.flip)
-        here = self._trained()
+        here = self.predictor()
         return Crops(anchors_of(config.anchors, (config.crop, config.crop), here.stride), config.crop, config.flip)
 
-    def _trained(self) -> Trained:
-        return trained(self.model, self.around, self.config, self.precision)
+    def predictor(self) -> Predictor:
+        """The localizer as it is, for a test."""
+        return predictor_of(self.model, self.backbone, self.config, self.precision)
 
     def step(self, batch: Batch, lr: float) -> None:
         """One iteration with a batch of `batches`."""
@@ -91,10 +92,10 @@ class LocalizationTask(BoxTask):
 
     def evaluate(self) -> Iterator[Point]:
         """The error on the test images, the true class given, on a center crop."""
-        rpn = self.data.rpn or self._trained()
+        rpn = self.data.rpn or self.predictor()
         self.measured = evaluate(
             rpn,
-            self._trained() if self.data.rpn else None,
+            self.predictor() if self.data.rpn else None,
             self.data.test,
             device=self.device,
             workers=self.config.data.workers,
@@ -105,20 +106,23 @@ class LocalizationTask(BoxTask):
     def hyper_parameters(self) -> dict[str, str | bool | int | float]:
         """Those that runs are told apart by, for TensorBoard's table of runs."""
         keys = ("stage", "seed", "iterations", "batch_size", "lr", "crop")
-        return {key: getattr(self.config, key) for key in keys} | {"data": self.label, "net": self.around.net}
+        return {key: getattr(self.config, key) for key in keys} | {"data": self.label, "net": self.backbone.net}
 
     def state(self) -> dict[str, Any]:
         """A checkpoint's content: tensors and plain values only. All processes call this."""
         return {
-            KIND: dataclasses.asdict(self.around),
-            "mean": torch.tensor(self.around.mean),
+            KIND: dataclasses.asdict(self.backbone),
+            "mean": torch.tensor(self.backbone.mean),
             **super().state(),
         }
 
     def describe(self) -> list[str]:
         """What is about to be trained, in lines to print."""
         what = "per-class RPN" if self.config.stage == "rpn" else "R-CNN"
-        return [f"{what} on {self.around.net} of {self.around.file}, {self.describe_data()}", *self.describe_faults()]
+        return [
+            f"{what} on {self.backbone.net} of {self.backbone.file}, {self.describe_data()}",
+            *self.describe_faults(),
+        ]
 
     def describe_changes(self, state: dict[str, Any]) -> list[str]:
         """Nothing: crops and anchors do not depend on the number of processes, and proposals are kept."""
@@ -131,7 +135,7 @@ class LocalizationTask(BoxTask):
             "task": "localization",
             "stage": config.stage,
             "method": LOCALIZATION_METHODS[config.stage],
-            "net": self.around.net,
+            "net": self.backbone.net,
             "data": self.label,
             "images": {"train": len(data.train), "test": len(data.test)},
             "boxes": {"train": len(data.train.boxes), "test": len(data.test.boxes)},
@@ -148,7 +152,7 @@ class LocalizationTask(BoxTask):
     def draw(self, metrics: list[dict[str, Any]], picture: Path) -> bool:
         """Draw the error over the iterations to the file `picture`; whether that could be done."""
         tests = [line for line in metrics if line["split"] == "test"]
-        return curves.attempt(lambda: curves.draw({self.around.net: tests}, self._title(), picture), picture)
+        return curves.attempt(lambda: curves.draw({self.backbone.net: tests}, self._title(), picture), picture)
 
     def conclude(self, summary: dict[str, Any]) -> str:
         """The error in one line."""
@@ -159,4 +163,6 @@ class LocalizationTask(BoxTask):
         )
 
     def _title(self) -> str:
-        return f"{LOCALIZATION_METHODS[self.config.stage]}, {self.around.net} on {self.label}, seed {self.config.seed}"
+        return (
+            f"{LOCALIZATION_METHODS[self.config.stage]}, {self.backbone.net} on {self.label}, seed {self.config.seed}"
+        )

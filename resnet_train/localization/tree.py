@@ -89,23 +89,23 @@ def read_tree(root: Path, *, broken: str, train: bool = True, classes: list[str]
     are not its boxes. An image without any is left out and counted. `broken`: stop or skip, as in detection. `classes`
     are those that there must be. Raises UserError.
     """
-    images, found = class_folders_of_boxes(root)
+    images, folders = class_folders_of_boxes(root)
     if classes is not None:
-        check_classes(f"data.root={root}", found, classes, "the checkpoint")
+        check_classes(f"data.root={root}", folders, classes, "the checkpoint")
     faults = Faults(broken)
     parts = {}
     for name in ("train", "val"):
         wanted = train or name == "val"
-        parts[name] = Photos(_read_part(root / BOXES / name, images / name, found, faults) if wanted else iter(()))
+        parts[name] = Photos(_read_part(root / BOXES / name, images / name, folders, faults) if wanted else iter(()))
         if wanted and not len(parts[name]):
             raise UserError(f"data.root={root}: {name}/ has no image with a box of its class")
-    digest = hashlib.sha256(json.dumps(found).encode())
+    digest = hashlib.sha256(json.dumps(folders).encode())
     for name, part in parts.items():
         digest.update(json.dumps([name, part.names]).encode())
         for values in (part.sizes, part.labels, part.boxes, part.ends):
             digest.update(values.numpy().tobytes())
     counted = {kind: count for kind, count in sorted(faults.counted.items()) if count}
-    return Localized(found, parts["train"], parts["val"], counted, digest.hexdigest())
+    return Localized(folders, parts["train"], parts["val"], counted, digest.hexdigest())
 
 
 def check_classes(name: str, theirs: list[str], ours: list[str], what: str = "the data") -> None:

@@ -21,7 +21,7 @@ AT_ONCE = 128  # regions that R-CNN looks at together
 
 
 @dataclass(frozen=True)
-class Trained:
+class Predictor:
     """A trained localizer, on its device, and what its images are like."""
 
     model: Localizer
@@ -66,7 +66,7 @@ def views(image: Tensor, crop: int, sides: Sequence[int] | None) -> list[View]:
 
 
 @torch.no_grad()
-def look(rpn: Trained, image: Tensor, labels: Tensor, sides: Sequence[int] | None) -> tuple[Tensor, Tensor]:
+def score_anchors(rpn: Predictor, image: Tensor, labels: Tensor, sides: Sequence[int] | None) -> tuple[Tensor, Tensor]:
     """The boxes of every anchor in every view of an image (3, H, W), (K, P, 4) in its pixels, and their scores (K, P).
 
     `labels` (K,): the classes, from 0, whose boxes these are.
@@ -74,12 +74,12 @@ def look(rpn: Trained, image: Tensor, labels: Tensor, sides: Sequence[int] | Non
     scores, boxes = [], []
     for view in views(image, rpn.crop, sides):
         with autocast(image.device, rpn.precision):
-            found, moves = rpn.model(view.pixels[None], labels[None])
+            score, moves = rpn.model(view.pixels[None], labels[None])
         anchors = anchors_of(rpn.anchors, view.pixels.shape[:2], rpn.stride).to(image.device)
         placed = CODERS["rpn"].decode_single(moves.flatten(0, 2), anchors.repeat(len(labels), 1))
         placed = placed.view(len(labels), -1, 4) * view.scale.to(placed) + view.offset.to(placed)
         boxes.append(clip_boxes_to_image(placed, tuple(image.shape[1:])))
-        scores.append(found[0])
+        scores.append(score[0])
     return torch.cat(boxes, 1), torch.cat(scores, 1)
 
 
@@ -101,35 +101,35 @@ def propose(boxes: Tensor, scores: Tensor, count: int, shape: Sequence[int]) -> 
 
 
 @torch.no_grad()
-def rescore(rcnn: Trained, image: Tensor, regions: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+def rescore(rcnn: Predictor, image: Tensor, regions: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     """Where R-CNN moves regions (n, 4) of an image for a class, and how likely each is then: (n, 4), (n,)."""
     scores, moves = [], []
     for some in regions.split(AT_ONCE):
         with autocast(image.device, rcnn.precision):
-            found, moved = rcnn.model(warp(image, some, rcnn.crop), label.expand(len(some), 1))
-        scores.append(found[:, 0, 0])
-        moves.append(moved[:, 0, 0])
+            score, move = rcnn.model(warp(image, some, rcnn.crop), label.expand(len(some), 1))
+        scores.append(score[:, 0, 0])
+        moves.append(move[:, 0, 0])
     boxes = CODERS["rcnn"].decode_single(torch.cat(moves), regions)
     return clip_boxes_to_image(boxes, tuple(image.shape[1:])), torch.cat(scores)
 
 
 def locate(
-    rpn: Trained, rcnn: Trained | None, image: Tensor, labels: Tensor, sides: Sequence[int] | None = None
+    rpn: Predictor, rcnn: Predictor | None, image: Tensor, labels: Tensor, sides: Sequence[int] | None = None
 ) -> Tensor:
     """The box of each class in `labels` (K,) in an image (3, H, W) uint8: (K, 4).
 
     In a center crop or, with `sides`, in the whole image at these shorter sides. The RPN's likeliest box, or of its
     likeliest ones that which `rcnn` finds likeliest.
     """
-    boxes, scores = look(rpn, image, labels, sides)
+    boxes, scores = score_anchors(rpn, image, labels, sides)
     if rcnn is None:
         return best(boxes, scores)
-    found = []
+    answers = []
     for label, places, likely in zip(labels, boxes, scores, strict=True):
         regions = propose(places, likely, rcnn.proposals, image.shape[1:])
         moved, again = rescore(rcnn, image, regions, label)
-        found.append(moved[again.argmax()])
-    return torch.stack(found)
+        answers.append(moved[again.argmax()])
+    return torch.stack(answers)
 
 
 def is_right(labels: Tensor, boxes: Tensor, label: int, truth: Tensor) -> bool:
