@@ -21,14 +21,13 @@ from resnet_train.localization.model import CODERS, Localizer, anchors_of, loss_
 from resnet_train.localization.predict import (
     Predictor,
     best,
-    center_view,
     dense_sides,
     is_right,
     locate,
     propose,
     rescore,
     score_anchors,
-    whole_view,
+    views,
 )
 from resnet_train.localization.tree import NO_BOX, NO_CLASS, TOO_LONG, read_tree
 from resnet_train.models import cifar_resnet, imagenet_resnet
@@ -253,18 +252,18 @@ def test_batches_depend_on_seed_and_iteration_alone(digits):
 def test_the_center_is_that_of_classification_and_leads_back_to_the_image():
     image = torch.zeros(3, 61, 97, dtype=torch.uint8)
     image[:, 20:40, 35:65] = 255
-    view = center_view(image, 48)
+    (view,) = views(image, 48, None)
     assert torch.equal(view.pixels, crops.center_view(image, 48).permute(1, 2, 0))
     box = torch.tensor(bright(view.pixels)) * view.scale + view.offset
     assert torch.allclose(box, torch.tensor([35.0, 20, 65, 40]), atol=1.5)
-    view = whole_view(image, 48)
+    (view,) = views(image, 48, [48])
     assert view.pixels.shape == (48, int(48 * 97 / 61), 3)
     assert torch.allclose(torch.tensor(bright(view.pixels)) * view.scale, torch.tensor([35.0, 20, 65, 40]), atol=1.5)
 
 
 def test_a_dense_test_of_one_crops_size_is_that_of_the_center():
     image, rpn = torch.randint(256, (3, 60, 90), dtype=torch.uint8), trained()
-    view, labels = center_view(image, rpn.crop), torch.tensor([0, 2])
+    (view,), labels = views(image, rpn.crop, None), torch.tensor([0, 2])
     alone = view.pixels.permute(2, 0, 1).contiguous()
     boxes, scores = score_anchors(rpn, image, labels, None)
     dense, likely = score_anchors(rpn, alone, labels, [rpn.crop])

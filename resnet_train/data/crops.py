@@ -32,11 +32,23 @@ def whole_view(image: Tensor, size: int) -> Tensor:
     return TF.center_crop(resized, [size, size])
 
 
-def center_view(image: Tensor, size: int) -> Tensor:
-    """The center crop of a photograph (3, H, W), as in figure 4: shorter side 256 for crops of 224."""
+def scaled_view(image: Tensor, side: int) -> Tensor:
+    """A photograph (3, H, W) with its shorter side at `side`."""
     from torchvision.transforms.v2 import functional as TF
 
-    return TF.center_crop(TF.resize(middle(image), [round(size * 256 / 224)], antialias=True), [size, size])
+    return TF.resize(middle(image), [side], antialias=True)
+
+
+def center_side(size: int) -> int:
+    """The shorter side that center crops of `size` are taken at, as in figure 4: 256 for crops of 224."""
+    return round(size * 256 / 224)
+
+
+def center_view(image: Tensor, size: int) -> Tensor:
+    """The center crop of a photograph (3, H, W)."""
+    from torchvision.transforms.v2 import functional as TF
+
+    return TF.center_crop(scaled_view(image, center_side(size)), [size, size])
 
 
 Box = tuple[int, int, int, int]  # top, left, height, width, in pixels of the photograph

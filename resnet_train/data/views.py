@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from resnet_train.config.augment import Augment
-from resnet_train.data.crops import Box, center_view, cut, middle
+from resnet_train.data.crops import Box, center_view, cut, scaled_view
 from resnet_train.data.decode import ImageError
 from resnet_train.data.imagefolder import ImageSource, image_of
 from resnet_train.data.sampler import held_out
@@ -107,7 +107,7 @@ class WholeViews(Dataset[tuple[list[Tensor], int]]):
 
         (image, label), scales = image_of(self.part, index), []
         for side in self.sides:
-            resized = TF.resize(middle(image), [side], antialias=True)
+            resized = scaled_view(image, side)
             views = TF.five_crop(resized, [self.crop, self.crop]) if self.crop else (resized,)
             scales.append(torch.stack(views).permute(0, 2, 3, 1).contiguous())
         return scales, label

@@ -15,6 +15,7 @@ from resnet_train.classification.predict import load as load_classifier
 from resnet_train.classification.predict import view
 from resnet_train.config.localization import LocalizeConfig, LocalizeTestConfig, with_test_data
 from resnet_train.config.run_dir import plain_word
+from resnet_train.data.crops import scaled_view
 from resnet_train.engine import checkpoint
 from resnet_train.engine.compute import pick_device
 from resnet_train.engine.distributed import is_main, on_rank_zero, process_group, raise_on_all_ranks
@@ -22,7 +23,7 @@ from resnet_train.engine.limits import most_workers
 from resnet_train.files import expand, write_result
 from resnet_train.localization.build import KIND, load_predictor
 from resnet_train.localization.evaluate import Names, evaluate
-from resnet_train.localization.predict import Predictor, dense_sides, whole_view
+from resnet_train.localization.predict import Predictor, dense_sides
 from resnet_train.localization.tree import check_classes, read_tree
 from resnet_train.paper import LOCALIZATION_METHODS
 from resnet_train.terminal import say
@@ -109,7 +110,7 @@ def _open_names(
     def classify(image: Tensor) -> Tensor:
         shown = [view(image, classifier.config)]
         if sides is not None:
-            shown = [whole_view(image, side).pixels for side in sides]
+            shown = [scaled_view(image, side).permute(1, 2, 0) for side in sides]
         odds = [classifier.logits(classifier.normalise(one[None])).softmax(1) for one in shown]
         return torch.stack(odds).mean(0)[0].topk(min(5, len(classes))).indices
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torchvision.ops import box_iou, clip_boxes_to_image, nms, remove_small_boxes
 from torchvision.transforms.v2 import functional as TF
 
+from resnet_train.data.crops import center_side, scaled_view
 from resnet_train.data.views import SCALES
 from resnet_train.engine.compute import autocast
 from resnet_train.localization.model import CODERS, Localizer, anchors_of, warp
@@ -40,29 +41,25 @@ class View(NamedTuple):
     offset: Tensor
 
 
-def center_view(image: Tensor, crop: int) -> View:
-    """The center crop of an image (3, H, W), as `data.crops.center_view` has it: shorter side at 256 for 224."""
-    whole = whole_view(image, round(crop * 256 / 224))
-    top, left = (round((side - crop) / 2) for side in whole.pixels.shape[:2])
-    pixels = whole.pixels[top : top + crop, left : left + crop]
-    return View(pixels, whole.scale, torch.tensor([left, top, left, top]) * whole.scale)
-
-
-def whole_view(image: Tensor, side: int) -> View:
-    """An image (3, H, W), its shorter side brought to `side`."""
-    pixels = TF.resize(image, [side], antialias=True).permute(1, 2, 0)
-    (height, width), (high, wide) = image.shape[1:], pixels.shape[:2]
-    return View(pixels, torch.tensor([width / wide, height / high] * 2), torch.zeros(4))
-
-
 def dense_sides(crop: int, scales: Sequence[int] | None) -> list[int]:
     """The shorter sides of a dense test: `scales` or, as section 3.4 has them for crops of 224, in proportion."""
     return list(scales or (round(crop * side / 224) for side in SCALES))
 
 
 def views(image: Tensor, crop: int, sides: Sequence[int] | None) -> list[View]:
-    """The views of an image (3, H, W): its center or, with `sides`, the whole at each."""
-    return [whole_view(image, side) for side in sides] if sides is not None else [center_view(image, crop)]
+    """The views of an image (3, H, W): its center, as `data.crops.center_view` has it, or the whole at each of `sides`.
+
+    Not of one that is longer than `data.crops.LONGEST` allows.
+    """
+    shown = []
+    for side in sides or [center_side(crop)]:
+        whole = scaled_view(image, side)
+        pixels = whole if sides else TF.center_crop(whole, [crop, crop])
+        (height, width), (high, wide) = image.shape[1:], whole.shape[1:]
+        scale = torch.tensor([width / wide, height / high] * 2)
+        corner = [round((wide - pixels.shape[2]) / 2), round((high - pixels.shape[1]) / 2)]
+        shown.append(View(pixels.permute(1, 2, 0), scale, torch.tensor(corner * 2) * scale))
+    return shown
 
 
 @torch.no_grad()
