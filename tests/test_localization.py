@@ -375,6 +375,9 @@ def test_the_tree_may_lie_as_ilsvrc_packs_it_and_val_may_be_flat(tree):
     found = read_tree(tree, broken="stop")
     assert torch.equal(found.test.labels, first.test.labels)
     assert torch.equal(found.test.boxes, first.test.boxes)
+    (tree / "Data/CLS-LOC/train").rename(tree / "away")  # a test's classes are those of its checkpoint
+    assert torch.equal(read_tree(tree, broken="stop", classes=["n0", "n1"]).test.labels, first.test.labels)
+    (tree / "away").rename(tree / "Data/CLS-LOC/train")
     add(tree, "0c", thing("n1", 1, 2, 9, 9))
     with pytest.raises(UserError, match=r"0c.xml: has objects of several classes \(n0, n1\), and 0c.JPEG lies in no"):
         read_tree(tree, broken="stop")

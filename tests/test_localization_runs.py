@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -137,6 +138,25 @@ def test_the_test_of_a_checkpoint_gives_what_training_logged(folder, command_her
         assert found["protocol"] == "center crop of 32"
 
 
+def test_rcnn_is_not_left_out_and_a_test_needs_no_training_images(folder, command_here, tmp_path):
+    """Objects as large as their images, which no anchor is; this R-CNN moves each box to the whole image."""
+    boxes = "Annotations/CLS-LOC/val"
+    shutil.copytree(folder / "digits/val", tmp_path / "digits/val")
+    for path in (folder / "digits" / boxes).iterdir():
+        (tmp_path / "digits" / boxes).mkdir(parents=True, exist_ok=True)
+        text = path.read_text()
+        width, height = (int(text.split(f"<{side}>")[1].split("<")[0]) for side in ("width", "height"))
+        whole = f"<xmin>0</xmin><ymin>0</ymin><xmax>{width - 1}</xmax><ymax>{height - 1}</ymax>"
+        (tmp_path / "digits" / boxes / path.name).write_text(re.sub("<xmin>.*?</ymax>", whole, text))
+    state = checkpoint.read(folder / "rcnn/checkpoints/last.pt")
+    state["model"]["reg.bias"].view(-1, 4)[:, 2:] = 50
+    torch.save(state, tmp_path / "rcnn.pt")
+    words = [folder / "rpn/checkpoints/last.pt", "data.root=digits", "device=cpu", "out=test.json"]
+    for more, error in (([], 100), (["rcnn=rcnn.pt"], 0)):
+        command_here("localize", "test", *words, *more)
+        assert json.loads((tmp_path / "test.json").read_text())["error"] == error
+
+
 def test_rcnn_moves_the_boxes_of_the_rpn(folder):
     """Found by both runs as they end; their errors on seven images may be equal."""
     rpn, rcnn = (
@@ -218,16 +238,16 @@ def test_checkpoints_of_other_kinds_and_classes_are_told(folder, command_here, t
     told = command_here("localize", "test", rpn, f"rcnn={rpn}", "device=cpu", code=2)
     assert "is of stage=rpn; one of stage=rcnn is needed" in told
     shutil.copytree(folder / "digits", tmp_path / "fewer")
-    shutil.rmtree(tmp_path / "fewer/train/2")
+    (tmp_path / "fewer/val/2").rename(tmp_path / "fewer/val/3")
     told = command_here("localize", "test", rpn, "data.root=fewer", "device=cpu", code=2)
-    assert "fewer: has other classes than the checkpoint, such as 2" in told
+    assert "fewer: val/ has other classes than the checkpoint, such as 3" in told
     state = checkpoint.read(net)
     torch.save(state | {"classes": ["0", "1", "x"]}, tmp_path / "other.pt")
     told = command_here("localize", "test", rpn, "classifier=other.pt", "device=cpu", code=2)
     assert "classifier=other.pt: has other classes than the RPN, such as 2" in told
-    torch.save(checkpoint.read(rpn) | {"classes": ["1", "0", "2"]}, tmp_path / "turned.pt")
-    told = command_here("localize", "test", "turned.pt", "device=cpu", code=2)
-    assert "digits: has the same classes as the checkpoint in another order" in told
+    torch.save(checkpoint.read(rcnn) | {"classes": ["1", "0", "2"]}, tmp_path / "turned.pt")
+    told = command_here("localize", "test", rpn, "rcnn=turned.pt", "device=cpu", code=2)
+    assert "rcnn=turned.pt: has the same classes as the RPN in another order" in told
     torch.save(checkpoint.read(rpn) | {"format": 1}, tmp_path / "old.pt")
     assert "format 1" in command_here("localize", "test", "old.pt", "device=cpu", code=2)
 

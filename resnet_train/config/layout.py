@@ -241,16 +241,20 @@ def lists_of(root: Path, kind: str) -> list[str]:
     return sorted([*years, *(path.stem for path in root.glob(f"{LISTS}/*.txt"))])
 
 
-def class_folders_of_boxes(root: Path) -> tuple[Path, list[str]]:
-    """The folder with train/ and val/ of an ImageNet tree with boxes, and its classes. Raises UserError."""
-    images = next((path for path in (root, root / "Data/CLS-LOC") if (path / "train").is_dir()), root)
-    for path in (images / "train", images / "val", root / BOXES / "train", root / BOXES / "val"):
-        if not path.is_dir():
-            raise UserError(f"data.root={root}: has no {path.relative_to(root)}/, as ILSVRC's localization has")
+def class_folders_of_boxes(root: Path, *, train: bool = True) -> tuple[Path, list[str]]:
+    """Where the images of an ImageNet tree with boxes lie, in train/ and val/, and its classes. Raises UserError.
+
+    For a test (`train` false) val/ alone, which may be flat, is needed: the classes are its folders, if any.
+    """
+    parts = ("train", "val") if train else ("val",)
+    images = next((place for place in (root, root / "Data/CLS-LOC") if (place / parts[0]).is_dir()), root)
+    for place in (base / part for base in (images, root / BOXES) for part in parts):
+        if not place.is_dir():
+            raise UserError(f"data.root={root}: has no {place.relative_to(root)}/, as ILSVRC's localization has")
     try:
-        classes = folders_in(images / "train")
+        classes = folders_in(images / parts[0])
     except OSError as error:
         raise UserError(f"data.root={root}: {error.strerror}: {error.filename}") from error
-    if not classes:
+    if train and not classes:
         raise UserError(f"data.root={root}: train/ has no folder for any class")
     return images, classes

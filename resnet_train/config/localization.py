@@ -63,11 +63,14 @@ def check_localize(values: Mapping[str, Any], asked: Collection[str] = ()) -> Lo
     return boxes.with_absolute_paths(config)
 
 
-def _check_tree(given: str | None) -> None:
-    """Refuse a folder that a look at it shows not to be an ImageNet tree with boxes. Raises UserError."""
+def _check_tree(given: str | None, *, train: bool = True) -> None:
+    """Refuse a folder that a look at it shows not to be an ImageNet tree with boxes. Raises UserError.
+
+    A test needs no training images.
+    """
     if given is None:
         raise UserError(f"data.root: is needed: a folder with train/, val/ and {BOXES}/")
-    class_folders_of_boxes(boxes.check_root(given))
+    class_folders_of_boxes(boxes.check_root(given), train=train)
 
 
 def check_localize_test(values: Mapping[str, Any]) -> LocalizeTestConfig:
@@ -85,14 +88,14 @@ def check_localize_test(values: Mapping[str, Any]) -> LocalizeTestConfig:
     if config.scales is not None:
         boxes.check_rising("scales", config.scales, "[224,256,384,480,640]")
     if config.data.root is not None:
-        _check_tree(config.data.root)
+        _check_tree(config.data.root, train=False)
     return dataclasses.replace(config, data=anchored(config.data))
 
 
 def with_test_data(config: LocalizeConfig, asked: boxes.BoxTestData) -> LocalizeConfig:
     """A checkpoint's configuration, on the images that the command line names, if any. Raises UserError."""
     tested = boxes.with_test_data(config, asked)
-    _check_tree(tested.data.root)
+    _check_tree(tested.data.root, train=False)
     return tested
 
 

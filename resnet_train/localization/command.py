@@ -48,7 +48,7 @@ def _evaluate(options: LocalizeTestConfig, device: torch.device) -> None:
     sides = dense_sides(rpn.crop, options.scales) if options.dense else None
     rcnn, of_rcnn = _open_rcnn(options.rcnn, classes, device) if options.rcnn else (None, {})
     classify, of_names = _open_names(options.classifier, classes, sides, device) if options.classifier else (None, {})
-    photos = raise_on_all_ranks(lambda: read_tree(root, broken=data.broken, train=False, classes=classes))
+    photos = raise_on_all_ranks(lambda: read_tree(root, broken=data.broken, classes=classes))
     start = time.perf_counter()
     measured = evaluate(
         rpn,

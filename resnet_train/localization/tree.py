@@ -81,31 +81,32 @@ class Localized:
     digest: str  # SHA-256 of classes, names, sizes and boxes; not of the pixels
 
 
-def read_tree(root: Path, *, broken: str, train: bool = True, classes: list[str] | None = None) -> Localized:
+def read_tree(root: Path, *, broken: str, classes: list[str] | None = None) -> Localized:
     """The images in train/CLASS/ and in val/, as CLASS/ or flat, and the boxes of their class.
 
     Boxes lie in Annotations/CLS-LOC/train/CLASS/NAME.xml and val/NAME.xml, where pixels count from 0 and a box includes
     both of its ends. An image's class is its folder; in a flat val/ it is that of its objects. Objects of other classes
-    are not its boxes. An image without any is left out and counted. `broken`: stop or skip, as in detection. `classes`
-    are those that there must be. Raises UserError.
+    are not its boxes. An image without any is left out and counted. `broken`: stop or skip, as in detection. With
+    `classes`, those of a checkpoint, val/ alone is read. Raises UserError.
     """
-    images, folders = class_folders_of_boxes(root)
-    if classes is not None:
-        check_classes(f"data.root={root}", folders, classes, "the checkpoint")
+    images, folders = class_folders_of_boxes(root, train=classes is None)
+    if classes is not None and (odd := set(folders) - set(classes)):
+        raise UserError(f"data.root={root}: val/ has other classes than the checkpoint, such as {min(odd)}")
+    names = folders if classes is None else classes
     faults = Faults(broken)
     parts = {}
     for name in ("train", "val"):
-        wanted = train or name == "val"
-        parts[name] = Photos(_read_part(root / BOXES / name, images / name, folders, faults) if wanted else iter(()))
+        wanted = classes is None or name == "val"
+        parts[name] = Photos(_read_part(root / BOXES / name, images / name, names, faults) if wanted else iter(()))
         if wanted and not len(parts[name]):
             raise UserError(f"data.root={root}: {name}/ has no image with a box of its class")
-    digest = hashlib.sha256(json.dumps(folders).encode())
+    digest = hashlib.sha256(json.dumps(names).encode())
     for name, part in parts.items():
         digest.update(json.dumps([name, part.names]).encode())
         for values in (part.sizes, part.labels, part.boxes, part.ends):
             digest.update(values.numpy().tobytes())
     counted = {kind: count for kind, count in sorted(faults.counted.items()) if count}
-    return Localized(folders, parts["train"], parts["val"], counted, digest.hexdigest())
+    return Localized(names, parts["train"], parts["val"], counted, digest.hexdigest())
 
 
 def check_classes(name: str, theirs: list[str], ours: list[str], what: str = "the data") -> None:
