@@ -364,11 +364,21 @@ def test_a_checkpoint_that_declares_more_classes_than_it_has_weights_for_is_refu
         build_like_checkpoint(config, state | {"classes": ["a"] * 1_000_000})
 
 
-def test_vgg16_begins_with_torchvisions_weights_and_another_net_is_refused(tree, pretrained, tmp_path):
+@pytest.fixture
+def files_read(monkeypatch):
+    """The files that torch reads."""
+    read, names = torch.load, []
+    monkeypatch.setattr(torch, "load", lambda path, **options: [names.append(path.name), read(path, **options)][1])
+    return names
+
+
+def test_vgg16_begins_with_torchvisions_weights_and_another_net_is_refused(tree, pretrained, tmp_path, files_read):
     torch.manual_seed(0)
     state = vgg16(weights=None).state_dict()
     torch.save(state, tmp_path / "vgg16.pth")
     model, backbone = build_new(configured(tree, "backbone=vgg16", f"init_from={tmp_path}/vgg16.pth"), list(SHAPES))
+    build_new(configured(tree, f"init_from={pretrained}"), list(SHAPES))
+    assert files_read == ["vgg16.pth", "resnet18.pth"]  # each once
     own = model.state_dict()
     for name, value in state.items():
         place = "backbone." if name.startswith("features") else "roi_heads.box_head."

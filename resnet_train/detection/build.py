@@ -59,15 +59,15 @@ def build_new(config: DetectConfig, names: list[str]) -> tuple[Detector, Backbon
     if config.init_from is None:
         return _assemble(config, plain, classes)
     path = Path(config.init_from)
-    weights = state_dicts.read(path)
-    if checkpoint.is_ours(weights) and "detector" in weights:
-        return _go_on_from(config, weights, names, path)
+    content = state_dicts.read(path)
+    if checkpoint.is_ours(content) and "detector" in content:
+        return _go_on_from(config, content, names, path)
     if config.backbone == "vgg16":
         backbone = dataclasses.replace(plain, pretrained=f"VGG-16 of {path.name}")
         model, _ = _assemble(config, backbone, classes)
-        _load_vgg(model, path)
+        _load_vgg(model, content, path)
         return model, backbone
-    source = read_source(path)
+    source = read_source(path, content=content)
     if source.family != "imagenet" or source.depth != config.depth:
         raise UserError(
             f"init_from={path}: holds {source.name}; "
@@ -155,9 +155,9 @@ def _load_resnet(model: Detector, weights: dict[str, Tensor], path: Path) -> Non
             place.load_state_dict({name: weights[name] for name in own}, strict=not hasattr(place, "fpn"))
 
 
-def _load_vgg(model: Detector, path: Path) -> None:
+def _load_vgg(model: Detector, content: object, path: Path) -> None:
     """Put torchvision's VGG-16, but for its last layer, where the detector has it. Raises UserError."""
-    weights = state_dicts.tensors(state_dicts.read(path), path)
+    weights = state_dicts.tensors(content, path)
     if "features.0.weight" not in weights or "features.1.running_mean" in weights:
         raise UserError(f"init_from={path}: is not torchvision's vgg16 (features.0.weight, …, classifier.6.bias)")
     with checkpoint.checkpoint_errors(f"init_from={path}"):

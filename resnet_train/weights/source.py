@@ -79,13 +79,14 @@ def read_source(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     double: bool = False,
+    content: Any = None,
 ) -> Source:
     """Read a checkpoint of resnet-train, or a state dict of the given `form` (state_dicts.to_our_names).
 
     `mean` and `std` normalise images in 0 to 1 for a state dict; None: as in the JSON file of our export beside it,
-    else ImageNet's. `double`: convert to float64. Raises UserError.
+    else ImageNet's. `double`: convert to float64. `content`: what the file holds, if it is read. Raises UserError.
     """
-    content = state_dicts.read(path)
+    content = state_dicts.read(path) if content is None else content
     if isinstance(content, Mapping) and "model" in content and type(content.get("format")) is int:
         checkpoint.check_format(content, path)
     if checkpoint.is_ours(content):
