@@ -72,10 +72,9 @@ def annotated(number, image, draw, picture):
     return {**row, **more, "segmentation": {"size": [HEIGHT, WIDTH], "counts": counts}}
 
 
-@pytest.fixture(scope="session")
-def tree(tmp_path_factory):
+def make_tree(root):
     """A COCO tree: six training and four test images with one to three shapes, the last of each without any."""
-    root, draw, number = tmp_path_factory.mktemp("masks") / "shapes", np.random.default_rng(1), itertools.count(1)
+    draw, number = np.random.default_rng(1), itertools.count(1)
     for name, count in (("train", 6), ("val", 4)):
         (root / name).mkdir(parents=True)
         content = {
@@ -94,6 +93,11 @@ def tree(tmp_path_factory):
         (root / "annotations").mkdir(exist_ok=True)
         (root / f"annotations/instances_{name}.json").write_text(json.dumps(content))
     return root
+
+
+@pytest.fixture(scope="session")
+def tree(tmp_path_factory):
+    return make_tree(tmp_path_factory.mktemp("masks") / "shapes")
 
 
 def configured(tree, *words):

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 import os
 import signal
 import subprocess
@@ -17,9 +18,12 @@ from resnet_train.classification.evaluate import count_errors
 from resnet_train.classification.run import build
 from resnet_train.classification.step import CapturedStep, step
 from resnet_train.config.compose import compose
+from resnet_train.config.localization import check_localize
 from resnet_train.config.train import check_train
 from resnet_train.data.views import BatchOrder
-from resnet_train.engine.compute import compute_logits
+from resnet_train.detection import run as detection
+from resnet_train.engine.compute import compute_logits, pick_device
+from resnet_train.localization import run as localization
 from resnet_train.models import imagenet_resnet
 from resnet_train.models.compile import compile_network
 
@@ -280,6 +284,68 @@ def test_photographs_end_to_end(tmp_path):
     assert done.returncode == 0, done.stderr
     tested = [line for line in metrics(tmp_path / "run") if line["split"] == "test"]
     assert [(line["iteration"], line["seen"]) for line in tested] == [(3, 12), (6, 12)]
+
+
+def localizer(folder, *words):
+    """An RPN in training on digits, around a net with random weights."""
+    from digits_boxes import make_digits
+
+    if not (folder / "digits").exists():
+        make_digits(folder / "digits", train=24, test=3, classes=3, side=(48, 64), digit=(16, 30))
+        torch.manual_seed(0)
+        torch.save(imagenet_resnet(18, init="fan_out").state_dict(), folder / "r18.pth")
+    words = [f"data.root={folder}/digits", f"init_from={folder}/r18.pth", "data.workers=0", *words]
+    words += ["recipe=short", "crop=64", "anchors=[16,32]", "iterations=9", "batch_size=8"]
+    config = check_localize(compose("localize", words))
+    return localization.build(config, localization.open_data(config), pick_device(config.device))
+
+
+def detector_of_masks(folder, *words):
+    """A detector in training on shapes with masks, from random weights."""
+    from test_detection_masks import configured, make_tree
+
+    if not (folder / "shapes").exists():
+        make_tree(folder / "shapes")
+    config = configured(folder / "shapes", "iterations=9", *words)
+    return detection.build(config, detection.read_examples(config), pick_device(config.device))
+
+
+def losses_of(task, batches):
+    """The losses of a step with each of `batches`."""
+    found = []
+    for batch in batches:
+        task.losses.zero_()
+        task.step(batch, 0.001)
+        found.append(task.losses.sum(0).tolist())
+    return found
+
+
+@pytest.mark.parametrize(("make", "steps", "near"), [(localizer, 4, 1e-3), (detector_of_masks, 1, 2e-2)])
+def test_losses_of_boxes_and_masks_are_those_of_the_cpu(tmp_path, make, steps, near):
+    """Of the detector those of its first step: what its rounding moves is sampled otherwise later."""
+    pytest.importorskip("faster_coco_eval")
+    cpu, gpu = (make(tmp_path, "precision=fp32", f"device={device}") for device in ("cpu", "cuda"))
+    wanted, found = (losses_of(task, itertools.islice(task.batches(), steps)) for task in (cpu, gpu))
+    for one, other in zip(wanted, found, strict=True):
+        assert other == pytest.approx(one, rel=near)
+    half = make(tmp_path, "precision=bf16", "device=cuda")
+    assert all(math.isfinite(loss) for row in losses_of(half, half.batches()) for loss in row)
+
+
+def test_nothing_waits_for_the_gpu_within_a_step_of_a_localizer(tmp_path):
+    """A detector's waits: torchvision asks how many boxes are left."""
+    task = localizer(tmp_path, "precision=bf16", "device=cuda")
+    batches = list(task.batches())
+    for batch in batches[:6]:
+        task.step(batch, 0.001)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in batches[6:]:
+            task.step(batch, 0.001)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert task.iteration == 9
+    assert task.losses.isfinite().all()
 
 
 def test_a_detector_with_frozen_norms_trains(tmp_path):
