@@ -14,8 +14,10 @@ import pytest
 import torch
 from conftest import as_one_of, metrics, needs, start
 
+from resnet_train.classification.run import build as build_classifier
 from resnet_train.config.compose import compose
 from resnet_train.config.localization import check_localize
+from resnet_train.config.train import check_train
 from resnet_train.engine import checkpoint
 from resnet_train.errors import UserError
 from resnet_train.localization.build import load_predictor
@@ -51,7 +53,7 @@ def done(folder, *words):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Digits, a classifier of them, and a finished run of each stage; proposals are kept there."""
+    """Digits, a classifier of them as it begins, and a finished run of each stage; proposals are kept there."""
     folder = tmp_path_factory.mktemp("localization")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RESNET_TRAIN_DATA", str(folder / "cache"))
@@ -59,10 +61,10 @@ def folder(tmp_path_factory):
 
 
 def _finished(folder):
-    make_digits(folder / "digits", train=24, test=7, classes=3, side=(48, 64), digit=(16, 30))
-    words = ["data=imagefolder", "data.root=digits", "data.size=32", "depth=8", "iterations=4", "batch_size=8"]
-    words += ["run_dir=net", "compile=false", "device=cpu", "precision=fp32", "eval_every=4"]
-    assert forked.run(start(*words), cwd=folder, stdout=subprocess.DEVNULL).returncode == 0
+    make_digits(folder / "digits", train=12, test=7, classes=3, side=(48, 64), digit=(16, 30))
+    words = ["data=imagefolder", f"data.root={folder}/digits", "data.size=32", "depth=8", "batch_size=8"]
+    classifier = build_classifier(check_train(compose("train", [*words, "device=cpu", "precision=fp32"])))
+    checkpoint.save(folder / "net/checkpoints/last.pt", classifier.state())
     done(folder, "run_dir=rpn")
     done(folder, "run_dir=rcnn", *RCNN)
     return folder
@@ -79,7 +81,7 @@ def test_a_run_leaves_what_is_said(folder):
         assert all(line["protocol"] == "center crop, true class given" for line in lines if line["split"] == "test")
         summary = json.loads((run / "summary.json").read_text())
         assert (summary["method"], summary["net"]) == (method, "resnet-8-A")
-        assert summary["images"] == {"train": 24, "test": 7}
+        assert summary["images"] == {"train": 12, "test": 7}
         assert summary["last"]["error"] == lines[-1]["error"]
 
 
@@ -260,15 +262,17 @@ def test_proposals_are_kept_and_init_from_is_told_before_they_are_made(folder, m
     with pytest.raises(UserError, match="is a localizer's"):
         open_data(dataclasses.replace(config, init_from=config.rpn))
     assert not list(tmp_path.iterdir())
-    found = open_data(config).proposals
-    assert "proposals of the RPN for 24 training images" in capsys.readouterr().out
-    (kept,) = tmp_path.glob("proposals/*.pt")
-    assert torch.equal(checkpoint.read(kept), found)
-    torch.save(found + 1, kept)
-    assert torch.equal(open_data(config).proposals, found + 1)
+    (kept,) = (folder / "cache").glob("proposals/*.pt")  # by the run
+    (tmp_path / "proposals").mkdir()
+    copied = tmp_path / "proposals" / kept.name
+    torch.save(checkpoint.read(kept) + 1, copied)
+    assert torch.equal(open_data(config).proposals, checkpoint.read(copied))
     assert "proposals" not in capsys.readouterr().out
-    kept.write_bytes(kept.read_bytes()[:-50])
-    assert torch.equal(open_data(config).proposals, found)
+    copied.write_bytes(kept.read_bytes()[:-50])
+    found = open_data(config).proposals
+    assert "proposals of the RPN for 12 training images" in capsys.readouterr().out
+    assert torch.equal(checkpoint.read(copied), found)
+    assert found.shape == checkpoint.read(kept).shape
 
 
 def test_an_image_whose_pixels_are_broken_stops_or_is_skipped(folder, command_here, tmp_path):
@@ -281,11 +285,13 @@ def test_an_image_whose_pixels_are_broken_stops_or_is_skipped(folder, command_he
     told = forked.run(localize(tmp_path, "run_dir=stop"), cwd=tmp_path, capture_output=True, text=True)
     assert told.returncode == 2
     assert "is not an image that can be read" in told.stderr
-    words = ["run_dir=skip", "data.broken=skip", "iterations=14", "precision=bf16", *RCNN]
+    words = ["run_dir=skip", "data.broken=skip", "precision=bf16", *RCNN]
     told = forked.run(localize(tmp_path, *words), cwd=tmp_path, capture_output=True, text=True)
     assert told.returncode == 0, told.stderr
     assert "skipped: " in told.stderr
     assert json.loads((tmp_path / "skip/summary.json").read_text())["last"]["images"] == 6
+    skipped = [line["skipped"] for line in metrics(tmp_path / "skip") if line["split"] == "train"]
+    assert sum(skipped) in (2, 3)  # once in each pass over 12 images, of which 28 are drawn
 
 
 @pytest.mark.long
