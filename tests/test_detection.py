@@ -221,8 +221,10 @@ def test_predictions_are_drawn_and_written(whole, tree, command_here, tmp_path):
         assert 0 <= left < right <= 96
         assert 0 <= top < bottom <= 72
     drawn, given = (np.array(Image.open(path).convert("RGB")) for path in (tmp_path / "found/003.png", image))
-    assert drawn.shape == given.shape
-    assert (drawn != given).any()
+    assert drawn.shape == (5 * 72, 5 * 96, 3)
+    assert (drawn != given.repeat(5, 0).repeat(5, 1)).any()
+    assert "found/003.png, drawn 5 times as large\n" in told
+    assert found["images"][0]["enlarged"] == 5
 
 
 def test_pictures_of_one_name_are_refused_before_any_is_written(command_here, tmp_path):
