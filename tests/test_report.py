@@ -992,6 +992,7 @@ def detector_run(
     finished=True,
     source=None,
     label="VOCdevkit",
+    images=4952,
 ):
     """What resnet-detect leaves of a run, in small."""
     data = {"name": "voc", "root": "/d/bccd", "train": ["trainval"], "test": "test", "classes": None}
@@ -1005,6 +1006,7 @@ def detector_run(
     lines = [{"iteration": 1, "split": "train", "data": label, "seed": seed, "loss": 1.0}]
     for iteration, value in zip(steps, maps, strict=True):
         lines.append({"iteration": iteration, "split": "test", "data": label, "map07": value, "map10": value + 1})
+        lines[-1]["images"] = images
     (place / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return place
 
@@ -1042,13 +1044,17 @@ def test_a_report_may_be_of_detectors_alone(tmp_path, monkeypatch):
     assert "Detection on VOCdevkit: 1 run of 100 iterations" in (tmp_path / "out/index.html").read_text()
 
 
-def leave_result(folder, name, *, refine=False, data="coco", tested="val2014", members=None, **figures):
+def leave_result(
+    folder, name, *, refine=False, data="coco", tested="val2014", members=None, images=40_504, classes=80, **figures
+):
     """What resnet-detect test leaves beside a checkpoint."""
     who = {"members": [{"net": one} for one in members]} if members else {"net": "resnet-101"}
     progress = {"seed": 0, "iteration": 90, "iterations": 100}
     who = {"members": [one | progress for one in who["members"]]} if members else who | progress
-    classes = {"person": {"ap07": 1.0, "ap10": figures["map50"] + 1, "objects": 7}, "tv": {"ap10": None, "objects": 0}}
-    rest = {"map07": 1.0, "map10": 2.0, "images": 50, "seconds": 10.0, "protocol": "whole", "per_class": classes}
+    of_class = {"person": {"ap07": 1.0, "ap10": figures["map50"] + 1, "objects": 7}, "tv": {"ap10": None, "objects": 0}}
+    of_class |= {f"class-{number}": {"ap07": 1.0, "ap10": 2.0, "objects": 1} for number in range(classes - 2)}
+    rest = {"map07": 1.0, "map10": 2.0, "images": images, "seconds": images / 5, "protocol": "whole"}
+    rest |= {"per_class": of_class}
     path = folder / "checkpoints" / name
     path.parent.mkdir(exist_ok=True)
     path.write_text(
@@ -1059,7 +1065,7 @@ def leave_result(folder, name, *, refine=False, data="coco", tested="val2014", m
 
 
 def test_tests_of_detectors_stand_in_table_9_beside_the_papers_steps(tmp_path):
-    run = detector_run(tmp_path, label="coco")
+    run = detector_run(tmp_path, label="coco", images=40_504)
     change(run / "config.json", data__name="coco")
     lines = [
         json.loads(line) | {"map50": 30.0, "map": 15.0} for line in (run / "metrics.jsonl").read_text().splitlines()
@@ -1081,16 +1087,20 @@ def test_tests_of_detectors_stand_in_table_9_beside_the_papers_steps(tmp_path):
         ["not measured", "box refinement + context", None, None, None, 51.1, 30.0],
         ["not measured", "box refinement + context + multi-scale testing", None, None, None, 53.8, 32.5],
     ]
-    assert "seed 0: iteration 90 of 100, unfinished; 50 images on cpu; whole" in table.notes[0]
-    assert classes.rows == [["person", "7", 31.0, 32.0, 34.0], ["tv", "0", None, None, None]]
+    assert "seed 0: iteration 90 of 100, unfinished; 40,504 test images, on cpu; whole" in table.notes[0]
+    assert classes.rows[:2] == [["person", "7", 31.0, 32.0, 34.0], ["tv", "0", None, None, None]]
 
 
-def test_tests_on_other_data_stand_beside_no_figure_of_the_papers(tmp_path):
+@pytest.mark.parametrize(("label", "images", "classes"), [("VOCdevkit", 72, 20), ("bccd", 4952, 3)])
+def test_tests_on_other_data_stand_beside_no_figure_of_the_papers(tmp_path, label, images, classes):
+    """Whatever their folder is called: other images, or other classes."""
     leave_result(
-        detector_run(tmp_path, label="bccd"),
+        detector_run(tmp_path, label=label, images=images),
         "last-2007_test.json",
-        data="bccd",
+        data=label,
         tested="2007_test",
+        images=images,
+        classes=classes,
         map50=30.0,
         map=15.0,
     )
@@ -1100,12 +1110,23 @@ def test_tests_on_other_data_stand_beside_no_figure_of_the_papers(tmp_path):
     assert not [name for name in section.tables[1].header if "paper" in name]
 
 
-def test_detectors_of_other_data_have_a_table_of_their_own(tmp_path):
-    detector_run(tmp_path, label="bccd")
+@pytest.mark.parametrize(("label", "images", "seen"), [("VOCdevkit", 1, "1 test image"), ("b", 72, "72 test images")])
+def test_detectors_of_other_data_have_a_table_of_their_own(tmp_path, label, images, seen):
+    """Also where their folder has the name of the paper's."""
+    detector_run(tmp_path, label=label, images=images)
     (section,) = detection.sections(detection.find(runs.find([tmp_path])[1]))
     (table,) = section.tables
-    assert (table.title, section.warnings, table.notes) == ("Detectors: mAP in %, bccd", [], [])
+    assert section.title.endswith(f"tested on test ({seen}, a small set)")
+    assert (table.title, section.warnings, table.notes) == (f"Detectors: mAP in %, {label}", [], [])
     assert table.header == ["detector", "mAP, VOC 2007's rule", "mAP, VOC 2010's rule"]
+
+
+@pytest.mark.parametrize(("classes", "name"), [(20, "table-7"), (3, "detectors")])
+def test_as_many_images_of_other_classes_are_not_the_papers(tmp_path, classes, name):
+    place = detector_run(tmp_path, label="pictures")
+    (place / "summary.json").write_text(json.dumps({"last": {"per_class": dict.fromkeys(map(str, range(classes)))}}))
+    (section,) = detection.sections(detection.find(runs.find([tmp_path])[1]))
+    assert section.tables[0].name == name
 
 
 def test_the_figures_of_masks_stand_beside_those_of_boxes(tmp_path):
