@@ -1006,7 +1006,7 @@ def detector_run(
     lines = [{"iteration": 1, "split": "train", "data": label, "seed": seed, "loss": 1.0}]
     for iteration, value in zip(steps, maps, strict=True):
         lines.append({"iteration": iteration, "split": "test", "data": label, "map07": value, "map10": value + 1})
-        lines[-1]["images"] = images
+        lines[-1] |= {"seed": seed, "images": images, "protocol": "whole"}
     (place / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return place
 
@@ -1087,8 +1087,28 @@ def test_tests_of_detectors_stand_in_table_9_beside_the_papers_steps(tmp_path):
         ["not measured", "box refinement + context", None, None, None, 51.1, 30.0],
         ["not measured", "box refinement + context + multi-scale testing", None, None, None, 53.8, 32.5],
     ]
-    assert "seed 0: iteration 90 of 100, unfinished; 40,504 test images, on cpu; whole" in table.notes[0]
+    assert table.notes[0] == "ensemble of 2: resnet-101 and resnet-50: the baseline was not measured."
+    assert "seed 0: iteration 90 of 100, unfinished; 40,504 test images, on cpu; whole" in table.notes[1]
     assert classes.rows[:2] == [["person", "7", 31.0, 32.0, 34.0], ["tv", "0", None, None, None]]
+
+
+def test_the_step_stands_beside_what_training_s_last_test_gave_without_it(tmp_path):
+    """Where resnet-detect test has not measured that; and nothing of another list, whose baseline is not known."""
+    run = detector_run(tmp_path, label="bccd", images=72)
+    (run / "summary.json").write_text(json.dumps({"last": {"per_class": {"tv": {"ap10": 41.0, "objects": 3}}}}))
+    for name, tested in (("last-refine-test.json", "test"), ("last-refine-val.json", "val")):
+        leave_result(run, name, refine=True, data="bccd", tested=tested, images=72, classes=2, map50=31.0, map=16.0)
+        change(run / "checkpoints" / name, net="resnet-18")
+    (section,) = detection.sections(detection.find(runs.find([tmp_path])[1]))
+    _, steps, classes, other, _ = section.tables
+    assert [row[:4] for row in steps.rows] == [
+        ["resnet-18", "baseline", 40.0, 41.0],
+        ["resnet-18", "box refinement", 1.0, 2.0],
+    ]
+    assert re.search("metrics.jsonl: seed 0: iteration 100; 72 test images, a small set, on .*; whole", steps.notes[0])
+    assert classes.rows[0] == ["tv", "3", 41.0, None]
+    assert [row[:2] for row in other.rows] == [["resnet-18", "box refinement"]]
+    assert other.notes[0] == "resnet-18: the baseline was not measured."
 
 
 @pytest.mark.parametrize(("label", "images", "classes"), [("VOCdevkit", 72, 20), ("bccd", 4952, 3)])
@@ -1132,7 +1152,7 @@ def test_as_many_images_of_other_classes_are_not_the_papers(tmp_path, classes, n
 def test_the_figures_of_masks_stand_beside_those_of_boxes(tmp_path):
     """And nothing in the row of a detector without."""
     for masks, name in ((True, "a"), (False, "b")):
-        place = detector_run(tmp_path / name, label="tiny")
+        place = detector_run(tmp_path / name, label="tiny", images=22)
         change(place / "config.json", data__name="coco", masks=masks)
         lines = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
         for line in lines[1:]:

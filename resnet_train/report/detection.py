@@ -97,16 +97,20 @@ def _read(folder: Path, place: str, metrics: list[dict[str, Any]]) -> Detector:
     net = "vgg-16" if config["backbone"] == "vgg16" else f"resnet-{whole(config['depth'])}"
     lines = [line for line in metrics if line["split"] == "test"]
     masks = bool(config["masks"])
+    net += "-pyramid" * bool(config["pyramid"]) + "-context" * bool(config["context"]) + "-masks" * masks
     keys = [key for key, _, _ in COLUMNS[kind] + MASKS * masks]
     test = [
         {"iteration": whole(line["iteration"])} | {key: number(line[key], 0, 100) for key in keys} for line in lines
     ]
+    # The last test of the training, as resnet-detect test would tell it.
+    own = lines[-1] | {"net": net, "iterations": config["iterations"], "list": data["test"]} if lines else {}
+    own |= {"per_class": summary["last"]["per_class"] if summary else {}, "device": environment.get("device", "")}
     return Detector(
         folder=folder,
         place=place,
         kind=kind,
         data=word(metrics[0]["data"]),
-        net=net + "-pyramid" * bool(config["pyramid"]) + "-context" * bool(config["context"]) + "-masks" * masks,
+        net=net,
         source=None if config["init_from"] is None else word(config["init_from"]),
         seed=whole(config["seed"]),
         iterations=whole(config["iterations"], 1),
@@ -115,7 +119,7 @@ def _read(folder: Path, place: str, metrics: list[dict[str, Any]]) -> Detector:
         test=test,
         images=whole(lines[-1]["images"]) if lines else 0,
         classes=len(summary["last"]["per_class"]) if summary else None,
-        tests=improvements.find(folder, place),
+        tests=improvements.find(folder, place, own),
         command=word(environment.get("command", "")),
         device=word(environment.get("device", "")),
     )

@@ -31,7 +31,7 @@ class Test:
     iterations: str  # of training, done and planned, of each member
     device: str
     images: int
-    seconds: float  # of an image
+    seconds: float | None  # of an image
     protocol: str
     figures: dict[str, float]  # in %
     classes: dict[str, tuple[float | None, int]]  # AP by VOC 2010's rule in %, None without objects, and the objects
@@ -41,14 +41,27 @@ class Test:
         """Whether the paper has a table of this list, and these are as many images and classes as its own."""
         if self.tested not in TABLES:
             return False
-        return paper.is_detection_test(TABLES[self.tested][0], self.images, len(self.classes))
+        return paper.is_detection_test(TABLES[self.tested][0], self.images, len(self.classes) or None)
 
 
-def find(folder: Path, place: str) -> list[Test]:
-    """The results beside the checkpoints of a run of resnet-detect. Raises what values of another form make."""
+def find(folder: Path, place: str, own: dict[str, Any]) -> list[Test]:
+    """The results beside the checkpoints of a run of resnet-detect. Raises what values of another form make.
+
+    With them, where they show what a step gives and not what it is without, `own`, the last test of the training.
+    """
     files = sorted((folder / "checkpoints").glob("*.json"))
     results = [(path, read_if_object(path)) for path in files]
-    return [_read(f"{place}/checkpoints/{path.name}", found) for path, found in results if "refine" in found]
+    tests = [_read(f"{place}/checkpoints/{path.name}", found) for path, found in results if "refine" in found]
+    if tests and "images" in own:
+        plain = _read(f"{place}/metrics.jsonl", own | {"refine": False, "scales": None, "seconds": None})
+        alike = [test for test in tests if _of(test) == _of(plain)]
+        tests += [plain] if alike and all(test.steps != plain.steps for test in alike) else []
+    return tests
+
+
+def _of(test: Test) -> tuple[Any, ...]:
+    """What has a row without any step."""
+    return test.data, test.tested, test.members, test.net
 
 
 def _read(place: str, found: dict[str, Any]) -> Test:
@@ -70,7 +83,7 @@ def _read(place: str, found: dict[str, Any]) -> Test:
         iterations=", ".join(progress(one) for one in members),
         device=word(found["device"]),
         images=images,
-        seconds=number(found["seconds"]) / images,
+        seconds=None if found["seconds"] is None else number(found["seconds"]) / images,
         protocol=word(found["protocol"]),
         figures={key: number(found[key], 0, 100) for key in (*MEASURES, *MASKS) if key in found},
         classes={word(name): _class(one) for name, one in found["per_class"].items()},
@@ -113,8 +126,11 @@ def _steps(group: list[Test], data: str, where: str) -> Table:
         name, title = f"table-{TABLES[tested][1]}", f"Table {TABLES[tested][1]}: improvements"
     made = Table(f"{name}{where}", f"{title}, mAP in %, {data}, {tested}", header)
     for test in group:
-        who = test.net if test.members == 1 else f"ensemble of {test.members}: {test.net}"
-        row: list[Cell] = [who, " + ".join(test.steps) or "baseline", *(test.figures.get(key) for key in measures)]
+        row: list[Cell] = [
+            _who(test.members, test.net),
+            " + ".join(test.steps) or "baseline",
+            *(test.figures.get(key) for key in measures),
+        ]
         alike = test.members == 1 and test.net == "resnet-101"
         theirs = steps.get(test.steps, (None, None)) if alike else (None, None)
         made.rows.append([*row, test.seconds, *(theirs if published else ())])
@@ -124,11 +140,18 @@ def _steps(group: list[Test], data: str, where: str) -> Table:
         for on in missing:
             blank: list[Cell] = [None] * (len(measures) + 1)
             made.rows.append(["not measured", " + ".join(on) or "baseline", *blank, *steps[on]])
-    made.notes = [
+    for count, net in dict.fromkeys((test.members, test.net) for test in group):
+        if all(test.steps for test in group if (test.members, test.net) == (count, net)):
+            made.notes.append(f"{_who(count, net)}: the baseline was not measured.")
+    made.notes += [
         f"{test.place}: {test.iterations}; {test_images(test.images)}, on {test.device}; {test.protocol}"
         for test in group
     ]
     return made
+
+
+def _who(members: int, net: str) -> str:
+    return net if members == 1 else f"ensemble of {members}: {net}"
 
 
 def _classes(group: list[Test], data: str, where: str) -> list[Table]:
