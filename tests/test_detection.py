@@ -124,6 +124,10 @@ def test_a_run_leaves_what_is_said(whole):
     assert [line["iteration"] for line in lines if line["split"] == "train"] == [3, 6, 7]
     assert [line["iteration"] for line in lines if line["split"] == "test"] == [4, 7]
     assert all(line["data"] == "tree" and line["seed"] == 4 for line in lines)
+    said = f"mAP {lines[-1]['map07']:.2f} % by VOC 2007's rule, {lines[-1]['map10']:.2f} % by VOC 2010's,"
+    said += f" {lines[-1]['map']:.2f} % by COCO's @[.5,.95], on 5 images"
+    assert f"\niteration 7/7 test: {said}\n" in told
+    assert f"{said} at iteration 7, the last" in told
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["images"] == {"train": 9, "test": 5}
     assert summary["last"]["map10"] == lines[-1]["map10"]

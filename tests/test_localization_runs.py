@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -157,6 +158,8 @@ def test_dense_with_five_classes_and_rcnn(folder, command_here, tmp_path):
     told = command_here("localize", "test", rpn, *words)
     (out,) = rpn.parent.glob("last-dense-32-40-rcnn-rcnn-*-top5-net-*-test.json")
     assert str(out) in told
+    words = r"localization error (\S+ %) with the true class, \S+ % with the class that resnet-8-A names, whose own"
+    assert re.search(words + r" classification error is \S+ %; on 7 images; ", told)  # nothing of five of three classes
     found = json.loads(out.read_text())
     wanted = "dense, shorter side at 32, 40; classes without mirror images"
     assert (found["method"], found["protocol"]) == ("RPN + R-CNN", wanted)
@@ -190,6 +193,8 @@ def test_results_stand_in_a_table_of_their_own_and_of_the_papers_images_beside_i
     rows = (tmp_path / "report/localizers.csv").read_text().splitlines()
     assert [row.split(",")[:2] for row in rows[1:]] == [["ours", "RPN"], ["ours", "RPN + R-CNN"]]
     assert not (tmp_path / "report/table-14.csv").exists()
+    assert '"localization error, true class given","localization error, top-1",classes named by,"its' in rows[0]
+    assert "top-5" not in rows[0]  # of three classes
     told = (tmp_path / "report/report.md").read_text()
     assert "Localization on digits (7 test images, a small set): 2 runs" in told
     assert "RPN seed 0: iteration 7, R-CNN seed 0: iteration 7; 7 test images, a small set, on cpu" in told
