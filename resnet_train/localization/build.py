@@ -66,7 +66,7 @@ def build_new(config: LocalizeConfig, classes: int) -> tuple[Localizer, Around]:
 
 def build_like_checkpoint(config: LocalizeConfig, state: dict[str, Any]) -> tuple[Localizer, Around]:
     """The localizer that a checkpoint's `state` holds, its weights not yet in it. Raises UserError."""
-    with checkpoint.checkpoint_errors("the checkpoint"):
+    with checkpoint.checkpoint_errors(state.get("path", "the checkpoint")):
         around, classes = Around(**state[KIND]), len(state["classes"])
         checkpoint.check_net(state["model"], lambda: _assemble(around, config, classes), around.depth)
         return _assemble(around, config, classes), around
