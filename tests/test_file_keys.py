@@ -1,9 +1,12 @@
 """The line of an error about a file that a key names begins with that key, whatever command it is."""
 
+import sys
+
 import pytest
 import torch
 from conftest import needs
 
+from resnet_train import cli
 from resnet_train.engine import checkpoint
 from resnet_train.errors import RunError, UserError, name_keys
 
@@ -62,3 +65,14 @@ def test_only_what_begins_with_the_path_is_changed_and_an_error_stays_of_its_kin
                 raise kind(before)
             assert str(told.value) == after
             assert type(told.value) is kind
+
+
+@pytest.mark.parametrize("words", [["data.root=tree", "depth=18"], ["test", "checkpoint=odd.pt"]])
+def test_a_missing_package_is_told_before_anything_starts(words, files, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.chdir(files)
+    with pytest.raises(SystemExit, match=r"^2$"):
+        cli.main(cli.COMMANDS["detect"], cli.COMMANDS["test"], words=words)
+    told = "error: resnet-detect needs faster-coco-eval: pip install 'resnet-train[detection]'\n"
+    assert capsys.readouterr().err == told
