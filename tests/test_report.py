@@ -166,14 +166,22 @@ def test_other_data_or_recipe_is_another_row_and_the_report_says_why(tmp_path, c
 
 
 def test_other_images_in_a_folder_of_the_same_name_are_another_row(tmp_path):
-    for seed, digest in enumerate(("a" * 64, "a" * 64, "b" * 64)):
+    for seed, digest in enumerate(("a" * 64, "a" * 64, "b" * 64, "c" * 64)):
         for data in ("photos", "cifar10"):  # which is told by its images
             folder = make(tmp_path / data / str(seed), seed=seed, data=data)
+            change(folder / "config.json", data__root=f"/d/{'mine' if seed < 2 else 'others'}/photos")
             (folder / "environment.json").write_text(json.dumps({"digest": digest}))
-    assert [len(group) for group in runs.groups(found(tmp_path / "cifar10"))] == [3]
+    assert [len(group) for group in runs.groups(found(tmp_path / "cifar10"))] == [4]
     groups = runs.groups(found(tmp_path / "photos"))
-    assert [len(group) for group in groups] == [2, 1]
-    assert runs.differences(*groups) == [("images", "a" * 12, "b" * 12)]
+    assert [len(group) for group in groups] == [2, 1, 1]
+    assert runs.differences(*groups[:2]) == [("images", "mine/photos", "others/photos")]
+    assert runs.differences(groups[0], groups[2]) == [("images", "mine/photos", "others/photos (state 2)")]
+
+
+def test_other_images_in_a_folder_of_another_name_are_told_by_that(tmp_path):
+    for data in ("cats", "dogs"):
+        (make(tmp_path / data, data=data) / "environment.json").write_text(json.dumps({"digest": data[0] * 64}))
+    assert runs.differences(*runs.groups(found(tmp_path))) == [("data", "cats", "dogs")]
 
 
 def test_another_split_or_protocol_is_another_row(tmp_path):
