@@ -12,7 +12,7 @@ needs("faster_coco_eval")
 ADDED = {"resnet-detect data=voc": "iterations=2 data.workers=0 device=cpu", "resnet-detect predict": "device=cpu"}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_commands_for_ones_own_pictures_run_as_printed(tmp_path, command):
     """At a length of two iterations."""
     section = (ROOT / "docs/detection.md").read_text().split("## Your own pictures")[1].split("\n## ")[0]
