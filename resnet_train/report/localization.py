@@ -135,7 +135,7 @@ def _errors(data: str, results: list[dict[str, Any]], where: str, *, published: 
     header = ["", "method", "net", "test", "localization error, true class given"]
     header += ["localization error, top-5", "localization error, top-1", "classes named by"]
     header += ["its classification error, top-5", "its classification error, top-1"]
-    made = Table(f"{name}{where}", f"{title} error in %, ours on {data}", header)
+    made = Table(f"{name}{where}", f"{title} error in %, {'ours on ' * published}{data}", header)
     for result in sorted(results, key=lambda one: (one["method"] != "RPN", one["protocol"], -one["error"])):
         row: list[Cell] = ["ours", result["method"], result["net"], result["protocol"], result["error"]]
         row += [result.get("error5"), result.get("error1"), result.get("classifier")]
