@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from resnet_train.classification.predict import Classifier, load
     from resnet_train.models.resnet import cifar_resnet, imagenet_resnet
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Classifier", "__version__", "cifar_resnet", "imagenet_resnet", "load"]
 
 _PLACES = dict.fromkeys(("Classifier", "load"), "resnet_train.classification.predict")

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import signal
 import sys
 from collections.abc import Callable
@@ -46,9 +47,21 @@ def _check_train(values: Values, asked: list[str]) -> tuple[Any, Path]:
 
 
 def _check_detect(values: Values, asked: list[str]) -> tuple[Any, Path]:
+    _need_coco()
     _take_launched(values, asked)
     config = detection.check_detect(values, asked)
     return config, detection.run_directory(config, asked)
+
+
+def _check_detect_test(values: Values, _: list[str]) -> tuple[Any]:
+    _need_coco()
+    return (detection.check_test(values),)
+
+
+def _need_coco() -> None:
+    """Refuse a test of a detector, which is also the end of its training, where COCO's evaluation is missing."""
+    if importlib.util.find_spec("faster_coco_eval") is None:
+        raise UserError("resnet-detect needs faster-coco-eval: pip install 'resnet-train[detection]'")
 
 
 def _check_localize(values: Values, asked: list[str]) -> tuple[Any, Path]:
@@ -222,7 +235,7 @@ COMMANDS = {
     "test": Command(
         "test",
         "resnet-detect test",
-        _values_alone(detection.check_test),
+        _check_detect_test,
         "resnet_train.detection.command:evaluate_checkpoints",
         processes=True,
         no_sweep="-m: resnet-detect test makes one test at a time",

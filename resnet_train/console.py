@@ -21,6 +21,7 @@ from resnet_train.errors import (
     from_machine_error,
     from_nccl_error,
     is_peer_failure,
+    name_keys,
     stop_early,
     under_launcher,
 )
@@ -99,8 +100,16 @@ def load(place: str) -> Any:
 
 
 def call(place: str, *arguments: Any) -> int:
-    """Import what `place` names and call it in this process, alone or as one of several; the exit code."""
-    return exit_code(lambda: load(place)(*arguments))
+    """Import what `place` names and call it in this process, alone or as one of several; the exit code.
+
+    The line of an error about a file that the configuration, the first argument, names begins with its key.
+    """
+
+    def job() -> int | None:
+        with name_keys(arguments[0] if arguments else None):
+            return load(place)(*arguments)
+
+    return exit_code(job)
 
 
 def say_start(name: str, devices: int | str = 1, file: TextIO | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import os
@@ -10,7 +11,7 @@ import resource
 import signal
 import sys
 import termios
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
 # What ends a run in good order, with a checkpoint. Slurm sends SIGUSR1, SIGUSR2 or SIGTERM before it takes the machine;
@@ -55,6 +56,33 @@ class RemoteError(UserError):
     def __init__(self, error: UserError) -> None:
         super().__init__(str(error))
         self.code = error.code
+
+
+FILE_KEYS = (
+    "checkpoint",
+    "init_from",
+    "rpn",
+    "rcnn",
+    "classifier",
+    "resume",
+)  # of every command: what names a file to be read
+
+
+@contextlib.contextmanager
+def name_keys(config: Any) -> Iterator[None]:
+    """Begin the line of an error that begins with the path of a file with the key that names that file in `config`."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        for key in FILE_KEYS:
+            values = getattr(config, key, None)
+            for value in values if isinstance(values, list) else [values]:
+                paths = [value, os.path.expanduser(value), os.path.abspath(value)] if isinstance(value, str) else []
+                for path in paths:
+                    if text.startswith(f"{path}: "):
+                        error.args = (f"{key}={value}{text[len(path) :]}",)
+        raise
 
 
 def stop_early(number: int, _: Any = None) -> NoReturn:

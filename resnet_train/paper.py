@@ -64,6 +64,13 @@ DETECTION = {
     "coco": {"vgg-16": (41.5, 21.2), "resnet-101": (48.4, 27.2)},
 }
 DETECTION_ITERATIONS = {"voc": 80_000, "coco": 320_000}
+# By kind the classes, and how many images the tests have, from - to: VOC 2007 and 2012 test, COCO val and minival, half
+# of ImageNet DET's validation images, more or less. Up to a hundredth may be unreadable and left out.
+DETECTION_TESTS: dict[str, tuple[int, tuple[tuple[int, int], ...]]] = {
+    "voc": (20, ((4_903, 4_952), (10_882, 10_991))),
+    "coco": (80, ((40_099, 40_504), (4_950, 5_000))),
+    "det": (200, ((9_800, 10_250),)),
+}
 # Tables 9 to 12: ResNet-101's mAP in % with the improvements of appendix B, each of which stands on those before it: by
 # the list of the test, the first figure an overlap of 0.5, the second COCO's mean.
 IMPROVED: dict[str, dict[tuple[str, ...], tuple[float, float | None]]] = {
@@ -89,7 +96,7 @@ LOCALIZATION = (
     ("RPN + R-CNN", "ensemble", "dense", None, 8.9, "ensemble", None),
 )
 LOCALIZATION_METHODS = {"rpn": "RPN", "rcnn": "RPN + R-CNN"}  # by the stage of resnet-localize
-LOCALIZATION_DATA = "of ILSVRC's 50,000 validation images"
+LOCALIZATION_TEST = (49_500, 50_000)  # ILSVRC's validation images, but for those that are unreadable or have no box
 # Table 14: top-5 localization error in % on ILSVRC's validation and test images.
 LOCALIZATION_SYSTEMS: dict[str, tuple[float | None, float]] = {
     "OverFeat (2013)": (30.0, 29.9),
@@ -162,6 +169,12 @@ RECIPES = {
         "data.size": 224,
     },
 }
+
+
+def is_detection_test(kind: str, images: int, classes: int | None) -> bool:
+    """Whether a test on so many images and classes, None where that is not known, is one of the paper's."""
+    theirs, sizes = DETECTION_TESTS[kind]
+    return classes in (None, theirs) and any(least <= images <= most for least, most in sizes)
 
 
 # The data sets that those recipes are for: the label in a run's record, and the family of its nets.

@@ -44,8 +44,9 @@ COMMANDS = {
 HEAD = """# Every key
 
 Made from the comments of `configs/` by `python scripts/docs.py keys`. Keys are written `key=value`; the default is that
-of the default groups, which `--help` shows for others: `resnet-train data=imagenet --help`. A wrong value is refused in
-one line that names what is allowed.
+of the default groups, and in a column more of `recipe=short`, where there is one. What others have is shown by
+`--help`: `resnet-train data=imagenet --help`, `resnet-detect data=coco --help`. A wrong value is refused in one line
+that names what is allowed.
 """
 
 
@@ -55,18 +56,23 @@ def keys() -> str:
     for name, command in COMMANDS.items():
         with hydra.initialize_config_dir(config_dir(name), version_base="1.3"):
             values = OmegaConf.to_container(hydra.compose(name))
-            said = comments(name, [])
+            said, short = comments(name, []), {}
+            if "recipe" in groups(name) and "short" in options(name, "recipe"):
+                short = dict(leaves(OmegaConf.to_container(hydra.compose(name, ["recipe=short"]))))
         found += [f"## {command}", ""]
         if groups(name):
             found += [
                 f"- `{group}=` {', '.join(f'`{option}`' for option in options(name, group))}" for group in groups(name)
             ]
             found += [""]
-        found += ["| key | default | |", "|---|---|---|"]
+        found += ["| key | default | `recipe=short` | |", "|---|---|---|---|"] if short else []
+        found += [] if short else ["| key | default | |", "|---|---|---|"]
         known = known_keys(name)
         for key, value in leaves(values):
             if key in known or any(key.startswith(f"{outer}.") for outer in known):
-                found.append(f"| `{key}` | `{format_value(value)}` | {said.get(key, '').replace('|', escaped)} |")
+                cells = [f"`{key}`", f"`{format_value(value)}`"]
+                cells += ["" if short[key] == value else f"`{format_value(short[key])}`"] if short else []
+                found.append(f"| {' | '.join(cells)} | {said.get(key, '').replace('|', escaped)} |")
         found += [""]
     return "\n".join(found)
 
@@ -135,8 +141,12 @@ def site(out: Path) -> None:
     """README, docs/ and what they show of results/, laid out as here, so that every link holds, made into pages."""
     with tempfile.TemporaryDirectory() as folder:
         pages = Path(folder, "pages")
-        listed = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-        for name in listed.splitlines():
+        if (ROOT / ".git").exists():
+            told = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+            listed = told.splitlines()
+        else:  # the sdist, which holds no other files
+            listed = [str(path.relative_to(ROOT)) for path in ROOT.rglob("*") if path.is_file()]
+        for name in listed:
             if name in ("README.md", "CONTRIBUTING.md") or name.startswith(("docs/", "results/")):
                 place = pages / ("index.md" if name == "README.md" else name)
                 place.parent.mkdir(parents=True, exist_ok=True)

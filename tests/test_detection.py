@@ -124,6 +124,10 @@ def test_a_run_leaves_what_is_said(whole):
     assert [line["iteration"] for line in lines if line["split"] == "train"] == [3, 6, 7]
     assert [line["iteration"] for line in lines if line["split"] == "test"] == [4, 7]
     assert all(line["data"] == "tree" and line["seed"] == 4 for line in lines)
+    said = f"mAP {lines[-1]['map07']:.2f} % by VOC 2007's rule, {lines[-1]['map10']:.2f} % by VOC 2010's,"
+    said += f" {lines[-1]['map']:.2f} % by COCO's @[.5,.95], on 5 images"
+    assert f"\niteration 7/7 test: {said}\n" in told
+    assert f"{said} at iteration 7, the last" in told
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["images"] == {"train": 9, "test": 5}
     assert summary["last"]["map10"] == lines[-1]["map10"]
@@ -221,8 +225,10 @@ def test_predictions_are_drawn_and_written(whole, tree, command_here, tmp_path):
         assert 0 <= left < right <= 96
         assert 0 <= top < bottom <= 72
     drawn, given = (np.array(Image.open(path).convert("RGB")) for path in (tmp_path / "found/003.png", image))
-    assert drawn.shape == given.shape
-    assert (drawn != given).any()
+    assert drawn.shape == (5 * 72, 5 * 96, 3)
+    assert (drawn != given.repeat(5, 0).repeat(5, 1)).any()
+    assert "found/003.png, drawn 5 times as large\n" in told
+    assert found["images"][0]["enlarged"] == 5
 
 
 def test_pictures_of_one_name_are_refused_before_any_is_written(command_here, tmp_path):

@@ -526,6 +526,8 @@ def test_predictions_are_drawn_and_written_as_rle(saved, tree, command_here, tmp
         assert not len(lines) or (lines.min() >= top - 3 and lines.max() <= bottom + 3)
         inside |= mask
     assert inside.any()
+    times = found["images"][0]["enlarged"]
+    before, inside = (part.repeat(times, 0).repeat(times, 1) for part in (before, inside))
     assert (before != drawn).any(2)[inside].mean() > 0.9
 
 
@@ -536,11 +538,12 @@ def test_a_drawn_mask_covers_its_pixels_half():
     found = {"boxes": torch.tensor([[8.0, 5, 20, 10]]), "labels": torch.tensor([1]), "scores": torch.tensor([0.9])}
     text = pycoco_mask.encode(mask)["counts"]
     plain, drawn = (draw_detections(image, row, ["x"], 0.5) for row in (found, found | {"masks": [text]}))
-    inside = torch.from_numpy(mask).bool()
-    inside[5], inside[9], inside[:, 8], inside[:, 19] = False, False, False, False  # under the edge of the box
-    inside &= (plain == image).all(0)  # nor under its label
-    assert (drawn[:, inside] == torch.tensor([50, 177, 82])[:, None]).all()  # half of 00ff40
-    assert torch.equal(drawn[:, 12:], plain[:, 12:])
+    assert drawn.shape == (3, 16 * 20, 16 * 30)
+    inside = torch.from_numpy(mask).bool().repeat_interleave(16, 0).repeat_interleave(16, 1)
+    free = (plain == 100).all(0)  # neither the edge of the box nor its label
+    assert (inside & free).sum() > 0.8 * inside.sum()
+    assert (drawn[:, inside & free] == torch.tensor([50, 177, 82])[:, None]).all()  # half of 00ff40
+    assert torch.equal(drawn[:, ~inside], plain[:, ~inside])
 
 
 # --- COCO's figures ---------------------------------------------------------------------------------------------------

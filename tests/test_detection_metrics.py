@@ -14,7 +14,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from resnet_train.detection.annotations import Example
-from resnet_train.detection.metrics import COCO_FIGURES, coco_map, voc_ap, voc_curve, voc_map
+from resnet_train.detection.metrics import COCO_FIGURES, coco_map, in_words, voc_ap, voc_curve, voc_map
 from resnet_train.errors import RunError, UserError
 
 BOX = [0, 0, 10, 10]
@@ -487,3 +487,19 @@ def test_a_detection_that_is_not_finite_is_an_error(bad, field, measure):
     found[1][field].view(-1)[0] = bad
     with pytest.raises(RunError, match=r"^5: a box or score found is not finite; [^\n]+$"):
         measure(images, found, 1)
+
+
+@pytest.mark.parametrize(
+    ("data", "more", "words"),
+    [
+        ("voc", {}, "mAP 1.00 % by VOC 2007's rule, 2.00 % by VOC 2010's, 3.00 % by COCO's @[.5,.95]"),
+        ("coco", {}, "mAP 3.00 % by COCO's rule @[.5,.95], 4.00 % @.5, 1.00 % by VOC 2007's"),
+        (
+            "coco",
+            {"mask_map": 5, "mask_map50": 6},
+            "mAP 3.00 % by COCO's rule @[.5,.95], 4.00 % @.5, 1.00 % by VOC 2007's; of masks 5.00 %, 6.00 % @.5",
+        ),
+    ],
+)
+def test_three_figures_are_told_in_words_that_of_the_data_s_own_rule_first(data, more, words):
+    assert in_words({"map07": 1, "map10": 2, "map": 3, "map50": 4, "recall1": 9, **more}, data) == words

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from resnet_train import __version__
 from resnet_train.cli import COMMANDS
 from resnet_train.config.compose import compose, groups, known_keys
 
@@ -60,3 +61,10 @@ def test_commands_name_keys_and_options_that_there_are(page):
         if name == "train":
             taken = set(groups(name)) - {"experiment"}
             compose(name, [word for word in named if word.partition("=")[0] in taken and "," not in word])
+
+
+def test_one_version_is_told_everywhere():
+    text = {name: (ROOT / name).read_text() for name in ("CHANGELOG.md", "CITATION.cff", "docs/distributed.md")}
+    assert re.findall(r"^## (.+)$", text["CHANGELOG.md"], re.M)[0] == __version__
+    assert re.findall(r"^version: (.+)$", text["CITATION.cff"], re.M) == [__version__]
+    assert re.findall(r"/resnet-train:(.+)$", text["docs/distributed.md"], re.M) == [__version__]

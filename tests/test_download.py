@@ -307,7 +307,7 @@ def test_a_mirror_that_had_nothing_is_not_asked_again(answer, mirror, tmp_path, 
     with pytest.raises(UserError):
         get(tmp_path / "file.bin", *servers, stall=0.3 if answer is silent else 5.0)
     assert [len(server.ranges) for server in servers if answer] == ([1, 1] if answer else [])
-    assert capsys.readouterr().out.count("; trying the next") == 1
+    assert capsys.readouterr().out.count("; trying the next") == (answer in (other, endless))  # else one line is enough
 
 
 def test_never_more_bytes_than_the_file_has(mirror, tmp_path):

@@ -281,8 +281,8 @@ def test_a_hostile_checkpoint_is_refused_wherever_it_comes_from_and_does_not_run
     shutil.copy(tmp_path / "hostile.pt", run / "checkpoints/last.pt")
     (run / "checkpoints/previous.pt").unlink()
     for done, name in (
-        (train(tmp_path, "checkpoint=hostile.pt", entry="evaluate"), "hostile.pt"),
-        (train(tmp_path, *RUN, "run_dir=new", "resume=hostile.pt"), "hostile.pt"),
+        (train(tmp_path, "checkpoint=hostile.pt", entry="evaluate"), "checkpoint=hostile.pt"),
+        (train(tmp_path, *RUN, "run_dir=new", "resume=hostile.pt"), "resume=hostile.pt"),
         (train(tmp_path, *RUN, "run_dir=run"), "run/checkpoints/last.pt"),
     ):
         assert f"error: {name}: is refused: it holds more than tensors and plain values" in error(done, 2)

@@ -179,6 +179,8 @@ def test_dense_with_five_classes_and_rcnn(folder, command_here, tmp_path):
     told = command_here("localize", "test", rpn, *words)
     (out,) = rpn.parent.glob("last-dense-32-40-rcnn-rcnn-*-top5-net-*-test.json")
     assert str(out) in told
+    words = r"localization error (\S+ %) with the true class, \S+ % with the class that resnet-8-A names, whose own"
+    assert re.search(words + r" classification error is \S+ %; on 7 images; ", told)  # nothing of five of three classes
     found = json.loads(out.read_text())
     wanted = "dense, shorter side at 32, 40; classes without mirror images"
     assert (found["method"], found["protocol"]) == ("RPN + R-CNN", wanted)
@@ -199,7 +201,7 @@ def test_dense_with_five_classes_and_rcnn(folder, command_here, tmp_path):
     assert seen == {1, 2, 3}
 
 
-def test_tables_13_and_14_have_ours_beside_the_papers(folder, command_here, tmp_path):
+def test_results_stand_in_a_table_of_their_own_and_of_the_papers_images_beside_its_own(folder, command_here, tmp_path):
     pytest.importorskip("bokeh")
     for name in ("rpn", "rcnn"):
         shutil.copytree(folder / name, tmp_path / "runs" / name)
@@ -209,20 +211,24 @@ def test_tables_13_and_14_have_ours_beside_the_papers(folder, command_here, tmp_
     command_here("localize", "test", rpn, "device=cpu")
     command_here("localize", "test", rpn, f"rcnn={rcnn}", f"classifier={folder}/net/checkpoints/last.pt", "device=cpu")
     command_here("report", "runs", "out=report")
-    rows = (tmp_path / "report/table-13.csv").read_text().splitlines()
-    assert [row.split(",")[:2] for row in rows[1:4]] == [["ours", "RPN"], ["ours", "RPN + R-CNN"], ["paper", "VGG's"]]
-    assert "paper,RPN,ResNet-101,center crop,13.3,,,,," in rows
-    assert "paper,ResNet (2015),8.9,9.0" in (tmp_path / "report/table-14.csv").read_text().splitlines()
+    rows = (tmp_path / "report/localizers.csv").read_text().splitlines()
+    assert [row.split(",")[:2] for row in rows[1:]] == [["ours", "RPN"], ["ours", "RPN + R-CNN"]]
+    assert not (tmp_path / "report/table-14.csv").exists()
+    assert '"localization error, true class given","localization error, top-1",classes named by,"its' in rows[0]
+    assert "top-5" not in rows[0]  # of three classes
     told = (tmp_path / "report/report.md").read_text()
-    assert "Not comparable: ours are of 7 test images of digits; the paper's" in told
-    assert "RPN seed 0: iteration 7, R-CNN seed 0: iteration 7; on cpu" in told
-    first = (tmp_path / "report/table-13.csv").read_text()
-    path = next((tmp_path / "runs/rpn/checkpoints").glob("*.json"))
-    other = json.loads(path.read_text()) | {"data": "others", "iteration": 5}
+    assert "Localization on digits (7 test images, a small set): 2 runs" in told
+    assert "RPN seed 0: iteration 7, R-CNN seed 0: iteration 7; 7 test images, a small set, on cpu" in told
+    first = (tmp_path / "report/localizers.csv").read_text()
+    path = next((tmp_path / "runs/rpn/checkpoints").glob("*rcnn*.json"))
+    other = json.loads(path.read_text()) | {"data": "others", "iteration": 5, "images": 49_990}
     path.with_name("mine.json").write_text(json.dumps(other))
     command_here("report", "runs", "out=report")
-    assert (tmp_path / "report/table-13.csv").read_text() == first
-    assert ",RPN" in (tmp_path / "report/table-13-data-2.csv").read_text()
+    assert (tmp_path / "report/localizers.csv").read_text() == first
+    rows = (tmp_path / "report/table-13-data-2.csv").read_text().splitlines()
+    assert [row.split(",")[:2] for row in rows[1:3]] == [["ours", "RPN + R-CNN"], ["paper", "VGG's"]]
+    assert "paper,RPN,ResNet-101,center crop,13.3,,,,," in rows
+    assert "paper,ResNet (2015),8.9,9.0" in (tmp_path / "report/table-14-data-2.csv").read_text().splitlines()
     told = (tmp_path / "report/report.md").read_text()
     assert "checkpoints/mine.json: RPN seed 0: iteration 5 of 7, unfinished" in told
 

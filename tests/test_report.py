@@ -166,14 +166,22 @@ def test_other_data_or_recipe_is_another_row_and_the_report_says_why(tmp_path, c
 
 
 def test_other_images_in_a_folder_of_the_same_name_are_another_row(tmp_path):
-    for seed, digest in enumerate(("a" * 64, "a" * 64, "b" * 64)):
+    for seed, digest in enumerate(("a" * 64, "a" * 64, "b" * 64, "c" * 64)):
         for data in ("photos", "cifar10"):  # which is told by its images
             folder = make(tmp_path / data / str(seed), seed=seed, data=data)
+            change(folder / "config.json", data__root=f"/d/{'mine' if seed < 2 else 'others'}/photos")
             (folder / "environment.json").write_text(json.dumps({"digest": digest}))
-    assert [len(group) for group in runs.groups(found(tmp_path / "cifar10"))] == [3]
+    assert [len(group) for group in runs.groups(found(tmp_path / "cifar10"))] == [4]
     groups = runs.groups(found(tmp_path / "photos"))
-    assert [len(group) for group in groups] == [2, 1]
-    assert runs.differences(*groups) == [("images", "a" * 12, "b" * 12)]
+    assert [len(group) for group in groups] == [2, 1, 1]
+    assert runs.differences(*groups[:2]) == [("images", "mine/photos", "others/photos")]
+    assert runs.differences(groups[0], groups[2]) == [("images", "mine/photos", "others/photos (state 2)")]
+
+
+def test_other_images_in_a_folder_of_another_name_are_told_by_that(tmp_path):
+    for data in ("cats", "dogs"):
+        (make(tmp_path / data, data=data) / "environment.json").write_text(json.dumps({"digest": data[0] * 64}))
+    assert runs.differences(*runs.groups(found(tmp_path))) == [("data", "cats", "dogs")]
 
 
 def test_another_split_or_protocol_is_another_row(tmp_path):
@@ -992,6 +1000,7 @@ def detector_run(
     finished=True,
     source=None,
     label="VOCdevkit",
+    images=4952,
 ):
     """What resnet-detect leaves of a run, in small."""
     data = {"name": "voc", "root": "/d/bccd", "train": ["trainval"], "test": "test", "classes": None}
@@ -1005,6 +1014,7 @@ def detector_run(
     lines = [{"iteration": 1, "split": "train", "data": label, "seed": seed, "loss": 1.0}]
     for iteration, value in zip(steps, maps, strict=True):
         lines.append({"iteration": iteration, "split": "test", "data": label, "map07": value, "map10": value + 1})
+        lines[-1] |= {"seed": seed, "images": images, "protocol": "whole"}
     (place / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return place
 
@@ -1042,13 +1052,17 @@ def test_a_report_may_be_of_detectors_alone(tmp_path, monkeypatch):
     assert "Detection on VOCdevkit: 1 run of 100 iterations" in (tmp_path / "out/index.html").read_text()
 
 
-def leave_result(folder, name, *, refine=False, data="coco", tested="val2014", members=None, **figures):
+def leave_result(
+    folder, name, *, refine=False, data="coco", tested="val2014", members=None, images=40_504, classes=80, **figures
+):
     """What resnet-detect test leaves beside a checkpoint."""
     who = {"members": [{"net": one} for one in members]} if members else {"net": "resnet-101"}
     progress = {"seed": 0, "iteration": 90, "iterations": 100}
     who = {"members": [one | progress for one in who["members"]]} if members else who | progress
-    classes = {"person": {"ap07": 1.0, "ap10": figures["map50"] + 1, "objects": 7}, "tv": {"ap10": None, "objects": 0}}
-    rest = {"map07": 1.0, "map10": 2.0, "images": 50, "seconds": 10.0, "protocol": "whole", "per_class": classes}
+    of_class = {"person": {"ap07": 1.0, "ap10": figures["map50"] + 1, "objects": 7}, "tv": {"ap10": None, "objects": 0}}
+    of_class |= {f"class-{number}": {"ap07": 1.0, "ap10": 2.0, "objects": 1} for number in range(classes - 2)}
+    rest = {"map07": 1.0, "map10": 2.0, "images": images, "seconds": images / 5, "protocol": "whole"}
+    rest |= {"per_class": of_class}
     path = folder / "checkpoints" / name
     path.parent.mkdir(exist_ok=True)
     path.write_text(
@@ -1059,7 +1073,7 @@ def leave_result(folder, name, *, refine=False, data="coco", tested="val2014", m
 
 
 def test_tests_of_detectors_stand_in_table_9_beside_the_papers_steps(tmp_path):
-    run = detector_run(tmp_path, label="coco")
+    run = detector_run(tmp_path, label="coco", images=40_504)
     change(run / "config.json", data__name="coco")
     lines = [
         json.loads(line) | {"map50": 30.0, "map": 15.0} for line in (run / "metrics.jsonl").read_text().splitlines()
@@ -1081,16 +1095,40 @@ def test_tests_of_detectors_stand_in_table_9_beside_the_papers_steps(tmp_path):
         ["not measured", "box refinement + context", None, None, None, 51.1, 30.0],
         ["not measured", "box refinement + context + multi-scale testing", None, None, None, 53.8, 32.5],
     ]
-    assert "seed 0: iteration 90 of 100, unfinished; 50 images on cpu; whole" in table.notes[0]
-    assert classes.rows == [["person", "7", 31.0, 32.0, 34.0], ["tv", "0", None, None, None]]
+    assert table.notes[0] == "ensemble of 2: resnet-101 and resnet-50: the baseline was not measured."
+    assert "seed 0: iteration 90 of 100, unfinished; 40,504 test images, on cpu; whole" in table.notes[1]
+    assert classes.rows[:2] == [["person", "7", 31.0, 32.0, 34.0], ["tv", "0", None, None, None]]
 
 
-def test_tests_on_other_data_stand_beside_no_figure_of_the_papers(tmp_path):
+def test_the_step_stands_beside_what_training_s_last_test_gave_without_it(tmp_path):
+    """Where resnet-detect test has not measured that; and nothing of another list, whose baseline is not known."""
+    run = detector_run(tmp_path, label="bccd", images=72)
+    (run / "summary.json").write_text(json.dumps({"last": {"per_class": {"tv": {"ap10": 41.0, "objects": 3}}}}))
+    for name, tested in (("last-refine-test.json", "test"), ("last-refine-val.json", "val")):
+        leave_result(run, name, refine=True, data="bccd", tested=tested, images=72, classes=2, map50=31.0, map=16.0)
+        change(run / "checkpoints" / name, net="resnet-18")
+    (section,) = detection.sections(detection.find(runs.find([tmp_path])[1]))
+    _, steps, classes, other, _ = section.tables
+    assert [row[:4] for row in steps.rows] == [
+        ["resnet-18", "baseline", 40.0, 41.0],
+        ["resnet-18", "box refinement", 1.0, 2.0],
+    ]
+    assert re.search("metrics.jsonl: seed 0: iteration 100; 72 test images, a small set, on .*; whole", steps.notes[0])
+    assert classes.rows[0] == ["tv", "3", 41.0, None]
+    assert [row[:2] for row in other.rows] == [["resnet-18", "box refinement"]]
+    assert other.notes[0] == "resnet-18: the baseline was not measured."
+
+
+@pytest.mark.parametrize(("label", "images", "classes"), [("VOCdevkit", 72, 20), ("bccd", 4952, 3)])
+def test_tests_on_other_data_stand_beside_no_figure_of_the_papers(tmp_path, label, images, classes):
+    """Whatever their folder is called: other images, or other classes."""
     leave_result(
-        detector_run(tmp_path, label="bccd"),
+        detector_run(tmp_path, label=label, images=images),
         "last-2007_test.json",
-        data="bccd",
+        data=label,
         tested="2007_test",
+        images=images,
+        classes=classes,
         map50=30.0,
         map=15.0,
     )
@@ -1100,18 +1138,29 @@ def test_tests_on_other_data_stand_beside_no_figure_of_the_papers(tmp_path):
     assert not [name for name in section.tables[1].header if "paper" in name]
 
 
-def test_detectors_of_other_data_have_a_table_of_their_own(tmp_path):
-    detector_run(tmp_path, label="bccd")
+@pytest.mark.parametrize(("label", "images", "seen"), [("VOCdevkit", 1, "1 test image"), ("b", 72, "72 test images")])
+def test_detectors_of_other_data_have_a_table_of_their_own(tmp_path, label, images, seen):
+    """Also where their folder has the name of the paper's."""
+    detector_run(tmp_path, label=label, images=images)
     (section,) = detection.sections(detection.find(runs.find([tmp_path])[1]))
     (table,) = section.tables
-    assert (table.title, section.warnings, table.notes) == ("Detectors: mAP in %, bccd", [], [])
+    assert section.title.endswith(f"tested on test ({seen}, a small set)")
+    assert (table.title, section.warnings, table.notes) == (f"Detectors: mAP in %, {label}", [], [])
     assert table.header == ["detector", "mAP, VOC 2007's rule", "mAP, VOC 2010's rule"]
+
+
+@pytest.mark.parametrize(("classes", "name"), [(20, "table-7"), (3, "detectors")])
+def test_as_many_images_of_other_classes_are_not_the_papers(tmp_path, classes, name):
+    place = detector_run(tmp_path, label="pictures")
+    (place / "summary.json").write_text(json.dumps({"last": {"per_class": dict.fromkeys(map(str, range(classes)))}}))
+    (section,) = detection.sections(detection.find(runs.find([tmp_path])[1]))
+    assert section.tables[0].name == name
 
 
 def test_the_figures_of_masks_stand_beside_those_of_boxes(tmp_path):
     """And nothing in the row of a detector without."""
     for masks, name in ((True, "a"), (False, "b")):
-        place = detector_run(tmp_path / name, label="tiny")
+        place = detector_run(tmp_path / name, label="tiny", images=22)
         change(place / "config.json", data__name="coco", masks=masks)
         lines = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
         for line in lines[1:]:

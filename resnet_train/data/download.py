@@ -56,11 +56,12 @@ def download(
     reasons = []
     attempts = [(url, slow) for url in urls]
     for url, min_rate in attempts:
-        old_size = part.stat().st_size if part.exists() else 0
+        old_size, delivered = part.stat().st_size if part.exists() else 0, False
         try:
             # If the resumed file has a wrong checksum, the earlier part may be bad: download all of it.
             for _ in range(1 + part.exists()):
                 _fetch(url, part, size, stall, min_rate)
+                delivered = True
                 if checksum(part) == md5:
                     part.replace(path)
                     return path
@@ -70,7 +71,8 @@ def download(
             reasons.append(f"{url}: {error}")
             if min_rate and part.exists() and part.stat().st_size != old_size:
                 attempts.append((url, 0.0))
-            if attempts[-1] != (url, min_rate):
+                delivered = True
+            if delivered and attempts[-1] != (url, min_rate):  # without a network one line, the last, is enough
                 tqdm.write(printable(f"{url}: {error}; trying the next"))
         except OSError as error:
             reason = f"cannot keep the download: {error.strerror}; set RESNET_TRAIN_DATA"

@@ -94,7 +94,7 @@ def build_new(config: DetectConfig, names: list[str]) -> tuple[Detector, Backbon
 
 def build_like_checkpoint(config: DetectConfig, state: dict[str, Any]) -> tuple[Detector, Backbone]:
     """The detector that a checkpoint's `state` holds, its weights not yet in it. Raises UserError."""
-    with checkpoint.checkpoint_errors("the checkpoint"):
+    with checkpoint.checkpoint_errors(state.get("path", "the checkpoint")):
         backbone, classes = Backbone(**state["detector"]), len(state["classes"])
         checkpoint.check_net(state["model"], lambda: _assemble(config, backbone, classes)[0], config.depth)
         return _assemble(config, backbone, classes)
@@ -107,7 +107,7 @@ def _go_on_from(config: DetectConfig, state: dict[str, Any], names: list[str], p
     for key in ("backbone", "depth", "pyramid", "context", "masks", "anchors"):
         if (value := getattr(theirs, key)) != getattr(config, key):
             raise UserError(f"init_from={path}: is a detector with {key}={format_value(value)}; use that, or another")
-    old, backbone = build_like_checkpoint(theirs, state)
+    old, backbone = build_like_checkpoint(theirs, state | {"path": f"init_from={path}"})
     with checkpoint.checkpoint_errors(f"init_from={path}"):
         old.load_state_dict(state["model"])
     known = {COCO_NAMES.get(name, name): row for row, name in enumerate(state["classes"], 1)}

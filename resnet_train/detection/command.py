@@ -16,7 +16,7 @@ from resnet_train.detection.annotations import Examples
 from resnet_train.detection.build import build_like_checkpoint
 from resnet_train.detection.ensemble import Ensemble
 from resnet_train.detection.evaluate import check_shape, evaluate
-from resnet_train.detection.metrics import mask_figures
+from resnet_train.detection.metrics import in_words
 from resnet_train.detection.model import Detector
 from resnet_train.detection.multiscale import longest
 from resnet_train.detection.refine import VOTERS
@@ -175,8 +175,8 @@ def _default_out(members: list[Member], options: DetectTestConfig) -> Path:
 
 def _line(members: list[Member], examples: Examples, result: dict[str, Any], out: Path) -> str:
     what = " + ".join(f"{m.config.net} (seed {m.config.seed}, iteration {m.state['iteration']})" for m in members)
+    figures = in_words(result, members[0].config.data.name)
     return (
-        f"{what} on {result['data']} {result['list']}, {result['protocol']}: {result['map07']:.2f} % mAP by VOC 2007's"
-        f" rule, {result['map10']:.2f} by VOC 2010's, {result['map']:.2f} by COCO's @[.5,.95]{mask_figures(result)}, on"
-        f" {result['images']} images; {out}"
+        f"{what} on {result['data']} {result['list']}, {result['protocol']}: {figures}, on {result['images']} images;"
+        f" {out}"
     )

@@ -141,11 +141,19 @@ def coco_map(
     }
 
 
-def mask_figures(measured: Mapping[str, Any]) -> str:
-    """COCO's figures of masks in words, or nothing where none were found."""
-    if "mask_map" not in measured:
-        return ""
-    return f" (at .5 {measured['map50']:.2f}; of masks {measured['mask_map']:.2f}, at .5 {measured['mask_map50']:.2f})"
+def in_words(measured: Mapping[str, Any], data: str) -> str:
+    """The mAP by the rule of the `data` (voc, coco or det) first, and by the others that the paper or the field uses.
+
+    Of a detector with masks also COCO's two figures of these.
+    """
+    coco, half = f"{measured['map']:.2f}", f"{measured['map50']:.2f}"
+    if data == "coco":
+        words = f"mAP {coco} % by COCO's rule @[.5,.95], {half} % @.5, {measured['map07']:.2f} % by VOC 2007's"
+    else:
+        words = f"mAP {measured['map07']:.2f} % by VOC 2007's rule, {measured['map10']:.2f} % by VOC 2010's,"
+        words += f" {coco} % by COCO's @[.5,.95]"
+    masks = "mask_map" in measured
+    return words + (f"; of masks {measured['mask_map']:.2f} %, {measured['mask_map50']:.2f} % @.5" if masks else "")
 
 
 def _names(classes: int | Sequence[str]) -> list[str]:

@@ -12,7 +12,7 @@ from PIL import Image
 from resnet_train.config.detection import PredictConfig, config_from_checkpoint
 from resnet_train.data.decode import read_image
 from resnet_train.detection.build import build_like_checkpoint
-from resnet_train.detection.draw import draw_detections, likely
+from resnet_train.detection.draw import draw_detections, enlarged, likely
 from resnet_train.detection.evaluate import ImageDetections, check_shape, detections
 from resnet_train.detection.masks import rle
 from resnet_train.engine import checkpoint
@@ -41,8 +41,10 @@ def predict(options: PredictConfig, images: list[str]) -> None:
         drawn = draw_detections(image, detected, classes, options.score)
         Image.fromarray(drawn.permute(1, 2, 0).numpy()).save(png, "PNG")
         write_whole(picture, png.getvalue())
-        results.append({"image": name, "picture": str(picture), "found": rows})
-        say(f"{name}: {len(rows)} found with a score of {options.score:g} or more, {picture}")
+        times = enlarged(image.shape[1:])
+        results.append({"image": name, "picture": str(picture), "enlarged": times, "found": rows})
+        larger = f", drawn {times} times as large" if times > 1 else ""
+        say(f"{name}: {len(rows)} found with a score of {options.score:g} or more, {picture}{larger}")
         for row in rows[:SHOWN]:
             left, top, right, bottom = row["box"]
             place = f"left {left:.0f}, top {top:.0f}, right {right:.0f}, bottom {bottom:.0f}"

@@ -18,7 +18,7 @@ from resnet_train.detection.build import Backbone
 from resnet_train.detection.draw import draw_detections
 from resnet_train.detection.evaluate import evaluate
 from resnet_train.detection.loader import Batch, tell_skipped, training_batches
-from resnet_train.detection.metrics import mask_figures
+from resnet_train.detection.metrics import in_words
 from resnet_train.detection.model import Detector
 from resnet_train.detection.sampling import seeds
 from resnet_train.engine import boxes
@@ -120,7 +120,8 @@ class DetectionTask(BoxTask):
             if boxes  # else its pixels are broken
         ]
         seen = len(examples.test) - self.measured.get("skipped", 0)
-        yield Point("test", values | {"images": seen, "protocol": PROTOCOL}, images)
+        words = in_words(self.measured, self.config.data.name)
+        yield Point("test", values | {"images": seen, "protocol": PROTOCOL}, images, words)
 
     def hyper_parameters(self) -> dict[str, str | bool | int | float]:
         """Those that runs are told apart by, for TensorBoard's table of runs."""
@@ -190,9 +191,8 @@ class DetectionTask(BoxTask):
         """The mAP by three rules in one line."""
         last = summary["last"]
         return (
-            f"{self._title()}: {last['map07']:.2f} % mAP by VOC 2007's rule, {last['map10']:.2f} by VOC 2010's,"
-            f" {last['map']:.2f} by COCO's @[.5,.95]{mask_figures(last)}, on {len(self.data.test)} images at"
-            f" iteration {self.iteration}, the last"
+            f"{self._title()}: {in_words(last, self.config.data.name)}, on"
+            f" {len(self.data.test) - last.get('skipped', 0)} images at iteration {self.iteration}, the last"
         )
 
     def _title(self) -> str:

@@ -150,7 +150,7 @@ def _check_sizes(value: Any, path: Path) -> None:
 
 
 def load(path: Path, *, kind: str = "net") -> dict[str, Any]:
-    """Load a checkpoint of the given kind (one of KINDS) on the CPU.
+    """Load a checkpoint of the given kind (one of KINDS) on the CPU, with its "path".
 
     Raises UserError for a file that is damaged or is not such a checkpoint of resnet-train.
     """
@@ -164,7 +164,7 @@ def load(path: Path, *, kind: str = "net") -> dict[str, Any]:
             if actual == "net"
             else f"{path}: is a {actual}'s, which {KINDS[actual]} reads"
         )
-    return state
+    return {**state, "path": str(path)}
 
 
 def kind_of(state: Mapping[str, Any]) -> str:

@@ -112,10 +112,11 @@ class MetricsLogger:
             self.writers[split] = SummaryWriter(str(self.board / split), purge_step=self.purge)
         return self.writers[split]
 
-    def log(self, split: str, iteration: int, **values: float | int | str) -> None:
+    def log(self, split: str, iteration: int, words: str = "", **values: float | int | str) -> None:
         """Log one point of a curve: a metrics line, TensorBoard scalars and, without a progress bar, a printed line.
 
-        Raises RunError if it cannot be written, as do the constructor, `log_reference` and `flush`.
+        The printed line has `words`, if given, in place of the values. Raises RunError if the point cannot be written,
+        as do the constructor, `log_reference` and `flush`.
         """
         if self.silent:
             return
@@ -129,10 +130,11 @@ class MetricsLogger:
             for name, value in values.items():
                 if isinstance(value, (int, float)) and name not in ("epoch", "seconds", "wrong", "seen"):
                     self._writer(split).add_scalar(name, value, iteration)
+        on = f", on {values['images']} images" if "images" in values else ""  # of a test
         if self.bar.disable:
             formats = {"lr": "g", "images_per_second": ".0f", "epoch": ".2f", "loss": ".4f", "seconds": ".0f"}
             text = (f"{k} {v:{formats.get(k, '.2f')}}" for k, v in values.items() if isinstance(v, float))
-            say(f"iteration {iteration}/{self.bar.total} {split}: " + ", ".join(text))
+            say(f"iteration {iteration}/{self.bar.total} {split}: {words or ', '.join(text)}{on}")
         elif split == "train":
             error = f", error {values['error']:.2f} %" if "error" in values else ""
             self.bar.set_postfix_str(
@@ -140,10 +142,9 @@ class MetricsLogger:
                 f" ({values['waited']:.0%} waiting for data)"
             )
         elif "error" in values:
-            message(f"iteration {iteration}: {split} error {values['error']:.2f} %")
+            message(f"iteration {iteration}: {split} error {values['error']:.2f} %{on}")
         else:
-            maps = (f"{name} {value:.2f} %" for name, value in values.items() if name.startswith("map"))
-            message(f"iteration {iteration}: {split} {', '.join(maps)}")
+            message(f"iteration {iteration}: {split} {words}{on}")
 
     def lacks(self, iteration: int, *splits: str) -> bool:
         """Whether any of these splits has no last point at `iteration`."""

@@ -74,7 +74,7 @@ def log_evaluation(task: Task, directory: Path, logger: MetricsLogger, clock: Cl
     """A point of each other curve; keeps the best checkpoint, by the validation error alone, and the final figures."""
     clock.lap(training=True)
     for point in task.evaluate():
-        logger.log(point.split, task.iteration, epoch=task.epoch, **point.values)
+        logger.log(point.split, task.iteration, words=point.words, epoch=task.epoch, **point.values)
         for name, image in point.images:
             logger.log_image(task.iteration, name, image)
         if point.split == "val" and task.best_at == task.iteration:

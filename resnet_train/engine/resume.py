@@ -59,7 +59,6 @@ def _resume_state(config: TaskConfig, directory: Path, digest: str, kind: str) -
         if state["iteration"] == config.iterations and not (path.absolute().parent.parent / "metrics.jsonl").exists():
             raise UserError(f"resume={path}: no iteration is left; resnet-eval {shlex.quote(str(path))} measures it")
     otherwise = "another run_dir=" if config.resume == "auto" else "init_from= in place of resume="
-    state["path"] = str(path)
     check_same_run(state["config"], config, str(path), otherwise)
     check_same_data(state["config"]["data"], state["digest"], config.plain()["data"], digest, str(path))
     return state

@@ -58,6 +58,7 @@ class Point(NamedTuple):
     split: str  # val or test
     values: dict[str, Any]  # errors in %, losses, counts, the protocol
     images: Sequence[tuple[str, Tensor]] = ()  # (name, (3, H, W) uint8) to look at
+    words: str = ""  # what is printed of it in place of all its values
 
 
 class Task(Protocol):

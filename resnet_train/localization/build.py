@@ -65,7 +65,7 @@ def build_new(config: LocalizeConfig, classes: int) -> tuple[Localizer, Backbone
 
 def build_like_checkpoint(config: LocalizeConfig, state: dict[str, Any]) -> tuple[Localizer, Backbone]:
     """The localizer that a checkpoint's `state` holds, its weights not yet in it. Raises UserError."""
-    with checkpoint.checkpoint_errors("the checkpoint"):
+    with checkpoint.checkpoint_errors(state.get("path", "the checkpoint")):
         backbone, classes = Backbone(**state[KIND]), len(state["classes"])
         checkpoint.check_net(state["model"], lambda: _assemble(backbone, config, classes), backbone.depth)
         return _assemble(backbone, config, classes), backbone

@@ -67,6 +67,7 @@ def _evaluate(options: LocalizeTestConfig, device: torch.device) -> None:
         **of_rcnn,
         **of_names,
         "data": config.data_label,
+        "classes": len(classes),
         "root": str(expand(root).resolve()),
         "split": "val",
         "boxes": len(photos.test.boxes),
@@ -149,11 +150,16 @@ def _mark(name: str) -> str:
 def _line(result: dict[str, Any], out: Path) -> str:
     named = ""
     if "error5" in result:
+
+        def errors(kind: str) -> str:  # of five classes or fewer one of five is always the true one
+            five = f" (top-5: {result[f'{kind}5']:.2f} %)" if result["classes"] > 5 else ""
+            return f"{result[f'{kind}1']:.2f} %{five}"
+
         named = (
-            f"; top-5 {result['error5']:.2f} %, top-1 {result['error1']:.2f} %, with the classes of"
-            f" {result['classifier']['net']} ({result['class_error5']:.2f} and {result['class_error1']:.2f} % wrong)"
+            f", {errors('error')} with the class that {result['classifier']['net']} names, whose own classification"
+            f" error is {errors('class_error')}"
         )
     return (
         f"{result['method']}, {result['net']} on {result['data']}, {result['protocol']}: localization error"
-        f" {result['error']:.2f} % with the true class{named}, on {result['images']} images; {out}"
+        f" {result['error']:.2f} % with the true class{named}; on {result['images']} images; {out}"
     )

@@ -16,7 +16,7 @@ from resnet_train.report.figures import Picture
 from resnet_train.report.page import Section
 from resnet_train.report.runs import Begun
 from resnet_train.report.tables import Cell, Table, spread, without_places
-from resnet_train.report.values import number, plain, reading, whole, word
+from resnet_train.report.values import number, plain, reading, test_images, whole, word
 
 # Of a configuration, what must be the same in one table.
 SETTING = (
@@ -33,7 +33,6 @@ MASKS: list[tuple[str, str, int | None]] = [
     ("mask_map50", "of masks, @.5", None),
     ("mask_map", "of masks, @[.5,.95]", None),
 ]
-PAPERS_DATA = {"voc": ("VOCdevkit",), "coco": ("coco", "COCO"), "det": ()}
 PAPERS = {"voc": ("paper, VOC 2007 test", "paper, VOC 2012 test"), "coco": ("paper, COCO val, @.5", "@[.5,.95]")}
 
 
@@ -51,14 +50,16 @@ class Detector:
     iterations: int
     setting: dict[str, Any]
     test: list[dict[str, Any]]  # the lines of the metrics
+    images: int  # of the last test; 0 before the first
+    classes: int | None  # of a finished run
     tests: list[improvements.Test]  # the results of resnet-detect test beside its checkpoints
     command: str
     device: str
 
     @property
     def published(self) -> bool:
-        """Whether the paper has this data set."""
-        return self.data in PAPERS_DATA[self.kind]
+        """Whether tables 7 and 8 are of these test images, by how many they and their classes are."""
+        return self.kind in PAPERS and paper.is_detection_test(self.kind, self.images, self.classes)
 
     @property
     def finished(self) -> bool:
@@ -90,28 +91,35 @@ def find(folders: Begun) -> list[Detector]:
 
 def _read(folder: Path, place: str, metrics: list[dict[str, Any]]) -> Detector:
     config = read_object(folder / "config.json")
-    environment, data = read_if_object(folder / "environment.json"), config["data"]
+    environment, summary = (read_if_object(folder / f"{name}.json") for name in ("environment", "summary"))
+    data = config["data"]
     kind, parts = data["name"], [word(name) for name in data["train"]]
     net = "vgg-16" if config["backbone"] == "vgg16" else f"resnet-{whole(config['depth'])}"
     lines = [line for line in metrics if line["split"] == "test"]
     masks = bool(config["masks"])
+    net += "-pyramid" * bool(config["pyramid"]) + "-context" * bool(config["context"]) + "-masks" * masks
     keys = [key for key, _, _ in COLUMNS[kind] + MASKS * masks]
     test = [
         {"iteration": whole(line["iteration"])} | {key: number(line[key], 0, 100) for key in keys} for line in lines
     ]
+    # The last test of the training, as resnet-detect test would tell it.
+    own = lines[-1] | {"net": net, "iterations": config["iterations"], "list": data["test"]} if lines else {}
+    own |= {"per_class": summary["last"]["per_class"] if summary else {}, "device": environment.get("device", "")}
     return Detector(
         folder=folder,
         place=place,
         kind=kind,
         data=word(metrics[0]["data"]),
-        net=net + "-pyramid" * bool(config["pyramid"]) + "-context" * bool(config["context"]) + "-masks" * masks,
+        net=net,
         source=None if config["init_from"] is None else word(config["init_from"]),
         seed=whole(config["seed"]),
         iterations=whole(config["iterations"], 1),
         setting={"train": parts, "test": word(data["test"]), "classes": plain(data["classes"])}
         | {key: plain(config[key]) for key in SETTING},
         test=test,
-        tests=improvements.find(folder, place),
+        images=whole(lines[-1]["images"]) if lines else 0,
+        classes=len(summary["last"]["per_class"]) if summary else None,
+        tests=improvements.find(folder, place, own),
         command=word(environment.get("command", "")),
         device=word(environment.get("device", "")),
     )
@@ -129,12 +137,14 @@ def _section(group: list[Detector], where: str) -> Section:
     first = group[0]
     runs = f"{len(group)} run{'s' if len(group) > 1 else ''}"
     lists = f"trained on {', '.join(first.setting['train'])}, tested on {first.setting['test']}"
+    lists += f" ({test_images(images)})" if (images := max(run.images for run in group)) else ""
     section = Section(f"Detection on {first.data}: {runs} of {first.iterations:,} iterations, {lists}")
-    if first.published and first.iterations < (papers := paper.DETECTION_ITERATIONS[first.kind]):
+    published = any(run.published for run in group)
+    if published and first.iterations < (papers := paper.DETECTION_ITERATIONS[first.kind]):
         section.warnings.append(f"SHORTENED: {first.iterations:,} of the paper's {papers:,} iterations")
     section.tables = [table(group, where)]
     if tests := [test for run in group for test in run.tests]:
-        section.tables += improvements.tables(tests, where, (*PAPERS_DATA[first.kind], "ILSVRC"))
+        section.tables += improvements.tables(tests, where)
     if any(run.test for run in group):
         caption = f"{COLUMNS[first.kind][0][1]}, on the test images of {first.data}, over iterations."
         section.figures = [Picture(f"detection{where}", caption, functools.partial(_figure, group))]
@@ -148,7 +158,7 @@ def table(group: list[Detector], where: str = "") -> Table:
     """Mean average precision in %, means over the seeds of finished runs; table 7 or 8 where the paper has the data."""
     kind, first = group[0].kind, group[0]
     with_masks = any(MASKS[0][0] in line for run in group for line in run.test)
-    columns, published = COLUMNS[kind] + MASKS * with_masks, first.published
+    columns, published = COLUMNS[kind] + MASKS * with_masks, any(run.published for run in group)
     header = ["detector", *(f"{'ours, ' * published}{name}" for _, name, _ in columns)]
     name, title = "detectors", "Detectors: mAP"
     if published:

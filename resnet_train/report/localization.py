@@ -1,4 +1,4 @@
-"""Tables 13 and 14: what resnet-localize and its test leave, beside the paper's, and the error over iterations."""
+"""What resnet-localize and its test leave, on ILSVRC's images as tables 13 and 14, and the error over iterations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from resnet_train.report.improvements import progress
 from resnet_train.report.page import Section
 from resnet_train.report.runs import Begun
 from resnet_train.report.tables import Cell, Table, without_places
-from resnet_train.report.values import number, reading, whole, word
+from resnet_train.report.values import number, reading, test_images, whole, word
 
 ERRORS = ("error", "error1", "error5", "class_error1", "class_error5")  # of a test, in %
 
@@ -32,14 +32,23 @@ class Localizer:
     iterations: int
     test: list[dict[str, Any]]  # the lines of the metrics
     results: list[dict[str, Any]]  # what resnet-localize test has left beside its checkpoints
+    images: int  # of the last test; 0 before the first
     command: str
     device: str
-    published = False
+
+    @property
+    def published(self) -> bool:
+        """Whether it is tested on as many images as the paper's tables 13 and 14."""
+        return _is_the_papers(self.images)
 
     @property
     def name(self) -> str:
         """The stage and the seed."""
         return f"{paper.LOCALIZATION_METHODS[self.stage]}, seed {self.seed}"
+
+
+def _is_the_papers(images: int) -> bool:
+    return paper.LOCALIZATION_TEST[0] <= images <= paper.LOCALIZATION_TEST[1]
 
 
 def find(folders: Begun) -> list[Localizer]:
@@ -68,6 +77,7 @@ def _read(folder: Path, place: str, metrics: list[dict[str, Any]]) -> Localizer:
             for path in sorted((folder / "checkpoints").glob("*.json"))
             if (found := read_if_object(path)).get("task") == "localization"
         ],
+        images=whole(lines[-1]["images"]) if lines else 0,
         command=word(environment.get("command", "")),
         device=word(environment.get("device", "")),
     )
@@ -77,7 +87,8 @@ def _result(found: dict[str, Any], place: str) -> dict[str, Any]:
     """What a test has measured, as it may be shown."""
     words = {key: word(found[key]) for key in ("method", "net", "data", "protocol", "device")}
     errors = {key: number(found[key], 0, 100) for key in ERRORS if key in found}
-    names = {"classifier": word(found["classifier"]["net"])} if "classifier" in found else {}
+    names: dict[str, Any] = {"classes": whole(found["classes"], 1)}
+    names |= {"classifier": word(found["classifier"]["net"])} if "classifier" in found else {}
     lengths = f"RPN {progress(found)}" + (f", R-CNN {progress(found['rcnn'])}" if "rcnn" in found else "")
     return words | errors | names | {"images": whole(found["images"]), "lengths": lengths, "place": word(place)}
 
@@ -92,14 +103,16 @@ def sections(runs: list[Localizer]) -> list[Section]:
 
 def _section(group: list[Localizer], where: str) -> Section:
     data = group[0].data
-    section = Section(f"Localization on {data}: {len(group)} run{'s' if len(group) > 1 else ''}")
+    images = max(run.images for run in group)
+    seen = f" ({test_images(images)})" if images else ""
+    section = Section(f"Localization on {data}{seen}: {len(group)} run{'s' if len(group) > 1 else ''}")
     by_data: dict[str, list[dict[str, Any]]] = {data: []}
     for run in group:
         for result in run.results:
             by_data.setdefault(result["data"], []).append(result)
     for count, (tested, results) in enumerate(by_data.items()):
         suffix = f"{where}-data-{count + 1}" if count else where
-        section.tables += [_table_13(tested, results, suffix), _table_14(tested, results, suffix)]
+        section.tables += _tables(tested, results, suffix, images if not count else 0)
     if any(run.test for run in group):
         caption = (
             f"Localization error on a center crop of the test images of {data}, true class given, over iterations."
@@ -109,20 +122,34 @@ def _section(group: list[Localizer], where: str) -> Section:
     return section
 
 
-def _table_13(data: str, results: list[dict[str, Any]], where: str) -> Table:
-    """Localization errors with the true class given and with predicted ones; ours, then the paper's."""
-    header = ["", "method", "net", "test", "error with the true class", "top-5", "top-1", "classes by", "their top-5"]
-    made = Table(f"table-13{where}", f"Table 13: localization error in %, ours on {data}", [*header, "their top-1"])
+def _tables(data: str, results: list[dict[str, Any]], where: str, images: int) -> list[Table]:
+    """Of the paper's images tables 13 and 14, which results or else `images` show; of others one of their own."""
+    if any(_is_the_papers(count) for count in (images, *(result["images"] for result in results))):
+        return [_errors(data, results, where, published=True), _systems(data, results, where)]
+    return [_errors(data, results, where, published=False)]
+
+
+def _errors(data: str, results: list[dict[str, Any]], where: str, *, published: bool) -> Table:
+    """Localization errors with the true class given and with predicted ones; ours, then the paper's, if at all."""
+    name, title = ("table-13", "Table 13: localization") if published else ("localizers", "Localization")
+    header = ["", "method", "net", "test", "localization error, true class given"]
+    header += ["localization error, top-5", "localization error, top-1", "classes named by"]
+    header += ["its classification error, top-5", "its classification error, top-1"]
+    made = Table(f"{name}{where}", f"{title} error in %, {'ours on ' * published}{data}", header)
     for result in sorted(results, key=lambda one: (one["method"] != "RPN", one["protocol"], -one["error"])):
         row: list[Cell] = ["ours", result["method"], result["net"], result["protocol"], result["error"]]
         row += [result.get("error5"), result.get("error1"), result.get("classifier")]
         made.rows.append([*row, result.get("class_error5"), result.get("class_error1")])
-    for method, net, test, given, top5, names, their5 in paper.LOCALIZATION:
+    for method, net, test, given, top5, names, their5 in paper.LOCALIZATION if published else ():
         made.rows.append(["paper", method, net, test, given, top5, None, names, their5, None])
-    if results:
-        made.notes.append(f"Not comparable: {_ours(data, results)}; the paper's {paper.LOCALIZATION_DATA}.")
-        made.notes += [f"{one['place']}: {one['lengths']}; on {one['device']}" for one in results]
-    else:
+    if not published and all(result["classes"] <= 5 for result in results):  # one of five is always the true class
+        kept = [place for place, name in enumerate(header) if not name.endswith("top-5")]
+        made.header = [header[place] for place in kept]
+        made.rows = [[row[place] for place in kept] for row in made.rows]
+    made.notes += [
+        f"{one['place']}: {one['lengths']}; {test_images(one['images'])}, on {one['device']}" for one in results
+    ]
+    if not results:
         made.notes.append("Ours: not measured yet; `resnet-localize test checkpoint=…/checkpoints/last.pt dense=true`")
     made.notes.append(
         "An image is wrong where no answer has its class and overlaps one of its boxes of that class by 0.5 or more: of"
@@ -131,12 +158,7 @@ def _table_13(data: str, results: list[dict[str, Any]], where: str) -> Table:
     return made
 
 
-def _ours(data: str, results: list[dict[str, Any]]) -> str:
-    images = " or ".join(sorted({f"{result['images']:,}" for result in results}))
-    return f"ours are of {images} test images of {data}"
-
-
-def _table_14(data: str, results: list[dict[str, Any]], where: str) -> Table:
+def _systems(data: str, results: list[dict[str, Any]], where: str) -> Table:
     """Top-5 localization errors of systems."""
     made = Table(
         f"table-14{where}", f"Table 14: top-5 localization error in %, ours on {data}", ["", "system", "val", "test"]
@@ -146,7 +168,6 @@ def _table_14(data: str, results: list[dict[str, Any]], where: str) -> Table:
         made.rows.append(["ours", name, result["error5"], None])
     for system, (val, test) in paper.LOCALIZATION_SYSTEMS.items():
         made.rows.append(["paper", system, val, test])
-    made.notes.append("Not comparable: see table 13.")
     return made
 
 

@@ -51,6 +51,7 @@ class Run:
     device: str
     precision: str | None  # that auto was, once the run is finished
     parameters: int | None
+    root: str = ""  # of the data, on the machine of the run
     results: list[dict[str, Any]] = field(default_factory=list)  # what resnet-eval has left in the folder
     pages: list[Path] = field(default_factory=list)  # of mistakes, which it leaves with details=true
 
@@ -134,7 +135,22 @@ def find(folders: Iterable[Path]) -> tuple[list[Run], Begun, list[str]]:
             runs.append(read(folder, place, metrics))
     if not runs and not others:
         raise UserError("; ".join(notes) or "there are layer responses and no runs; name the runs too")
+    _name_images(runs)
     return _once(runs, notes), others, notes
+
+
+def _name_images(runs: list[Run]) -> None:
+    """Have settings tell sets of images apart by names, and not by digests: of one label by folder and parent."""
+    digests: dict[str, dict[str, str]] = {}
+    for run in runs:
+        if "images" in run.setting:
+            digests.setdefault(run.data, {}).setdefault(run.setting["images"], "/".join(Path(run.root).parts[-2:]))
+    for run in runs:
+        names = digests.get(run.data, {})
+        if (digest := run.setting.pop("images", None)) and len(names) > 1:
+            name, before = names[digest], list(names)[: list(names).index(digest)]
+            again = sum(names[other] == name for other in before)  # the folder has changed, or is another machine's
+            run.setting["images"] = name + (f" (state {again + 1})" if again else "")
 
 
 def place_of(path: Path, asked: Path) -> str:
@@ -176,7 +192,7 @@ def _run(folder: Path, place: str, config: dict[str, Any], metrics: list[dict[st
     data, precision, parameters = word(metrics[0]["data"]), told.get("precision"), told.get("parameters")
     setting = {"data": data, "protocol": protocol, **_recipe(config, family)}
     if "digest" in told and data not in paper.DATA:  # other images in a folder of the same name; the paper's have one
-        setting["images"] = word(told["digest"])[:12]
+        setting["images"] = word(told["digest"])
     return Run(
         folder=folder,
         place=place,
@@ -195,6 +211,7 @@ def _run(folder: Path, place: str, config: dict[str, Any], metrics: list[dict[st
         precision=None if precision is None else word(precision),
         parameters=None if parameters is None else whole(parameters),
         results=_results(folder),
+        root=word(config["data"]["root"] or ""),
         pages=[path for path in sorted(folder.rglob("*-mistakes.html")) if path.is_file()],
     )
 

@@ -13,6 +13,7 @@ from resnet_train.engine.metrics import read_metrics
 from resnet_train.errors import UserError
 
 LONGEST = 4000  # characters of a string in a run's files
+SMALL = 1000  # test images; of fewer a figure says little
 # What values of another type, form or depth than a run's files have make of the code that reads them.
 MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
 
@@ -50,6 +51,11 @@ def word(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r:.100} is no text")
     return escape_and_clip(value)
+
+
+def test_images(count: int) -> str:
+    """So many test images, in words."""
+    return f"{count:,} test image{'s' if count != 1 else ''}" + (", a small set" if count < SMALL else "")
 
 
 def number(value: Any, least: float = 0.0, most: float = math.inf) -> float:
