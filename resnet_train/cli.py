@@ -36,21 +36,21 @@ from resnet_train.files import expand
 # --- What checks a job, and so gives the arguments of what runs it. Raises UserError ---------------------------------
 
 
-def _check_train(values: Values, asked: list[str]) -> tuple[Any, Path]:
+def _check_train(values: Values, requested: list[str]) -> tuple[Any, Path]:
     for key in ("experiment", "job", "jobs"):  # they have said which net and seed
         values.pop(key, None)
-    _take_launched(values, asked)
+    _take_launched(values, requested)
     if "scale" not in values:
         raise UserError("scale: is missing")
-    config = check_train(values, asked)
-    return config, run_directory(config, asked, values["scale"])
+    config = check_train(values, requested)
+    return config, run_directory(config, requested, values["scale"])
 
 
-def _check_detect(values: Values, asked: list[str]) -> tuple[Any, Path]:
+def _check_detect(values: Values, requested: list[str]) -> tuple[Any, Path]:
     _need_coco()
-    _take_launched(values, asked)
-    config = detection.check_detect(values, asked)
-    return config, detection.run_directory(config, asked)
+    _take_launched(values, requested)
+    config = detection.check_detect(values, requested)
+    return config, detection.run_directory(config, requested)
 
 
 def _check_detect_test(values: Values, _: list[str]) -> tuple[Any]:
@@ -64,24 +64,24 @@ def _need_coco() -> None:
         raise UserError("resnet-detect needs faster-coco-eval: pip install 'resnet-train[detection]'")
 
 
-def _check_localize(values: Values, asked: list[str]) -> tuple[Any, Path]:
-    _take_launched(values, asked)
-    config = localization.check_localize(values, asked)
-    return config, localization.run_directory(config, asked)
+def _check_localize(values: Values, requested: list[str]) -> tuple[Any, Path]:
+    _take_launched(values, requested)
+    config = localization.check_localize(values, requested)
+    return config, localization.run_directory(config, requested)
 
 
-def _take_launched(values: Values, asked: list[str]) -> None:
+def _take_launched(values: Values, requested: list[str]) -> None:
     """Take the number of processes from a launcher, if there is one, which alone may say it."""
     if launcher_world_size():
         for key in ("devices", "max_restarts"):
-            if key in asked:
+            if key in requested:
                 raise UserError(f"{key}={values.get(key)}: that is the launcher's to say, such as torchrun; remove it")
         values["devices"] = launcher_world_size()
 
 
-def _check_weights(values: Values, asked: list[str]) -> tuple[WeightsConfig, dict[str, Values]]:
+def _check_weights(values: Values, requested: list[str]) -> tuple[WeightsConfig, dict[str, Values]]:
     """Of an import also what a training run would have, for each family of nets that it may be."""
-    config = check_weights(values, asked)
+    config = check_weights(values, requested)
     names = {"imagenet": "imagenet", "cifar": "cifar10"}
     if config.data.name != "auto":
         names = dict.fromkeys(names, config.data.name)
@@ -100,9 +100,9 @@ def _with_images(check: Callable[[Values, list[str]], Any]) -> Check:
     return checked
 
 
-def _check_features(values: Values, asked: list[str]) -> tuple[Any, ...]:
+def _check_features(values: Values, requested: list[str]) -> tuple[Any, ...]:
     images = values.pop("images")
-    return *check_features(values, images, asked), images
+    return *check_features(values, images, requested), images
 
 
 # --- Two commands that do two things each ----------------------------------------------------------------------------

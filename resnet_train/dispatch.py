@@ -176,17 +176,17 @@ def _prepare_all(
         empty = [item for item in overrides if not jobs_of(command.name, [item], sweep=True)]
         what = "is no value at all, and the sweep without a job; write the values out, as in seed=0,1,2"
         raise UserError(f"{' '.join(empty)}: {what}")
-    for asked in jobs:
-        values = compose(command.name, asked, line.package)
+    for overrides in jobs:
+        values = compose(command.name, overrides, line.package)
         if "images" in command.words and "images" in values:
             raise UserError("images: there is no such key; images are words without a =")
         if line.cfg and not command.data:
             continue
         found = prepare(
-            command, values | ({"images": images} if "images" in command.words else {}), asked, sweep, line.cfg
+            command, values | ({"images": images} if "images" in command.words else {}), overrides, sweep, line.cfg
         )
         if command.data and found[1] in [directory for _, directory in prepared]:
-            named = any(item.startswith("run_dir=") for item in asked)
+            named = any(item.startswith("run_dir=") for item in overrides)
             what = "a value named twice, or the key that the jobs themselves set"
             what = "run_dir=" if named else f"{what}, or one that no folder is named after, such as compile"
             raise UserError(f"run_dir: two jobs of the sweep would share {found[1]}; leave out {what}")

@@ -354,7 +354,7 @@ def _last_name(node):
 def unread(keys):
     """The keys that no code reads: config.KEY, args.KEY (resnet-eval), self.KEY (Config's own) or GROUP.KEY."""
     found = reads()
-    owners = {key: [key.split(".")[-2]] if "." in key else ["config", "args", "asked", "self"] for key in keys}
+    owners = {key: [key.split(".")[-2]] if "." in key else ["config", "args", "self"] for key in keys}
     return {key for key in keys if not any((owner, key.split(".")[-1]) in found for owner in owners[key])}
 
 

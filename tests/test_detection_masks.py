@@ -473,11 +473,12 @@ def test_the_test_of_a_checkpoint_gives_box_and_mask_ap_as_logged_on_one_process
     assert set(point.values) >= {"map", "map50", "mask_map", "mask_map50"}
     assert point.values["map50"] > 0
     assert point.values["mask_map50"] is not None
-    words = ("test", f"checkpoint={path}", "device=cpu")
-    told = command_here("detect", *words, "out=alone.json")
-    figures = [f"{point.values[key]:.2f}" for key in ("map", "map50", "mask_map", "mask_map50")]
-    assert "{} by COCO's @[.5,.95] (at .5 {}; of masks {}, at .5 {})".format(*figures) in told
-    as_one_of(2, tmp_path, "from resnet_train.cli import detect; detect()", *words, "out=pair.json")
+    command = ("test", f"checkpoint={path}", "device=cpu")
+    told = command_here("detect", *command, "out=alone.json")
+    figures = [f"{point.values[key]:.2f}" for key in ("map", "map50", "map07", "mask_map", "mask_map50")]
+    words = "mAP {} % by COCO's rule @[.5,.95], {} % @.5, {} % by VOC 2007's; of masks {} %, {} % @.5, on 4 images"
+    assert words.format(*figures) in told
+    as_one_of(2, tmp_path, "from resnet_train.cli import detect; detect()", *command, "out=pair.json")
     for name in ("alone.json", "pair.json"):
         found = json.loads((tmp_path / name).read_text())
         assert {key: found[key] for key in point.values} == point.values

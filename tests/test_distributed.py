@@ -43,8 +43,10 @@ TORCHRUN += ["--nproc-per-node=2", "--no-python"]
 # 360 test images make seven batches and a rest, 137 for validation two.
 LONG = [*DIGITS, "bn_images=32", "precision=fp64", "iterations=50", "log_every=1", "eval_every=25"]
 LONG += ["eval_batch_size=50", "run_dir=run"]
-SHAPED = ("parts", "sweep/64", "sweep/32", "torchrun", "there and back")  # what should be as the one run of one process
-EVALUATED = {"two by one": ("torchrun", 1), "two by three": ("sweep/64", 3)}
+LAUNCHED = pytest.param("torchrun", marks=pytest.mark.long)
+# What should be as the one run of one process.
+SHAPED = ("parts", "sweep/64", "sweep/32", LAUNCHED, "there and back")
+EVALUATED = {"two by one": ("sweep/32", 1), "two by three": ("sweep/64", 3)}
 
 
 def finished(*line):
@@ -84,15 +86,17 @@ JOBS = {
     "there and back": there_and_back,
     "one": finished(*start(*LONG)),
     "parts": finished(*start(*LONG, "device_batch_size=32")),
-    "torchrun": finished(*TORCHRUN, str(Path(sys.executable).parent / "resnet-train"), *LONG),
     "several 2": lambda folder: as_one_of(2, folder, "import distributed_worker; distributed_worker.job('.')()"),
     "several 4": lambda folder: as_one_of(4, folder, "import distributed_worker; distributed_worker.job('.')()"),
 }
 
+# Begun where a test asks for it: each of its processes is a new one, which imports torch.
+TORCHRUN_JOB = finished(*TORCHRUN, str(Path(sys.executable).parent / "resnet-train"), *LONG)
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Folder and output of a job by its name. Two run at a time, all of them once the first is asked for."""
+    """Folder and output of a job by its name. Two run at a time, all but torchrun's once the first is asked for."""
     base, jobs = tmp_path_factory.mktemp("runs"), {}
 
     def evaluated(name, devices):
@@ -104,12 +108,17 @@ def runs(tmp_path_factory):
         return job
 
     def got(name):
+        if name == "torchrun" and name not in jobs:
+            begin(name, TORCHRUN_JOB)
         return base / name, jobs[name.split("/")[0]].result()
+
+    def begin(name, job):
+        (base / name).mkdir()
+        jobs[name] = pool.submit(job, base / name)
 
     with ThreadPoolExecutor(2) as pool:
         for name, job in (JOBS | {name: evaluated(*what) for name, what in EVALUATED.items()}).items():
-            (base / name).mkdir()
-            jobs[name] = pool.submit(job, base / name)
+            begin(name, job)
         yield got
         pool.shutdown(cancel_futures=True)
 
@@ -450,7 +459,7 @@ def files(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sweep/64", "sweep/32", "torchrun"])
+@pytest.mark.parametrize("name", ["sweep/64", "sweep/32", LAUNCHED])
 def test_several_processes_leave_the_files_of_one(runs, name):
     """The others write no directory, no log, no TensorBoard."""
     assert files(runs(name)[0]) == files(runs("one")[0])
@@ -462,7 +471,7 @@ def heads(printed):
     return [line.split(":")[0] for line in printed.splitlines() if ": starting" not in line]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_under_torchrun_one_process_prints(runs):
     theirs, mine = runs("one")[1], runs("torchrun")[1]
     assert len(set(heads(theirs))) == len(heads(theirs)) == 2 + 50 + 2 * 2 + 2

@@ -75,14 +75,14 @@ class BoxTestData:
 C = TypeVar("C", bound=BoxConfig)
 
 
-def check_boxes(config: BoxConfig, asked: Collection[str], reader: str) -> None:
+def check_boxes(config: BoxConfig, requested: Collection[str], reader: str) -> None:
     """Refuse what neither command can have; the value of the key `reader` says which keys are read. Raises UserError.
 
-    `asked` are the keys that the user named.
+    `requested` are the keys that the user named.
     """
     check_paths({"data.root": config.data.root, "run_dir": config.run_dir, "init_from": config.init_from})
     for key in unread_keys(type(config), kind := getattr(config, reader)):
-        if key in asked:
+        if key in requested:
             value = format_value(getattr(config, key))
             raise UserError(f"{key}={value}: is not used by {reader}={kind}; remove it")
     if config.devices != "auto":
@@ -114,19 +114,19 @@ def with_absolute_paths(config: C) -> C:
     return dataclasses.replace(config, data=anchored(config.data), init_from=source)
 
 
-def with_test_data(config: C, asked: BoxTestData) -> C:
+def with_test_data(config: C, requested: BoxTestData) -> C:
     """A checkpoint's configuration, on the images that the command line names, if any."""
-    given = {key: value for key, value in dataclasses.asdict(asked).items() if value is not None}
+    given = {key: value for key, value in dataclasses.asdict(requested).items() if value is not None}
     return dataclasses.replace(config, data=dataclasses.replace(config.data, **given))
 
 
-def run_directory(config: BoxConfig, asked: Collection[str], task: str, kind: str, shown: Collection[str]) -> Path:
-    """Where the run goes: `run_dir`, or runs/DATA-TASK/KIND/ and the values of the other keys that were `asked` for.
+def run_directory(config: BoxConfig, requested: Collection[str], task: str, kind: str, shown: Collection[str]) -> Path:
+    """Where the run goes: `run_dir`, or runs/DATA-TASK/KIND/ and the values of the other keys that were `requested`.
 
     `shown` are the keys that `kind` tells.
     """
     if config.run_dir is not None:
         return expand(config.run_dir)
-    named = set(asked) - {"data", "seed", *shown} - unnamed(type(config))
+    named = set(requested) - {"data", "seed", *shown} - unnamed(type(config))
     place = Path("runs") / f"{plain_word(config.data_label) or 'images'}-{task}" / kind
     return place / run_name(flat(config.plain()), named, config.seed)

@@ -91,24 +91,24 @@ class PredictConfig:
     out: str
 
 
-def check_detect(values: Mapping[str, Any], asked: Collection[str] = ()) -> DetectConfig:
-    """The checked configuration of a run from plain, resolved `values`; `asked` are the keys that the user named.
+def check_detect(values: Mapping[str, Any], requested: Collection[str] = ()) -> DetectConfig:
+    """The checked configuration of a run from plain, resolved `values`; `requested` are the keys that the user named.
 
     Looks at the command line and at directory listings only. Raises UserError.
     """
     data = {**values["data"], "train": as_list(values["data"]["train"])}
     config = from_dict(DetectConfig, {**values, "data": data})
-    boxes.check_boxes(config, asked, "backbone")
+    boxes.check_boxes(config, requested, "backbone")
     _check_backbone(config)
     if config.max_size < config.min_size:
         raise UserError(f"max_size={config.max_size}: is below min_size={config.min_size}")
     if config.freeze is not None and config.init_from is None:
-        if "freeze" in asked:
+        if "freeze" in requested:
             raise UserError(f"freeze={config.freeze}: would keep random weights; add init_from=, or remove it")
         config = dataclasses.replace(config, freeze=None)
     if not config.data.train:
         raise UserError("data.train=[]: name at least one list")
-    _check_data(config.data, {"data.train": config.data.train, "data.test": [config.data.test]}, asked or None)
+    _check_data(config.data, {"data.train": config.data.train, "data.test": [config.data.test]}, requested or None)
     return boxes.with_absolute_paths(config)
 
 
@@ -123,10 +123,10 @@ def _check_backbone(config: DetectConfig) -> None:
         raise UserError(f"masks=true: data={config.data.name} has boxes alone; use data=coco, or remove it")
 
 
-def _check_data(data: DetectData, named: Mapping[str, list[str]], asked: Collection[str] | None = None) -> None:
+def _check_data(data: DetectData, named: Mapping[str, list[str]], requested: Collection[str] | None = None) -> None:
     """Refuse what a look at the folder shows to be wrong, such as lists that keys name. Raises UserError.
 
-    Keys that were not `asked` for, where that is said, have the names of the data set's own lists.
+    Keys that were not `requested`, where that is said, have the names of the data set's own lists.
     """
     if data.root is None:
         raise UserError(f"data.root: data={data.name} needs one: data.root=PATH")
@@ -139,7 +139,7 @@ def _check_data(data: DetectData, named: Mapping[str, list[str]], asked: Collect
             if not there:
                 raise UserError(f"data.root={data.root}: has no {LIST_FILES[data.name]}")
             if name not in there and not list_file(root, data.name, name).is_file():
-                if asked is not None and key not in asked:
+                if requested is not None and key not in requested:
                     likely = min(there, key=lambda one: (not one.startswith(key[5:]), "val" not in one))
                     way = f"{key}=[{likely}]" if key == "data.train" else f"{key}={likely}"
                     raise UserError(
@@ -179,9 +179,9 @@ def _check_test_list(data: DetectTestData, checkpoint: Path) -> None:
         raise UserError(f"data.test={data.test}: {given} has {', '.join(there)}{nearest(data.test, there)}")
 
 
-def with_test_data(config: DetectConfig, asked: DetectTestData) -> DetectConfig:
+def with_test_data(config: DetectConfig, requested: DetectTestData) -> DetectConfig:
     """A checkpoint's configuration, on the pictures that the command line names, if any. Raises UserError."""
-    tested = boxes.with_test_data(config, asked)
+    tested = boxes.with_test_data(config, requested)
     _check_data(tested.data, {"data.test": [tested.data.test]})
     return tested
 
@@ -217,7 +217,7 @@ def config_from_checkpoint(values: Any) -> DetectConfig:
         raise UserError(f"the stored configuration cannot be read: {error}") from error
 
 
-def run_directory(config: DetectConfig, asked: Collection[str]) -> Path:
-    """Where the run goes: `run_dir`, or runs/DATA-detection/NET/ and the values of other keys that were `asked` for."""
+def run_directory(config: DetectConfig, requested: Collection[str]) -> Path:
+    """Where the run goes: `run_dir`, or runs/DATA-detection/NET/ and the values of other keys that were `requested`."""
     shown = ("backbone", "depth", "pyramid", "context", "masks")
-    return boxes.run_directory(config, asked, "detection", config.net, shown)
+    return boxes.run_directory(config, requested, "detection", config.net, shown)

@@ -46,14 +46,14 @@ class LocalizeTestConfig:
     out: str | None
 
 
-def check_localize(values: Mapping[str, Any], asked: Collection[str] = ()) -> LocalizeConfig:
-    """The checked configuration of a run from plain, resolved `values`; `asked` are the keys that the user named.
+def check_localize(values: Mapping[str, Any], requested: Collection[str] = ()) -> LocalizeConfig:
+    """The checked configuration of a run from plain, resolved `values`; `requested` are the keys that the user named.
 
     Looks at the command line and at directory listings only. Raises UserError.
     """
     config = from_dict(LocalizeConfig, values)
     check_paths({"rpn": config.rpn})
-    boxes.check_boxes(config, asked, "stage")
+    boxes.check_boxes(config, requested, "stage")
     _check_tree(config.data.root)
     if config.stage == "rcnn":
         if config.rpn is None:
@@ -92,9 +92,9 @@ def check_localize_test(values: Mapping[str, Any]) -> LocalizeTestConfig:
     return dataclasses.replace(config, data=anchored(config.data))
 
 
-def with_test_data(config: LocalizeConfig, asked: boxes.BoxTestData) -> LocalizeConfig:
+def with_test_data(config: LocalizeConfig, requested: boxes.BoxTestData) -> LocalizeConfig:
     """A checkpoint's configuration, on the images that the command line names, if any. Raises UserError."""
-    tested = boxes.with_test_data(config, asked)
+    tested = boxes.with_test_data(config, requested)
     _check_tree(tested.data.root, train=False)
     return tested
 
@@ -107,6 +107,6 @@ def config_from_checkpoint(values: Any) -> LocalizeConfig:
         raise UserError(f"the stored configuration cannot be read: {error}") from error
 
 
-def run_directory(config: LocalizeConfig, asked: Collection[str]) -> Path:
-    """Where the run goes: `run_dir`, or runs/DATA-localization/STAGE/ and the values of keys that were `asked` for."""
-    return boxes.run_directory(config, asked, "localization", config.stage, ["stage"])
+def run_directory(config: LocalizeConfig, requested: Collection[str]) -> Path:
+    """Where the run goes: `run_dir`, or runs/DATA-localization/STAGE/ and the values of keys that were `requested`."""
+    return boxes.run_directory(config, requested, "localization", config.stage, ["stage"])

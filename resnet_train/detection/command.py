@@ -50,25 +50,25 @@ class Member:
         }
 
 
-def evaluate_checkpoints(options: DetectTestConfig) -> None:
+def evaluate_checkpoints(args: DetectTestConfig) -> None:
     """Print and write the average precision of one checkpoint, or of several as an ensemble. Raises UserError.
 
     With nothing switched on, the figures that training logged, from the file and the pictures alone.
     """
-    device = pick_device(options.device)
-    with process_group(device, options.timeout):
-        _evaluate(options, device)
+    device = pick_device(args.device)
+    with process_group(device, args.timeout):
+        _evaluate(args, device)
 
 
-def _evaluate(options: DetectTestConfig, device: torch.device) -> None:
-    members = [_member(expand(name), options) for name in options.checkpoint]
+def _evaluate(args: DetectTestConfig, device: torch.device) -> None:
+    members = [_member(expand(name), args) for name in args.checkpoint]
     first, one = members[0], len(members) == 1
-    raise_on_all_ranks(lambda: _check_members(members, options.scales))
-    examples = raise_on_all_ranks(lambda: _read(members, options.scales or []))
+    raise_on_all_ranks(lambda: _check_members(members, args.scales))
+    examples = raise_on_all_ranks(lambda: _read(members, args.scales or []))
     models, precisions = zip(*raise_on_all_ranks(lambda: [_restore(member, device) for member in members]), strict=True)
     start = time.perf_counter()
     measured, _ = evaluate(
-        Ensemble(models, precisions, refine=options.refine, scales=options.scales or ()),
+        Ensemble(models, precisions, refine=args.refine, scales=args.scales or ()),
         examples.test,
         classes=examples.classes,
         category_ids=examples.category_ids,
@@ -86,16 +86,16 @@ def _evaluate(options: DetectTestConfig, device: torch.device) -> None:
         "images": len(examples.test) - measured.get("skipped", 0),
         "boxes": sum(len(example.boxes) for example in examples.test),
         "faults": examples.faults,
-        "protocol": _protocol(options, len(members)),
-        "refine": options.refine,
-        "scales": options.scales,
+        "protocol": _protocol(args, len(members)),
+        "refine": args.refine,
+        "scales": args.scales,
         **measured,
         "precision": " and ".join(sorted(set(precisions))),
         "device": str(device),
         "seconds": time.perf_counter() - start,
     }
     if is_main():
-        out = expand(options.out) if options.out else _default_out(members, options)
+        out = expand(args.out) if args.out else _default_out(members, args)
         write_result(out, result)
         say(_line(members, examples, result, out))
         if first.config.data.test in first.config.data.train:
@@ -104,9 +104,9 @@ def _evaluate(options: DetectTestConfig, device: torch.device) -> None:
             say(f"note: left out or cut: {', '.join(f'{count} {kind}' for kind, count in examples.faults.items())}")
 
 
-def _member(path: Path, options: DetectTestConfig) -> Member:
+def _member(path: Path, args: DetectTestConfig) -> Member:
     state = on_rank_zero(lambda: checkpoint.load_without_momentum(path, kind="detector"))
-    config = raise_on_all_ranks(lambda: with_test_data(config_from_checkpoint(state["config"]), options.data))
+    config = raise_on_all_ranks(lambda: with_test_data(config_from_checkpoint(state["config"]), args.data))
     return Member(path, config, state)
 
 
@@ -149,27 +149,25 @@ def _restore(member: Member, device: torch.device) -> tuple[Detector, str]:
     return restore(model, member.state, member.path, device)
 
 
-def _protocol(options: DetectTestConfig, count: int) -> str:
+def _protocol(args: DetectTestConfig, count: int) -> str:
     """How the images are looked at, in words."""
     words = [PROTOCOL]
     words += [f"{count} detectors on the union of their proposals, averaged"] if count > 1 else []
-    listed = ", ".join(map(str, options.scales or []))
-    words += (
-        [f"regions at two of the scales {listed}, where their area is nearest to 224x224"] if options.scales else []
-    )
-    words += [f"boxes refined once, votes from an overlap of {VOTERS}"] if options.refine else []
+    listed = ", ".join(map(str, args.scales or []))
+    words += [f"regions at two of the scales {listed}, where their area is nearest to 224x224"] if args.scales else []
+    words += [f"boxes refined once, votes from an overlap of {VOTERS}"] if args.refine else []
     return "; ".join(words)
 
 
-def _default_out(members: list[Member], options: DetectTestConfig) -> Path:
+def _default_out(members: list[Member], args: DetectTestConfig) -> Path:
     """Beside the first checkpoint, named after what was measured."""
     first = members[0]
     words = [first.path.stem] if len(members) == 1 else [f"ensemble-of-{len(members)}"]
     label, trained = first.config.data_label, config_from_checkpoint(first.state["config"]).data.root
     elsewhere = expand(first.config.data.root or "").resolve() != expand(trained or "").resolve()
     words += [plain_word(label)] if label != first.state["label"] else ["elsewhere"] if elsewhere else []
-    words += ["refine"] if options.refine else []
-    words += ["scales", *map(str, options.scales)] if options.scales else []
+    words += ["refine"] if args.refine else []
+    words += ["scales", *map(str, args.scales)] if args.scales else []
     return first.path.with_name("-".join([*words, plain_word(first.config.data.test)]) + ".json")
 
 

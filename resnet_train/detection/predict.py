@@ -24,9 +24,9 @@ from resnet_train.terminal import say
 SHOWN = 10  # detections of an image that are printed, those with the highest scores
 
 
-def predict(options: PredictConfig, images: list[str]) -> None:
+def predict(args: PredictConfig, images: list[str]) -> None:
     """Print what is found in each image, draw it, and write it as JSON. Raises UserError for a broken image."""
-    device, path, out = pick_device(options.device), expand(options.checkpoint), expand(options.out)
+    device, path, out = pick_device(args.device), expand(args.checkpoint), expand(args.out)
     state = checkpoint.load(path, kind="detector")
     config, classes = config_from_checkpoint(state["config"]), state["classes"]
     model, precision = restore(build_like_checkpoint(config, state)[0], state, path, device)
@@ -35,16 +35,16 @@ def predict(options: PredictConfig, images: list[str]) -> None:
         image = read_image(expand(name))
         check_shape(name, image.shape[1:], config.min_size, config.max_size)
         (detected,) = detections(model, [image.to(device)], precision)
-        rows = _rows(likely(detected, options.score), classes, image.shape[1:])
+        rows = _rows(likely(detected, args.score), classes, image.shape[1:])
         picture = out / f"{Path(name).stem}.png"
         png = io.BytesIO()
-        drawn = draw_detections(image, detected, classes, options.score)
+        drawn = draw_detections(image, detected, classes, args.score)
         Image.fromarray(drawn.permute(1, 2, 0).numpy()).save(png, "PNG")
         write_whole(picture, png.getvalue())
         times = enlarged(image.shape[1:])
         results.append({"image": name, "picture": str(picture), "enlarged": times, "found": rows})
         larger = f", drawn {times} times as large" if times > 1 else ""
-        say(f"{name}: {len(rows)} found with a score of {options.score:g} or more, {picture}{larger}")
+        say(f"{name}: {len(rows)} found with a score of {args.score:g} or more, {picture}{larger}")
         for row in rows[:SHOWN]:
             left, top, right, bottom = row["box"]
             place = f"left {left:.0f}, top {top:.0f}, right {right:.0f}, bottom {bottom:.0f}"
@@ -52,7 +52,7 @@ def predict(options: PredictConfig, images: list[str]) -> None:
         if len(rows) > SHOWN:
             say(f"  and {len(rows) - SHOWN} more, in {out / 'detections.json'}")
     named: dict[str, Any] = {"checkpoint": str(path.absolute()), "net": config.net, "data": config.data_label}
-    named |= {"score": options.score, "iteration": state["iteration"], "boxes": "left, top, right, bottom, in pixels"}
+    named |= {"score": args.score, "iteration": state["iteration"], "boxes": "left, top, right, bottom, in pixels"}
     named |= {"masks": "run lengths, as pycocotools reads them"} if config.masks else {}
     write_result(out / "detections.json", {**named, "images": results})
 

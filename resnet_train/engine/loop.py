@@ -135,7 +135,7 @@ class Stop:
     def __init__(self) -> None:
         self.signal = 0
         self.parent = PARENT if "TORCHELASTIC_RUN_ID" in os.environ else None
-        self.asked: tuple[Any, Tensor] | None = None
+        self.pending: tuple[Any, Tensor] | None = None
         for number in SIGNALS:
             signal.signal(number, self._set)
 
@@ -155,14 +155,14 @@ class Stop:
             self.signal = self.signal or signal.SIGTERM
         if world_size() == 1:
             return self.signal != 0
-        if self.asked is not None:
-            work, answer = self.asked
+        if self.pending is not None:
+            work, answer = self.pending
             work.wait()
             if answer:
                 self.signal = int(answer)
                 return True
         answer = torch.tensor(self.signal)
-        self.asked = torch.distributed.all_reduce(answer, torch.distributed.ReduceOp.MAX, async_op=True), answer
+        self.pending = torch.distributed.all_reduce(answer, torch.distributed.ReduceOp.MAX, async_op=True), answer
         return False
 
     def settle(self) -> None:
@@ -171,9 +171,9 @@ class Stop:
         Signal handlers keep this object to the end of the process. With it a question in flight would keep threads of a
         process group that is gone, and the process could abort as it ends.
         """
-        if self.asked is not None:
-            self.asked[0].wait()
-            self.asked = None
+        if self.pending is not None:
+            self.pending[0].wait()
+            self.pending = None
 
 
 class Clock:

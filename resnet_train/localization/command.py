@@ -29,25 +29,25 @@ from resnet_train.paper import LOCALIZATION_METHODS
 from resnet_train.terminal import say
 
 
-def evaluate_checkpoint(options: LocalizeTestConfig) -> None:
+def evaluate_checkpoint(args: LocalizeTestConfig) -> None:
     """Print and write the localization error of a checkpoint, by ILSVRC's rule. Raises UserError.
 
     On a center crop with the true class given it is what training logged.
     """
-    device = pick_device(options.device)
-    with process_group(device, options.timeout):
-        _evaluate(options, device)
+    device = pick_device(args.device)
+    with process_group(device, args.timeout):
+        _evaluate(args, device)
 
 
-def _evaluate(options: LocalizeTestConfig, device: torch.device) -> None:
-    path = expand(options.checkpoint)
+def _evaluate(args: LocalizeTestConfig, device: torch.device) -> None:
+    path = expand(args.checkpoint)
     state = on_rank_zero(lambda: checkpoint.load_without_momentum(path, kind=KIND))
     rpn, backbone, trained_as = raise_on_all_ranks(lambda: load_predictor(path, state, "rpn", device))
-    config = raise_on_all_ranks(lambda: with_test_data(trained_as, options.data))
+    config = raise_on_all_ranks(lambda: with_test_data(trained_as, args.data))
     classes, data, root = state["classes"], config.data, Path(config.data.root or "")
-    sides = dense_sides(rpn.crop, options.scales) if options.dense else None
-    rcnn, of_rcnn = _open_rcnn(options.rcnn, classes, device) if options.rcnn else (None, {})
-    classify, of_names = _open_names(options.classifier, classes, sides, device) if options.classifier else (None, {})
+    sides = dense_sides(rpn.crop, args.scales) if args.dense else None
+    rcnn, of_rcnn = _open_rcnn(args.rcnn, classes, device) if args.rcnn else (None, {})
+    classify, of_names = _open_names(args.classifier, classes, sides, device) if args.classifier else (None, {})
     photos = raise_on_all_ranks(lambda: read_tree(root, broken=data.broken, classes=classes))
     start = time.perf_counter()
     measured = evaluate(
@@ -81,7 +81,7 @@ def _evaluate(options: LocalizeTestConfig, device: torch.device) -> None:
         "seconds": time.perf_counter() - start,
     }
     if is_main():
-        out = expand(options.out) if options.out else _default_out(path, options, config, trained_as)
+        out = expand(args.out) if args.out else _default_out(path, args, config, trained_as)
         write_result(out, result)
         say(_line(result, out))
         if photos.faults:
@@ -125,13 +125,13 @@ def _protocol(crop: int, sides: Sequence[int] | None, *, named: bool) -> str:
     return f"dense, shorter side at {', '.join(map(str, sides))}" + ("; classes without mirror images" if named else "")
 
 
-def _default_out(path: Path, options: LocalizeTestConfig, tested: LocalizeConfig, trained: LocalizeConfig) -> Path:
+def _default_out(path: Path, args: LocalizeTestConfig, tested: LocalizeConfig, trained: LocalizeConfig) -> Path:
     """Beside the checkpoint, named after the data, R-CNN and classifier that were measured."""
     elsewhere = expand(tested.data.root or "").resolve() != expand(trained.data.root or "").resolve()
     label = plain_word(tested.data_label)
     words = [path.stem, *([f"elsewhere-{label}-{_mark(tested.data.root or '')}"] if elsewhere else [])]
-    words += ["dense" if options.dense else "center", *map(str, options.scales or [])]
-    for word, name in (("rcnn", options.rcnn), ("top5", options.classifier)):
+    words += ["dense" if args.dense else "center", *map(str, args.scales or [])]
+    for word, name in (("rcnn", args.rcnn), ("top5", args.classifier)):
         words += [f"{word}-{_run_of(expand(name))}-{_mark(name)}"] if name else []
     return path.with_name("-".join([*words, "test"]) + ".json")
 

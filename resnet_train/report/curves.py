@@ -56,12 +56,12 @@ def interval_means(points: Sequence[Point], ends: Sequence[float]) -> list[float
 @contextlib.contextmanager
 def plain_matplotlib() -> Iterator[None]:
     """matplotlib for files only: no display, none of the user's settings, and text is text (`a$_$b` no mathematics)."""
-    asked = os.environ.pop("MPLBACKEND", None)  # read at the first import, which fails for one that there is not
+    backend = os.environ.pop("MPLBACKEND", None)  # read at the first import, which fails for one that there is not
     try:
         import matplotlib
     finally:
-        if asked is not None:
-            os.environ["MPLBACKEND"] = asked
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
     with matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)

@@ -23,16 +23,16 @@ from resnet_train.report.values import MALFORMED, escape_and_clip, number
 from resnet_train.terminal import say
 
 
-def report(asked: ReportConfig) -> None:
+def report(args: ReportConfig) -> None:
     """Write the report of the runs that were named, or of complexity; one line for each file to look at.
 
     Raises UserError.
     """
-    out = expand(asked.out)
+    out = expand(args.out)
     notes: list[str] = []
     if importlib.util.find_spec("bokeh") is None:
         raise UserError("resnet-report needs Bokeh: pip install 'resnet-train[report]'")
-    if asked.report == "complexity":
+    if args.report == "complexity":
         from resnet_train.report.complexity import complexity_table
 
         sections = [Section("Parameters and multiply-adds of every net of tables 1 and 6", tables=[complexity_table()])]
@@ -40,7 +40,7 @@ def report(asked: ReportConfig) -> None:
         for line in page.markdown_table(sections[0].tables[0]).splitlines():
             say(line)
     else:
-        folders = [expand(name) for name in asked.runs]
+        folders = [expand(name) for name in args.runs]
         found, places, notes = runs.find(folders)
         detectors, localizers = detection.find(places), localization.find(places)
         _check_out(out, [*(run.folder for run in found), *places])
@@ -55,20 +55,20 @@ def report(asked: ReportConfig) -> None:
         say(f"note: {note}")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if asked.report == "runs":
+        if args.report == "runs":
             sections = [*(_sections(groups, folders, out) if groups else []), *detection.sections(detectors)]
             sections += localization.sections(localizers)
-        _write(asked, title, notes, sections, out)
+        _write(args, title, notes, sections, out)
     except OSError as error:
         raise UserError(f"out={out}: cannot be written: {error.strerror}") from error
     say(f"{out / 'index.html'}")
-    if asked.open:
+    if args.open:
         webbrowser.open((out / "index.html").resolve().as_uri())
 
 
-def _write(asked: ReportConfig, title: str, notes: list[str], sections: list[Section], out: Path) -> None:
-    which = asked.runs if asked.report == "runs" else ["complexity"]
-    command = shlex.join(["resnet-report", *which, f"out={asked.out}"])
+def _write(args: ReportConfig, title: str, notes: list[str], sections: list[Section], out: Path) -> None:
+    which = args.runs if args.report == "runs" else ["complexity"]
+    command = shlex.join(["resnet-report", *which, f"out={args.out}"])
     intro = [f"Made by `{tables.without_places(escape_and_clip(command))}`.", *(f"Note: {note}." for note in notes)]
     tabular = [table for section in sections for table in (section.verdict, *section.tables) if table]
     everyone = [run for section in sections for run in section.runs]

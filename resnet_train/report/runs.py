@@ -153,9 +153,9 @@ def _name_images(runs: list[Run]) -> None:
             run.setting["images"] = name + (f" (state {again + 1})" if again else "")
 
 
-def place_of(path: Path, asked: Path) -> str:
-    """A path inside the folder that was asked for, without what lies above it on this machine."""
-    return escape_and_clip(str(path.relative_to(asked.parent) if asked.is_absolute() else path))
+def place_of(path: Path, folder: Path) -> str:
+    """A path inside `folder`, without what lies above it on this machine."""
+    return escape_and_clip(str(path.relative_to(folder.parent) if folder.is_absolute() else path))
 
 
 def _once(runs: list[Run], notes: list[str]) -> list[Run]:
