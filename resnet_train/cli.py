@@ -47,15 +47,16 @@ def _check_train(values: Values, requested: list[str]) -> tuple[Any, Path]:
 
 
 def _check_detect(values: Values, requested: list[str]) -> tuple[Any, Path]:
-    _need_coco()
     _take_launched(values, requested)
     config = detection.check_detect(values, requested)
+    _need_coco()
     return config, detection.run_directory(config, requested)
 
 
 def _check_detect_test(values: Values, _: list[str]) -> tuple[Any]:
+    config = detection.check_test(values)
     _need_coco()
-    return (detection.check_test(values),)
+    return (config,)
 
 
 def _need_coco() -> None:

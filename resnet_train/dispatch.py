@@ -34,10 +34,10 @@ from resnet_train.config.compose import (
     expand_words,
     explain,
     jobs_of,
-    keys_asked,
     name_words,
     parse,
     plain,
+    requested_keys,
     with_jobs,
 )
 from resnet_train.console import (
@@ -196,7 +196,7 @@ def _prepare_all(
 
 def prepare(command: Command, values: Values, overrides: list[str], sweep: bool, show: Any = None) -> tuple[Any, ...]:
     """What one job is run with, checked; its directory as well, unless it is only to be shown. Raises UserError."""
-    arguments = command.check(values, keys_asked(overrides))
+    arguments = command.check(values, requested_keys(overrides))
     if command.data and not show:
         config, directory = arguments
         if os.environ.get("RANK", "0") == "0":

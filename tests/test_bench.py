@@ -17,7 +17,7 @@ from PIL import Image
 from resnet_train import cli
 from resnet_train.bench import baseline, subject, suite, timing
 from resnet_train.config.commands import FIXED_BY_BENCH, BenchConfig, check_bench
-from resnet_train.config.compose import compose, keys_asked
+from resnet_train.config.compose import compose, requested_keys
 from resnet_train.data.image_set import ImageSet
 from resnet_train.data.pack import pack
 from resnet_train.errors import RunError, UserError
@@ -75,7 +75,7 @@ CPU = torch.device("cpu")
 
 def checked(*overrides):
     """The two checked configurations of a command line."""
-    return check_bench(compose("bench", list(overrides)), keys_asked(list(overrides)))
+    return check_bench(compose("bench", list(overrides)), requested_keys(list(overrides)))
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 from conftest import needs
+from test_detection import make_tree
 
 from resnet_train import cli
 from resnet_train.engine import checkpoint
@@ -67,11 +68,12 @@ def test_only_what_begins_with_the_path_is_changed_and_an_error_stays_of_its_kin
             assert type(told.value) is kind
 
 
-@pytest.mark.parametrize("words", [["data.root=tree", "depth=18"], ["test", "checkpoint=odd.pt"]])
+@pytest.mark.parametrize("words", [["data.root=tree", "data.train=[train]", "data.test=test"], ["test", "checkpoint=odd.pt"]])
 def test_a_missing_package_is_told_before_anything_starts(words, files, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     monkeypatch.chdir(files)
+    make_tree(files / "tree", images=1, tested=1)
     with pytest.raises(SystemExit, match=r"^2$"):
         cli.main(cli.COMMANDS["detect"], cli.COMMANDS["test"], words=words)
     told = "error: resnet-detect needs faster-coco-eval: pip install 'resnet-train[detection]'\n"

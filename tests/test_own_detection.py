@@ -22,7 +22,8 @@ def test_the_commands_for_ones_own_pictures_run_as_printed(tmp_path, command):
     printed = [line for line in lines if line.startswith("resnet-detect")]
     assert len(printed) == 2
     for line, added in zip(printed, ADDED.values(), strict=True):
-        kept = [word for word in shlex.split(line)[1:] if word.split("=")[0] not in added]
+        keys = {word.split("=")[0] for word in added.split()}
+        kept = [word for word in shlex.split(line)[1:] if word.split("=")[0] not in keys]
         done = command(*kept, *added.split(), entry="detect", timeout=250)
         assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run/summary.json").read_text())["images"] == {"train": 9, "test": 5}

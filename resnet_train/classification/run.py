@@ -128,6 +128,5 @@ def begin_from(task: ClassificationTask, source: Source) -> None:
         task.model.load_state_dict(state)
     mean = source.mean.to(task.mean)
     task.mean = mean if mean.shape == task.mean.shape else mean.mean((0, 1)).expand_as(task.mean).contiguous()
-    task.source = dataclasses.replace(
-        source, model={"fc.weight": source.model["fc.weight"]}
-    )  # do not keep all weights twice
+    # The classifier's weights alone: the others are the network's now.
+    task.source = dataclasses.replace(source, model={"fc.weight": source.model["fc.weight"]})

@@ -440,7 +440,7 @@ def _other_option(name: str, key: str, keys: Mapping[str, Any]) -> str | None:
     return f"{group}={keys[f'{group}.name']} has no {rest}; there is one with {' or '.join(others)}" if others else None
 
 
-def keys_asked(overrides: list[str]) -> list[str]:
+def requested_keys(overrides: list[str]) -> list[str]:
     """The keys that are given on the command line."""
     keys = [item.lstrip("+~").split("=")[0] for item in overrides]
     return [key for key in keys if not key.startswith("hydra")]

@@ -36,7 +36,7 @@ class DetectData(boxes.BoxData):
 
 @dataclass(frozen=True, kw_only=True)
 class DetectConfig(boxes.BoxConfig):
-    """Everything that `resnet-detect` is told: configs/detection/detect.yaml, the data set and the recipe."""
+    """The configuration of `resnet-detect`: configs/detection/detect.yaml, the data set and the recipe."""
 
     data: Annotated[DetectData, Alias("dataset")]
     backbone: Literal["resnet", "vgg16"]
@@ -69,7 +69,7 @@ class DetectTestData(boxes.BoxTestData):
 
 @dataclass(frozen=True)
 class DetectTestConfig:
-    """Everything that `resnet-detect test` is told: configs/detection/test.yaml."""
+    """The configuration of `resnet-detect test`: configs/detection/test.yaml."""
 
     checkpoint: list[str]
     data: DetectTestData
@@ -83,7 +83,7 @@ class DetectTestConfig:
 
 @dataclass(frozen=True)
 class PredictConfig:
-    """Everything that `resnet-detect predict` is told beside the images: configs/detection/predict.yaml."""
+    """The configuration of `resnet-detect predict` beside the images: configs/detection/predict.yaml."""
 
     checkpoint: str
     score: Annotated[float, Range(0, 1)]

@@ -23,7 +23,7 @@ class Range:
 class Free:
     """May change when a run is resumed, since it does not affect the mathematics.
 
-    The exception are batch norm's statistics with bn_images=device; then a note is printed.
+    The exceptions are batch norm's statistics with bn_images=device; then a note is printed.
     """
 
 

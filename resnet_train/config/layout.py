@@ -247,7 +247,8 @@ def class_folders_of_boxes(root: Path, *, train: bool = True) -> tuple[Path, lis
     For a test (`train` false) val/ alone, which may be flat, is needed: the classes are its folders, if any.
     """
     parts = ("train", "val") if train else ("val",)
-    images = next((place for place in (root, root / "Data/CLS-LOC") if (place / parts[0]).is_dir()), root)
+    places = (root, root / "Data/CLS-LOC")
+    images = next((place for part in ("train", "val") for place in places if (place / part).is_dir()), root)
     for place in (base / part for base in (images, root / BOXES) for part in parts):
         if not place.is_dir():
             raise UserError(f"data.root={root}: has no {place.relative_to(root)}/, as ILSVRC's localization has")

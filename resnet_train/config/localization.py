@@ -19,7 +19,7 @@ from resnet_train.files import expand
 
 @dataclass(frozen=True, kw_only=True)
 class LocalizeConfig(boxes.BoxConfig):
-    """Everything that `resnet-localize` is told: configs/localization/localize.yaml and the recipe."""
+    """The configuration of `resnet-localize`: configs/localization/localize.yaml and the recipe."""
 
     stage: Literal["rpn", "rcnn"]
     init_from: Annotated[str, Alias("pretrained", "weights")]
@@ -32,7 +32,7 @@ class LocalizeConfig(boxes.BoxConfig):
 
 @dataclass(frozen=True)
 class LocalizeTestConfig:
-    """Everything that `resnet-localize test` is told: configs/localization/localize_test.yaml."""
+    """The configuration of `resnet-localize test`: configs/localization/localize_test.yaml."""
 
     checkpoint: str
     rcnn: str | None

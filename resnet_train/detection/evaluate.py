@@ -98,6 +98,8 @@ def _measured(
     detected = [row for row in detected if row]
     if not seen:
         raise UserError("data.test: has no image whose pixels can be read")
+    if all(example.ignored.all() for example in seen):
+        raise UserError("data.test: no image whose pixels can be read has an object that counts")
     measured = voc_map(seen, detected, classes) | coco_map(seen, detected, classes, category_ids)
     if all("masks" in row for row in detected):
         masks = coco_map(seen, detected, classes, category_ids, masks=True)

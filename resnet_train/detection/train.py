@@ -22,7 +22,7 @@ from resnet_train.detection.metrics import in_words
 from resnet_train.detection.model import Detector
 from resnet_train.detection.sampling import seeds
 from resnet_train.engine import boxes
-from resnet_train.engine.boxes import BoxTask, update
+from resnet_train.engine.boxes import BoxTask, backward_and_update
 from resnet_train.engine.compute import autocast, wrap_ddp
 from resnet_train.engine.distributed import is_main, rank, world_size
 from resnet_train.engine.task import Point
@@ -42,9 +42,12 @@ def step(task: DetectionTask, images: list[Tensor], targets: list[dict[str, Tens
         part.fg_bg_sampler.seeds = seeds(task.config.seed, what, task.iteration, places)
     # Forward
     parts = losses_in(task, task.net, images, targets)
-    # Backward, update, sums for the log
-    update(task, parts, lr)
+    # Backward, update
+    backward_and_update(task, parts, lr)
     update_statistics(task.model, 1)
+    # Sums for the log
+    task.losses[rank()] += parts.detach()
+    task.iteration += 1
 
 
 def losses_in(task: DetectionTask, net: nn.Module, images: list[Tensor], targets: list[dict[str, Tensor]]) -> Tensor:
@@ -115,9 +118,9 @@ class DetectionTask(BoxTask):
         values = {name: value for name, value in self.measured.items() if isinstance(value, (int, float))}
         shown = list(zip(examples.test[:: world_size()], detected, strict=False))[:PICTURES] if is_main() else []
         images = [
-            (example.name, draw_detections(load(example), boxes, examples.classes, 0.5))
-            for example, boxes in shown
-            if boxes  # else its pixels are broken
+            (example.name, draw_detections(load(example), rows, examples.classes, 0.5))
+            for example, rows in shown
+            if rows  # else its pixels are broken
         ]
         seen = len(examples.test) - self.measured.get("skipped", 0)
         words = in_words(self.measured, self.config.data.name)

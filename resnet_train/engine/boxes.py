@@ -213,16 +213,11 @@ def restore(model: Net, state: dict[str, Any], path: Path, device: torch.device)
     return to_device(model, device, "fp32").eval(), precision
 
 
-def update(task: BoxTask, parts: Tensor, lr: float) -> None:
-    """The end of a step: backward from the sum of the losses `parts`, the update at the rate `lr`, sums for the log."""
-    # Backward
+def backward_and_update(task: BoxTask, parts: Tensor, lr: float) -> None:
+    """Backward from the sum of the losses `parts`, and the optimiser's update at the rate `lr`."""
     task.scaler.scale(parts.sum()).backward()
-    # Update
     for group in task.optimizer.param_groups:
         group["lr"] = lr
     task.scaler.step(task.optimizer)
     task.scaler.update()
     task.optimizer.zero_grad(set_to_none=True)
-    # Sums for the log
-    task.losses[rank()] += parts.detach()
-    task.iteration += 1

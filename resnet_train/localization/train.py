@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from resnet_train.config.localization import LocalizeConfig
 from resnet_train.detection.loader import tell_skipped
-from resnet_train.engine.boxes import BoxTask, update
+from resnet_train.engine.boxes import BoxTask, backward_and_update
 from resnet_train.engine.compute import autocast, wrap_ddp
+from resnet_train.engine.distributed import rank
 from resnet_train.engine.task import Point
 from resnet_train.localization.build import KIND, Backbone, predictor_of
 from resnet_train.localization.evaluate import evaluate
@@ -45,8 +46,11 @@ def step(task: LocalizationTask, batch: Batch, lr: float) -> None:
         scores, moves = task.net(batch.images, batch.labels[:, None])
     chosen = batch.places[:, :, None].expand(-1, -1, 4)
     parts = loss_parts(scores[:, 0].gather(1, batch.places), moves[:, 0].gather(1, chosen), batch.target)
-    # Backward, update, sums for the log
-    update(task, parts, lr)
+    # Backward, update
+    backward_and_update(task, parts, lr)
+    # Sums for the log
+    task.losses[rank()] += parts.detach()
+    task.iteration += 1
 
 
 @dataclass(kw_only=True)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from resnet_train.config.layout import BOXES, class_folders_of_boxes
+from resnet_train.config.layout import BOXES, class_folders_of_boxes, folders_in
 from resnet_train.data.crops import LONGEST
 from resnet_train.detection.annotations import (
     NO_IMAGE,
@@ -31,6 +31,7 @@ from resnet_train.errors import UserError
 
 NO_BOX = "images left out: no box of their class"
 NO_CLASS = "images left out: objects of several classes, and no folder that says which"
+NO_SUCH_CLASS = "folders of val/ left out: no class of the checkpoint"
 TOO_LONG = f"images left out: more than {LONGEST} times as long as wide"
 
 
@@ -90,10 +91,12 @@ def read_tree(root: Path, *, broken: str, classes: list[str] | None = None) -> L
     `classes`, those of a checkpoint, val/ alone is read. Raises UserError.
     """
     images, folders = class_folders_of_boxes(root, train=classes is None)
-    if classes is not None and (odd := set(folders) - set(classes)):
-        raise UserError(f"data.root={root}: val/ has other classes than the checkpoint, such as {min(odd)}")
     names = folders if classes is None else classes
     faults = Faults(broken)
+    if odd := set(folders) - set(names):
+        if odd == set(folders):
+            raise UserError(f"data.root={root}: val/ has other classes than the checkpoint, such as {min(odd)}")
+        faults.counted[NO_SUCH_CLASS] += len(odd)
     parts = {}
     for name in ("train", "val"):
         wanted = classes is None or name == "val"
@@ -119,7 +122,8 @@ def check_classes(name: str, theirs: list[str], ours: list[str], what: str = "th
 
 def _read_part(boxes: Path, images: Path, classes: list[str], faults: Faults) -> Iterator[Example]:
     """The images of train/ or val/ that can be used, in order."""
-    folders = [name for name in classes if (images / name).is_dir()]  # in val/ some may have none
+    listed = set(folders_in(images))  # a checkpoint's class may be called anything, and name no folder elsewhere
+    folders = [name for name in classes if name in listed]  # in val/ some may have none
     flat = _annotations(boxes)
     for name in tqdm(folders or [""], desc=f"reading {images.name}", leave=False, disable=None):
         files = group_by_stem(list_files(images / name))
