@@ -577,7 +577,7 @@ def test_broken_pixels_are_skipped_and_counted_where_asked(cut_tree, capsys):
     assert [name for name, _ in point.images] == ["009", "011", "012"]
 
 
-def test_only_broken_pixels_are_told(cut_tree):
+def test_only_broken_pixels_are_told(cut_tree, tree):
     for path in cut_tree.glob("JPEGImages/*.jpg"):
         path.write_bytes(path.read_bytes()[:700])
     config = configured(cut_tree, "data.broken=skip")
@@ -585,4 +585,7 @@ def test_only_broken_pixels_are_told(cut_tree):
     with pytest.raises(UserError, match="; and so are the 8 after it"):
         next(task.batches())
     with pytest.raises(UserError, match=r"data\.test: has no image whose pixels can be read"):
+        next(task.evaluate())
+    shutil.copy(tree / "JPEGImages/013.jpg", cut_tree / "JPEGImages")  # the last, which has no object
+    with pytest.raises(UserError, match=r"data\.test: no image whose pixels can be read has an object that counts"):
         next(task.evaluate())

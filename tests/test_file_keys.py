@@ -68,7 +68,9 @@ def test_only_what_begins_with_the_path_is_changed_and_an_error_stays_of_its_kin
             assert type(told.value) is kind
 
 
-@pytest.mark.parametrize("words", [["data.root=tree", "data.train=[train]", "data.test=test"], ["test", "checkpoint=odd.pt"]])
+@pytest.mark.parametrize(
+    "words", [["data.root=tree", "data.train=[train]", "data.test=test"], ["test", "checkpoint=odd.pt"]]
+)
 def test_a_missing_package_is_told_before_anything_starts(words, files, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")

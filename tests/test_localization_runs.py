@@ -144,6 +144,7 @@ def test_rcnn_is_not_left_out_and_a_test_needs_no_training_images(folder, comman
     """Objects as large as their images, which no anchor is; this R-CNN moves each box to the whole image."""
     boxes = "Annotations/CLS-LOC/val"
     shutil.copytree(folder / "digits/val", tmp_path / "digits/val")
+    (tmp_path / "digits/val/__MACOSX").mkdir()
     for path in (folder / "digits" / boxes).iterdir():
         (tmp_path / "digits" / boxes).mkdir(parents=True, exist_ok=True)
         text = path.read_text()
@@ -155,8 +156,9 @@ def test_rcnn_is_not_left_out_and_a_test_needs_no_training_images(folder, comman
     torch.save(state, tmp_path / "rcnn.pt")
     words = [folder / "rpn/checkpoints/last.pt", "data.root=digits", "device=cpu", "out=test.json"]
     for more, error in (([], 100), (["rcnn=rcnn.pt"], 0)):
-        command_here("localize", "test", *words, *more)
+        told = command_here("localize", "test", *words, *more)
         assert json.loads((tmp_path / "test.json").read_text())["error"] == error
+        assert "1 folders of val/ left out: no class of the checkpoint" in told
 
 
 def test_rcnn_moves_the_boxes_of_the_rpn(folder):
