@@ -240,7 +240,7 @@ def pair(folder, shallow, deep, kind="plain", **changes):
             make(folder / net / str(seed), net, seed, test, train, **changes)
     (group,) = runs.groups(runs.find([folder])[0])
     (one,) = verdict.comparisons(group)
-    return one, next(cells for cells in verdict.table(group).shown() if cells[0] == nets[1])[-1]
+    return one, next(cells for cells in verdict.table(group).formatted() if cells[0] == nets[1])[-1]
 
 
 def seeds(train, test, count=3, step=0.1):
@@ -748,9 +748,9 @@ def test_a_bad_line_of_the_metrics_is_left_out_with_a_warning_that_names_it(line
     path.write_bytes(b"\n".join([line.encode(), *lines[:5], line.encode(), *lines[5:-1], b'{"iteration": 3']))
     (run,) = found(tmp_path / "run")
     assert capsys.readouterr().out == f"warning: {path}: lines 1, 7 are damaged and left out\n"
-    assert run == dataclasses.replace(whole, folder=run.folder, place=run.place)
+    assert run == dataclasses.replace(whole, folder=run.folder, display_path=run.display_path)
     path.write_bytes(line.encode() + b"\n")
-    with pytest.raises(UserError, match=f"{run.place}: has no metrics yet, left out"):
+    with pytest.raises(UserError, match=f"{run.display_path}: has no metrics yet, left out"):
         runs.find([tmp_path / "run"])
     assert capsys.readouterr().out == f"warning: {path}: line 1 is damaged and left out\n"
 
@@ -1028,7 +1028,7 @@ def test_detectors_stand_in_table_7_with_the_mean_over_seeds_beside_the_papers(t
     (section,) = detection.sections(detection.find(places))
     (table,) = section.tables
     assert table.name == "table-7"
-    assert table.shown() == [
+    assert table.formatted() == [
         ["resnet-18, from r18.pt", "41.00 ± 1.41 (n=2)", "42.00 ± 1.41 (n=2)", tables.NOTHING, tables.NOTHING],
         ["vgg-16, random weights", "20.00 (n=1)", "21.00 (n=1)", "73.20", "70.40"],
     ]
@@ -1169,7 +1169,7 @@ def test_the_figures_of_masks_stand_beside_those_of_boxes(tmp_path):
     (section,) = detection.sections(detection.find(runs.find([tmp_path])[1]))
     (table,) = section.tables
     assert table.header == ["detector", "mAP@.5", "mAP@[.5,.95]", "of masks, @.5", "of masks, @[.5,.95]"]
-    assert table.shown() == [
+    assert table.formatted() == [
         ["resnet-18, random weights", "40.00 (n=1)", "5.00 (n=1)", tables.NOTHING, tables.NOTHING],
         ["resnet-18-masks, random weights", "40.00 (n=1)", "5.00 (n=1)", "30.00 (n=1)", "3.00 (n=1)"],
     ]
@@ -1187,7 +1187,7 @@ def test_other_weights_are_another_row_and_one_run_counts_once(tmp_path):
     detector_run(tmp_path / "again", maps=(1, 40.0), source="/runs/A/checkpoints/last.pt")
     detector_run(tmp_path / "other", maps=(1, 20.0), source="/runs/B/checkpoints/last.pt")
     (section,) = detection.sections(detection.find(runs.find([tmp_path])[1]))
-    rows = [row[:2] for row in section.tables[0].shown()]
+    rows = [row[:2] for row in section.tables[0].formatted()]
     assert rows == [["resnet-18, from A/last.pt", "40.00 (n=1)"], ["resnet-18, from B/last.pt", "20.00 (n=1)"]]
     assert "is the same run as" in page.markdown_table(section.tables[0])
 

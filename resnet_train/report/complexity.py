@@ -1,4 +1,4 @@
-"""Parameters and multiply-adds of the nets of tables 1 and 6, with VGG beside them. Needs torch, when it is called."""
+"""Parameters and multiply-adds of the nets of tables 1 and 6, with VGG beside them. Needs torch once it is called."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from resnet_train.report.tables import Cell, Table
 
 
 def complexity_table() -> Table:
-    """Counted on the nets themselves, without their weights in memory. Multiply-adds are for one image."""
+    """The table, counted on nets without weights in memory. Multiply-adds are of one image."""
     import torch
     from torchvision.models import vgg16, vgg19
 

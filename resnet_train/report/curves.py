@@ -1,4 +1,4 @@
-"""Error curves of runs as a picture, and how every picture of this program looks. Needs no torch."""
+"""Error curves of runs as a picture, and the style of all pictures. Needs no torch."""
 
 from __future__ import annotations
 
@@ -13,38 +13,38 @@ from typing import Any
 from resnet_train.terminal import printable, say
 
 Point = tuple[int, float, float | None]  # iteration, top-1 and top-5 error in %
-# One colour for a net in every figure: warm for plain nets and cold for residual ones, the deeper the darker.
+# A net has one colour in every figure: warm for plain nets, cold for residual ones, darker for deeper ones.
 PLAIN = {18: "#e8890c", 20: "#e8890c", 32: "#ec6b2d", 34: "#b3202c", 44: "#c92f2f", 56: "#7d1128"}
 RESIDUAL = {18: "#35a853", 20: "#35a853", 32: "#12a5a5", 34: "#2b7bd0", 44: "#2b7bd0", 50: "#5b3fc4", 56: "#2f3fa8"}
 RESIDUAL |= {101: "#a03ccf", 110: "#a03ccf", 152: "#3a3a3a", 1202: "#3a3a3a"}
 OTHERS = ("#8c6d31", "#4c8c9b", "#5a8a3a", "#6b6ecf", "#b5651d", "#d6509a", "#00707a")  # by depth
-# Text is text: `$` in a name begins no formula. The same figure is the same file.
+# `$` in a name begins no formula, and equal figures give equal files.
 STYLE: Any = {"text.parse_math": False, "svg.hashsalt": "resnet-train", "font.size": 12}
 STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
 STYLE |= {"legend.frameon": False, "legend.fontsize": 10, "figure.constrained_layout.use": True}
 
 
 def colour(net: str) -> str:
-    """The colour of a net by its name, as plain-56 or resnet-110-A; of another name the first of the others."""
+    """The colour of a net by its name, such as plain-56 or resnet-110-A; for any other name the first of OTHERS."""
     kind, _, rest = net.partition("-")
     depth, _, shortcut = rest.partition("-")
     if not depth.isdecimal():
         return OTHERS[0]
-    known = PLAIN if kind == "plain" else RESIDUAL
+    colours = PLAIN if kind == "plain" else RESIDUAL
     other = OTHERS[(int(depth) // 2 + ord(shortcut[:1] or "A")) % len(OTHERS)]
-    return known.get(int(depth), other) if kind == "plain" or shortcut == "A" or int(depth) >= 50 else other
+    return colours.get(int(depth), other) if kind == "plain" or shortcut == "A" or int(depth) >= 50 else other
 
 
 def edges(points: Sequence[Point], most: int = 250) -> list[float]:
-    """Ends of equal intervals of a training curve, as many as it has points, from 0 to its last iteration."""
+    """The edges of equal intervals of a training curve from 0 to its last iteration, one per point, at most `most`."""
     count = min(most, len(points))
     return [points[-1][0] * number / count for number in range(count + 1)]
 
 
 def interval_means(points: Sequence[Point], ends: Sequence[float]) -> list[float]:
-    """A training curve's mean error between each two of `ends`; each of its points is of the iterations before it.
+    """The mean error of a training curve between neighbouring `ends`.
 
-    So a last point of a few iterations counts for those few.
+    A point is the mean since the point before it, and is weighted by these iterations.
     """
     import numpy as np
 
@@ -55,8 +55,8 @@ def interval_means(points: Sequence[Point], ends: Sequence[float]) -> list[float
 
 @contextlib.contextmanager
 def plain_matplotlib() -> Iterator[None]:
-    """matplotlib for files only: no display, none of the user's settings, and text is text (`a$_$b` no mathematics)."""
-    backend = os.environ.pop("MPLBACKEND", None)  # read at the first import, which fails for one that there is not
+    """Use matplotlib without a display, without the user's settings, and with text as it is (`a$_$b` is no formula)."""
+    backend = os.environ.pop("MPLBACKEND", None)  # read at the first import, which fails for an unknown one
     try:
         import matplotlib
     finally:
@@ -65,18 +65,18 @@ def plain_matplotlib() -> Iterator[None]:
     with matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
-        warnings.filterwarnings("ignore", "Glyph .* missing from")  # a box stands for it
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # a box is drawn instead
         yield
 
 
 def attempt(draw: Callable[[], object], path: Path, *, of_run: bool = True) -> bool:
-    """Draw the picture `path`, and say whether that was done: where it cannot be, that is a warning and no more.
+    """Call `draw`, which writes the picture `path`, and return whether it succeeded; an error becomes a warning.
 
-    `of_run`: whether it lies in the folder of a run, of which resnet-report can draw it later.
+    `of_run`: whether the picture is in a run's folder, so that resnet-report can draw it later.
     """
     try:
         draw()
-    except Exception as error:  # whatever matplotlib raises: all that counts is on disk
+    except Exception as error:  # of any kind: the results are on disk already
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         later = f"; resnet-report {shlex.quote(str(path.parent))} draws it" if of_run else ""
         say(f"warning: {path}: cannot be drawn ({reason}){later}")
@@ -89,7 +89,7 @@ def draw(
 ) -> None:
     """Error over iterations as in figure 6: training dashed, test bold, validation dotted, a colour for each run.
 
-    `runs` are metrics by name; `reference` (its source and an error in %) is a grey line.
+    `runs`: metrics by name; `reference`: its source and an error in %, drawn as a grey line.
     """
     with plain_matplotlib():
         from matplotlib.figure import Figure
@@ -105,7 +105,7 @@ def draw(
                     xs, ys = [at for at, *_ in points], [error for _, error, _ in points]
                     if split == "train":
                         xs, ys = edges(points)[1:], interval_means(points, edges(points))
-                    mark = "o" if len(xs) == 1 else None  # no line goes through one point
+                    mark = "o" if len(xs) == 1 else None  # a single point makes no line
                     axes.plot(xs, ys, line, color=colour(name), linewidth=width, marker=mark, label=label)
                     highest = max(highest, *ys)
         if reference:
@@ -116,7 +116,7 @@ def draw(
 
 
 def draw_detection(metrics: list[dict[str, Any]], title: str, path: Path) -> None:
-    """The training loss of a detector and its mAP on the test, by all its rules, over iterations."""
+    """Draw a detector's training loss and its test mAP, by each rule, over iterations."""
     with plain_matplotlib():
         from matplotlib.figure import Figure
 
@@ -133,19 +133,19 @@ def draw_detection(metrics: list[dict[str, Any]], title: str, path: Path) -> Non
         train = [(line["iteration"], line["loss"]) for line in metrics if line["split"] == "train"]
         losses = axes.twinx()
         losses.grid(False)
-        if train:  # else the record of them was lost
+        if train:  # empty if the metrics were lost
             losses.plot(*zip(*train, strict=True), "--", color="grey", linewidth=1)
         losses.set(ylabel="training loss (dashed)", ylim=(0, None))
         save(figure, path, dpi=120)
 
 
 def _text(words: str) -> str:
-    """`words` with what no font shows escaped, but for the ends of lines."""
+    """`words` with unprintable characters escaped, except line ends."""
     return "\n".join(map(printable, words.split("\n")))
 
 
 def save(figure: Any, path: Path, **options: Any) -> None:
-    """Write a picture of the kind that its suffix says, whole or not at all."""
+    """Write a picture in the format of its suffix, whole or not at all."""
     part = path.with_name(f".{path.name}")
     try:
         figure.savefig(part, format=path.suffix[1:], **options)

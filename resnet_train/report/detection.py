@@ -1,4 +1,4 @@
-"""Tables 7 and 8: the detectors of resnet-detect beside the paper's, and their mAP over iterations; their tests."""
+"""Tables 7 and 8: detectors beside the paper's, their mAP over iterations, and their tests."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from resnet_train.report import improvements
 from resnet_train.report.curves import OTHERS, plain_matplotlib
 from resnet_train.report.figures import Picture
 from resnet_train.report.page import Section
-from resnet_train.report.runs import Begun
-from resnet_train.report.tables import Cell, Table, spread, without_places
-from resnet_train.report.values import number, plain, reading, test_images, whole, word
+from resnet_train.report.runs import FolderMetrics
+from resnet_train.report.tables import Cell, Table, spread, strip_folders
+from resnet_train.report.values import config_value, number, reading, test_images, whole, word
 
-# Of a configuration, what must be the same in one table.
+# The keys of a configuration that must be equal among the runs of one table.
 SETTING = (
     *("iterations", "batch_size", "regions", "lr", "warmup", "drops", "momentum", "weight_decay"),
     *("min_size", "max_size", "anchors", "proposals", "freeze", "precision"),
 )
-# The columns of each table: the key of the test, what it is called, and its place among the paper's two figures.
+# The columns of each table: the key in the metrics, the heading, and the index among the paper's two figures.
 COLUMNS: dict[str, list[tuple[str, str, int | None]]] = {
     "voc": [("map07", "mAP, VOC 2007's rule", 0), ("map10", "mAP, VOC 2010's rule", 1)],
     "coco": [("map50", "mAP@.5", 0), ("map", "mAP@[.5,.95]", 1)],
@@ -38,58 +38,55 @@ PAPERS = {"voc": ("paper, VOC 2007 test", "paper, VOC 2012 test"), "coco": ("pap
 
 @dataclass(frozen=True)
 class Detector:
-    """One run of resnet-detect, as its folder tells it."""
+    """One run of resnet-detect, as read from its folder."""
 
     folder: Path
-    place: str  # as a report names the folder
+    display_path: str  # of the folder, see Run
     kind: str  # voc, coco or det
     data: str
     net: str
-    source: str | None  # the file of the weights that it began with
+    source: str | None  # the file of the initial weights
     seed: int
     iterations: int
     setting: dict[str, Any]
-    test: list[dict[str, Any]]  # the lines of the metrics
+    test: list[dict[str, Any]]  # its lines in the metrics
     images: int  # of the last test; 0 before the first
     classes: int | None  # of a finished run
-    tests: list[improvements.Test]  # the results of resnet-detect test beside its checkpoints
+    tests: list[improvements.Test]  # results of resnet-detect test beside the checkpoints
     command: str
     device: str
 
     @property
     def published(self) -> bool:
-        """Whether tables 7 and 8 are of these test images, by how many they and their classes are."""
+        """Whether the test is that of tables 7 and 8, by the numbers of its images and classes."""
         return self.kind in PAPERS and paper.is_detection_test(self.kind, self.images, self.classes)
 
     @property
     def finished(self) -> bool:
-        """Whether the test of the last iteration is there."""
+        """Whether the last iteration has been tested."""
         return bool(self.test) and self.test[-1]["iteration"] == self.iterations
 
     @property
     def name(self) -> str:
-        """The net and what it began with: of a file its name, and of a checkpoint that of its run."""
+        """The net and its initial weights: the file's name, for a checkpoint with its run's."""
         if self.source is None:
             return f"{self.net}, random weights"
         path = Path(self.source)
-        place = path.parents[1].name + "/" if path.parent.name == "checkpoints" else ""
-        return f"{self.net}, from {place}{path.name}"
+        run = path.parents[1].name + "/" if path.parent.name == "checkpoints" else ""
+        return f"{self.net}, from {run}{path.name}"
 
 
-def find(folders: Begun) -> list[Detector]:
-    """The detectors among the runs in `folders`.
-
-    Raises UserError for files that are no such run's.
-    """
-    found = []
-    for folder, (place, metrics) in folders.items():
+def find(folders: FolderMetrics) -> list[Detector]:
+    """The runs of resnet-detect among `folders`. Raises UserError for files that are not those of such a run."""
+    detectors = []
+    for folder, (display_path, metrics) in folders.items():
         if "backbone" in read_if_object(folder / "config.json"):
             with reading(folder, "resnet-detect"):
-                found.append(_read(folder, place, metrics))
-    return sorted(found, key=lambda run: (run.data, run.net, run.name, run.seed))
+                detectors.append(_read(folder, display_path, metrics))
+    return sorted(detectors, key=lambda run: (run.data, run.net, run.name, run.seed))
 
 
-def _read(folder: Path, place: str, metrics: list[dict[str, Any]]) -> Detector:
+def _read(folder: Path, display_path: str, metrics: list[dict[str, Any]]) -> Detector:
     config = read_object(folder / "config.json")
     environment, summary = (read_if_object(folder / f"{name}.json") for name in ("environment", "summary"))
     data = config["data"]
@@ -102,24 +99,24 @@ def _read(folder: Path, place: str, metrics: list[dict[str, Any]]) -> Detector:
     test = [
         {"iteration": whole(line["iteration"])} | {key: number(line[key], 0, 100) for key in keys} for line in lines
     ]
-    # The last test of the training, as resnet-detect test would tell it.
-    own = lines[-1] | {"net": net, "iterations": config["iterations"], "list": data["test"]} if lines else {}
-    own |= {"per_class": summary["last"]["per_class"] if summary else {}, "device": environment.get("device", "")}
+    # The last test of the training, in the form of a result of resnet-detect test.
+    last_test = lines[-1] | {"net": net, "iterations": config["iterations"], "list": data["test"]} if lines else {}
+    last_test |= {"per_class": summary["last"]["per_class"] if summary else {}, "device": environment.get("device", "")}
     return Detector(
         folder=folder,
-        place=place,
+        display_path=display_path,
         kind=kind,
         data=word(metrics[0]["data"]),
         net=net,
         source=None if config["init_from"] is None else word(config["init_from"]),
         seed=whole(config["seed"]),
         iterations=whole(config["iterations"], 1),
-        setting={"train": parts, "test": word(data["test"]), "classes": plain(data["classes"])}
-        | {key: plain(config[key]) for key in SETTING},
+        setting={"train": parts, "test": word(data["test"]), "classes": config_value(data["classes"])}
+        | {key: config_value(config[key]) for key in SETTING},
         test=test,
         images=whole(lines[-1]["images"]) if lines else 0,
         classes=len(summary["last"]["per_class"]) if summary else None,
-        tests=improvements.find(folder, place, own),
+        tests=improvements.find(folder, display_path, last_test),
         command=word(environment.get("command", "")),
         device=word(environment.get("device", "")),
     )
@@ -149,13 +146,14 @@ def _section(group: list[Detector], where: str) -> Section:
         caption = f"{COLUMNS[first.kind][0][1]}, on the test images of {first.data}, over iterations."
         section.figures = [Picture(f"detection{where}", caption, functools.partial(_figure, group))]
     section.commands = [
-        (f"{run.name}, seed {run.seed}, on {run.device}; {run.place}", without_places(run.command)) for run in group
+        (f"{run.name}, seed {run.seed}, on {run.device}; {run.display_path}", strip_folders(run.command))
+        for run in group
     ]
     return section
 
 
 def table(group: list[Detector], where: str = "") -> Table:
-    """Mean average precision in %, means over the seeds of finished runs; table 7 or 8 where the paper has the data."""
+    """mAP in %, means over the seeds of finished runs; as table 7 or 8 if the paper has the data."""
     kind, first = group[0].kind, group[0]
     with_masks = any(MASKS[0][0] in line for run in group for line in run.test)
     columns, published = COLUMNS[kind] + MASKS * with_masks, any(run.published for run in group)
@@ -163,43 +161,43 @@ def table(group: list[Detector], where: str = "") -> Table:
     name, title = "detectors", "Detectors: mAP"
     if published:
         header += PAPERS[kind]
-        printed = {"voc": 7, "coco": 8}[kind]
-        name, title = f"table-{printed}", f"Table {printed}: mAP"
-    made = Table(f"{name}{where}", f"{title} in %, {first.data}", header)
-    named: dict[tuple[str, str | None], dict[int, Detector]] = {}
-    for run in sorted(group, key=lambda run: len(run.test)):  # of one seed that which came furthest
-        seeds = named.setdefault((run.name, run.source), {})
+        number = {"voc": 7, "coco": 8}[kind]
+        name, title = f"table-{number}", f"Table {number}: mAP"
+    result = Table(f"{name}{where}", f"{title} in %, {first.data}", header)
+    by_weights: dict[tuple[str, str | None], dict[int, Detector]] = {}
+    for run in sorted(group, key=lambda run: len(run.test)):  # of equal seeds the one that got furthest comes last
+        seeds = by_weights.setdefault((run.name, run.source), {})
         if run.seed in seeds:
-            made.notes.append(f"{seeds[run.seed].place}: is the same run as {run.place}; left out")
+            result.notes.append(f"{seeds[run.seed].display_path}: is the same run as {run.display_path}; left out")
         seeds[run.seed] = run
-    for (name, _), seeds in sorted(named.items(), key=str):
+    for (name, _), seeds in sorted(by_weights.items(), key=str):
         runs = list(seeds.values())
         done = [run for run in runs if run.finished]
-        found = [[run.test[-1][key] for run in done if key in run.test[-1]] for key, _, _ in columns]
-        row: list[Cell] = [name, *map(spread, found)]
+        values = [[run.test[-1][key] for run in done if key in run.test[-1]] for key, _, _ in columns]
+        row: list[Cell] = [name, *map(spread, values)]
         row += (paper.DETECTION[kind].get(runs[0].net) or (None, None)) if published else ()
-        made.rows.append(row)
-        made.notes += [f"{name}, seed {run.seed}: unfinished; in no mean" for run in runs if not run.finished]
+        result.rows.append(row)
+        result.notes += [f"{name}, seed {run.seed}: unfinished; in no mean" for run in runs if not run.finished]
     if published:
-        made.notes.append(f"Not comparable with the paper's: {'; '.join(_reasons(group))}.")
+        result.notes.append(f"Not comparable with the paper's: {'; '.join(_reasons(group))}.")
         better, worse = (paper.DETECTION[kind][net] for net in ("resnet-101", "vgg-16"))
         gains = " and ".join(f"{high - low:.1f}" for high, low in zip(better, worse, strict=True))
-        made.notes.append(f"In the paper ResNet-101 is {gains} points above VGG-16.")
-    return made
+        result.notes.append(f"In the paper ResNet-101 is {gains} points above VGG-16.")
+    return result
 
 
 def _reasons(group: list[Detector]) -> list[str]:
-    """Why these figures cannot be held against the paper's."""
+    """Why these figures are not comparable with the paper's."""
     first, papers = group[0], paper.DETECTION_ITERATIONS[group[0].kind]
-    usual = {"voc": (["2007_trainval", "2012_trainval"], "2007_test"), "coco": (["train2014"], "val2014")}[first.kind]
-    found = []
-    if (first.setting["train"], first.setting["test"]) != usual:
-        found.append(f"other lists of images than {', '.join(usual[0])} and {usual[1]}")
+    lists = {"voc": (["2007_trainval", "2012_trainval"], "2007_test"), "coco": (["train2014"], "val2014")}[first.kind]
+    reasons = []
+    if (first.setting["train"], first.setting["test"]) != lists:
+        reasons.append(f"other lists of images than {', '.join(lists[0])} and {lists[1]}")
     if first.iterations != papers:
-        found.append(f"{first.iterations:,} iterations, not {papers:,}")
+        reasons.append(f"{first.iterations:,} iterations, not {papers:,}")
     if any(run.source is None for run in group):
-        found.append("random weights in place of ImageNet's")
-    return [*found, "all parts trained together, not in four steps"]
+        reasons.append("random weights in place of ImageNet's")
+    return [*reasons, "all parts trained together, not in four steps"]
 
 
 def _figure(group: list[Detector]) -> Any:

@@ -1,4 +1,4 @@
-"""Figures 1, 4, 6 and 7, or the same of data that the paper does not have, as PNG and SVG, with matplotlib."""
+"""Figures 1, 4, 6 and 7, also for data that the paper does not have, as PNG and SVG. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class Responses:
     data: str
     seed: int
     stds: Sequence[float]
-    note: str = ""  # that the training was shortened
+    note: str = ""  # says that the training was shortened, if it was
     finished: bool = True
     iteration: int = 0  # of the checkpoint
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure that is yet to be drawn."""
+    """A figure that has not been drawn yet."""
 
     name: str  # of its files, without suffix
     caption: str
@@ -44,8 +44,8 @@ class Picture:
 def plan(group: list[Run]) -> list[Picture]:
     """The figures of the runs of one setting.
 
-    Of plain nets the shallowest and the deepest as in figure 1; all nets as in figures 4 and 6. A line is the mean
-    over the seeds of finished runs, with a band of one standard deviation.
+    The shallowest and the deepest plain net as in figure 1, all nets as in figures 4 and 6. A line is the mean over
+    the seeds of finished runs, with a band of one standard deviation.
     """
     nets = by_net(group)
     plain = {net: runs for net, runs in nets.items() if runs[0].arch == "plain"}
@@ -58,18 +58,18 @@ def plan(group: list[Run]) -> list[Picture]:
     degradation: list[Panel] = [("training error", ends, ("train",)), ("test error", ends, ("test",))]
     depths: list[Panel] = [("plain nets", plain, both), ("residual nets", residual, both)]
     depths.append(("residual nets, 110 and 1202 layers", deepest, both))
-    photos, found = group[0].family == "imagenet", []
+    photos, planned = group[0].family == "imagenet", []
     if len(ends) == 2 and not (photos and group[0].published):
         name, label = ("figure-1", "Figure 1") if group[0].published else ("plain-nets", "Plain nets")
         words = f"{label}: training error (left) and test error (right) of {' and '.join(ends)}"
-        found.append((name, words, degradation))
+        planned.append((name, words, degradation))
     name = ("figure-4" if photos else "figure-6") if group[0].published else "curves"
     label = name.capitalize().replace("-", " ") if group[0].published else "Every net"
     words = f"{label}: training error (dashed) and test error (bold, {group[0].protocol})"
-    found.append((name, words, [panel for panel in depths if panel[1]]))
+    planned.append((name, words, [panel for panel in depths if panel[1]]))
     return [
         Picture(name, _caption(words, panels, group[0]), functools.partial(_draw, panels, group[0]))
-        for name, words, panels in found
+        for name, words, panels in planned
     ]
 
 
@@ -81,7 +81,7 @@ def _caption(words: str, panels: list[Panel], first: Run) -> str:
 
 
 def _draw(panels: list[Panel], first: Run) -> Any:
-    """The picture of some panels."""
+    """Draw panels side by side."""
     with plain_matplotlib():
         from matplotlib.figure import Figure
 
@@ -110,7 +110,7 @@ def _draw(panels: list[Panel], first: Run) -> Any:
 
 
 def _curves(split: str, curves: list[list[Point]]) -> tuple[list[float], list[list[float]]]:
-    """Where several seeds of a net can be held together, and the error of each there."""
+    """The iterations at which the seeds of a net can be averaged, and each seed's errors there."""
     curves = [points for points in curves if points]
     if not curves:
         return [], []
@@ -124,26 +124,26 @@ def _curves(split: str, curves: list[list[Point]]) -> tuple[list[float], list[li
 
 
 def _line(axes: Any, xs: Sequence[float], curves: Sequence[Sequence[float]], **style: Any) -> None:
-    """The mean of curves with a band of one standard deviation; of a single point a marker."""
-    found = [mean_and_std(list(values)) for values in zip(*curves, strict=True)]
-    if not found:
+    """Draw the mean of curves with a band of one standard deviation; a single point as a marker."""
+    statistics = [mean_and_std(list(values)) for values in zip(*curves, strict=True)]
+    if not statistics:
         return
-    means = [mean for mean, _ in found]
+    means = [mean for mean, _ in statistics]
     axes.plot(xs, means, **style, marker="o" if len(means) == 1 else None)
     if len(curves) > 1:
-        low, high = ([mean + sign * (std or 0.0) for mean, std in found] for sign in (-1, 1))
+        low, high = ([mean + sign * (std or 0.0) for mean, std in statistics] for sign in (-1, 1))
         axes.fill_between(xs, low, high, color=style["color"], alpha=0.2, linewidth=0)
 
 
 def _ticks() -> Any:
-    """Whole numbers, and few enough of them to be read."""
+    """Few ticks, at whole numbers."""
     from matplotlib.ticker import MaxNLocator
 
     return MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=True)
 
 
 def draw_responses(measured: Sequence[Responses]) -> Any:
-    """Figure 7: the standard deviations in layer order (above) and from the largest on (below), means over seeds."""
+    """Figure 7: standard deviations in layer order (above) and by magnitude (below), means over seeds."""
     ordered = [dataclasses.replace(one, stds=sorted(one.stds, reverse=True)) for one in measured]
     return _draw_layers(("std", "layer index (original)", measured), ("std", "layer index (by magnitude)", ordered))
 
@@ -151,14 +151,14 @@ def draw_responses(measured: Sequence[Responses]) -> Any:
 def draw_gradients(by_response: Sequence[Responses], by_weights: Sequence[Responses]) -> Any:
     """The norms of the gradients layer by layer, by the responses (above) and by the weights (below)."""
     panels = [
-        (f"gradient by {name}", "layer index", found)
-        for name, found in (("response", by_response), ("weights", by_weights))
+        (f"gradient by {name}", "layer index", measured)
+        for name, measured in (("response", by_response), ("weights", by_weights))
     ]
     return _draw_layers(*panels, yscale="log")
 
 
 def _draw_layers(*panels: tuple[str, str, Sequence[Responses]], yscale: str = "linear") -> Any:
-    """Values of each layer, one panel over the other; plain nets dashed."""
+    """Draw panels of values by layer, one above the other; plain nets dashed."""
     with plain_matplotlib():
         from matplotlib.figure import Figure
 
@@ -183,7 +183,7 @@ def _draw_layers(*panels: tuple[str, str, Sequence[Responses]], yscale: str = "l
 
 
 def draw(pictures: Sequence[Picture], out: Path) -> list[Picture]:
-    """Draw into `out`, and return what could be drawn; of each other one there is a warning."""
+    """Draw into `out` and return the pictures that could be drawn; warn of each other one."""
 
     def done(one: Picture) -> bool:
         path = out / one.name
@@ -193,11 +193,11 @@ def draw(pictures: Sequence[Picture], out: Path) -> list[Picture]:
 
 
 def save(figure: Any, path: Path) -> None:
-    """Write `path` with .png and .svg, whole or not at all; the same figure is the same file. Raises OSError."""
+    """Write `path`.png and .svg, whole or not at all; equal figures give equal files. Raises OSError."""
     import matplotlib
 
     with plain_matplotlib():
-        matplotlib.rcParams["text.parse_math"] = True  # ticks are made now, and of a logarithmic axis they are powers
+        matplotlib.rcParams["text.parse_math"] = True  # ticks are made now, and those of a logarithmic axis are powers
         for kind, more in (("png", {}), ("svg", {"metadata": {"Date": None}, "transparent": True})):
             curves.save(figure, path.with_name(f"{path.name}.{kind}"), dpi=130, **more)
 
@@ -209,7 +209,7 @@ def thinned(points: Sequence[Point], most: int = 250) -> list[Point]:
 
 
 def axis_limits(runs: list[Run]) -> tuple[float, float, str]:
-    """The paper's limits of the error axis where the curves end within them; else wider ones, and a word on it."""
+    """The paper's limits of the error axis if the curves end within them; else wider ones, and words that say so."""
     low, high = AXES[runs[0].family] if runs[0].published else (0.0, 10.0)
     ends = [points[-1][1] for run in runs for points in run.curves.values() if points]
     worst, least = max(ends), min(ends)

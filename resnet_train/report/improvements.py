@@ -1,4 +1,4 @@
-"""Tables 9 to 12: what the improvements of appendix B give, from the results of resnet-detect test, and AP by class."""
+"""Tables 9 to 12: the gains of appendix B's improvements and AP by class, from the results of resnet-detect test."""
 
 from __future__ import annotations
 
@@ -9,106 +9,108 @@ from typing import Any
 from resnet_train import paper
 from resnet_train.files import read_if_object
 from resnet_train.report.tables import Cell, Table
-from resnet_train.report.values import number, plain, test_images, whole, word
+from resnet_train.report.values import config_value, number, test_images, whole, word
 
-# Of the paper, by the list of the test: the kind of its data, and the table's number.
+# The paper's tables by the test list: kind of the data, number of the table.
 TABLES = {"val2014": ("coco", 9), "2007_test": ("voc", 10), "2012_test": ("voc", 11), "val2": ("det", 12)}
 MEASURES = {"map07": "mAP, VOC 2007's rule", "map10": "mAP, VOC 2010's rule", "map50": "mAP@.5", "map": "mAP@[.5,.95]"}
 MASKS = {"mask_map50": "of masks, @.5", "mask_map": "of masks, @[.5,.95]"}
-CLASSES = 40  # of more the table would not be read
+CLASSES = 40  # with a row each
 
 
 @dataclass(frozen=True)
 class Test:
-    """What one call of resnet-detect test has measured."""
+    """One result of resnet-detect test."""
 
-    place: str
+    file: str
     net: str
-    steps: tuple[str, ...]  # what was switched on, in the paper's order
+    steps: tuple[str, ...]  # the improvements in use, in the paper's order
     members: int
     data: str
-    tested: str  # the list
+    tested: str  # the list of test images
     iterations: str  # of training, done and planned, of each member
     device: str
     images: int
-    seconds: float | None  # of an image
+    seconds: float | None  # per image
     protocol: str
     figures: dict[str, float]  # in %
-    classes: dict[str, tuple[float | None, int]]  # AP by VOC 2010's rule in %, None without objects, and the objects
+    classes: dict[str, tuple[float | None, int]]  # AP by VOC 2010's rule in %, None without objects; objects
 
     @property
     def published(self) -> bool:
-        """Whether the paper has a table of this list, and these are as many images and classes as its own."""
+        """Whether the paper has a table of this list, with as many images and classes."""
         if self.tested not in TABLES:
             return False
         return paper.is_detection_test(TABLES[self.tested][0], self.images, len(self.classes) or None)
 
 
-def find(folder: Path, place: str, own: dict[str, Any]) -> list[Test]:
-    """The results beside the checkpoints of a run of resnet-detect. Raises what values of another form make.
+def find(folder: Path, display_path: str, last_test: dict[str, Any]) -> list[Test]:
+    """The results beside the checkpoints of a run of resnet-detect. Raises the errors in MALFORMED.
 
-    With them, where they show what a step gives and not what it is without, `own`, the last test of the training.
+    `last_test`, the last test of the training, is the baseline of results that have none.
     """
     files = sorted((folder / "checkpoints").glob("*.json"))
     results = [(path, read_if_object(path)) for path in files]
-    tests = [_read(f"{place}/checkpoints/{path.name}", found) for path, found in results if "refine" in found]
-    if tests and "images" in own:
-        plain = _read(f"{place}/metrics.jsonl", own | {"refine": False, "scales": None, "seconds": None})
-        alike = [test for test in tests if _of(test) == _of(plain)]
-        tests += [plain] if alike and all(test.steps != plain.steps for test in alike) else []
+    tests = [_read(f"{display_path}/checkpoints/{path.name}", result) for path, result in results if "refine" in result]
+    if tests and "images" in last_test:
+        baseline = _read(
+            f"{display_path}/metrics.jsonl", last_test | {"refine": False, "scales": None, "seconds": None}
+        )
+        alike = [test for test in tests if _baseline_key(test) == _baseline_key(baseline)]
+        tests += [baseline] if alike and all(test.steps != baseline.steps for test in alike) else []
     return tests
 
 
-def _of(test: Test) -> tuple[Any, ...]:
-    """What has a row without any step."""
+def _baseline_key(test: Test) -> tuple[Any, ...]:
+    """The key of tests that share a baseline."""
     return test.data, test.tested, test.members, test.net
 
 
-def _read(place: str, found: dict[str, Any]) -> Test:
-    members = found.get("members", [found])
+def _read(file: str, result: dict[str, Any]) -> Test:
+    members = result.get("members", [result])
     nets = list(dict.fromkeys(word(member["net"]) for member in members))
-    on = {
-        "box refinement": found["refine"] is True,
+    steps = {
+        "box refinement": result["refine"] is True,
         "context": any("-context" in net for net in nets),
-        "multi-scale testing": plain(found["scales"]) is not None,
+        "multi-scale testing": config_value(result["scales"]) is not None,
     }
-    images = whole(found["images"], 1)
+    images = whole(result["images"], 1)
     return Test(
-        place=word(place),
+        file=word(file),
         net=" and ".join(net.replace("-context", "") for net in nets),
-        steps=tuple(step for step, is_on in on.items() if is_on),
+        steps=tuple(step for step, is_on in steps.items() if is_on),
         members=len(members),
-        data=word(found["data"]),
-        tested=word(found["list"]),
+        data=word(result["data"]),
+        tested=word(result["list"]),
         iterations=", ".join(progress(one) for one in members),
-        device=word(found["device"]),
+        device=word(result["device"]),
         images=images,
-        seconds=None if found["seconds"] is None else number(found["seconds"]) / images,
-        protocol=word(found["protocol"]),
-        figures={key: number(found[key], 0, 100) for key in (*MEASURES, *MASKS) if key in found},
-        classes={word(name): _class(one) for name, one in found["per_class"].items()},
+        seconds=None if result["seconds"] is None else number(result["seconds"]) / images,
+        protocol=word(result["protocol"]),
+        figures={key: number(result[key], 0, 100) for key in (*MEASURES, *MASKS) if key in result},
+        classes={word(name): _class(one) for name, one in result["per_class"].items()},
     )
 
 
 def progress(member: dict[str, Any]) -> str:
-    """The seed and the iterations of a checkpoint, done and planned, as a result names them."""
+    """The seed and the iterations, done and planned, of a checkpoint named in a result."""
     done, planned = whole(member["iteration"]), whole(member["iterations"], 1)
     of = "" if done == planned else f" of {planned:,}, unfinished"
     return f"seed {whole(member['seed'])}: iteration {done:,}{of}"
 
 
-def _class(found: dict[str, Any]) -> tuple[float | None, int]:
-    return None if found["ap10"] is None else number(found["ap10"], 0, 100), whole(found["objects"])
+def _class(result: dict[str, Any]) -> tuple[float | None, int]:
+    return None if result["ap10"] is None else number(result["ap10"], 0, 100), whole(result["objects"])
 
 
 def tables(tests: list[Test], where: str) -> list[Table]:
-    """A table of the steps for each test list, beside the paper's where the images are its own, and of classes."""
-    made: list[Table] = []
-    for place, (data, tested) in enumerate(dict.fromkeys((test.data, test.tested) for test in tests)):
+    """For each test list a table of the improvements, beside the paper's if it has one, and one of the classes."""
+    all_tables: list[Table] = []
+    for index, (data, tested) in enumerate(dict.fromkeys((test.data, test.tested) for test in tests)):
         group = sorted((test for test in tests if (test.data, test.tested) == (data, tested)), key=_order)
-        suffix = f"{where}-list-{place + 1}" if place else where
-        made += [_steps(group, data, suffix), *_classes(group, data, suffix)]
-    return made
+        suffix = f"{where}-list-{index + 1}" if index else where
+        all_tables += [_steps(group, data, suffix), *_classes(group, data, suffix)]
+    return all_tables
 
 
 def _order(test: Test) -> tuple[Any, ...]:
@@ -124,44 +126,44 @@ def _steps(group: list[Test], data: str, where: str) -> Table:
     name, title = "improvements", "Improvements of appendix B"
     if published:
         name, title = f"table-{TABLES[tested][1]}", f"Table {TABLES[tested][1]}: improvements"
-    made = Table(f"{name}{where}", f"{title}, mAP in %, {data}, {tested}", header)
+    table = Table(f"{name}{where}", f"{title}, mAP in %, {data}, {tested}", header)
     for test in group:
         row: list[Cell] = [
-            _who(test.members, test.net),
+            _detector_name(test.members, test.net),
             " + ".join(test.steps) or "baseline",
             *(test.figures.get(key) for key in measures),
         ]
-        alike = test.members == 1 and test.net == "resnet-101"
-        theirs = steps.get(test.steps, (None, None)) if alike else (None, None)
-        made.rows.append([*row, test.seconds, *(theirs if published else ())])
+        comparable = test.members == 1 and test.net == "resnet-101"
+        paper_figures = steps.get(test.steps, (None, None)) if comparable else (None, None)
+        table.rows.append([*row, test.seconds, *(paper_figures if published else ())])
     if published:
         done = {test.steps for test in group if test.members == 1 and test.net == "resnet-101"}
-        missing = [on for on in steps if on not in done]
-        for on in missing:
+        missing = [names for names in steps if names not in done]
+        for names in missing:
             blank: list[Cell] = [None] * (len(measures) + 1)
-            made.rows.append(["not measured", " + ".join(on) or "baseline", *blank, *steps[on]])
+            table.rows.append(["not measured", " + ".join(names) or "baseline", *blank, *steps[names]])
     for count, net in dict.fromkeys((test.members, test.net) for test in group):
         if all(test.steps for test in group if (test.members, test.net) == (count, net)):
-            made.notes.append(f"{_who(count, net)}: the baseline was not measured.")
-    made.notes += [
-        f"{test.place}: {test.iterations}; {test_images(test.images)}, on {test.device}; {test.protocol}"
+            table.notes.append(f"{_detector_name(count, net)}: the baseline was not measured.")
+    table.notes += [
+        f"{test.file}: {test.iterations}; {test_images(test.images)}, on {test.device}; {test.protocol}"
         for test in group
     ]
-    return made
+    return table
 
 
-def _who(members: int, net: str) -> str:
+def _detector_name(members: int, net: str) -> str:
     return net if members == 1 else f"ensemble of {members}: {net}"
 
 
 def _classes(group: list[Test], data: str, where: str) -> list[Table]:
-    """AP of each class in each test."""
+    """A table of the AP of each class in each test; empty without classes."""
     names = list(dict.fromkeys(name for test in group for name in test.classes))
     header = ["class", "objects", *(f"{test.net}, {' + '.join(test.steps) or 'baseline'}" for test in group)]
-    made = Table(f"classes{where}", f"AP of each class in %, VOC 2010's rule, {data}, {group[0].tested}", header)
+    table = Table(f"classes{where}", f"AP of each class in %, VOC 2010's rule, {data}, {group[0].tested}", header)
     for name in names[:CLASSES]:
-        found = [test.classes.get(name, (None, 0)) for test in group]
-        made.rows.append([name, str(max(objects for _, objects in found)), *(value for value, _ in found)])
+        values = [test.classes.get(name, (None, 0)) for test in group]
+        table.rows.append([name, str(max(objects for _, objects in values)), *(value for value, _ in values)])
     if len(names) > CLASSES:
-        made.notes.append(f"The first {CLASSES} of {len(names)} classes; the others are in the tests' JSON files.")
-    return [made] if names else []
+        table.notes.append(f"The first {CLASSES} of {len(names)} classes; the others are in the tests' JSON files.")
+    return [table] if names else []

@@ -1,4 +1,4 @@
-"""What resnet-localize and its test leave, on ILSVRC's images as tables 13 and 14, and the error over iterations."""
+"""Localization errors, on ILSVRC's images as tables 13 and 14, and their curves over iterations."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from resnet_train.report.curves import OTHERS, plain_matplotlib
 from resnet_train.report.figures import Picture
 from resnet_train.report.improvements import progress
 from resnet_train.report.page import Section
-from resnet_train.report.runs import Begun
-from resnet_train.report.tables import Cell, Table, without_places
+from resnet_train.report.runs import FolderMetrics
+from resnet_train.report.tables import Cell, Table, strip_folders
 from resnet_train.report.values import number, reading, test_images, whole, word
 
 ERRORS = ("error", "error1", "error5", "class_error1", "class_error5")  # of a test, in %
@@ -22,23 +22,23 @@ ERRORS = ("error", "error1", "error5", "class_error1", "class_error5")  # of a t
 
 @dataclass(frozen=True)
 class Localizer:
-    """One run of resnet-localize, as its folder tells it."""
+    """One run of resnet-localize, as read from its folder."""
 
     folder: Path
-    place: str  # as a report names the folder
+    display_path: str  # of the folder, see Run
     data: str
     stage: str
     seed: int
     iterations: int
-    test: list[dict[str, Any]]  # the lines of the metrics
-    results: list[dict[str, Any]]  # what resnet-localize test has left beside its checkpoints
+    test: list[dict[str, Any]]  # its lines in the metrics
+    results: list[dict[str, Any]]  # of resnet-localize test, beside the checkpoints
     images: int  # of the last test; 0 before the first
     command: str
     device: str
 
     @property
     def published(self) -> bool:
-        """Whether it is tested on as many images as the paper's tables 13 and 14."""
+        """Whether the test has as many images as that of tables 13 and 14."""
         return _is_the_papers(self.images)
 
     @property
@@ -51,31 +51,31 @@ def _is_the_papers(images: int) -> bool:
     return paper.LOCALIZATION_TEST[0] <= images <= paper.LOCALIZATION_TEST[1]
 
 
-def find(folders: Begun) -> list[Localizer]:
-    """The runs of resnet-localize among `folders`. Raises UserError for files that are no such run's."""
-    found = []
-    for folder, (place, metrics) in folders.items():
+def find(folders: FolderMetrics) -> list[Localizer]:
+    """The runs of resnet-localize among `folders`. Raises UserError for files that are not those of such a run."""
+    localizers = []
+    for folder, (display_path, metrics) in folders.items():
         if "stage" in read_if_object(folder / "config.json"):
             with reading(folder, "resnet-localize"):
-                found.append(_read(folder, place, metrics))
-    return sorted(found, key=lambda run: (run.data, run.stage != "rpn", run.seed, run.place))
+                localizers.append(_read(folder, display_path, metrics))
+    return sorted(localizers, key=lambda run: (run.data, run.stage != "rpn", run.seed, run.display_path))
 
 
-def _read(folder: Path, place: str, metrics: list[dict[str, Any]]) -> Localizer:
+def _read(folder: Path, display_path: str, metrics: list[dict[str, Any]]) -> Localizer:
     config, environment = read_object(folder / "config.json"), read_if_object(folder / "environment.json")
     lines = [line for line in metrics if line["split"] == "test"]
     return Localizer(
         folder=folder,
-        place=place,
+        display_path=display_path,
         data=word(metrics[0]["data"]),
         stage={"rpn": "rpn", "rcnn": "rcnn"}[config["stage"]],
         seed=whole(config["seed"]),
         iterations=whole(config["iterations"], 1),
         test=[{"iteration": whole(line["iteration"]), "error": number(line["error"], 0, 100)} for line in lines],
         results=[
-            _result(found, f"{place}/checkpoints/{path.name}")
+            _result(result, f"{display_path}/checkpoints/{path.name}")
             for path in sorted((folder / "checkpoints").glob("*.json"))
-            if (found := read_if_object(path)).get("task") == "localization"
+            if (result := read_if_object(path)).get("task") == "localization"
         ],
         images=whole(lines[-1]["images"]) if lines else 0,
         command=word(environment.get("command", "")),
@@ -83,14 +83,14 @@ def _read(folder: Path, place: str, metrics: list[dict[str, Any]]) -> Localizer:
     )
 
 
-def _result(found: dict[str, Any], place: str) -> dict[str, Any]:
-    """What a test has measured, as it may be shown."""
-    words = {key: word(found[key]) for key in ("method", "net", "data", "protocol", "device")}
-    errors = {key: number(found[key], 0, 100) for key in ERRORS if key in found}
-    names: dict[str, Any] = {"classes": whole(found["classes"], 1)}
-    names |= {"classifier": word(found["classifier"]["net"])} if "classifier" in found else {}
-    lengths = f"RPN {progress(found)}" + (f", R-CNN {progress(found['rcnn'])}" if "rcnn" in found else "")
-    return words | errors | names | {"images": whole(found["images"]), "lengths": lengths, "place": word(place)}
+def _result(result: dict[str, Any], file: str) -> dict[str, Any]:
+    """The values of a test's result, checked and safe to show."""
+    words = {key: word(result[key]) for key in ("method", "net", "data", "protocol", "device")}
+    errors = {key: number(result[key], 0, 100) for key in ERRORS if key in result}
+    names: dict[str, Any] = {"classes": whole(result["classes"], 1)}
+    names |= {"classifier": word(result["classifier"]["net"])} if "classifier" in result else {}
+    lengths = f"RPN {progress(result)}" + (f", R-CNN {progress(result['rcnn'])}" if "rcnn" in result else "")
+    return words | errors | names | {"images": whole(result["images"]), "lengths": lengths, "file": word(file)}
 
 
 def sections(runs: list[Localizer]) -> list[Section]:
@@ -104,8 +104,8 @@ def sections(runs: list[Localizer]) -> list[Section]:
 def _section(group: list[Localizer], where: str) -> Section:
     data = group[0].data
     images = max(run.images for run in group)
-    seen = f" ({test_images(images)})" if images else ""
-    section = Section(f"Localization on {data}{seen}: {len(group)} run{'s' if len(group) > 1 else ''}")
+    size = f" ({test_images(images)})" if images else ""
+    section = Section(f"Localization on {data}{size}: {len(group)} run{'s' if len(group) > 1 else ''}")
     by_data: dict[str, list[dict[str, Any]]] = {data: []}
     for run in group:
         for result in run.results:
@@ -118,57 +118,59 @@ def _section(group: list[Localizer], where: str) -> Section:
             f"Localization error on a center crop of the test images of {data}, true class given, over iterations."
         )
         section.figures = [Picture(f"localization{where}", caption, functools.partial(_figure, group))]
-    section.commands = [(f"{run.name}, on {run.device}; {run.place}", without_places(run.command)) for run in group]
+    section.commands = [
+        (f"{run.name}, on {run.device}; {run.display_path}", strip_folders(run.command)) for run in group
+    ]
     return section
 
 
 def _tables(data: str, results: list[dict[str, Any]], where: str, images: int) -> list[Table]:
-    """Of the paper's images tables 13 and 14, which results or else `images` show; of others one of their own."""
+    """Tables 13 and 14 if results, or else `images`, are as many as the paper's images; else a table of its own."""
     if any(_is_the_papers(count) for count in (images, *(result["images"] for result in results))):
         return [_errors(data, results, where, published=True), _systems(data, results, where)]
     return [_errors(data, results, where, published=False)]
 
 
 def _errors(data: str, results: list[dict[str, Any]], where: str, *, published: bool) -> Table:
-    """Localization errors with the true class given and with predicted ones; ours, then the paper's, if at all."""
+    """Localization errors with the true class given and with predicted classes; ours, then the paper's if published."""
     name, title = ("table-13", "Table 13: localization") if published else ("localizers", "Localization")
     header = ["", "method", "net", "test", "localization error, true class given"]
     header += ["localization error, top-5", "localization error, top-1", "classes named by"]
     header += ["its classification error, top-5", "its classification error, top-1"]
-    made = Table(f"{name}{where}", f"{title} error in %, {'ours on ' * published}{data}", header)
+    table = Table(f"{name}{where}", f"{title} error in %, {'ours on ' * published}{data}", header)
     for result in sorted(results, key=lambda one: (one["method"] != "RPN", one["protocol"], -one["error"])):
         row: list[Cell] = ["ours", result["method"], result["net"], result["protocol"], result["error"]]
         row += [result.get("error5"), result.get("error1"), result.get("classifier")]
-        made.rows.append([*row, result.get("class_error5"), result.get("class_error1")])
-    for method, net, test, given, top5, names, their5 in paper.LOCALIZATION if published else ():
-        made.rows.append(["paper", method, net, test, given, top5, None, names, their5, None])
+        table.rows.append([*row, result.get("class_error5"), result.get("class_error1")])
+    for method, net, test, error, top5, names, their5 in paper.LOCALIZATION if published else ():
+        table.rows.append(["paper", method, net, test, error, top5, None, names, their5, None])
     if not published and all(result["classes"] <= 5 for result in results):  # one of five is always the true class
-        kept = [place for place, name in enumerate(header) if not name.endswith("top-5")]
-        made.header = [header[place] for place in kept]
-        made.rows = [[row[place] for place in kept] for row in made.rows]
-    made.notes += [
-        f"{one['place']}: {one['lengths']}; {test_images(one['images'])}, on {one['device']}" for one in results
+        columns = [index for index, name in enumerate(header) if not name.endswith("top-5")]
+        table.header = [header[index] for index in columns]
+        table.rows = [[row[index] for index in columns] for row in table.rows]
+    table.notes += [
+        f"{one['file']}: {one['lengths']}; {test_images(one['images'])}, on {one['device']}" for one in results
     ]
     if not results:
-        made.notes.append("Ours: not measured yet; `resnet-localize test checkpoint=…/checkpoints/last.pt dense=true`")
-    made.notes.append(
+        table.notes.append("Ours: not measured yet; `resnet-localize test checkpoint=…/checkpoints/last.pt dense=true`")
+    table.notes.append(
         "An image is wrong where no answer has its class and overlaps one of its boxes of that class by 0.5 or more: of"
         " one answer with the true class, of five with the classes of a classifier."
     )
-    return made
+    return table
 
 
 def _systems(data: str, results: list[dict[str, Any]], where: str) -> Table:
     """Top-5 localization errors of systems."""
-    made = Table(
+    table = Table(
         f"table-14{where}", f"Table 14: top-5 localization error in %, ours on {data}", ["", "system", "val", "test"]
     )
     for result in sorted((one for one in results if "error5" in one), key=lambda one: -one["error5"]):
         name = f"{result['net']}, {result['method']}, {result['protocol']}"
-        made.rows.append(["ours", name, result["error5"], None])
+        table.rows.append(["ours", name, result["error5"], None])
     for system, (val, test) in paper.LOCALIZATION_SYSTEMS.items():
-        made.rows.append(["paper", system, val, test])
-    return made
+        table.rows.append(["paper", system, val, test])
+    return table
 
 
 def _figure(group: list[Localizer]) -> Any:
@@ -177,10 +179,10 @@ def _figure(group: list[Localizer]) -> Any:
 
         figure = Figure(figsize=(7, 4.5))
         axes = figure.subplots()
-        for place, run in enumerate(group):
+        for index, run in enumerate(group):
             points = [(line["iteration"], line["error"]) for line in run.test]
             if points:
-                axes.plot(*zip(*points, strict=True), "o-", color=OTHERS[place % len(OTHERS)], label=run.name)
+                axes.plot(*zip(*points, strict=True), "o-", color=OTHERS[index % len(OTHERS)], label=run.name)
         axes.set(xlabel="iterations", ylabel="localization error (%)", ylim=(0, 100))
         axes.legend()
     return figure

@@ -1,4 +1,4 @@
-"""The page of what a net gets wrong, with matplotlib's figures. Needs no torch."""
+"""The page of a net's mistakes, with figures by matplotlib. Needs no torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from resnet_train.report.values import escape_and_clip
 from resnet_train.terminal import format_share
 
 MOST = 40  # mistakes that are shown as pictures
-FEW = 40  # classes that have a row and a bar each; of more the worst have
+FEW = 40  # classes with a row and a bar each; if there are more, the worst
 SQUARES = 25  # classes whose confusion is drawn
 COLOUR = "#2b7bd0"
 Counts = npt.NDArray[np.int64]  # (K, K): by label and answer
@@ -29,7 +29,7 @@ Counts = npt.NDArray[np.int64]  # (K, K): by label and answer
 
 @dataclass(frozen=True)
 class Mistake:
-    """An image, its label, the answer, how sure that was, from 0 to 1, and the image's name."""
+    """An image, its label, the answer and its probability, from 0 to 1, and the image's name."""
 
     tile: Tile
     label: str
@@ -39,7 +39,7 @@ class Mistake:
 
 
 def classes_table(classes: Sequence[str], confusion: Counts) -> Table:
-    """The error of each class, and what it is most often taken for; None for a class without images."""
+    """The error of each class, None without images, and the class it is most often taken for."""
     header = ["class", "images", "wrong", "error (%)", "most often taken for", "times"]
     table = Table("classes", "The error of each class", header)
     others = _mistaken(confusion)
@@ -56,7 +56,7 @@ def _mistaken(confusion: Counts) -> Counts:
 
 
 def confusion_table(classes: Sequence[str], confusion: Counts) -> Table:
-    """How often each class was given each answer, of the pairs that occur: of 1,000 classes few of a million do."""
+    """How often each class was given each answer; only pairs that occur, as few of 1,000 classes' million pairs do."""
     table = Table("confusion", "What was taken for what", ["label", "prediction", "images"])
     for label, answer in np.argwhere(confusion).tolist():
         table.rows.append([classes[label], classes[answer], int(confusion[label, answer])])
@@ -85,7 +85,7 @@ def page(
     confusion: Counts,
     pictures: Sequence[Mistake],
 ) -> str:
-    """The page as HTML that needs no other file. `files`: the names of those beside it, of predictions first."""
+    """The page as HTML that needs no other file. `files`: the names of the files beside it, predictions first."""
     table = classes_table(classes, confusion)
     intro = [
         f"{escape_and_clip(result['protocol'])}; batch norm with {escape_and_clip(result['batch_norm'])}; computed in"
@@ -120,14 +120,14 @@ def page(
 
 
 def _worst(table: Table) -> Table:
-    """The rows of the classes with the highest error first, at most so many."""
+    """At most FEW rows of the table, the highest error first."""
     rows = sorted(table.rows, key=lambda row: -(row[3] if isinstance(row[3], float) else -1))
     notes = [f"The {FEW} with the highest error of {len(rows):,} classes."] if len(rows) > FEW else []
     return dataclasses.replace(table, rows=rows[:FEW], notes=notes)
 
 
 def _figure_of_errors(table: Table) -> Picture:
-    """A bar for each class, or where they are many how many have which error."""
+    """A bar for each class, or a histogram of the errors of many classes."""
     rows = [(str(row[0]), float(row[3])) for row in table.rows if isinstance(row[3], float)]
     if len(rows) <= FEW:
         return Picture("classes", "The error of each class, the highest on top.", lambda: _draw_bars(rows))

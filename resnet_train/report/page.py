@@ -1,6 +1,6 @@
-"""The report as one HTML page that needs no other file and no network, and as Markdown.
+"""The report as Markdown and as one HTML page, which needs no other file and no network.
 
-Every string comes from a run's files or from a command line and is escaped where it is put into a page.
+Every string comes from a run's files or from a command line, and is escaped where it enters the page.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from resnet_train.report.values import escape_and_clip
 
 @dataclass(frozen=True)
 class Tile:
-    """A picture, in a gallery of which there are lines of text below each."""
+    """A picture of a gallery, with lines of text below it."""
 
     content: bytes
     kind: str  # png or jpeg
-    small: bool  # shown larger than it is, its pixels as squares
+    small: bool  # enlarged, with pixels as squares
     lines: tuple[str, ...] = ()
 
 
 @dataclass
 class Section:
-    """What is said of runs that may stand together, or of all."""
+    """A section of the report: of one group of comparable runs, or of all."""
 
     title: str
     warnings: list[str] = field(default_factory=list)  # in large letters
@@ -43,12 +43,12 @@ class Section:
     gallery: list[Tile] = field(default_factory=list)
     figures: list[Picture] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
-    commands: list[tuple[str, str]] = field(default_factory=list)  # run, and the command that made its curves
-    links: list[tuple[str, str]] = field(default_factory=list)  # to pages of mistakes: what to read, and a URL
+    commands: list[tuple[str, str]] = field(default_factory=list)  # run, and its command
+    links: list[tuple[str, str]] = field(default_factory=list)  # to pages of mistakes: text and URL
 
 
-# In dark mode pictures are turned: white becomes the page's colour, and a hue stays what it is. What is wider than the
-# screen scrolls in a box of its own, whose shadows show that there is more.
+# Dark mode inverts pictures: white becomes the page's colour, and hues stay. What is wider than the screen scrolls in a
+# box of its own, with shadows at the edges that hide more.
 STYLE = """
 :root { color-scheme: light dark; --page: #fff; --text: #1a1a1a; --soft: #555; --line: #ddd; --shadow: #0005; }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var(--page); max-width: 68rem;
@@ -87,50 +87,52 @@ code { font: .85em ui-monospace, monospace; overflow-wrap: anywhere; } summary {
   figure img { max-width: 100%; } }
 """
 
-# A click on the head of a column sorts by it, a second one the other way round; what is empty stays below.
+# A click on the head of a column sorts by it, a second one in reverse; empty cells stay last.
 SORT = """
 for (const button of document.querySelectorAll('th button')) button.addEventListener('click', () => {
   const head = button.parentElement, body = head.closest('table').tBodies[0], column = head.cellIndex;
-  const way = head.ariaSort === 'ascending' ? -1 : 1, text = (row) => row.cells[column].textContent;
+  const direction = head.ariaSort === 'ascending' ? -1 : 1, text = (row) => row.cells[column].textContent;
   const value = (row) => parseFloat(text(row).replaceAll(',', ''));
   const compare = (a, b) => isNaN(value(a)) || isNaN(value(b)) || !a.cells[column].classList.contains('number')
     ? text(a).localeCompare(text(b), undefined, { numeric: true }) : value(a) - value(b);
   const last = (row) => text(row) === 'NOTHING';
-  const rows = [...body.rows].sort((a, b) => last(a) - last(b) || way * compare(a, b));
+  const rows = [...body.rows].sort((a, b) => last(a) - last(b) || direction * compare(a, b));
   for (const other of head.parentElement.cells) other.removeAttribute('aria-sort');
-  head.ariaSort = way > 0 ? 'ascending' : 'descending';
+  head.ariaSort = direction > 0 ? 'ascending' : 'descending';
   body.append(...rows);
 });
 """.replace("NOTHING", NOTHING)
 
 
 def html_page(title: str, intro: list[str], sections: list[Section], out: Path) -> str:
-    """The page, with the figures in `out` inside it."""
-    library, script, places = _plots(sections)
-    body = [f"<h1>{html.escape(title)}</h1>", *(f"<p>{_text(words)}</p>" for words in intro)]
+    """The page, with the figures of the folder `out` embedded."""
+    library, script, plots = _plots(sections)
+    body = [f"<h1>{html.escape(title)}</h1>", *(f"<p>{_to_html(words)}</p>" for words in intro)]
     for number, section in enumerate(sections):
         body.append(f"<section><h2>{html.escape(section.title)}</h2>")
         body += [f'<p class="warning">{html.escape(words)}</p>' for words in section.warnings]
-        body += [f"<p>{_text(words)}</p>" for words in section.words]
+        body += [f"<p>{_to_html(words)}</p>" for words in section.words]
         body += [_table(section.verdict)] if section.verdict else []
         body += [f'<div class="gallery">{"".join(map(_tile, section.gallery))}</div>'] if section.gallery else []
         body += [_figure(out, one.name, one.caption) for one in section.figures]
-        if str(number) in places:
+        if str(number) in plots:
             hint = "Every run: training error dashed, validation dotted, test bold. A click on a name hides a net or"
             hint += " shows it again; the pointer, or a finger, reads off values."
             body.append(
-                f'<div class="plot"><p class="notes">{hint}</p><div class="invert">{places[str(number)]}</div></div>'
+                f'<div class="plot"><p class="notes">{hint}</p><div class="invert">{plots[str(number)]}</div></div>'
             )
         body += [_table(table) for table in section.tables]
         if section.links:
-            shown = (f'<li><a href="{html.escape(url)}">{html.escape(text)}</a></li>' for text, url in section.links)
-            body.append(f"<h3>What they get wrong</h3><ul>{''.join(shown)}</ul>")
+            items = (f'<li><a href="{html.escape(url)}">{html.escape(text)}</a></li>' for text, url in section.links)
+            body.append(f"<h3>What they get wrong</h3><ul>{''.join(items)}</ul>")
         if section.commands:
-            lines = (f"<li>{html.escape(run)}<br><code>{html.escape(made)}</code>" for run, made in section.commands)
+            lines = (
+                f"<li>{html.escape(run)}<br><code>{html.escape(command)}</code>" for run, command in section.commands
+            )
             body.append(f"<details><summary>The command of each curve</summary><ul>{''.join(lines)}</ul></details>")
         body.append("</section>")
     scripts = f"{library}{script}<script>{SORT}</script>"
-    # Whatever else a page may come to hold, a browser runs these scripts and no other, and asks no network.
+    # A browser runs these scripts and no others, and loads nothing from the network.
     hashes = [
         hashlib.sha256(text.encode()).digest() for text in re.findall(r"(?s)<script[^>]*>(.*?)</script>", scripts)
     ]
@@ -143,15 +145,15 @@ def html_page(title: str, intro: list[str], sections: list[Section], out: Path) 
 
 
 def _plots(sections: list[Section]) -> tuple[str, str, dict[str, str]]:
-    """Bokeh, the script of the interactive plots, and by the number of its section where each stands."""
-    plots = {str(number): section.runs for number, section in enumerate(sections) if section.runs}
-    if not plots:
+    """Bokeh's library, the script of the interactive plots, and each plot's HTML by the number of its section."""
+    runs = {str(number): section.runs for number, section in enumerate(sections) if section.runs}
+    if not runs:
         return "", "", {}
     from bokeh.embed import components
     from bokeh.resources import Resources
 
-    script, places = components({number: plot(runs) for number, runs in plots.items()})
-    return Resources(mode="inline", components=["bokeh"]).render(), script, places
+    script, plots = components({number: plot(group) for number, group in runs.items()})
+    return Resources(mode="inline", components=["bokeh"]).render(), script, plots
 
 
 def plot(runs: list[Run]) -> Any:
@@ -161,7 +163,7 @@ def plot(runs: list[Run]) -> Any:
     from bokeh.plotting import figure
 
     nets = list(dict.fromkeys(run.net for run in runs))
-    # Nothing is dragged unless a tool is chosen, so that a finger on the plot still scrolls the page.
+    # No tool is active at first, so that a finger on the plot scrolls the page.
     canvas = figure(
         height=420 + 24 * math.ceil(len(nets) / 2),  # the legend is a part of it
         sizing_mode="stretch_width",
@@ -193,7 +195,7 @@ def plot(runs: list[Run]) -> Any:
             if len(at) == 1:
                 lines[run.net].append(canvas.scatter("iteration", "error", **style, size=7))
             name = f"{run.net}, seed {run.seed}" + ("" if run.finished else ", unfinished")
-            # The box is HTML: what stands in it has a form that was checked, and is escaped all the same.
+            # The tooltip is HTML; the name was checked when the run was read, and is escaped nevertheless.
             tips = [("run", html.escape(name)), ("split", split), ("iteration", "@iteration{0,0}")]
             tips.append(("error", "@error{0.00} %"))
             canvas.add_tools(
@@ -206,41 +208,43 @@ def plot(runs: list[Run]) -> Any:
 
 
 def markdown(title: str, intro: list[str], sections: list[Section]) -> str:
-    """The same without the plot, with links to the figures' files."""
-    lines = [f"# {_plain(title)}", "", *(f"{_plain(words)}\n" for words in intro)]
+    """The report as Markdown: without the interactive plot, with links to the figures' files."""
+    lines = [f"# {_to_markdown(title)}", "", *(f"{_to_markdown(words)}\n" for words in intro)]
     for section in sections:
-        lines += [f"## {_plain(section.title)}", "", *(f"# **{_plain(words)}**\n" for words in section.warnings)]
-        lines += [f"{_plain(words)}\n" for words in section.words]
+        lines += [f"## {_to_markdown(section.title)}", ""]
+        lines += [f"# **{_to_markdown(words)}**\n" for words in section.warnings]
+        lines += [f"{_to_markdown(words)}\n" for words in section.words]
         lines += [markdown_table(section.verdict)] if section.verdict else []
         for one in section.figures:
-            lines += [f"![{_plain(one.caption)}]({one.name}.png)\n", f"{_plain(one.caption)}\n"]
+            lines += [f"![{_to_markdown(one.caption)}]({one.name}.png)\n", f"{_to_markdown(one.caption)}\n"]
         lines += [markdown_table(table) for table in section.tables]
         if section.links:
-            lines += ["### What they get wrong", "", *(f"- [{_plain(text)}]({url})" for text, url in section.links), ""]
+            lines += ["### What they get wrong", ""]
+            lines += [*(f"- [{_to_markdown(text)}]({url})" for text, url in section.links), ""]
         if section.commands:
             lines += ["<details><summary>The command of each curve</summary>", ""]
-            lines += [f"- {_plain(run)}: `{made}`" for run, made in section.commands]
+            lines += [f"- {_to_markdown(run)}: `{command}`" for run, command in section.commands]
             lines += ["", "</details>", ""]
     return "\n".join(lines)
 
 
 def markdown_table(table: Table) -> str:
-    """With title and notes."""
-    head, *rows = ([_plain(cell) for cell in row] for row in (table.header, *table.shown()))
+    """A table as Markdown, with its title and notes."""
+    head, *rows = ([_to_markdown(cell) for cell in row] for row in (table.header, *table.formatted()))
     rows = [head, ["---"] * len(head), *rows]
-    lines = [f"### {_plain(table.title)}", "", *(f"| {' | '.join(row)} |" for row in rows)]
-    return "\n".join([*lines, "", *(f"- {_plain(note)}" for note in table.notes), ""])
+    lines = [f"### {_to_markdown(table.title)}", "", *(f"| {' | '.join(row)} |" for row in rows)]
+    return "\n".join([*lines, "", *(f"- {_to_markdown(note)}" for note in table.notes), ""])
 
 
-def _plain(words: str) -> str:
-    """Text that Markdown takes for text, with `code` as code."""
+def _to_markdown(words: str) -> str:
+    """Escaped for Markdown, except `code`."""
     parts = words.split("`")
     parts[::2] = [re.sub(r"([\\\[\]|$*<>~])", r"\\\1", part.replace("&", "&amp;")) for part in parts[::2]]
     return "`".join(parts)
 
 
-def _text(words: str) -> str:
-    """Escaped, with `code` as code."""
+def _to_html(words: str) -> str:
+    """Escaped for HTML, with `code` as <code>."""
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(words, quote=False))
 
 
@@ -248,20 +252,20 @@ def _figure(out: Path, name: str, caption: str) -> str:
     svg = (out / f"{name}.svg").read_bytes()
     width = re.search(rb'width="([\d.]+)pt"', svg)
     style = f' style="--width: {float(width[1]):.0f}pt"' if width else ""
-    said, data = html.escape(caption), base64.b64encode(svg).decode()
-    picture = f'<img{style} alt="{said}" src="data:image/svg+xml;base64,{data}">'
-    return f'<figure><div class="scroll">{picture}</div><figcaption>{said}</figcaption></figure>'
+    description, data = html.escape(caption), base64.b64encode(svg).decode()
+    picture = f'<img{style} alt="{description}" src="data:image/svg+xml;base64,{data}">'
+    return f'<figure><div class="scroll">{picture}</div><figcaption>{description}</figcaption></figure>'
 
 
 def _tile(tile: Tile) -> str:
-    said, data = html.escape(", ".join(map(escape_and_clip, tile.lines))), base64.b64encode(tile.content).decode()
+    words, data = html.escape(", ".join(map(escape_and_clip, tile.lines))), base64.b64encode(tile.content).decode()
     kind = ' class="small"' if tile.small else ""
     lines = "<br>".join(html.escape(escape_and_clip(line)) for line in tile.lines)
-    return f'<div><img{kind} alt="{said}" src="data:image/{tile.kind};base64,{data}"><p>{lines}</p></div>'
+    return f'<div><img{kind} alt="{words}" src="data:image/{tile.kind};base64,{data}"><p>{lines}</p></div>'
 
 
 def _table(table: Table) -> str:
-    rows = table.shown()
+    rows = table.formatted()
     number = re.compile(rf"{NOTHING}|[-+]?[\d,.]+( [±(].*)?")
     kinds = []
     for column in zip(*rows, strict=True) if rows else [[""]] * len(table.header):
@@ -273,7 +277,7 @@ def _table(table: Table) -> str:
 
     head = line([f"<button>{html.escape(name)}</button>" for name in table.header], "th")
     body = "".join(line([html.escape(cell) for cell in row], "td") for row in rows)
-    notes = "".join(f"<li>{_text(note)}</li>" for note in table.notes)
+    notes = "".join(f"<li>{_to_html(note)}</li>" for note in table.notes)
     return (
         f'<h3 id="{table.name}">{html.escape(table.title)}</h3><div class="scroll"><table><thead>{head}</thead>'
         f'<tbody>{body}</tbody></table></div><ul class="notes">{notes}</ul>'

@@ -24,7 +24,7 @@ from resnet_train.terminal import say
 
 
 def report(args: ReportConfig) -> None:
-    """Write the report of the runs that were named, or of complexity; one line for each file to look at.
+    """Write the report of the given runs, or of complexity, and print the path of its page.
 
     Raises UserError.
     """
@@ -41,14 +41,14 @@ def report(args: ReportConfig) -> None:
             say(line)
     else:
         folders = [expand(name) for name in args.runs]
-        found, places, notes = runs.find(folders)
-        detectors, localizers = detection.find(places), localization.find(places)
-        _check_out(out, [*(run.folder for run in found), *places])
-        groups = runs.groups(found)
-        notes += _kept_apart(groups)
-        everyone: list[Run | detection.Detector | localization.Localizer] = [*found, *detectors, *localizers]
-        data = dict.fromkeys(run.data for run in everyone)
-        published = any(run.published for run in everyone)
+        classifiers, others, notes = runs.find(folders)
+        detectors, localizers = detection.find(others), localization.find(others)
+        _check_out(out, [*(run.folder for run in classifiers), *others])
+        groups = runs.groups(classifiers)
+        notes += _explain_groups(groups)
+        all_runs: list[Run | detection.Detector | localization.Localizer] = [*classifiers, *detectors, *localizers]
+        data = dict.fromkeys(run.data for run in all_runs)
+        published = any(run.published for run in all_runs)
         title = "Deep Residual Learning for Image Recognition: these runs beside the paper"
         title = title if published else f"Residual networks on {' and '.join(data)}"
     for note in notes:
@@ -67,17 +67,17 @@ def report(args: ReportConfig) -> None:
 
 
 def _write(args: ReportConfig, title: str, notes: list[str], sections: list[Section], out: Path) -> None:
-    which = args.runs if args.report == "runs" else ["complexity"]
-    command = shlex.join(["resnet-report", *which, f"out={args.out}"])
-    intro = [f"Made by `{tables.without_places(escape_and_clip(command))}`.", *(f"Note: {note}." for note in notes)]
-    tabular = [table for section in sections for table in (section.verdict, *section.tables) if table]
-    everyone = [run for section in sections for run in section.runs]
-    for table in [*tabular, tables.runs_table(everyone)] if everyone else tabular:
+    names = args.runs if args.report == "runs" else ["complexity"]
+    command = shlex.join(["resnet-report", *names, f"out={args.out}"])
+    intro = [f"Made by `{tables.strip_folders(escape_and_clip(command))}`.", *(f"Note: {note}." for note in notes)]
+    all_tables = [table for section in sections for table in (section.verdict, *section.tables) if table]
+    all_runs = [run for section in sections for run in section.runs]
+    for table in [*all_tables, tables.runs_table(all_runs)] if all_runs else all_tables:
         put(out / f"{table.name}.csv", table.csv().encode())
     put(out / "report.md", page.markdown(title, intro, sections).encode())
     for section in sections:
         section.figures = figures.draw(section.figures, out)
-    put(out / "report.md", page.markdown(title, intro, sections).encode())  # without those that could not be drawn
+    put(out / "report.md", page.markdown(title, intro, sections).encode())  # without figures that could not be drawn
     put(out / "index.html", page.html_page(title, intro, sections, out).encode())
 
 
@@ -88,20 +88,21 @@ def _check_out(out: Path, folders: list[Path]) -> None:
             raise UserError(f"out={out}: lies in the run {folder}; use another folder")
 
 
-def _kept_apart(groups: list[list[Run]]) -> list[str]:
-    """Why runs stand in different rows and figures."""
+def _explain_groups(groups: list[list[Run]]) -> list[str]:
+    """Notes on why runs are in different rows and figures."""
     notes = []
     for count, other in enumerate(groups[1:], 2):
-        why = ", ".join(f"{key} ({here} and {there})" for key, here, there in runs.differences(groups[0], other))
-        who = f"{groups[0][0].place}, … and {other[0].place}, …"
-        notes.append(f"the runs of sections 1 and {count} ({who}) are not in one row or figure: they differ in {why}")
+        keys = ", ".join(f"{key} ({one} and {two})" for key, one, two in runs.differences(groups[0], other))
+        names = f"{groups[0][0].display_path}, … and {other[0].display_path}, …"
+        apart = f"the runs of sections 1 and {count} ({names}) are not in one row or figure"
+        notes.append(f"{apart}: they differ in {keys}")
     return notes
 
 
 def _sections(groups: list[list[Run]], folders: list[Path], out: Path) -> list[Section]:
-    """A section for each group of runs that may stand together, and what concerns all."""
-    apart = {key for other in groups[1:] for key, _, _ in runs.differences(groups[0], other)}
-    sections = [_section(group, number, apart, out) for number, group in enumerate(groups, 1)]
+    """A section for each group of comparable runs, and those about all runs."""
+    differing = {key for other in groups[1:] for key, _, _ in runs.differences(groups[0], other)}
+    sections = [_section(group, number, differing, out) for number, group in enumerate(groups, 1)]
     measured = _measured(folders, "responses.csv", "std")
     gradients = [_measured(folders, "gradients.csv", f"by_{name}") for name in ("response", "weights")]
     for count, data in enumerate(dict.fromkeys(one.data for one in measured), 1):
@@ -112,7 +113,7 @@ def _sections(groups: list[list[Run]], folders: list[Path], out: Path) -> list[S
 
 
 def _responses_section(where: str, *columns: list[figures.Responses]) -> Section:
-    """Figure 7 of the nets of one data set and, where they were measured, the norms of the gradients."""
+    """Figure 7 for the nets of one data set and, if measured, the norms of the gradients."""
     measured, by_response, by_weights = columns
     first = measured[0]
     nets: dict[str, list[float]] = {}
@@ -139,27 +140,27 @@ def _responses_section(where: str, *columns: list[figures.Responses]) -> Section
     return Section(f"Layer responses on {first.data}", warnings, words, figures=pictures)
 
 
-def _section(group: list[Run], number: int, apart: set[str], out: Path) -> Section:
-    """Of runs that may stand together; `apart` are the keys in which they are not like those of other sections."""
+def _section(group: list[Run], number: int, differing: set[str], out: Path) -> Section:
+    """The section of one group of comparable runs; `differing`: the settings in which groups differ."""
     first = group[0]
     where = "" if number == 1 else f"-{number}"
     count = f"{len(group)} run{'s' if len(group) > 1 else ''}"
-    seen = f"{first.data}: {count} of {first.iterations:,} iterations, {first.protocol}"
-    told = sorted(apart - {"data", "iterations", "protocol"})
-    seen += "".join(f", {key}={runs.shown(first.setting[key])}" for key in told)
-    section = Section(f"{number}. {seen}", runs=group, verdict=verdict.table(group, where))
+    title = f"{first.data}: {count} of {first.iterations:,} iterations, {first.protocol}"
+    keys = sorted(differing - {"data", "iterations", "protocol"})
+    title += "".join(f", {key}={runs.format_setting(first.setting[key])}" for key in keys)
+    section = Section(f"{number}. {title}", runs=group, verdict=verdict.table(group, where))
     if first.published and (short := paper.shortened(first.data, first.iterations)):
         section.warnings.append(short)
-    section.words = [words for words in [verdict.sentence(group)] if words]
+    section.words = [text for text in [verdict.sentence(group)] if text]
     section.figures = [dataclasses.replace(one, name=f"{one.name}{where}") for one in figures.plan(group)]
-    section.commands = [(_told(run), tables.made_by(run)) for run in group]
+    section.commands = [(_describe(run), tables.run_command(run)) for run in group]
     section.tables = tables.tables(group, where)
     section.links = [link for run in group for link in _pages(run, out)]
     return section
 
 
 def _pages(run: Run, out: Path) -> list[tuple[str, str]]:
-    """The pages of a run's mistakes: what a link to each says, and its address from the report's folder `out`."""
+    """Links to the pages of a run's mistakes: text, and URL relative to the report's folder `out`."""
     return [
         (
             f"{run.net}, seed {run.seed}: {escape_and_clip(path.name.removesuffix('-mistakes.html'))}",
@@ -169,21 +170,21 @@ def _pages(run: Run, out: Path) -> list[tuple[str, str]]:
     ]
 
 
-def _told(run: Run) -> str:
-    """A run in a line: how far it is, what it gave, where it was made and lies."""
+def _describe(run: Run) -> str:
+    """A run in one line: net, seed, error, progress, device and folder."""
     state = f"test error {run.test_error:.2f} %" + (
         "" if run.finished else f", unfinished ({run.reached:,} iterations)"
     )
     where = f", on {run.device}" if run.device else ""
-    return f"{run.net}, seed {run.seed}: {state}{where}; {run.place}"
+    return f"{run.net}, seed {run.seed}: {state}{where}; {run.display_path}"
 
 
 def _measured(folders: list[Path], name: str, column: str) -> list[figures.Responses]:
-    """A column of the tables that resnet-responses has left in folders, of the last checkpoint of each net and seed.
+    """A column of resnet-responses' tables in `folders`, of the last checkpoint of each net and seed.
 
-    Raises UserError for a file that it has not written.
+    Raises UserError for a file of another form.
     """
-    found: dict[tuple[str, str, int], figures.Responses] = {}
+    newest: dict[tuple[str, str, int], figures.Responses] = {}
     for path in (path for folder in folders for path in sorted(folder.rglob(name)) if path.is_file()):
         values: dict[tuple[str, ...], list[float]] = {}
         try:
@@ -195,11 +196,11 @@ def _measured(folders: list[Path], name: str, column: str) -> list[figures.Respo
                 if not runs.NET.fullmatch(net) or len(layers) != int(net.split("-")[1]) - 1:
                     raise ValueError(f"{len(layers)} layers of {net!r}")
                 label, warning, done = escape_and_clip(data), escape_and_clip(note), finished == "True"
-                one = figures.Responses(net, label, int(seed), layers, warning, done, int(iteration))
-                if found.setdefault((net, label, one.seed), one).iteration <= one.iteration:
-                    found[net, label, one.seed] = one
+                responses = figures.Responses(net, label, int(seed), layers, warning, done, int(iteration))
+                if newest.setdefault((net, label, responses.seed), responses).iteration <= responses.iteration:
+                    newest[net, label, responses.seed] = responses
         except (OSError, csv.Error, *MALFORMED) as error:
             reason = escape_and_clip(f"{type(error).__name__}: {error}")[:200]
             raise UserError(f"{path}: is no table of resnet-responses ({reason})") from error
-    nets = found.values()
+    nets = newest.values()
     return sorted(nets, key=lambda one: (not one.net.startswith("plain"), int(one.net.split("-")[1]), one.seed))

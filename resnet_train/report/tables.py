@@ -15,14 +15,14 @@ from resnet_train.report.runs import Run, by_net, deviations, mean_and_std
 
 Spread = tuple[float, float | None, int]  # mean, standard deviation over seeds, number of seeds
 Cell = str | int | float | Spread | None
-NOTHING = "\N{EN DASH}"  # what stands in an empty cell
+NOTHING = "\N{EN DASH}"  # in an empty cell
 MEANING = "± is the standard deviation over seeds, n their number"
 VIEWS = {"table 2": "10-crop", "table 3": "10-crop", "table 4": "multi-scale", "table 5": "multi-scale"}
 
 
 @dataclass
 class Table:
-    """A table: `name` for files and anchors, `title` to read, rows of cells, notes to stand below."""
+    """A table: `name` for files and anchors, a title, rows of cells, and notes below."""
 
     name: str
     title: str
@@ -30,13 +30,13 @@ class Table:
     rows: list[list[Cell]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def shown(self) -> list[list[str]]:
-        """The rows as they are read."""
+    def formatted(self) -> list[list[str]]:
+        """The rows as text."""
         signed = ["difference" in name for name in self.header]
-        return [[show(cell, sign) for cell, sign in zip(row, signed, strict=True)] for row in self.rows]
+        return [[format_cell(cell, sign) for cell, sign in zip(row, signed, strict=True)] for row in self.rows]
 
     def csv(self) -> str:
-        """Numbers in full; a mean is three columns: mean, std, n."""
+        """The table as CSV, numbers in full; a mean takes three columns: mean, std, n."""
         wide = [any(isinstance(row[i], tuple) for row in self.rows) for i in range(len(self.header))]
         header = [
             word
@@ -54,8 +54,8 @@ class Table:
         return text.getvalue()
 
 
-def show(cell: Cell, signed: bool = False) -> str:
-    """A cell as it is read: errors with two decimals, a mean with its spread and n."""
+def format_cell(cell: Cell, signed: bool = False) -> str:
+    """A cell as text: errors with two decimals, a mean with its spread and n."""
     if cell is None:
         return NOTHING
     if isinstance(cell, tuple):
@@ -67,42 +67,42 @@ def show(cell: Cell, signed: bool = False) -> str:
 
 
 def _csv(cell: Any) -> Any:
-    """A cell as a spreadsheet may open it: text that begins like a formula is text."""
+    """A cell that a spreadsheet can open safely: text that begins like a formula is quoted."""
     if isinstance(cell, str) and cell[:1] in ("=", "+", "-", "@", "\t", "\r"):
         return f"'{cell}"
     return "" if cell is None else cell
 
 
 def spread(values: list[float]) -> Spread | None:
-    """Mean, standard deviation and number; None of nothing."""
+    """Mean, standard deviation and number of `values`; None if there are none."""
     return (*mean_and_std(values), len(values)) if values else None
 
 
 def tables(group: list[Run], where: str) -> list[Table]:
-    """The paper's tables with our figures in them; of data that it does not have one of their own."""
+    """The paper's tables with our figures beside them; for data that the paper does not have, one table of its own."""
     if not group[0].published:
         return [_own_table(group, where), *_ensembles(group, where)]
     if group[0].family == "cifar":
         return [table for table in [errors_table(group, "table 6", where)] if table]
-    made = [errors_table(group, name, where) for name in ("table 2", "table 3", "table 4")]
-    return [*(table for table in made if table), *_ensembles(group, where)]
+    paper_tables = [errors_table(group, name, where) for name in ("table 2", "table 3", "table 4")]
+    return [*(table for table in paper_tables if table), *_ensembles(group, where)]
 
 
 def _own_table(group: list[Run], where: str) -> Table:
-    """Every net's errors: under training's own protocol, and under others where resnet-eval has measured them."""
+    """The errors of every net under the protocol of training, and under others that resnet-eval has measured."""
     ended = [run for run in group if run.finished]
     views = [group[0].protocol]
     views += [view for view in ("10-crop", "multi-scale") if any(final_error(run, view) is not None for run in ended)]
-    fives = [view for view in views if any(final_error(run, view, "error5") is not None for run in ended)]
+    top5 = [view for view in views if any(final_error(run, view, "error5") is not None for run in ended)]
     validated = any(run.curves["val"] for run in group)
-    header = ["net", "parameters", *(f"test error ({view})" for view in views), *(f"top-5 ({view})" for view in fives)]
+    header = ["net", "parameters", *(f"test error ({view})" for view in views), *(f"top-5 ({view})" for view in top5)]
     header += ["test error at the lowest validation error"] if validated else []
     table = Table(f"errors{where}", f"Error in %, {group[0].data}", [*header, "training error at the end"])
     for net, runs in by_net(group).items():
         done = [run for run in runs if run.finished]
         row: list[Cell] = [net, next((run.parameters for run in done if run.parameters), None)]
         row += [_mean([final_error(run, view) for run in done]) for view in views]
-        row += [_mean([final_error(run, view, "error5") for run in done]) for view in fives]
+        row += [_mean([final_error(run, view, "error5") for run in done]) for view in top5]
         row += [_mean([run.chosen_error for run in done])] if validated else []
         table.rows.append([*row, _mean([run.train_error for run in done])])
         table.notes += _unfinished(runs)
@@ -111,7 +111,7 @@ def _own_table(group: list[Run], where: str) -> Table:
 
 
 def _mean(values: Iterable[float | None]) -> Spread | None:
-    """Mean, standard deviation and number of what is there; None of nothing."""
+    """Mean, standard deviation and number of the values that are not None; None if there are none."""
     return spread([value for value in values if value is not None])
 
 
@@ -125,10 +125,10 @@ def _unfinished(runs: list[Run]) -> list[str]:
 
 
 def errors_table(group: list[Run], name: str, where: str) -> Table | None:
-    """Our test errors beside those of `name` (table 2, 3, 4 or 6), or None if the group has no net of it.
+    """Our test errors beside those of table `name` (2, 3, 4 or 6); None if the group has none of its nets.
 
     `last` is the figure; `best` is the test error where a validation part's error was lowest. Means are over the seeds
-    of finished runs; 110 layers are held against the mean of the paper's five.
+    of finished runs; 110 layers are compared with the mean of the paper's five runs.
     """
     nets = by_net(group)
     published = paper.TABLES[name]
@@ -146,18 +146,18 @@ def errors_table(group: list[Run], name: str, where: str) -> Table | None:
     for net in rows:
         done = [run for run in nets[net] if run.finished]
         finals = {run.seed: error for run in done if (error := final_error(run, view)) is not None}
-        ours = spread(list(finals.values()))
-        theirs, top5 = published.get(net, (None, None))
-        against = paper.FIVE_OF_110[0] if net == "resnet-110-A" else theirs
+        our_error = spread(list(finals.values()))
+        paper_error, paper_top5 = published.get(net, (None, None))
+        reference = paper.FIVE_OF_110[0] if net == "resnet-110-A" else paper_error
         seed = min(finals, key=lambda seed: (finals[seed], seed)) if finals else None
         row: list[Cell] = [net, next((run.parameters for run in done if run.parameters), None)]
-        shown = "6.43 (five: 6.61 ± 0.16)" if net == "resnet-110-A" and theirs else theirs
-        row += [shown, ours, ours[0] - against if ours and against is not None else None]
+        paper_cell = "6.43 (five: 6.61 ± 0.16)" if net == "resnet-110-A" and paper_error else paper_error
+        row += [paper_cell, our_error, our_error[0] - reference if our_error and reference is not None else None]
         row += [f"{finals[seed]:.2f} (seed {seed})" if seed is not None and len(finals) > 1 else None]
         if "best, by validation error" in header:
             row += [_mean([run.chosen_error for run in done])]
         if photos:
-            row += [_mean([run.test_error for run in done]), top5]
+            row += [_mean([run.test_error for run in done]), paper_top5]
             row += [_mean([final_error(run, view, "error5") for run in done])]
         table.rows.append([*row, _mean([run.train_error for run in done])])
         if missing := [run for run in done if run.seed not in finals]:
@@ -178,11 +178,11 @@ def errors_table(group: list[Run], name: str, where: str) -> Table | None:
 
 
 def _ensembles(group: list[Run], where: str) -> list[Table]:
-    """Table 5: what resnet-eval found for several nets together, or the command that finds it."""
+    """Table 5: errors of ensembles that resnet-eval has measured, or the command that measures one."""
     first = group[0]
-    found = {str(result): result for run in group for result in run.results if "members" in result}
+    results = {str(result): result for run in group for result in run.results if "members" in result}
     members = [run for run in group if run.finished and run.net in paper.TABLES["table 4"] and run.published]
-    if not (found or members):
+    if not (results or members):
         return []
     name, title = ("table-5", "Table 5: ensembles") if first.published else ("ensembles", "Ensembles")
     table = Table(f"{name}{where}", f"{title}, {first.data}", ["nets", "view", "top-1", "top-5"])
@@ -190,17 +190,17 @@ def _ensembles(group: list[Run], where: str) -> list[Table]:
         table.rows.append(["the paper's six (test server)", "multi-scale", None, 3.57])
         others = "; ".join(f"{who} {top5}" for who, (_, top5) in paper.OTHERS["table 5"].items())
         table.notes.append(f"In the paper also, top-5: {others}. Its figures are of the test server's images.")
-    for result in found.values():
+    for result in results.values():
         if result["data"] == first.data:
             nets = ", ".join(member["net"] for member in result["members"])
             table.rows.append([nets, result["protocol"], result["error"], result.get("error5")])
-    if not found:
+    if not results:
         table.notes.append(f"For the ensemble's error: `{command('multi-scale', members)}`")
     return [table]
 
 
 def final_error(run: Run, view: str, key: str = "error") -> float | None:
-    """The error of the last iteration under a protocol: training's own, or one that resnet-eval has measured."""
+    """The error of the last iteration under `view`: the protocol of training, or one that resnet-eval has measured."""
     if run.protocol == view:
         return run.test_error if key == "error" else run.curves["test"][-1][2]
     for result in run.results:
@@ -213,10 +213,10 @@ def final_error(run: Run, view: str, key: str = "error") -> float | None:
 
 def command(view: str, runs: list[Run]) -> str:
     """The resnet-eval command that measures what is missing."""
-    files = [f"{run.place}/checkpoints/last.pt" for run in runs]
+    files = [f"{run.display_path}/checkpoints/last.pt" for run in runs]
     protocol = {"10-crop": "tencrop", "multi-scale": "multiscale"}.get(view, "center")
-    given = f"checkpoint=[{','.join(files)}]" if len(files) > 1 else f"checkpoint={files[0]}"
-    return shlex.join(["resnet-eval", f"protocol={protocol}", given])
+    checkpoint = f"checkpoint=[{','.join(files)}]" if len(files) > 1 else f"checkpoint={files[0]}"
+    return shlex.join(["resnet-eval", f"protocol={protocol}", checkpoint])
 
 
 def _both(top1: float | None, top5: float | None) -> str:
@@ -224,41 +224,41 @@ def _both(top1: float | None, top5: float | None) -> str:
 
 
 def deviations_table(groups: list[list[Run]]) -> Table:
-    """Who deviates from the paper's recipe, and in what."""
+    """The runs that deviate from the paper's recipe, and the keys in which they do."""
     table = Table("deviations", "Where these runs are not the paper's recipe", ["runs", "what", "here", "paper"])
     for group in groups:
-        found: dict[tuple[str, str, str], list[str]] = {}
+        by_deviation: dict[tuple[str, str, str], list[str]] = {}
         for run in group:
             for deviation in deviations(run):
-                found.setdefault(deviation, []).append(f"{run.net} seed {run.seed}")
-        for (key, here, there), runs in found.items():
-            who = f"all {len(group)} on {group[0].data}" if len(runs) == len(group) > 1 else ", ".join(runs)
-            table.rows.append([who, key, here, there])
+                by_deviation.setdefault(deviation, []).append(f"{run.net} seed {run.seed}")
+        for (key, value, published), runs in by_deviation.items():
+            names = f"all {len(group)} on {group[0].data}" if len(runs) == len(group) > 1 else ", ".join(runs)
+            table.rows.append([names, key, value, published])
     table.notes.append("What is the same in every run of this program: docs/paper.md, “Where this is not the paper”.")
     return table
 
 
 def runs_table(runs: list[Run]) -> Table:
-    """Every run with its state and the command that made it."""
+    """Every run with its progress and its command."""
     header = ["net", "seed", "data", "iterations", "of", "test error", "protocol", "device", "command", "folder"]
     table = Table("runs", "Every run", header)
     for run in runs:
-        shown = run.test_error if run.curves["test"] else None
-        table.rows.append([run.net, str(run.seed), run.data, run.reached, run.iterations, shown])
-        table.rows[-1] += [run.protocol, run.device, made_by(run), run.place]
+        error = run.test_error if run.curves["test"] else None
+        table.rows.append([run.net, str(run.seed), run.data, run.reached, run.iterations, error])
+        table.rows[-1] += [run.protocol, run.device, run_command(run), run.display_path]
     return table
 
 
-def made_by(run: Run) -> str:
-    """The command that made a run; of a sweep, with the words that name this one."""
+def run_command(run: Run) -> str:
+    """The command of a run; for a job of a sweep, with a comment that names the job."""
     words = run.command.split()
     sweep = "-m" in words or "--multirun" in words
-    told = without_places(run.command) or "not recorded"
-    return told + (f" # arch={run.arch} depth={run.depth} seed={run.seed}" if sweep else "")
+    command = strip_folders(run.command) or "not recorded"
+    return command + (f" # arch={run.arch} depth={run.depth} seed={run.seed}" if sweep else "")
 
 
-def without_places(command: str) -> str:
-    """A command that can be pasted, without where things lie on the machine that ran it: of a path its last name."""
+def strip_folders(command: str) -> str:
+    """A command to paste, without the folders of the machine that ran it: of an absolute path its last name."""
     try:
         words = shlex.split(command)
     except ValueError:  # quotes that do not close

@@ -1,4 +1,4 @@
-"""What a run's files hold, taken for data: JSON, words and numbers of a known form, and text that may be shown."""
+"""Read values from a run's files, which anyone may have written: checked for type and range, text escaped."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from resnet_train.engine.metrics import read_metrics
 from resnet_train.errors import UserError
 
 LONGEST = 4000  # characters of a string in a run's files
-SMALL = 1000  # test images; of fewer a figure says little
-# What values of another type, form or depth than a run's files have make of the code that reads them.
+SMALL = 1000  # a test of fewer images is marked as small
+# What the reading of a run raises where values have another type, form or depth than expected.
 MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
 
 
 def escape_and_clip(text: str) -> str:
-    """Text of a file as it may be shown: control characters and lone surrogates escaped, and not endless.
+    """Text from a file, safe to show: control characters and lone surrogates escaped, the length limited.
 
-    So are backticks, which in a report's own words are around code.
+    Backticks are escaped too: in the report's own text they enclose code.
     """
-    shown = terminal.printable(text[:LONGEST]).replace("`", "\\x60")
-    return shown + ("…" if len(text) > LONGEST else "")
+    escaped = terminal.printable(text[:LONGEST]).replace("`", "\\x60")
+    return escaped + ("…" if len(text) > LONGEST else "")
 
 
 @contextlib.contextmanager
 def reading(folder: Path, command: str) -> Iterator[None]:
-    """Around the reading of a run's files. Raises UserError for what is not theirs."""
+    """Turn errors from reading a malformed file of a run into a UserError."""
     try:
         yield
     except MALFORMED as error:
@@ -47,19 +47,19 @@ def metrics_in(folder: Path) -> list[dict[str, Any]]:
 
 
 def word(value: Any) -> str:
-    """A string of a run's files, as it may be shown. Raises TypeError."""
+    """A string from a run's files, safe to show. Raises TypeError for other types."""
     if not isinstance(value, str):
         raise TypeError(f"{value!r:.100} is no text")
     return escape_and_clip(value)
 
 
 def test_images(count: int) -> str:
-    """So many test images, in words."""
+    """The number of test images, as text."""
     return f"{count:,} test image{'s' if count != 1 else ''}" + (", a small set" if count < SMALL else "")
 
 
 def number(value: Any, least: float = 0.0, most: float = math.inf) -> float:
-    """A finite number of a run's files. Raises TypeError and ValueError."""
+    """A finite number from a run's files, from `least` to `most`. Raises TypeError and ValueError."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{value!r:.100} is no number")
     if not (least <= value <= most and math.isfinite(value)):
@@ -68,16 +68,16 @@ def number(value: Any, least: float = 0.0, most: float = math.inf) -> float:
 
 
 def whole(value: Any, least: int = 0, most: int = 2**63) -> int:
-    """A whole number of a run's files. Raises TypeError and ValueError."""
+    """A whole number from a run's files. Raises TypeError and ValueError."""
     if not isinstance(value, int):
         raise TypeError(f"{value!r:.100} is no whole number")
     return int(number(value, least, most))
 
 
-def plain(value: Any) -> Any:
-    """A value of a configuration: a number, a word, nothing, or a list of those. Raises TypeError and ValueError."""
+def config_value(value: Any) -> Any:
+    """A value from a configuration: a number, a string, None, or a list of these. Raises TypeError and ValueError."""
     if isinstance(value, list):
-        return [plain(one) for one in value]
+        return [config_value(item) for item in value]
     if value is None or isinstance(value, bool):
         return value
     return word(value) if isinstance(value, str) else number(value, -math.inf)

@@ -1,4 +1,4 @@
-"""What depth does, in a table and one sentence: is a deeper net worse or better than a shallow one, and is it shown?"""
+"""The effect of depth, as a table and a sentence: is a deeper net better or worse, and do the runs show it?"""
 
 from __future__ import annotations
 
@@ -9,33 +9,34 @@ from resnet_train import paper
 from resnet_train.report.runs import END, Run, by_net, mean_and_std
 from resnet_train.report.tables import Cell, Table, spread
 
-SEEDS = 3  # a difference is shown by so many seeds of each net,
-POINTS = 2  # or where it is larger than this; and never where it is below
-WIDE = 2  # so many times its spread over seeds
+# A difference counts as shown with SEEDS seeds of each net or above POINTS, and above WIDE times its spread over seeds.
+SEEDS = 3
+POINTS = 2
+WIDE = 2
 
 
 @dataclass(frozen=True)
 class Difference:
-    """By how much a deep net's error is above a shallow one's, and the standard deviation of that."""
+    """A deep net's error minus a shallow one's, and the standard deviation of that difference."""
 
     points: float
     spread: float | None  # None without two seeds of each net
-    word: str  # worse or better where that is shown, else empty
+    word: str  # worse or better if the runs show it, else empty
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A net and the shallowest of its kind, by training and by test error."""
+    """A net compared with the shallowest of its kind, by training and by test error."""
 
     shallow: Run
     deep: Run
     train: Difference
     test: Difference
-    falling: str  # why the training errors say nothing, where they do not
+    falling: str  # why the training errors do not count; empty if they do
 
 
 def compare(shallow: list[Run], deep: list[Run]) -> Comparison:
-    """Finished runs of one shallow and of one deep net, seeds of the same setting."""
+    """Compare the finished runs of a shallow and of a deep net, all of one setting."""
     train = _difference([run.train_error for run in shallow], [run.train_error for run in deep])
     test = _difference([run.test_error for run in shallow], [run.test_error for run in deep])
     gain, falling = max(run.late_gain for run in (*shallow, *deep)), ""
@@ -49,13 +50,13 @@ def _difference(shallow: list[float], deep: list[float]) -> Difference:
     (low, low_std), (high, high_std) = mean_and_std(shallow), mean_and_std(deep)
     points = high - low
     std = None if low_std is None or high_std is None else math.hypot(low_std, high_std)
-    shown = abs(points) > POINTS or min(len(shallow), len(deep)) >= SEEDS
-    shown = shown and (std is None or abs(points) > WIDE * std)
-    return Difference(points, std, ("worse" if points > 0 else "better") if shown else "")
+    is_shown = abs(points) > POINTS or min(len(shallow), len(deep)) >= SEEDS
+    is_shown = is_shown and (std is None or abs(points) > WIDE * std)
+    return Difference(points, std, ("worse" if points > 0 else "better") if is_shown else "")
 
 
 def comparisons(group: list[Run]) -> list[Comparison]:
-    """Each net against the shallowest of its kind (plain, or residual with the same shortcuts)."""
+    """Compare each net with the shallowest of its kind (plain, or residual with the same shortcuts)."""
     kinds: dict[str, list[list[Run]]] = {}
     for net, runs in by_net(group).items():
         if done := [run for run in runs if run.finished]:
@@ -64,42 +65,43 @@ def comparisons(group: list[Run]) -> list[Comparison]:
 
 
 def table(group: list[Run], where: str = "") -> Table | None:
-    """Every comparison with its figures; None where there are no two depths of one kind."""
+    """The comparisons as a table; None without two depths of one kind."""
     header = ["net", "training error", "test error", "against", "training: difference", "training: spread"]
     header += ["test: difference", "test: spread", "shown?"]
-    made = Table(f"depth{where}", f"Depth: each net beside the shallowest of its kind, {group[0].data}", header)
-    found = comparisons(group)
-    for net in dict.fromkeys(net for one in found for net in (one.shallow.net, one.deep.net)):
+    result = Table(f"depth{where}", f"Depth: each net beside the shallowest of its kind, {group[0].data}", header)
+    pairs = comparisons(group)
+    for net in dict.fromkeys(net for pair in pairs for net in (pair.shallow.net, pair.deep.net)):
         done = [run for run in group if run.net == net and run.finished]
         row: list[Cell] = [net, spread([run.train_error for run in done]), spread([run.test_error for run in done])]
-        one = next((one for one in found if one.deep.net == net), None)
-        if one:
-            row += [one.shallow.net, one.train.points, one.train.spread, one.test.points, one.test.spread, _shown(one)]
-        made.rows.append([*row, *[None] * (len(header) - len(row))])
-    made.notes = [
+        pair = next((pair for pair in pairs if pair.deep.net == net), None)
+        if pair:
+            row += [pair.shallow.net, pair.train.points, pair.train.spread, pair.test.points, pair.test.spread]
+            row.append(_words(pair))
+        result.rows.append([*row, *[None] * (len(header) - len(row))])
+    result.notes = [
         f"Shown: with {SEEDS} seeds of each net or above {POINTS} points, and above {WIDE} times the spread, which is"
         " the standard deviation of the difference of two runs.",
         f"A training error is that of the last {100 // END} % of the iterations, of augmented images.",
-        *(f"{one.deep.net}: training is not shown, {one.falling}." for one in found if one.falling),
+        *(f"{pair.deep.net}: training is not shown, {pair.falling}." for pair in pairs if pair.falling),
     ]
-    return made if found else None
+    return result if pairs else None
 
 
-def _shown(one: Comparison) -> str:
-    train, test = one.train.word, one.test.word
+def _words(pair: Comparison) -> str:
+    train, test = pair.train.word, pair.test.word
     if train == test:
         return f"yes, {train} in both" if train else "no"
     return ", ".join(f"{word} in {name}" for name, word in (("training", train), ("the test", test)) if word)
 
 
 def sentence(group: list[Run]) -> str:
-    """What the runs show of plain and of residual nets, at the greatest depth that both were run in; or nothing."""
-    found = [one for one in comparisons(group) if one.deep.depth < 1000]  # 1202 layers: another story, of overfitting
-    plain = [one for one in found if one.deep.arch == "plain"]
-    residual = [one for one in found if one.deep.arch != "plain"]
-    both = {one.deep.depth for one in plain} & {one.deep.depth for one in residual}
+    """What the runs show for plain and residual nets, at the greatest depth that both have; may be empty."""
+    pairs = [pair for pair in comparisons(group) if pair.deep.depth < 1000]  # 1202 layers overfit
+    plain = [pair for pair in pairs if pair.deep.arch == "plain"]
+    residual = [pair for pair in pairs if pair.deep.arch != "plain"]
+    both = {pair.deep.depth for pair in plain} & {pair.deep.depth for pair in residual}
     chosen = [
-        next((one for one in kind if both and one.deep.depth == max(both)), kind[-1])
+        next((pair for pair in kind if both and pair.deep.depth == max(both)), kind[-1])
         for kind in (plain, residual)
         if kind
     ]
@@ -115,15 +117,19 @@ def sentence(group: list[Run]) -> str:
     return f"{length}, {'; '.join(map(_clause, chosen))}."
 
 
-def _clause(one: Comparison) -> str:
-    kind = "plain" if one.deep.arch == "plain" else "residual"
-    how = {"worse": "a higher", "better": "a lower"}
-    word = one.train.word if one.train.word == one.test.word else ""
-    said = " and ".join(
-        f"{how[part.word]} {name} error" for name, part in (("training", one.train), ("test", one.test)) if part.word
+def _clause(pair: Comparison) -> str:
+    kind = "plain" if pair.deep.arch == "plain" else "residual"
+    articles = {"worse": "a higher", "better": "a lower"}
+    word = pair.train.word if pair.train.word == pair.test.word else ""
+    parts = " and ".join(
+        f"{articles[part.word]} {name} error"
+        for name, part in (("training", pair.train), ("test", pair.test))
+        if part.word
     )
-    is_so = f"is {word} than" if word else f"has {said} than" if said else "is not shown to be better or worse than"
+    relation = (
+        f"is {word} than" if word else f"has {parts} than" if parts else "is not shown to be better or worse than"
+    )
     return (
-        f"the {kind} net of {one.deep.depth} layers {is_so} that of {one.shallow.depth}"
-        f" (training error {one.train.points:+.2f} points, test error {one.test.points:+.2f})"
+        f"the {kind} net of {pair.deep.depth} layers {relation} that of {pair.shallow.depth}"
+        f" (training error {pair.train.points:+.2f} points, test error {pair.test.points:+.2f})"
     )
