@@ -1,7 +1,7 @@
 """Train and evaluate the networks of "Deep Residual Learning for Image Recognition" (He et al. 2015).
 
 From Python: `cifar_resnet` and `imagenet_resnet` build the paper's networks, `load` opens a trained one. torch is
-imported when one of them is first taken, not with this package.
+imported at the first access to one of them, not with this package.
 """
 
 import importlib
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 __all__ = ["Classifier", "__version__", "cifar_resnet", "imagenet_resnet", "load"]
 
-_PLACES = dict.fromkeys(("Classifier", "load"), "resnet_train.classification.predict")
-_PLACES |= dict.fromkeys(("cifar_resnet", "imagenet_resnet"), "resnet_train.models.resnet")
+_MODULES = dict.fromkeys(("Classifier", "load"), "resnet_train.classification.predict")
+_MODULES |= dict.fromkeys(("cifar_resnet", "imagenet_resnet"), "resnet_train.models.resnet")
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_PLACES[name]), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_PLACES})
+    return sorted({*globals(), *_MODULES})

@@ -1,4 +1,4 @@
-"""`python -m resnet_train COMMAND …`: the commands, where their scripts are not on the path."""
+"""`python -m resnet_train COMMAND …`: the commands, if their scripts are not on the path."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ COMMANDS = {
 
 
 def main() -> None:
-    """The command that the first word names; without one, as in `python -m resnet_train depth=20`, training."""
+    """Run the command that the first word names; without one, as in `python -m resnet_train depth=20`, train."""
     words = sys.argv[1:]
     if not words or words[0] in ("-h", "--help", "help", "list"):
         say(f"python -m resnet_train COMMAND …, or resnet-COMMAND …; of each --help shows more: {', '.join(COMMANDS)}")

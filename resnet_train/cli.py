@@ -1,6 +1,6 @@
-"""The commands: rows of one table, each with what checks a job, what runs it, and what its words mean.
+"""The commands: rows of one table, each with the functions that check and run a job, and the meaning of its words.
 
-`dispatch.main` follows a command line through its row.
+`dispatch.main` runs a command line by its row.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from resnet_train.dispatch import Check, Command, Values, main
 from resnet_train.errors import UserError
 from resnet_train.files import expand
 
-# --- What checks a job, and so gives the arguments of what runs it. Raises UserError ---------------------------------
+# --- Checks of a job, which return the arguments of the function that runs it. Raise UserError -----------------------
 
 
 def _check_train(values: Values, requested: list[str]) -> tuple[Any, Path]:
-    for key in ("experiment", "job", "jobs"):  # they have said which net and seed
+    for key in ("experiment", "job", "jobs"):  # they have chosen the net and the seed
         values.pop(key, None)
     _take_launched(values, requested)
     if "scale" not in values:
@@ -60,7 +60,7 @@ def _check_detect_test(values: Values, _: list[str]) -> tuple[Any]:
 
 
 def _need_coco() -> None:
-    """Refuse a test of a detector, which is also the end of its training, where COCO's evaluation is missing."""
+    """Refuse to train or test a detector without COCO's evaluation, which the end of training needs too."""
     if importlib.util.find_spec("faster_coco_eval") is None:
         raise UserError("resnet-detect needs faster-coco-eval: pip install 'resnet-train[detection]'")
 
@@ -72,16 +72,16 @@ def _check_localize(values: Values, requested: list[str]) -> tuple[Any, Path]:
 
 
 def _take_launched(values: Values, requested: list[str]) -> None:
-    """Take the number of processes from a launcher, if there is one, which alone may say it."""
+    """Take the number of processes from the launcher, if there is one; the command line may not set it then."""
     if launcher_world_size():
         for key in ("devices", "max_restarts"):
             if key in requested:
-                raise UserError(f"{key}={values.get(key)}: that is the launcher's to say, such as torchrun; remove it")
+                raise UserError(f"{key}={values.get(key)}: is set by the launcher, such as torchrun; remove it")
         values["devices"] = launcher_world_size()
 
 
 def _check_weights(values: Values, requested: list[str]) -> tuple[WeightsConfig, dict[str, Values]]:
-    """Of an import also what a training run would have, for each family of nets that it may be."""
+    """The configuration and, for an import, that of a training run for each family of nets that the file may hold."""
     config = check_weights(values, requested)
     names = {"imagenet": "imagenet", "cifar": "cifar10"}
     if config.data.name != "auto":
@@ -106,17 +106,17 @@ def _check_features(values: Values, requested: list[str]) -> tuple[Any, ...]:
     return *check_features(values, images, requested), images
 
 
-# --- Two commands that do two things each ----------------------------------------------------------------------------
+# --- Two commands with two modes each --------------------------------------------------------------------------------
 
 
 def pack_or_check(config: PackConfig) -> None:
-    """What `resnet-pack` does: it packs, or with check= reads what was packed."""
+    """Run `resnet-pack`: pack images, or with check= check packed files."""
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     if config.check is not None:
         return load("resnet_train.data.pack_check:check_packed")(config.check, config.workers)
     return load("resnet_train.data.pack:pack")(
         root=config.data.root,
-        out=expand(config.out or ""),  # check_pack has seen to it that there is one
+        out=expand(config.out or ""),  # check_pack requires it
         shorter_side=config.shorter_side,
         quality=config.quality,
         images=config.shard_images,
@@ -126,7 +126,7 @@ def pack_or_check(config: PackConfig) -> None:
 
 
 def import_or_export(config: WeightsConfig, bases: dict[str, Values]) -> None:
-    """What `resnet-weights` does, as its first word says."""
+    """Run `resnet-weights`: import or export, by its first word."""
     if config.word == "export":
         return load("resnet_train.weights.command:export")(config)
     return load("resnet_train.weights.command:import_weights")(config, bases)
@@ -135,7 +135,7 @@ def import_or_export(config: WeightsConfig, bases: dict[str, Values]) -> None:
 # --- The table -------------------------------------------------------------------------------------------------------
 
 
-# In a test no recipe has a say, so that data is a value there and no group; but data= means what it means in training.
+# Evaluation uses no recipe, so that data is a plain key there and not a group; data=NAME is accepted as in training.
 DATA = {"data=": "data.name="}
 CHECKPOINTS: dict[str, Any] = {"words": ("checkpoint",), "short": DATA}
 ONE_CHECKPOINT = "{} is one process with one checkpoint; use it without -m and torchrun"
@@ -214,7 +214,7 @@ COMMANDS = {
         "resnet_train.cli:pack_or_check",
         no_sweep="-m: resnet-pack packs one tree at a time",
         no_launcher="resnet-pack starts its own processes (workers=); use it without torchrun",
-        short={"data=imagenet": ""},  # which is what can be packed
+        short={"data=imagenet": ""},  # the only data that can be packed
     ),
     "detect": Command(
         "detect",

@@ -29,16 +29,16 @@ from resnet_train.terminal import printable, say
 
 
 def fail(error: UserError) -> NoReturn:
-    """One line on stderr, from one process of each machine, and the error's exit code."""
+    """Print the error from one process of each machine, and exit with its code."""
     if _rank() != "0" and os.environ.get("LOCAL_RANK", "0") != "0":
-        time.sleep(10)  # a launcher that saw this one's end first would end the one that tells before it has
+        time.sleep(10)  # else the launcher may end the process that prints before it has
     else:
         print_error(error)
     sys.exit(error.code)
 
 
 def print_error(error: UserError) -> None:
-    """One line on stderr; an error that all processes meet is the first one's to tell."""
+    """Print the error as one line on stderr; only rank 0 prints an error that all processes share."""
     rank = _rank()
     if rank == "0" or not error.shared:
         who = "" if rank == "0" else f"rank {rank}: "
@@ -46,25 +46,25 @@ def print_error(error: UserError) -> None:
 
 
 def exit_quietly() -> NoReturn:
-    """End without a word: who read the output has gone, as in `resnet-train --help | head`."""
+    """Exit without a message: the reader of the output has ended, as in `resnet-train --help | head`."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(1)
 
 
 def _line(text: str) -> str:
-    """`text` as one line that a terminal can show; of what is very long, its beginning and its end."""
+    """`text` as one printable line; a very long one is cut in the middle."""
     words = [word if len(word) <= 240 else f"{word[:120]}…{word[-40:]}" for word in text.split()]
     text = printable(" ".join(words))
     return text if len(text) <= 900 else f"{text[:500]} … {text[-300:]}"
 
 
 def _rank() -> str:
-    """The number of this process among those that a launcher has started, as the launcher spells it."""
+    """The rank of this process as text, from the launcher's environment; 0 without a launcher."""
     return os.environ["RANK"] if under_launcher() else "0"
 
 
 def launcher_world_size() -> int:
-    """The number of processes that torchrun, Slurm or our own launcher has started; 0 outside of them."""
+    """The number of processes that torchrun, Slurm or our own launcher has started; 0 without one."""
     if not under_launcher():
         return 0
     for name in ("RANK", "WORLD_SIZE"):
@@ -74,9 +74,9 @@ def launcher_world_size() -> int:
 
 
 def start_resource_tracker() -> None:
-    """Start Python's helper of spawned processes, deaf to what Slurm or a terminal sends to all processes of a job.
+    """Start multiprocessing's resource tracker with the signals blocked that Slurm or a terminal sends to a whole job.
 
-    It ignores SIGINT and SIGTERM by itself; of the others it would die, fill stderr and leave semaphores behind.
+    It ignores SIGINT and SIGTERM itself; the others would end it, with messages on stderr and leaked semaphores.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP))
     resource_tracker.ensure_running()
@@ -84,7 +84,7 @@ def start_resource_tracker() -> None:
 
 
 def check_restarts() -> None:
-    """Refuse a torchrun whose restarts would not come off: with its store, the addresses of the dead outlive them."""
+    """Refuse torchrun's restarts where they fail: its store keeps the addresses of the processes that have died."""
     restarts = launcher_world_size() > 1 and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
     if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         raise UserError(
@@ -93,27 +93,27 @@ def check_restarts() -> None:
         )
 
 
-def load(place: str) -> Any:
-    """What an import path names, as `resnet_train.classification.run:train` does."""
-    module, _, name = place.partition(":")
+def load(import_path: str) -> Any:
+    """Import the object that an import path such as `resnet_train.classification.run:train` names."""
+    module, _, name = import_path.partition(":")
     return getattr(importlib.import_module(module), name)
 
 
-def call(place: str, *arguments: Any) -> int:
-    """Import what `place` names and call it in this process, alone or as one of several; the exit code.
+def call(import_path: str, *arguments: Any) -> int:
+    """Import the function that `import_path` names and call it in this process; return the exit code.
 
-    The line of an error about a file that the configuration, the first argument, names begins with its key.
+    An error about a file that is named in the configuration, the first argument, begins with its key.
     """
 
     def job() -> int | None:
         with name_keys(arguments[0] if arguments else None):
-            return load(place)(*arguments)
+            return load(import_path)(*arguments)
 
     return exit_code(job)
 
 
 def say_start(name: str, devices: int | str = 1, file: TextIO | None = None) -> None:
-    """Say at once what starts, in one of the processes: torch takes seconds to load, and the work longer."""
+    """Print what is starting, on rank 0: importing torch takes seconds, and the work longer."""
     if _rank() == "0":
         several = "" if launcher_world_size() or devices == 1 else f" on devices={devices}"
         say(_line(f"{name}: starting{several}"), file=file)
@@ -122,18 +122,18 @@ def say_start(name: str, devices: int | str = 1, file: TextIO | None = None) -> 
 def finish(
     job: Callable[[], int], config: Any, max_restarts: int = 0, name: str = "", file: TextIO | None = None
 ) -> NoReturn:
-    """Exit with what `job` gives: here, as one of a launcher's processes, or in new processes for several devices.
+    """Run `job` and exit with its code: in this process, or in new ones for several devices without a launcher.
 
-    A job with a `name` says at once that it starts.
+    With a `name`, the start is printed first.
     """
     if not launcher_world_size():
         for number in SIGNALS:
-            signal.signal(number, stop_early)  # training, once it has something to keep, has a handler of its own
+            signal.signal(number, stop_early)  # training sets its own handler once there is a state to save
     if name:
         say_start(name, config.devices, file)
     if launcher_world_size():
         code = job()
-        # torchrun takes another exit code for a failure: it would start all again, or end the whole job with 1.
+        # torchrun treats other codes as failures: it would restart all processes, or end the job with 1.
         _end(0 if code > 128 and "TORCHELASTIC_RUN_ID" in os.environ else code)
     if config.devices == 1 and not max_restarts:
         sys.exit(job())
@@ -144,47 +144,47 @@ def finish(
 
 
 def _end(code: int) -> NoReturn:
-    """End one of a launcher's processes as multiprocessing ends its own: Python is not torn down.
+    """End a launcher's process as multiprocessing does, without tearing down the interpreter.
 
-    For that a thread of Gloo that lets go of a tensor just then aborts the process (pthread_exit through C++ frames,
-    where it wants the interpreter's lock), and the launcher takes a finished run for a failed one.
+    During the teardown a thread of Gloo that releases a tensor waits for the interpreter's lock and aborts the process
+    (pthread_exit through C++ frames), and the launcher would take a finished run for a failed one.
     """
     atexit._run_exitfuncs()
-    with contextlib.suppress(OSError, ValueError):  # nobody listens any more
+    with contextlib.suppress(OSError, ValueError):  # the reader has ended
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code)
 
 
 def exit_code(job: Callable[[], int | None]) -> int:
-    """The job's own exit code, 0 for none; one line for what the user or the machine lacks. Bugs keep their trace.
+    """Run `job` and return its exit code, 0 for None. Errors of the user or the machine become one line.
 
-    An error that this process alone meets ends it here, without a word to those that wait for it but its end.
+    Any other exception keeps its traceback. An error of this process alone exits here, without notice to the others.
     """
-    told: UserError | None
+    failure: UserError | None
     try:
         return job() or 0
     except UserError as error:
-        told = error
+        failure = error
     except BrokenPipeError:
         exit_quietly()
     except KeyboardInterrupt:  # the second Ctrl-C
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
         if launcher_world_size():
-            _lost(error)
-        told = from_machine_error(error) or from_nccl_error(error)
-        if told is None:
+            _wait_if_peer_failed(error)
+        failure = from_machine_error(error) or from_nccl_error(error)
+        if failure is None:
             traceback.print_exc()
             sys.exit(1)
-    print_error(told)
-    if told.shared:
-        return told.code
-    sys.exit(told.code)
+    print_error(failure)
+    if failure.shared:
+        return failure.code
+    sys.exit(failure.code)
 
 
-def _lost(error: Exception) -> None:
-    """Leave it to the launcher to end this process, if `error` came of the end of another, which it is to name."""
+def _wait_if_peer_failed(error: Exception) -> None:
+    """If `error` came from another process that ended, wait for the launcher to name that one and to end this one."""
     line = is_peer_failure(error)
     if line:
         for number in (signal.SIGINT, signal.SIGTERM):

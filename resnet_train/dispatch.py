@@ -1,8 +1,8 @@
-"""From a command line to what it runs.
+"""Run what a command line asks for.
 
-`main` has the command line taken apart and every job composed by Hydra and checked, which gives the arguments of what
-the command's `run` names. Then Hydra shows help, configuration or completion, or has each job run, by `_start`, or in a
-sweep by `_start_in_sweep`.
+`main` parses the command line, and composes and checks every job, which gives the arguments of the function that the
+command's `run` names. Then Hydra shows help, configuration or completion, or runs each job by `_start`, or in a sweep
+by `_start_in_sweep`.
 """
 
 from __future__ import annotations
@@ -52,37 +52,37 @@ from resnet_train.console import (
 )
 from resnet_train.engine.limits import check_open_files
 from resnet_train.errors import UserError, from_machine_error, from_os_error, nearest
-from resnet_train.sweep import check_all_finished, check_place, run_apart, run_here
+from resnet_train.sweep import check_all_finished, check_directory, run_and_exit, run_in_process
 from resnet_train.terminal import say
 
 Values = dict[str, Any]  # of one job, composed
-Check = Callable[[Values, list[str]], tuple[Any, ...]]  # takes them and the keys that the command line names
+Check = Callable[[Values, list[str]], tuple[Any, ...]]  # of the values and the keys on the command line
 
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """One command."""
+    """A command: how a job is checked and what runs it."""
 
     name: str  # of its configuration, configs/NAME.yaml
-    typed: str  # how it is called
+    typed: str  # what the user types
     check: Check
-    run: str  # the import path of what runs a job, called with what `check` gives; imported only then
-    data: str = ""  # of a command that trains, and so can be swept: what opens the data of a configuration
+    run: str  # the import path of the function that runs a job, called with what `check` returns
+    data: str = ""  # for a command that trains, the import path of the function that opens the data
     processes: bool = False  # whether a job may be several processes: devices=N, or torchrun's
-    no_sweep: str = ""  # else what is said of -m
-    no_launcher: str = ""  # else what is said of torchrun
-    words: tuple[str, ...] = ()  # the keys that words without = stand for, in order; a single one takes all of them
-    short: Mapping[str, str] = dataclasses.field(default_factory=dict)  # what may be typed for a word, or for KEY=
-    torch: bool = True  # whether it takes torch, and so a second or more before there is anything to be seen
+    no_sweep: str = ""  # the error for -m, if refused
+    no_launcher: str = ""  # the error for torchrun, if refused
+    words: tuple[str, ...] = ()  # the keys of words without =, in order; a single key takes them all
+    short: Mapping[str, str] = dataclasses.field(default_factory=dict)  # abbreviations of a word, or of KEY=
+    torch: bool = True  # whether it imports torch, which takes a second or more
 
 
 def main(command: Command, *more: Command, words: list[str] | None = None) -> None:
-    """Do what a command line asks for: of `command`, or of one of `more` that are typed with a word more."""
+    """Run a command line: `command`, or one of `more`, whose names have a second word."""
     words = sys.argv[1:] if words is None else words
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its exceptions to us instead of printing them
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises exceptions instead of printing them
     first, others = words[0] if words else "", {other.typed.split()[1]: other for other in more}
     typed = os.environ.get("COMP_LINE", "").split(" ") if first == "-sc" else []
-    if len(typed) > 2:  # a shell asks what may follow: words without = are another command's or files, not Hydra's
+    if len(typed) > 2:  # completion: Hydra does not know words without =, such as files
         command = others.get(typed[1], command)
         os.environ["COMP_LINE"] = " ".join([typed[0], *(word for word in typed[1:-1] if "=" in word), typed[-1]])
     if first in others:
@@ -93,7 +93,7 @@ def main(command: Command, *more: Command, words: list[str] | None = None) -> No
         _follow(command, words)
     except UserError as error:
         fail(error)
-    except (HydraException, OmegaConfBaseException, ValueError) as error:  # Hydra's own: jobs keep theirs
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # of Hydra; errors of jobs end in `call`
         fail(UserError(str(error)))
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
@@ -104,8 +104,8 @@ def main(command: Command, *more: Command, words: list[str] | None = None) -> No
     except Exception as error:
         hydras = [word for word in words if re.match(r"[+~]*hydra\b|-sc|--sh", word)]
         if not hydras:
-            if refused := from_machine_error(error):
-                fail(refused)
+            if failure := from_machine_error(error):
+                fail(failure)
             raise
         fail(UserError(f"{' '.join(hydras)}: Hydra cannot take that ({type(error).__name__}: {error})"))
 
@@ -143,9 +143,9 @@ def _follow(command: Command, words: list[str]) -> None:
     sys.argv = [command.typed.split()[0], *line.flags, *overrides]
     run = hydra.main(version_base="1.3", config_path=config_dir(command.name), config_name=command.name)(job)
     if line.help:
-        with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as shown:
+        with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as captured:
             run()
-        sys.stdout.write(explain(shown.getvalue(), command.name, overrides))
+        sys.stdout.write(explain(captured.getvalue(), command.name, overrides))
         return
     run()
     if sweep and not line.cfg:
@@ -153,7 +153,7 @@ def _follow(command: Command, words: list[str]) -> None:
 
 
 def _check_start(command: Command, sweep: bool) -> None:
-    """Refuse -m and launchers where they make no sense. Raises UserError."""
+    """Refuse -m and launchers for commands that cannot use them. Raises UserError."""
     if sweep and command.no_sweep:
         raise UserError(command.no_sweep)
     if launcher_world_size() and command.no_launcher:
@@ -169,12 +169,12 @@ def _check_start(command: Command, sweep: bool) -> None:
 def _prepare_all(
     command: Command, overrides: list[str], images: list[str], sweep: bool, line: Any
 ) -> list[tuple[Any, ...]]:
-    """Of every job what it is run with. With --cfg only the configuration of training is checked. Raises UserError."""
+    """The arguments of every job. With --cfg only commands that train are checked. Raises UserError."""
     prepared: list[tuple[Any, ...]] = []
     jobs = jobs_of(command.name, overrides, sweep)
     if not jobs:
         empty = [item for item in overrides if not jobs_of(command.name, [item], sweep=True)]
-        what = "is no value at all, and the sweep without a job; write the values out, as in seed=0,1,2"
+        what = "gives no values, so that the sweep has no job; list the values, as in seed=0,1,2"
         raise UserError(f"{' '.join(empty)}: {what}")
     for overrides in jobs:
         values = compose(command.name, overrides, line.package)
@@ -182,35 +182,35 @@ def _prepare_all(
             raise UserError("images: there is no such key; images are words without a =")
         if line.cfg and not command.data:
             continue
-        found = prepare(
+        arguments = prepare(
             command, values | ({"images": images} if "images" in command.words else {}), overrides, sweep, line.cfg
         )
-        if command.data and found[1] in [directory for _, directory in prepared]:
+        if command.data and arguments[1] in [directory for _, directory in prepared]:
             named = any(item.startswith("run_dir=") for item in overrides)
             what = "a value named twice, or the key that the jobs themselves set"
             what = "run_dir=" if named else f"{what}, or one that no folder is named after, such as compile"
-            raise UserError(f"run_dir: two jobs of the sweep would share {found[1]}; leave out {what}")
-        prepared.append(found)
+            raise UserError(f"run_dir: two jobs of the sweep would share {arguments[1]}; leave out {what}")
+        prepared.append(arguments)
     return prepared
 
 
 def prepare(command: Command, values: Values, overrides: list[str], sweep: bool, show: Any = None) -> tuple[Any, ...]:
-    """What one job is run with, checked; its directory as well, unless it is only to be shown. Raises UserError."""
+    """Check a job and, unless it is only shown, its directory; return its arguments. Raises UserError."""
     arguments = command.check(values, requested_keys(overrides))
     if command.data and not show:
         config, directory = arguments
         if os.environ.get("RANK", "0") == "0":
-            check_place(directory, config, command.data, sweep)
-        if getattr(config.data, "family", None) != "cifar":  # whose images lie in memory
+            check_directory(directory, config, command.data, sweep)
+        if getattr(config.data, "family", None) != "cifar":  # whose images are in memory
             check_open_files(config.data.workers)
     return arguments
 
 
 def _start(command: Command, arguments: tuple[Any, ...]) -> NoReturn:
-    """Do one job, and exit."""
+    """Run a job and exit."""
     job = functools.partial(call, command.run, *arguments)
     if command.data:
-        run_here(job, *arguments)
+        run_and_exit(job, *arguments)
     if command.processes:
         finish(job, arguments[0], name=command.typed, file=sys.stderr)
     if command.torch:
@@ -219,10 +219,10 @@ def _start(command: Command, arguments: tuple[Any, ...]) -> NoReturn:
 
 
 def _start_in_sweep(command: Command, composed: DictConfig) -> None:
-    """Do one job of a sweep, wherever Hydra's launcher has brought it."""
+    """Run a job of a sweep, on the machine that Hydra's launcher chose."""
     try:
         arguments = prepare(command, plain(composed), list(HydraConfig.get().overrides.task), sweep=True)
-    except UserError as error:  # not so when the command began
+    except UserError as error:  # arose after the sweep's start
         print_error(error)
         return
-    run_apart(functools.partial(call, command.run, *arguments), *arguments)
+    run_in_process(functools.partial(call, command.run, *arguments), *arguments)

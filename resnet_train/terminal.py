@@ -1,4 +1,4 @@
-"""What a terminal is shown. Names of files and classes are anybody's, so that none of it may command the terminal."""
+"""Output to a terminal. Names of files and classes may contain control characters, which are escaped."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import TextIO
 
 
 def printable(text: object) -> str:
-    """`text` with control characters, and all else that is not seen, escaped: ESC as \\x1b, a line's end as \\n."""
+    """`text` with control and other unprintable characters escaped: ESC as \\x1b, a line's end as \\n."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def say(text: object, file: TextIO | None = None) -> None:
-    """Print one line, at once."""
+    """Print one line and flush it."""
     print(printable(text), file=file or sys.stdout, flush=True)
 
 
 def format_share(share: float) -> str:
-    """A share from 0 to 1 in %, with the digits that tell one near 1 from certainty: 63.20 %, 99.9998 %."""
+    """A share from 0 to 1 in %, with enough digits to tell one near 1 from 1: 63.20 %, 99.9998 %."""
     rest = 100 * (1 - share)
     if rest <= 0:
         return "100 %"

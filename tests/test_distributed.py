@@ -566,8 +566,8 @@ def test_two_processes_can_be_reached_from_this_machine_alone_and_keep_no_store_
     ("arguments", "message"),
     [
         (["-m"], "error: -m: torchrun would start the sweep in each of its processes; use resnet-train -m devices=2"),
-        (["devices=2"], "error: devices=2: that is the launcher's to say, such as torchrun; remove it"),
-        (["max_restarts=3"], "error: max_restarts=3: that is the launcher's to say, such as torchrun; remove it"),
+        (["devices=2"], "error: devices=2: is set by the launcher, such as torchrun; remove it"),
+        (["max_restarts=3"], "error: max_restarts=3: is set by the launcher, such as torchrun; remove it"),
         (["batch_size=127"], "error: batch_size=127: does not divide by 2 devices; nearest: 128"),
     ],
 )

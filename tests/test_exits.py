@@ -70,7 +70,7 @@ def with_no_file_left(job):
 
 MEMORY = r"out of memory; use a smaller batch_size= \(or device_batch_size=\) \(.+\)"
 FILES = r"too many open files; raise the limit \(ulimit -n, now \d+\), or use fewer workers"
-MISSING = "/no/such: No such file or directory; with it there again, the same command resumes"
+MISSING = "/no/such: No such file or directory; once it exists again, the same command resumes"
 WORKER = r"DataLoader worker \(.+\) exited unexpectedly; if it was killed for want of memory, use fewer workers"
 
 
@@ -85,7 +85,7 @@ WORKER = r"DataLoader worker \(.+\) exited unexpectedly; if it was killed for wa
         (of_a_worker(lambda: os.kill(os.getpid(), signal.SIGKILL)), WORKER),
         (
             of_a_worker(lambda: os.open("/no/such", os.O_RDONLY)),
-            "/no/such: No such file or directory; with it there again, .+",
+            "/no/such: No such file or directory; once it exists again, .+",
         ),
         (lambda: with_few_files(lambda: with_no_file_left(lambda: os.dup(2))), FILES),
         (
@@ -109,21 +109,21 @@ def test_what_is_a_mistake_in_the_code_keeps_its_trace(capsys):
 
 
 @pytest.mark.parametrize(
-    ("number", "way"),
+    ("number", "remedy"),
     [
-        (errno.ENOSPC, "what is on disk is whole; with room made, "),
-        (errno.EMFILE, "what is on disk is whole; with a higher limit of open files (ulimit -n, now "),
-        (errno.ENOENT, "with it there again, "),
-        (errno.ENOTDIR, "with a folder there, "),
-        (errno.EACCES, "what is on disk is whole; with leave to use it, "),
-        (errno.EIO, "what is on disk is whole; with that put right, "),
+        (errno.ENOSPC, "what is on disk is intact; once there is space, "),
+        (errno.EMFILE, "what is on disk is intact; with a higher limit of open files (ulimit -n, now "),
+        (errno.ENOENT, "once it exists again, "),
+        (errno.ENOTDIR, "once there is a folder, "),
+        (errno.EACCES, "what is on disk is intact; once access is permitted, "),
+        (errno.EIO, "what is on disk is intact; once that is fixed, "),
     ],
 )
-def test_the_way_out_is_that_of_the_fault(number, way):
-    told = str(from_os_error(OSError(number, os.strerror(number), "run/x")))
-    assert told.startswith(f"run/x: {os.strerror(number)}; {way}")
-    assert told.endswith(", the same command resumes")
-    assert ("room made" in told) == (number == errno.ENOSPC)
+def test_the_remedy_is_that_of_the_fault(number, remedy):
+    message = str(from_os_error(OSError(number, os.strerror(number), "run/x")))
+    assert message.startswith(f"run/x: {os.strerror(number)}; {remedy}")
+    assert message.endswith(", the same command resumes")
+    assert ("there is space" in message) == (number == errno.ENOSPC)
 
 
 @pytest.mark.parametrize(("precision", "way"), [("bf16", ", or precision=fp32"), ("fp32", ""), ("fp64", "")])
@@ -157,7 +157,7 @@ def test_a_checkpoint_that_cannot_be_written_is_told_with_the_way_out_and_with_w
     checkpoint.save(path, {})
     assert told().endswith("), the same command resumes from the one before it, which is intact")
     (tmp_path / "file").touch()
-    with pytest.raises(RunError, match=r"\(Not a directory\); with a folder there, the same command resumes$"):
+    with pytest.raises(RunError, match=r"\(Not a directory\); once there is a folder, the same command resumes$"):
         checkpoint.save(tmp_path / "file/deep/last.pt", {})
 
 
@@ -241,7 +241,7 @@ def test_processes_that_find_their_input_wrong_are_not_started_again(tmp_path):
 def test_data_that_the_system_refuses_to_a_sweep_are_one_line(tmp_path, monkeypatch, capfd):
     (tmp_path / "refused.py").write_text("def opened(config):\n    open('/proc/refused/x')\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(RunError, match=r"^/proc/refused/x: No such file or directory; with it there again, "):
+    with pytest.raises(RunError, match=r"^/proc/refused/x: No such file or directory; once it exists again, "):
         sweep._digest("refused:opened", None)
     assert capfd.readouterr().err == ""
 

@@ -164,7 +164,9 @@ def test_a_disk_that_is_full_for_tensorboard_is_told_without_its_trace(finished,
     (run / "checkpoints/last.pt").unlink()
     (disk(run / "tensorboard", "8k") / "filler").write_bytes(bytes(8192))
     message = error(train(tmp_path, *RUN, "devices=1", "run_dir=run"), 1)
-    assert message.startswith("error: run: the record cannot be written (No space left on device); with room made, ")
+    assert message.startswith(
+        "error: run: the record cannot be written (No space left on device); once there is space, "
+    )
     assert checkpoint.load_newest(run / "checkpoints")[1]["iteration"] == 56
 
 

@@ -441,6 +441,6 @@ def _other_option(name: str, key: str, keys: Mapping[str, Any]) -> str | None:
 
 
 def requested_keys(overrides: list[str]) -> list[str]:
-    """The keys that are given on the command line."""
+    """The keys on the command line."""
     keys = [item.lstrip("+~").split("=")[0] for item in overrides]
     return [key for key in keys if not key.startswith("hydra")]

@@ -51,7 +51,7 @@ def save(path: Path, state: dict[str, Any], *, keep_as: Path | None = None) -> N
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
-        reason, advice = "the disk may be full", "with room made"
+        reason, advice = "the disk may be full", "once there is space"
         if isinstance(error, OSError) and error.strerror:
             reason, advice = error.strerror, remedy(error)
         intact = path.exists() or (keep_as is not None and keep_as.exists())
