@@ -14,25 +14,25 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from resnet_train.detection.masks import mask_of
 
-# Told apart on most pictures; the sixth class takes the first again, with its name beside it.
+# Distinct on most pictures; the sixth class reuses the first, and its name is written beside it.
 COLOURS = ("#00ff40", "#ff3030", "#30a0ff", "#ffd000", "#ff60ff")
-DARK = ("#006018", "#a01010", "#104880", "#705800", "#800080")  # the same, for white words to be read on
-SMALLEST = 480  # pixels of the longer side: a smaller picture is drawn a whole number of times as large, to be read
+DARK = ("#006018", "#a01010", "#104880", "#705800", "#800080")  # the same hues, as background of white text
+SMALLEST = 480  # pixels of the longer side; smaller pictures are enlarged by a whole factor, to be readable
 
 
 def likely(detections: Mapping[str, Any], score: float) -> dict[str, Any]:
-    """Those of the detections that have at least `score`, and a pixel at least in width and height."""
-    kept = torch.zeros(len(detections["scores"]), dtype=torch.bool)
-    kept[remove_small_boxes(detections["boxes"], 1)] = True
-    kept &= detections["scores"] >= score
-    some = {name: value[kept] for name, value in detections.items() if name != "masks"}
+    """The detections with at least `score`, and at least a pixel wide and high."""
+    keep = torch.zeros(len(detections["scores"]), dtype=torch.bool)
+    keep[remove_small_boxes(detections["boxes"], 1)] = True
+    keep &= detections["scores"] >= score
+    likely_detections = {name: value[keep] for name, value in detections.items() if name != "masks"}
     if "masks" in detections:
-        some["masks"] = [text for text, one in zip(detections["masks"], kept.tolist(), strict=True) if one]
-    return some
+        likely_detections["masks"] = [text for text, one in zip(detections["masks"], keep.tolist(), strict=True) if one]
+    return likely_detections
 
 
 def enlarged(shape: Sequence[int]) -> int:
-    """How many times as large as it is a picture of `shape` (H, W) is drawn."""
+    """The factor by which a picture of `shape` (H, W) is enlarged."""
     return -(-SMALLEST // max(shape))
 
 
@@ -52,7 +52,7 @@ def draw_detections(image: Tensor, detections: Mapping[str, Any], classes: Seque
     if not labels:
         return image
     size = max(12, max(image.shape) // 60)
-    edges = (times * detections["boxes"]).round() - torch.tensor([0, 0, 1, 1])  # the last pixel that is drawn is inside
+    edges = (times * detections["boxes"]).round() - torch.tensor([0, 0, 1, 1])  # the last drawn pixel is inside
     edges[:, 2:] = edges[:, 2:].maximum(edges[:, :2])
     image = draw_bounding_boxes(image, edges.to(torch.int64), colors=colours, width=size // 6)
     words = [f"{classes[label - 1]} {value:.2f}" for label, value in zip(labels, scores, strict=True)]
@@ -63,31 +63,31 @@ Box = Sequence[float]  # left, top, right, bottom
 
 
 def _write(image: Tensor, words: Sequence[str], boxes: Sequence[Box], colours: Sequence[str], size: int) -> Tensor:
-    """`words` in white beside each of `boxes`, where they hide least of the other words and of what is in boxes."""
+    """Write `words` in white at `boxes`, each where it hides least of the other words and of the boxes."""
     canvas, font = to_pil_image(image), ImageFont.load_default(size)
     draw, taken = ImageDraw.Draw(canvas), list[Box]()
     for text, box, colour in zip(words, boxes, colours, strict=True):
         _, _, width, height = draw.textbbox((2, 0), text, font=font)
-        places = _places(box, width + 2, height + 2, canvas.size)
-        place = min(
-            places,
-            key=lambda one: (sum(_common(one, other) for other in taken), sum(_common(one, other) for other in boxes)),
+        candidates = _text_boxes(box, width + 2, height + 2, canvas.size)
+        chosen = min(
+            candidates,
+            key=lambda one: [sum(_overlap(one, other) for other in others) for others in (taken, boxes)],
         )
-        taken.append(place)
-        draw.rectangle(tuple(place), fill=colour)
-        draw.text((place[0] + 2, place[1]), text, fill="white", font=font)
+        taken.append(chosen)
+        draw.rectangle(tuple(chosen), fill=colour)
+        draw.text((chosen[0] + 2, chosen[1]), text, fill="white", font=font)
     return pil_to_tensor(canvas)
 
 
-def _places(box: Box, width: float, height: float, size: tuple[int, int]) -> list[Box]:
-    """Where words of this size may stand in a picture of `size` (W, H): above a box, below, beside it, and in it."""
+def _text_boxes(box: Box, width: float, height: float, size: tuple[int, int]) -> list[Box]:
+    """The positions for text of this size in a picture of `size` (W, H): above, below, beside and inside a box."""
     left, top, right, bottom = box
     corners = [(left, top - height), (left, bottom + 1), (right + 1, top), (left - width, top), (left, top)]
     corners = [(max(0, min(x, size[0] - width)), max(0, min(y, size[1] - height))) for x, y in corners]
     return [(x, y, x + width - 1, y + height - 1) for x, y in corners]
 
 
-def _common(one: Box, other: Box) -> float:
+def _overlap(one: Box, other: Box) -> float:
     """The pixels that two rectangles have in common."""
     sides = [min(one[side + 2], other[side + 2]) - max(one[side], other[side]) + 1 for side in (0, 1)]
     return max(0, sides[0]) * max(0, sides[1])

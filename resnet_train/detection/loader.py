@@ -25,11 +25,11 @@ Target = dict[str, Tensor]
 
 
 class Batch(NamedTuple):
-    """What a process looks at in an iteration."""
+    """One process's images of an iteration."""
 
     images: list[Tensor]  # (3, H, W) uint8
-    targets: list[Target]  # of each: boxes (n, 4), labels (n,) and, where asked for, masks
-    broken: list[str]  # lines of the images that could not be decoded, for which others stand
+    targets: list[Target]  # per image: boxes (n, 4), labels (n,) and, if requested, masks
+    broken: list[str]  # error lines of images that could not be decoded and were replaced
 
 
 class _Training(Dataset[Batch]):
@@ -60,13 +60,13 @@ class _Training(Dataset[Batch]):
         return Batch(images, targets, lines)
 
     def _read(self, index: int, flip: bool) -> tuple[Tensor, Target]:
-        """An image and what is in it, mirrored or not."""
+        """An image and its target, mirrored or not."""
         example = self.examples[index]
-        kept = ~example.ignored
-        image, boxes = load(example), example.boxes[kept]
-        target = {"boxes": mirrored(boxes, example.width) if flip else boxes, "labels": example.labels[kept]}
+        keep = ~example.ignored
+        image, boxes = load(example), example.boxes[keep]
+        target = {"boxes": mirrored(boxes, example.width) if flip else boxes, "labels": example.labels[keep]}
         if self.masks:
-            texts = [text for text, one in zip(example.masks, kept.tolist(), strict=True) if one]
+            texts = [text for text, one in zip(example.masks, keep.tolist(), strict=True) if one]
             target["masks"] = training_masks(texts, image.shape[1:], self.masks, flip=flip)
         return image.flip(2) if flip else image, target
 
@@ -88,7 +88,7 @@ class _Images(Dataset[Tensor | str]):
 
 
 def mirrored(boxes: Tensor, width: int) -> Tensor:
-    """Boxes (n, 4) of an image of `width` as they are in its mirror image."""
+    """Boxes (n, 4) of an image of `width`, mirrored with it."""
     left, top, right, bottom = boxes.unbind(1)
     return torch.stack([width - right, top, width - left, bottom], 1)
 
@@ -108,8 +108,8 @@ def training_batches(
 ) -> Iterator[Batch]:
     """This process's share of the batches of `iterations`, on `device`; half of the images are mirrored.
 
-    What is ignored (difficult objects, crowds) is left out. `masks`: the min_size and max_size at which they come. With
-    `skip` the next image stands for one whose pixels are broken; otherwise that raises UserError.
+    Ignored objects (difficult, crowds) are left out. `masks`: min_size and max_size of the masks. With `skip` the next
+    image replaces one whose pixels are broken; otherwise that raises UserError.
     """
     data = _Training(examples, seed, batch_size, slice(rank, None, world), masks, skip)
     for batch in loaded(data, iterations, workers, device):
@@ -125,14 +125,14 @@ def test_images(
 ) -> Iterator[Tensor | str]:
     """Each image, (3, H, W) uint8, on `device`, in order.
 
-    For one whose pixels are broken its line with `skip`; otherwise that raises UserError.
+    With `skip`, an image whose pixels are broken gives its error line; otherwise it raises UserError.
     """
     for image in loaded(_Images(examples, skip), range(len(examples)), workers, device):
         yield image if isinstance(image, str) else image.to(device, non_blocking=True)
 
 
 def tell_skipped(lines: Iterable[str]) -> None:
-    """Print the lines of broken images, beside a progress bar."""
+    """Print the error lines of broken images without disturbing a progress bar."""
     for line in lines:
         tqdm.write(printable(f"skipped: {line}"), file=sys.stderr)
 

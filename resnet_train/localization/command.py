@@ -32,7 +32,7 @@ from resnet_train.terminal import say
 def evaluate_checkpoint(args: LocalizeTestConfig) -> None:
     """Print and write the localization error of a checkpoint, by ILSVRC's rule. Raises UserError.
 
-    On a center crop with the true class given it is what training logged.
+    On a center crop with the true class given it equals the error that training logged.
     """
     device = pick_device(args.device)
     with process_group(device, args.timeout):
@@ -89,7 +89,7 @@ def _evaluate(args: LocalizeTestConfig, device: torch.device) -> None:
 
 
 def _open_rcnn(name: str, classes: list[str], device: torch.device) -> tuple[Predictor, dict[str, Any]]:
-    """R-CNN, and what a result says of it. Raises UserError."""
+    """R-CNN, and its entries of the result. Raises UserError."""
     path = expand(name)
     state = on_rank_zero(lambda: checkpoint.load_without_momentum(path, kind=KIND))
     rcnn, backbone, config = raise_on_all_ranks(lambda: load_predictor(path, state, "rcnn", device))
@@ -100,33 +100,33 @@ def _open_rcnn(name: str, classes: list[str], device: torch.device) -> tuple[Pre
 def _open_names(
     name: str, classes: list[str], sides: Sequence[int] | None, device: torch.device
 ) -> tuple[Names, dict[str, Any]]:
-    """What names the five likeliest classes of an image (3, H, W) uint8, and what a result says of it.
+    """A function that gives the five likeliest classes of an image (3, H, W) uint8, and its entries of the result.
 
-    They are told in the view of the net's own test or, with `sides`, by the mean over the whole image at each. Raises
-    UserError.
+    It classifies the view of the net's own test or, with `sides`, averages over the whole image at each shorter side.
+    Raises UserError.
     """
     classifier = raise_on_all_ranks(lambda: load_classifier(name, device))
     raise_on_all_ranks(lambda: check_classes(f"classifier={name}", classifier.classes, classes, "the RPN"))
 
     def classify(image: Tensor) -> Tensor:
-        shown = [view(image, classifier.config)]
+        inputs = [view(image, classifier.config)]
         if sides is not None:
-            shown = [scaled_view(image, side).permute(1, 2, 0) for side in sides]
-        odds = [classifier.logits(classifier.normalise(one[None])).softmax(1) for one in shown]
-        return torch.stack(odds).mean(0)[0].topk(min(5, len(classes))).indices
+            inputs = [scaled_view(image, side).permute(1, 2, 0) for side in sides]
+        probabilities = [classifier.logits(classifier.normalise(pixels[None])).softmax(1) for pixels in inputs]
+        return torch.stack(probabilities).mean(0)[0].topk(min(5, len(classes))).indices
 
     return classify, {"classifier": {"checkpoint": str(expand(name).absolute()), "net": classifier.config.net}}
 
 
 def _protocol(crop: int, sides: Sequence[int] | None, *, named: bool) -> str:
-    """How the images are looked at, in words."""
+    """The views of the images, in words."""
     if sides is None:
         return f"center crop of {crop}"
     return f"dense, shorter side at {', '.join(map(str, sides))}" + ("; classes without mirror images" if named else "")
 
 
 def _default_out(path: Path, args: LocalizeTestConfig, tested: LocalizeConfig, trained: LocalizeConfig) -> Path:
-    """Beside the checkpoint, named after the data, R-CNN and classifier that were measured."""
+    """The default path of the result: beside the checkpoint, named after data, R-CNN and classifier."""
     elsewhere = expand(tested.data.root or "").resolve() != expand(trained.data.root or "").resolve()
     label = plain_word(tested.data_label)
     words = [path.stem, *([f"elsewhere-{label}-{_mark(tested.data.root or '')}"] if elsewhere else [])]
@@ -137,13 +137,13 @@ def _default_out(path: Path, args: LocalizeTestConfig, tested: LocalizeConfig, t
 
 
 def _run_of(path: Path) -> str:
-    """What a checkpoint is called by: its run's folder, or its own name where it lies in no run."""
+    """The name of a checkpoint's run or, outside a run, of its file."""
     folder = path.resolve().parent
     return plain_word(folder.parent.name if folder.name == "checkpoints" else path.stem)
 
 
 def _mark(name: str) -> str:
-    """A few digits of a path's own: folders of one name are many."""
+    """A few digits that tell apart paths with one name."""
     return hashlib.sha256(str(expand(name).resolve()).encode()).hexdigest()[:6]
 
 

@@ -1,4 +1,4 @@
-"""Where a trained RPN, and R-CNN behind it, find the objects of given classes in one image."""
+"""Locate objects of given classes in one image by a trained RPN, with or without R-CNN."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Predictor:
 
 
 class View(NamedTuple):
-    """What of an image is looked at: (H, W, 3) uint8, and the way back: pixels * scale + offset, (x, y, x, y)."""
+    """A scaled part of an image, (H, W, 3) uint8; its boxes (x, y, x, y) * scale + offset are in the image's pixels."""
 
     pixels: Tensor
     scale: Tensor
@@ -51,31 +51,31 @@ def views(image: Tensor, crop: int, sides: Sequence[int] | None) -> list[View]:
 
     Not of one that is longer than `data.crops.LONGEST` allows.
     """
-    shown = []
+    result = []
     for side in sides or [center_side(crop)]:
         whole = scaled_view(image, side)
         pixels = whole if sides else TF.center_crop(whole, [crop, crop])
         (height, width), (high, wide) = image.shape[1:], whole.shape[1:]
         scale = torch.tensor([width / wide, height / high] * 2)
         corner = [round((wide - pixels.shape[2]) / 2), round((high - pixels.shape[1]) / 2)]
-        shown.append(View(pixels.permute(1, 2, 0), scale, torch.tensor(corner * 2) * scale))
-    return shown
+        result.append(View(pixels.permute(1, 2, 0), scale, torch.tensor(corner * 2) * scale))
+    return result
 
 
 @torch.no_grad()
 def score_anchors(rpn: Predictor, image: Tensor, labels: Tensor, sides: Sequence[int] | None) -> tuple[Tensor, Tensor]:
     """The boxes of every anchor in every view of an image (3, H, W), (K, P, 4) in its pixels, and their scores (K, P).
 
-    `labels` (K,): the classes, from 0, whose boxes these are.
+    `labels` (K,): the classes, from 0, to score.
     """
     scores, boxes = [], []
     for view in views(image, rpn.crop, sides):
         with autocast(image.device, rpn.precision):
             score, moves = rpn.model(view.pixels[None], labels[None])
         anchors = anchors_of(rpn.anchors, view.pixels.shape[:2], rpn.stride).to(image.device)
-        placed = CODERS["rpn"].decode_single(moves.flatten(0, 2), anchors.repeat(len(labels), 1))
-        placed = placed.view(len(labels), -1, 4) * view.scale.to(placed) + view.offset.to(placed)
-        boxes.append(clip_boxes_to_image(placed, tuple(image.shape[1:])))
+        decoded = CODERS["rpn"].decode_single(moves.flatten(0, 2), anchors.repeat(len(labels), 1))
+        decoded = decoded.view(len(labels), -1, 4) * view.scale.to(decoded) + view.offset.to(decoded)
+        boxes.append(clip_boxes_to_image(decoded, tuple(image.shape[1:])))
         scores.append(score[0])
     return torch.cat(boxes, 1), torch.cat(scores, 1)
 
@@ -88,22 +88,22 @@ def best(boxes: Tensor, scores: Tensor) -> Tensor:
 def propose(boxes: Tensor, scores: Tensor, count: int, shape: Sequence[int]) -> Tensor:
     """At most `count` boxes of a class, the likeliest first: (P, 4) and (P,) to (n, 4), n at least 1.
 
-    Those that overlap a likelier one by 0.7 or are narrower than a pixel are none; where nothing is left, the image of
-    `shape` (H, W) as a whole is.
+    Boxes that overlap a likelier one by 0.7 or are narrower than a pixel are dropped; if none is left, the whole image
+    of `shape` (H, W) is returned.
     """
-    first = scores.topk(min(BEFORE_NMS, len(scores))).indices
-    first = first[remove_small_boxes(boxes[first], 1.0)]
-    kept = first[nms(boxes[first], scores[first], NMS)][:count]
-    return boxes[kept] if len(kept) else boxes.new_tensor([[0, 0, shape[1], shape[0]]])
+    candidates = scores.topk(min(BEFORE_NMS, len(scores))).indices
+    candidates = candidates[remove_small_boxes(boxes[candidates], 1.0)]
+    keep = candidates[nms(boxes[candidates], scores[candidates], NMS)][:count]
+    return boxes[keep] if len(keep) else boxes.new_tensor([[0, 0, shape[1], shape[0]]])
 
 
 @torch.no_grad()
 def rescore(rcnn: Predictor, image: Tensor, regions: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-    """Where R-CNN moves regions (n, 4) of an image for a class, and how likely each is then: (n, 4), (n,)."""
+    """The regions (n, 4) of an image as R-CNN regresses them for a class, (n, 4), and their scores (n,)."""
     scores, moves = [], []
-    for some in regions.split(AT_ONCE):
+    for chunk in regions.split(AT_ONCE):
         with autocast(image.device, rcnn.precision):
-            score, move = rcnn.model(warp(image, some, rcnn.crop), label.expand(len(some), 1))
+            score, move = rcnn.model(warp(image, chunk, rcnn.crop), label.expand(len(chunk), 1))
         scores.append(score[:, 0, 0])
         moves.append(move[:, 0, 0])
     boxes = CODERS["rcnn"].decode_single(torch.cat(moves), regions)
@@ -115,23 +115,23 @@ def locate(
 ) -> Tensor:
     """The box of each class in `labels` (K,) in an image (3, H, W) uint8: (K, 4).
 
-    In a center crop or, with `sides`, in the whole image at these shorter sides. The RPN's likeliest box, or of its
-    likeliest ones that which `rcnn` finds likeliest.
+    In a center crop or, with `sides`, in the whole image at these shorter sides. It is the RPN's likeliest box or, with
+    `rcnn`, the likeliest of the RPN's proposals after regression by R-CNN.
     """
     boxes, scores = score_anchors(rpn, image, labels, sides)
     if rcnn is None:
         return best(boxes, scores)
     answers = []
-    for label, places, likely in zip(labels, boxes, scores, strict=True):
-        regions = propose(places, likely, rcnn.proposals, image.shape[1:])
-        moved, again = rescore(rcnn, image, regions, label)
-        answers.append(moved[again.argmax()])
+    for label, own_boxes, own_scores in zip(labels, boxes, scores, strict=True):
+        regions = propose(own_boxes, own_scores, rcnn.proposals, image.shape[1:])
+        moved, moved_scores = rescore(rcnn, image, regions, label)
+        answers.append(moved[moved_scores.argmax()])
     return torch.stack(answers)
 
 
-def is_right(labels: Tensor, boxes: Tensor, label: int, truth: Tensor) -> bool:
-    """ILSVRC's rule: whether one of the answers is of the class `label` and overlaps one of its boxes by half.
+def is_right(labels: Tensor, boxes: Tensor, label: int, targets: Tensor) -> bool:
+    """ILSVRC's rule: whether an answer has the class `label` and overlaps one of that class's boxes by half or more.
 
-    `labels` (K,) and `boxes` (K, 4): the answers; `truth` (M, 4).
+    `labels` (K,) and `boxes` (K, 4): the answers; `targets` (M, 4): the true boxes.
     """
-    return bool(((labels == label) & (box_iou(boxes, truth) >= 0.5).any(1)).any())
+    return bool(((labels == label) & (box_iou(boxes, targets) >= 0.5).any(1)).any())

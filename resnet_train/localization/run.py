@@ -28,11 +28,11 @@ from resnet_train.localization.tree import Localized, Photos, check_classes, rea
 from resnet_train.terminal import say
 from resnet_train.weights.source import read_source
 
-ROUND = 4096  # images that regions are proposed in between two meetings of the processes, which else wait for too long
+ROUND = 4096  # images between two synchronisations of the processes, as waiting for longer would time out
 
 
 def localize(config: LocalizeConfig, directory: Path) -> int:
-    """Train in `directory`, resuming a run that was cut there. The exit code and errors of `engine.run.run`."""
+    """Train in `directory`, or resume the run there. Exit code and errors as in `engine.run.run`."""
     last = directory / "checkpoints" / "last.pt"
 
     def opened(config: LocalizeConfig) -> Data:
@@ -44,14 +44,14 @@ def localize(config: LocalizeConfig, directory: Path) -> int:
 def open_data(config: LocalizeConfig, *, begun: bool = False) -> Data:
     """The images and boxes that the configuration names, and for R-CNN what the RPN proposes.
 
-    `begun`: whether there is a checkpoint, so that `init_from` is needed no more. Raises UserError.
+    `begun`: whether a checkpoint exists, so that `init_from` is not needed. Raises UserError.
     """
     device = raise_on_all_ranks(lambda: check_compute(config.batch_size, config.device, config.precision))
     photos = raise_on_all_ranks(lambda: read_tree(Path(config.data.root or ""), broken=config.data.broken))
     if config.stage == "rpn":
         return Data(**vars(photos))
     rpn, digest = raise_on_all_ranks(lambda: _load_rpn(Path(config.rpn or ""), photos, device))
-    if not begun:  # to be told before hours of work
+    if not begun:  # an error should appear before hours of work
         raise_on_all_ranks(lambda: read_source(Path(config.init_from)))
     proposals = _proposals(config, rpn, photos.train, digest, device)
     return Data(**vars(photos) | {"digest": digest}, rpn=rpn, proposals=proposals)
@@ -69,19 +69,19 @@ def _load_rpn(path: Path, photos: Localized, device: torch.device) -> tuple[Pred
 
 
 def _proposals(config: LocalizeConfig, rpn: Predictor, photos: Photos, digest: str, device: torch.device) -> Tensor:
-    """The likeliest regions of the true class in each image, (images, n, 4), from the cache folder or made.
+    """The likeliest regions of the true class in each image, (images, n, 4), from the cache folder or computed.
 
-    Kept, so that a resumed run learns from the same ones: how they are ordered depends on the number of threads. In the
-    whole image at the scales of the dense test: of one scale alone, R-CNN would not see parts of objects, which the
-    larger ones propose. Where there are fewer than n, or an image is broken and skipped, the rest is NaN. Raises
-    UserError for one that is broken otherwise.
+    They are cached so that a resumed run trains on the same ones, as their order depends on the number of threads. They
+    come from the whole image at the scales of the dense test: the larger scales propose parts of objects, which R-CNN
+    must see. If an image has fewer than n, or is broken and skipped, the rest is NaN. Raises UserError for a broken
+    image that is not skipped.
     """
     shape = len(photos), config.proposals, 4
     key = f"{digest} {config.proposals} {rpn.crop} {rpn.anchors} {rpn.precision}"
     path = cache_folder() / "proposals" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
-    kept = _read_proposals(path, shape) if is_main() else None
-    proposals = torch.zeros(shape) if kept is None else kept
-    if int(all_reduce_sum(torch.tensor(int(kept is not None)))):
+    cached = _read_proposals(path, shape) if is_main() else None
+    proposals = torch.zeros(shape) if cached is None else cached
+    if int(all_reduce_sum(torch.tensor(int(cached is not None)))):
         return all_reduce_sum(proposals)
     if is_main():
         say(f"proposals of the RPN for {len(photos)} training images")
@@ -91,27 +91,27 @@ def _proposals(config: LocalizeConfig, rpn: Predictor, photos: Photos, digest: s
             raise_on_all_ranks(functools.partial(_propose_in, config, rpn, photos, part, device, proposals))
             bar.update(len(part))
     proposals = all_reduce_sum(proposals)
-    if is_main() and proposals[:, 0].isfinite().all():  # an image that cannot be read now may be mended
+    if is_main() and proposals[:, 0].isfinite().all():  # an unreadable image may be repaired later
         keep(path, proposals)
     return proposals
 
 
 def _read_proposals(path: Path, shape: tuple[int, ...]) -> Tensor | None:
-    """The proposals that are kept, if there are any."""
+    """The cached proposals; None if there are none of this shape."""
     with contextlib.suppress(UserError):
-        kept = checkpoint.read(path)
-        if isinstance(kept, Tensor) and kept.shape == shape and kept.dtype == torch.float32:
-            return kept
+        proposals = checkpoint.read(path)
+        if isinstance(proposals, Tensor) and proposals.shape == shape and proposals.dtype == torch.float32:
+            return proposals
     return None
 
 
 def _propose_in(
     config: LocalizeConfig, rpn: Predictor, photos: Photos, part: range, device: torch.device, proposals: Tensor
 ) -> None:
-    """Write to `proposals` what the RPN proposes in this process's share of the images in `part`."""
-    mine, skip = part[rank() :: world_size()], config.data.broken == "skip"
-    proposals[mine.start : mine.stop : world_size()] = torch.nan
-    for example, image in whole_images(photos, mine, workers=config.data.workers, skip=skip, device=device):
+    """Write to `proposals` the RPN's proposals for this process's share of the images in `part`."""
+    share, skip = part[rank() :: world_size()], config.data.broken == "skip"
+    proposals[share.start : share.stop : world_size()] = torch.nan
+    for example, image in whole_images(photos, share, workers=config.data.workers, skip=skip, device=device):
         label = torch.tensor([int(example.labels[0]) - 1], device=device)
         boxes, scores = score_anchors(rpn, image, label, dense_sides(rpn.crop, None))
         regions = propose(boxes[0], scores[0], config.proposals, image.shape[1:])
@@ -121,7 +121,7 @@ def _propose_in(
 def build(
     config: LocalizeConfig, data: Data, device: torch.device, state: dict[str, Any] | None = None
 ) -> LocalizationTask:
-    """The localizer and its optimiser, from a checkpoint's `state`, if given, else as they begin. Raises UserError."""
+    """Build the localizer and its optimiser, new or from the `state` of a checkpoint. Raises UserError."""
     torch.manual_seed(generator(config.seed, "initialisation", 0).initial_seed())
     if state is None:
         model, backbone = build_new(config, len(data.classes))
