@@ -12,6 +12,7 @@ import signal
 import sys
 import termios
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 # The signals on which a run stops with a checkpoint. Slurm sends SIGUSR1, SIGUSR2 or SIGTERM before it ends a job; a
@@ -59,24 +60,35 @@ class RemoteError(UserError):
 
 
 # The keys, of all commands, whose values are files to be read.
-FILE_KEYS = ("checkpoint", "init_from", "rpn", "rcnn", "classifier", "resume")
+FILE_KEYS = ("checkpoint", "init_from", "rpn", "rcnn", "classifier", "resume", "file")
 
 
 @contextlib.contextmanager
 def name_keys(config: Any) -> Iterator[None]:
-    """Replace the path at the beginning of an error's message by key=value, if a key of `config` names that file."""
+    """Replace the path at the beginning of an error's message by key=value, if one key of `config` names that file.
+
+    Where two keys name it, which of them is wrong is not known here, and the path stays.
+    """
     try:
         yield
     except UserError as error:
-        text = str(error)
+        message = str(error)
+        renamed = {}
         for key in FILE_KEYS:
             values = getattr(config, key, None)
             for value in values if isinstance(values, list) else [values]:
-                paths = [value, os.path.expanduser(value), os.path.abspath(value)] if isinstance(value, str) else []
-                for path in paths:
-                    if text.startswith(f"{path}: "):
-                        error.args = (f"{key}={value}{text[len(path) :]}",)
+                for path in _spellings(value) if isinstance(value, str) else ():
+                    if message.startswith(f"{path}: "):
+                        renamed[key] = f"{key}={value}{message[len(path) :]}"
+        if len(renamed) == 1:
+            error.args = tuple(renamed.values())
         raise
+
+
+def _spellings(path: str) -> set[str]:
+    """How a message may write a path: as given, with ~ replaced, without ./ and //, absolute."""
+    expanded = os.path.expanduser(path)
+    return {path, expanded, str(Path(expanded)), os.path.abspath(expanded)}
 
 
 def stop_early(number: int, _: Any = None) -> NoReturn:

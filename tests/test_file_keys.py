@@ -40,6 +40,12 @@ def test_a_file_that_is_no_checkpoint_is_told_with_its_key(words, files, command
     assert told.startswith("error: checkpoint=odd.pt: is not a checkpoint of resnet-train"), told
 
 
+def test_so_is_a_file_of_weights(files, command_here):
+    (files / "w.pth").write_bytes(b"no weights")
+    told = command_here("weights", "import", "./w.pth", "out=w.pt", code=2)
+    assert told.startswith("error: file=./w.pth: "), told
+
+
 def test_a_checkpoint_of_another_command_or_with_other_parts_is_told_with_its_key(files, trained, command_here):
     words = ["detect", "predict", "photo.png", f"checkpoint={trained}", "device=cpu"]
     assert command_here(*words, code=2).startswith(f"error: checkpoint={trained}: {NET}")
@@ -54,12 +60,17 @@ def test_only_what_begins_with_the_path_is_changed_and_an_error_stays_of_its_kin
     class Config:
         init_from = "/tmp/x.pt"
 
-    Config.checkpoint = ["a.pt", "b: c.pt"]
+        rpn = "./d//e.pt"
+        rcnn = "two.pt"
+
+    Config.checkpoint = ["a.pt", "b: c.pt", "two.pt"]
     for before, after in [
         ("b: c.pt: is damaged", "checkpoint=b: c.pt: is damaged"),
         ("/tmp/x.pt: is damaged", "init_from=/tmp/x.pt: is damaged"),
         ("init_from=/tmp/x.pt: is damaged", "init_from=/tmp/x.pt: is damaged"),
         ("/tmp/x.pt.part: is damaged", "/tmp/x.pt.part: is damaged"),
+        ("d/e.pt: is damaged", "rpn=./d//e.pt: is damaged"),
+        ("two.pt: is damaged", "two.pt: is damaged"),  # which of them is wrong is not known
     ]:
         for kind in (UserError, RunError):
             with pytest.raises(kind) as told, name_keys(Config):
