@@ -184,6 +184,19 @@ def test_other_images_in_a_folder_of_another_name_are_told_by_that(tmp_path):
     assert runs.differences(*runs.groups(found(tmp_path))) == [("data", "cats", "dogs")]
 
 
+def test_nets_of_both_families_in_one_folder_are_two_sections(tmp_path, command_here):
+    """As a first try and then a fine-tuning on one's own photographs leave them."""
+    for net, name in (("resnet-20-A", "small"), ("resnet-32-A", "smaller")):
+        make(tmp_path / "runs" / name, net, data="photos", batch_size=64)
+    photos(tmp_path / "runs/large", "resnet-18-B", 27.0)
+    change(tmp_path / "runs/small" / "config.json", augment__pad=3)
+    printed = command_here("report", "runs", "out=report")
+    assert "family (imagenet and cifar)" in printed
+    report = (tmp_path / "report/report.md").read_text()
+    assert "augment.pad=3" in report
+    assert "and None)" not in printed
+
+
 def test_another_split_or_protocol_is_another_row(tmp_path):
     make(tmp_path / "a")
     make(tmp_path / "b", seed=1, data="cifar10")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import importlib.util
+import itertools
 import os
 import shlex
 import webbrowser
@@ -101,7 +102,7 @@ def _explain_groups(groups: list[list[Run]]) -> list[str]:
 
 def _sections(groups: list[list[Run]], folders: list[Path], out: Path) -> list[Section]:
     """A section for each group of comparable runs, and those about all runs."""
-    differing = {key for other in groups[1:] for key, _, _ in runs.differences(groups[0], other)}
+    differing = {key for pair in itertools.combinations(groups, 2) for key, _, _ in runs.differences(*pair)}
     sections = [_section(group, number, differing, out) for number, group in enumerate(groups, 1)]
     measured = _measured(folders, "responses.csv", "std")
     gradients = [_measured(folders, "gradients.csv", f"by_{name}") for name in ("response", "weights")]
@@ -146,7 +147,7 @@ def _section(group: list[Run], number: int, differing: set[str], out: Path) -> S
     where = "" if number == 1 else f"-{number}"
     count = f"{len(group)} run{'s' if len(group) > 1 else ''}"
     title = f"{first.data}: {count} of {first.iterations:,} iterations, {first.protocol}"
-    keys = sorted(differing - {"data", "iterations", "protocol"})
+    keys = sorted((differing - {"data", "iterations", "protocol"}) & first.setting.keys())
     title += "".join(f", {key}={runs.format_setting(first.setting[key])}" for key in keys)
     section = Section(f"{number}. {title}", runs=group, verdict=verdict.table(group, where))
     if first.published and (short := paper.shortened(first.data, first.iterations)):

@@ -258,10 +258,13 @@ def groups(runs: list[Run]) -> list[list[Run]]:
 
 
 def differences(one: list[Run], other: list[Run]) -> list[tuple[str, str, str]]:
-    """The settings in which two groups differ: key, its value in one, in the other."""
-    own, others = one[0].setting, other[0].setting
-    keys = [key for key in {**own, **others} if own.get(key) != others.get(key)]
-    return [(key, format_setting(own.get(key)), format_setting(others.get(key))) for key in keys]
+    """The settings in which two groups differ: key, its value in one, in the other.
+
+    The recipes of the two families have keys of their own, which cannot be compared.
+    """
+    own, others = ({"family": group[0].family} | group[0].setting for group in (one, other))
+    keys = [key for key in own if key in others and own[key] != others[key]]
+    return [(key, format_setting(own[key]), format_setting(others[key])) for key in keys]
 
 
 def deviations(run: Run) -> list[tuple[str, str, str]]:
