@@ -457,15 +457,26 @@ def test_an_undivided_tree_is_divided_by_names(tmp_path):
     [
         ({"cat": 3, "dog": 1}, "dog/ has one image; at least two are needed, one of them for the test"),
         ({"cat": 3, "dog": 2, "empty": 0}, "empty/ has no images"),
-        ({"cat": 3}, r"has no train/ and test/ \(or val/\) folders"),
+        ({"cat": 3}, "photos: has one class, cat; at least two are needed"),
+        ({"cat": 3, "empty": 0}, "photos: has one class, cat; at least two are needed"),
+        ({".": 3}, "photos: has 3 images in no folder; put the images into a folder for each class"),
+        ({"inner/cat": 2, "inner/dog": 2}, "photos: the classes seem to lie in inner/; try data.root=.*photos/inner$"),
+        ({"inner/train/cat": 2, "inner/test/cat": 2}, "photos: the classes seem to lie in inner/"),
+        ({"training/cat": 2}, r"has no train/ and test/ .*; training/ is not one: name it train/"),
+        ({"a": 0, "b": 0}, r"has neither a folder of images for each class nor train/ and test/ \(or val/\)"),
     ],
 )
 def test_what_cannot_be_divided_is_refused(tmp_path, counts, message):
     fill(tmp_path / "photos", counts)
     for name in counts:
-        (tmp_path / "photos" / name).mkdir(exist_ok=True)
+        (tmp_path / "photos" / name).mkdir(exist_ok=True, parents=True)
     with pytest.raises(UserError, match=message):
         check_source("imagefolder", str(tmp_path / "photos"))
+
+
+def test_data_without_a_root_say_what_it_may_be():
+    with pytest.raises(UserError, match="a folder with train/ and test/ or val/, or a folder for each class"):
+        check_source("imagefolder", None)
 
 
 def test_cifar10_is_not_divided(tmp_path):

@@ -45,7 +45,8 @@ def check_source(name: str, root: str | None) -> None:
     if root is None:
         if name in (*OFFICIAL, "digits"):
             return
-        raise UserError(f"data.root: data={name} needs one: data.root=PATH, a folder with train/ and test/ or val/")
+        kinds = "a folder with train/ and test/ or val/, or a folder for each class"
+        raise UserError(f"data.root: data={name} needs one: data.root=PATH, {kinds}")
     path = expand(root)
     if name == "digits":
         raise UserError(f"data.root={root}: data=digits comes with scikit-learn and takes none; remove it")
@@ -139,8 +140,8 @@ def class_folders(root: Path) -> tuple[list[str], str]:
         test = next((name for name in parts if folders_in(root / name)), parts[0] if parts else None)
         if not any(root.iterdir()):
             raise UserError(f"data.root={root}: the folder is empty")
-        if test is None and not (root / "train").is_dir() and (undivided := _undivided_classes(root)):
-            return undivided, ""
+        if test is None and not (root / "train").is_dir():
+            return _undivided_classes(root), ""
         if test is None or not (root / "train").is_dir():
             raise UserError(
                 f"data.root={root}: has no train/ and test/ (or val/) folders with a folder for each class"
@@ -178,15 +179,32 @@ def _suggest_name(folders: Collection[str]) -> str:
 
 
 def _undivided_classes(root: Path) -> list[str]:
-    """The classes of a <class>/* tree; empty if fewer than two folders have images. Raises UserError."""
+    """The classes of a <class>/* tree. Raises UserError."""
     count = {name: len(images_in(root / name)[0]) for name in folders_in(root)}
-    if sum(map(bool, count.values())) < 2:
-        return []
+    filled = [name for name, images in count.items() if images]
+    if len(filled) < 2:
+        raise UserError(f"data.root={root}: {_describe_no_classes(root, filled)}")
     for name, images in count.items():
         if images < 2:
             files = "one image" if images else f"no images ({' '.join(IMAGE_SUFFIXES)})"
             raise UserError(f"data.root={root}: {name}/ has {files}; at least two are needed, one of them for the test")
     return list(count)
+
+
+def _describe_no_classes(root: Path, filled: list[str]) -> str:
+    """What a folder is that is no tree of classes; of its folders those `filled` have images."""
+    if filled:
+        return f"has one class, {filled[0]}; at least two are needed"
+    folders = folders_in(root)
+    if images := len(images_in(root)[0]):
+        return f"has {images} image{'s' * (images > 1)} in no folder; put the images into a folder for each class"
+    if advice := _suggest_name(folders):
+        return f"has no train/ and test/ (or val/) folders with a folder for each class{advice}"
+    if len(folders) == 1:
+        inner = folders_in(root / folders[0])
+        if "train" in inner or sum(bool(images_in(root / folders[0] / name)[0]) for name in inner) > 1:
+            return f"the classes seem to lie in {folders[0]}/; try data.root={root / folders[0]}"
+    return "has neither a folder of images for each class nor train/ and test/ (or val/) with such folders"
 
 
 def part_for_test(name: str, files: Collection[str]) -> set[str]:
