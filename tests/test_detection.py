@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import forked
 import numpy as np
@@ -24,6 +25,7 @@ from resnet_train import cli
 from resnet_train.config.compose import compose
 from resnet_train.config.detection import check_detect
 from resnet_train.data.sampler import batch_indices
+from resnet_train.detection.annotations import Example, Examples
 from resnet_train.detection.build import build_like_checkpoint, build_new
 from resnet_train.detection.evaluate import evaluate
 from resnet_train.detection.loader import mirrored, training_batches
@@ -31,7 +33,7 @@ from resnet_train.detection.metrics import coco_map, voc_map
 from resnet_train.detection.predict import SHOWN
 from resnet_train.detection.run import build, read_examples
 from resnet_train.detection.run import detect as run_detector
-from resnet_train.detection.train import learning_rate, step
+from resnet_train.detection.train import describe_classes, learning_rate, step
 from resnet_train.detection.voc import read_voc
 from resnet_train.engine import checkpoint
 from resnet_train.engine.distributed import process_group, rank, world_size
@@ -229,6 +231,26 @@ def test_predictions_are_drawn_and_written(whole, tree, command_here, tmp_path):
     assert (drawn != given.repeat(5, 0).repeat(5, 1)).any()
     assert "found/003.png, drawn 5 times as large\n" in told
     assert found["images"][0]["enlarged"] == 5
+
+
+def test_a_folder_is_no_image(tree, command_here, tmp_path):
+    torch.save({}, tmp_path / "last.pt")
+    folder = tree / "JPEGImages"
+    told = command_here("detect", "predict", folder, "checkpoint=last.pt", code=2)
+    assert f"{folder}: is a folder; name the images in it, as in {folder}/*.jpg" in told
+
+
+def test_the_most_and_the_least_frequent_classes_are_told():
+    """So that a misspelt class is seen."""
+    box, names = torch.tensor([[0.0, 0, 8, 8]]), [f"class {number}" for number in range(12)]
+    labels = torch.cat([torch.full((50 - number,), number + 1) for number in range(12)])
+    many = torch.zeros(len(labels), dtype=torch.bool)
+    example = Example(Path("a"), "a", 1, 9, 9, box.repeat(len(labels), 1), labels, many, labels.float())
+    few = Examples(names[:2], [1, 2], [dataclasses.replace(example, labels=labels[labels < 3])], [], {}, "")
+    assert describe_classes(few) == "classes: class 0 50, class 1 49"
+    told = describe_classes(dataclasses.replace(few, classes=names, train=[example]))
+    assert told.startswith("classes: class 0 50, class 1 49, class 2 48, class 3 47, class 4 46, 2 more, class 7 43, ")
+    assert told.endswith(", class 11 39")
 
 
 def test_pictures_of_one_name_are_refused_before_any_is_written(command_here, tmp_path):
@@ -472,6 +494,10 @@ def test_two_evaluators_agree_on_perfect_detections(tree):
     ("words", "told"),
     [
         (["data.root=nowhere"], "data.root=nowhere: there is no such folder"),
+        (
+            ["data.root=tree/JPEGImages", "run_dir=new"],
+            "has no ImageSets/Main/*.txt or VOC*/ImageSets/Main/*.txt",
+        ),
         (["data.train=[trainn]"], "data.train=trainn: tree has test, train; did you mean train?"),
         (["data.train=[train]", "data.test=tset"], "data.test=tset: tree has test, train; did you mean test?"),
         (["depth=19"], "depth=19: ImageNet nets have 18, 34, 50, 101, 152 layers; nearest: 18"),

@@ -380,6 +380,13 @@ def test_a_list_may_have_flags_blanks_and_a_mark_at_its_beginning(tree):
     assert [e.name for e in read(tree).train] == ["b", "a"]
 
 
+def test_names_that_have_a_suffix_are_told_to_go_without(tree):
+    (tree / "ImageSets/Main/trainval.txt").write_text("a.jpg\nb.jpg\n")
+    with pytest.raises(UserError) as told:
+        read(tree)
+    refused(told, "a.jpg.xml: is missing, and its image is listed; names in lists go without .jpg; fix it")
+
+
 @pytest.mark.parametrize("name", ["../c", "/etc/passwd", "..", ".", "x/a", "x\\a", "a\0"])
 @pytest.mark.parametrize("broken", ["stop", "skip"])
 def test_names_that_lead_elsewhere_are_refused(tree, name, broken):

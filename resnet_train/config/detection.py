@@ -11,14 +11,14 @@ from typing import Annotated, Any, Literal
 from resnet_train.config import boxes, keys
 from resnet_train.config.keys import Alias, OnlyFor, Range
 from resnet_train.config.layout import list_file, lists_of
-from resnet_train.config.paths import anchored, check_checkpoints, check_file, check_folder, check_out, check_paths
+from resnet_train.config.paths import anchored, check_checkpoints, check_folder, check_image, check_out, check_paths
 from resnet_train.config.schema import as_list, from_dict
 from resnet_train.config.train import check_depth
 from resnet_train.errors import UserError, nearest
 from resnet_train.files import expand, read_if_object
 
 LIST_FILES = {
-    "voc": "VOC*/ImageSets/Main/*.txt",
+    "voc": "ImageSets/Main/*.txt or VOC*/ImageSets/Main/*.txt",
     "coco": "annotations/instances_*.json",
     "det": "ImageSets/DET/*.txt",
 }
@@ -195,8 +195,7 @@ def check_predict(values: Mapping[str, Any], images: Collection[str]) -> Predict
         raise UserError("name the images, as in resnet-detect predict photo.jpg checkpoint=…")
     seen: dict[str, str] = {}
     for image in images:
-        check_paths({image: image})
-        check_file("image", image)
+        check_image(image)
         stem = Path(image).stem
         if stem in seen:
             raise UserError(f"{image}: its picture and that of {seen[stem]} would have one name; give them one each")

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from resnet_train.config import keys
 from resnet_train.config.data import EvalData, FeaturesData, check_other_data
-from resnet_train.config.paths import anchored, check_checkpoints, check_out, check_paths
+from resnet_train.config.paths import anchored, check_checkpoints, check_image, check_out, check_paths
 from resnet_train.config.schema import from_dict
 from resnet_train.errors import UserError
 from resnet_train.files import expand
@@ -43,17 +43,9 @@ def check_classify(values: Mapping[str, Any], images: Collection[str]) -> Classi
     check_out(config.out)
     if not images:
         raise UserError("name the images, as in resnet-classify cat.jpg dog.png checkpoint=…")
-    _check_images(images)
-    return config
-
-
-def _check_images(images: Collection[str]) -> None:
     for image in images:
-        check_paths({image: image})
-        if expand(image).is_dir():
-            raise UserError(f"{image}: is a folder; name the images in it, as in {image.rstrip('/')}/*.jpg")
-        if not expand(image).is_file():
-            raise UserError(f"{image}: there is no such file")
+        check_image(image)
+    return config
 
 
 def check_features(
@@ -74,7 +66,8 @@ def check_features(
         for key in requested:
             if key == "split" or key.startswith("data"):
                 raise UserError(f"{key.removesuffix('.name')}: is not used with images; remove it, or the images")
-        _check_images(images)
+        for image in images:
+            check_image(image)
         return config, None
     if config.data.name == "none" and config.data.root is None:
         raise UserError("name the images, as in resnet-features cat.jpg dog.png checkpoint=… out=…, or data=same")

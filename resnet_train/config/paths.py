@@ -53,6 +53,15 @@ def check_file(key: str, name: str) -> None:
         raise UserError(f"{key}={name}: {'is a folder' if expand(name).is_dir() else 'there is no such file'}")
 
 
+def check_image(name: str) -> None:
+    """Raises UserError if `name`, an image to look at, is not a file."""
+    check_paths({name: name})
+    if expand(name).is_dir():
+        raise UserError(f"{name}: is a folder; name the images in it, as in {name.rstrip('/')}/*.jpg")
+    if not expand(name).is_file():
+        raise UserError(f"{name}: there is no such file")
+
+
 def check_out(out: str | None) -> None:
     """Raises UserError if `out` is a file that cannot be written."""
     if out is not None and (expand(out).is_dir() or not writable(expand(out))):

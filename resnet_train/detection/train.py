@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from resnet_train.report import curves
 
 PICTURES = 4  # test images that TensorBoard shows with what was found in them
 PROTOCOL = "every test image once, whole"
+SHOWN = 10  # classes that are printed: half of them those with the most objects, half those with the fewest
 
 
 def step(task: DetectionTask, images: list[Tensor], targets: list[dict[str, Tensor]], lr: float) -> None:
@@ -57,6 +59,17 @@ def losses_in(task: DetectionTask, net: nn.Module, images: list[Tensor], targets
     if not len(task.model.roi_heads.fg_bg_sampler.positive):  # no proposals and no objects: means of nothing
         losses |= {name: losses[name].nan_to_num() for name in ("loss_classifier", "loss_box_reg")}
     return torch.stack([losses[name].float() for name in task.names])
+
+
+def describe_classes(data: Examples) -> str:
+    """The classes with the number of their training objects: one that is misspelt in some annotations is seen here."""
+    count = Counter(dict.fromkeys(data.classes, 0))
+    for example in data.train:
+        count.update(data.classes[label - 1] for label in example.labels.tolist())
+    shown = [f"{name} {number}" for name, number in count.most_common()]
+    if len(shown) > SHOWN:
+        shown[SHOWN // 2 : -(SHOWN // 2)] = [f"{len(shown) - SHOWN} more"]
+    return f"classes: {', '.join(shown)}"
 
 
 def learning_rate(iteration: int, config: DetectConfig) -> float:
@@ -145,7 +158,8 @@ class DetectionTask(BoxTask):
 
     def describe(self) -> list[str]:
         """What is about to be trained, in lines to print."""
-        config, lines = self.config, [f"{self.config.net} on {self.describe_data()}"]
+        config = self.config
+        lines = [f"{config.net} on {self.describe_data()}", describe_classes(self.data)]
         if origin := self.backbone.detector or self.backbone.pretrained:
             frozen = f"; frozen up to {config.freeze}" if config.freeze else ""
             norm = "; batch norm stays as it has it" if self.backbone.pretrained and config.backbone != "vgg16" else ""

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 from tqdm import tqdm
 
-from resnet_train.config.layout import list_file, lists_by_class
+from resnet_train.config.layout import IMAGE_SUFFIXES, list_file, lists_by_class
 from resnet_train.data.decode import image_size
 from resnet_train.detection.annotations import (
     BAD_ANNOTATION,
@@ -236,7 +236,9 @@ def read_xml(path: Path) -> ElementTree.Element:
             raise Fault(BAD_ANNOTATION, f"{path}: is larger than {LARGEST_XML:,} bytes")
         root = ElementTree.fromstring(data, ElementTree.XMLParser(target=_Builder()))
     except FileNotFoundError as error:
-        raise Fault(NO_ANNOTATION, f"{path}: is missing, and its image is listed") from error
+        suffix = next((end for end in IMAGE_SUFFIXES if path.stem.lower().endswith(end)), None)
+        hint = f"; names in lists go without {suffix}" if suffix else ""
+        raise Fault(NO_ANNOTATION, f"{path}: is missing, and its image is listed{hint}") from error
     except (OSError, ElementTree.ParseError, ValueError, LookupError) as error:
         raise Fault(BAD_ANNOTATION, f"{path}: is not XML that can be read ({error})") from error
     if root.tag != "annotation":
