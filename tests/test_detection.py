@@ -299,7 +299,11 @@ def test_a_run_that_begins_again_leaves_nothing_of_the_one_before(whole, tree, p
 
 def test_nothing_is_drawn_where_nothing_is_that_certain(whole, tree, command_here, tmp_path):
     last = whole[0] / "checkpoints/last.pt"
-    command_here("detect", "predict", tree / "JPEGImages/003.jpg", f"checkpoint={last}", "score=1", "device=cpu")
+    words = ["predict", tree / "JPEGImages/003.jpg", f"checkpoint={last}", "device=cpu"]
+    command_here("detect", *words, "score=0", "out=all")
+    best = max(row["score"] for row in json.loads((tmp_path / "all/detections.json").read_text())["images"][0]["found"])
+    told = command_here("detect", *words, "score=1")
+    assert f": 0 found with a score of 1 or more (the best score is {best:.2g}), detections/003.png" in told
     assert json.loads((tmp_path / "detections/detections.json").read_text())["images"][0]["found"] == []
 
 

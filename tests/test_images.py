@@ -20,6 +20,8 @@ import torch
 from PIL import Image
 from torch.nn.functional import interpolate
 
+from resnet_train.classification.run import build
+from resnet_train.config.compose import compose
 from resnet_train.config.layout import (
     CIFAR_FOLDER,
     check_source,
@@ -30,6 +32,7 @@ from resnet_train.config.layout import (
     is_official,
     left_out,
 )
+from resnet_train.config.train import check_train
 from resnet_train.data import crops
 from resnet_train.data.cache import cache_folder
 from resnet_train.data.cifar10 import TEST_FILES, TRAIN_FILES, read_official
@@ -477,6 +480,18 @@ def test_what_cannot_be_divided_is_refused(tmp_path, counts, message):
 def test_data_without_a_root_say_what_it_may_be():
     with pytest.raises(UserError, match="a folder with train/ and test/ or val/, or a folder for each class"):
         check_source("imagefolder", None)
+
+
+@pytest.mark.parametrize(("held", "warned"), [(4, False), (5, True)])
+def test_what_is_taken_for_the_test_and_held_out_is_told(tmp_path, held, warned):
+    root = tmp_path / "photos"
+    fill(root, {"cat": 5, "dog": 5})
+    words = ["data=imagefolder", f"data.root={root}", "depth=20", "batch_size=3", "compile=false", "device=cpu"]
+    config = check_train(compose("train", [*words, f"data.validation={held}", "precision=fp32"]))
+    told = build(config).describe()
+    assert f"note: {root} has no test part: a fifth of each class, 2 of 10 files, is taken (split.json)" in told
+    warning = "warning: data.validation=5 leaves 3 of 8 images for the training"
+    assert [line for line in told if line.startswith("warning")] == [warning] * warned
 
 
 def test_cifar10_is_not_divided(tmp_path):

@@ -241,7 +241,11 @@ class ClassificationTask(TrainState):
             + ("; compiling" if self.compiled else "")
         ]
         if count := len(self._files_for_test):
-            lines.append(f"note: {config.data.root} is not divided: {count} of its files test (split.json)")
+            taken = f"a fifth of each class, {count} of {sum(sizes.values())} files, is taken (split.json)"
+            lines.append(f"note: {config.data.root} has no test part: {taken}")
+        if sizes["val"] > sizes["train"]:
+            held = f"data.validation={config.data.validation} leaves {sizes['train']}"
+            lines.append(f"warning: {held} of {sizes['train'] + sizes['val']} images for the training")
         if left_out := describe_left_out(self.dataset.left_out):
             lines.append(f"note: {left_out}")
         if self.source is not None:

@@ -44,7 +44,8 @@ def predict(args: PredictConfig, images: list[str]) -> None:
         times = enlarged(image.shape[1:])
         results.append({"image": name, "picture": str(picture), "enlarged": times, "found": rows})
         larger = f", drawn {times} times as large" if times > 1 else ""
-        say(f"{name}: {len(rows)} found with a score of {args.score:g} or more, {picture}{larger}")
+        best = "" if rows else _tell_best(detected)
+        say(f"{name}: {len(rows)} found with a score of {args.score:g} or more{best}, {picture}{larger}")
         for row in rows[:SHOWN]:
             left, top, right, bottom = row["box"]
             place = f"left {left:.0f}, top {top:.0f}, right {right:.0f}, bottom {bottom:.0f}"
@@ -55,6 +56,11 @@ def predict(args: PredictConfig, images: list[str]) -> None:
     named |= {"score": args.score, "iteration": state["iteration"], "boxes": "left, top, right, bottom, in pixels"}
     named |= {"masks": "run lengths, as pycocotools reads them"} if config.masks else {}
     write_result(out / "detections.json", {**named, "images": results})
+
+
+def _tell_best(detected: ImageDetections) -> str:
+    scores = likely(detected, 0)["scores"]
+    return f" (the best score is {scores.max():.2g})" if len(scores) else " (none at any score)"
 
 
 def _rows(detected: ImageDetections, classes: list[str], shape: Sequence[int]) -> list[dict[str, Any]]:
