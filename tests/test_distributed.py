@@ -44,6 +44,7 @@ TORCHRUN += ["--nproc-per-node=2", "--no-python"]
 LONG = [*DIGITS, "bn_images=32", "precision=fp64", "iterations=50", "log_every=1", "eval_every=25"]
 LONG += ["eval_batch_size=50", "run_dir=run"]
 LAUNCHED = pytest.param("torchrun", marks=pytest.mark.long)
+FOUR = pytest.param(4, marks=pytest.mark.long)
 # What should be as the one run of one process.
 SHAPED = ("parts", "sweep/64", "sweep/32", LAUNCHED, "there and back")
 EVALUATED = {"two by one": ("sweep/32", 1), "two by three": ("sweep/64", 3)}
@@ -87,16 +88,18 @@ JOBS = {
     "one": finished(*start(*LONG)),
     "parts": finished(*start(*LONG, "device_batch_size=32")),
     "several 2": lambda folder: as_one_of(2, folder, "import distributed_worker; distributed_worker.job('.')()"),
-    "several 4": lambda folder: as_one_of(4, folder, "import distributed_worker; distributed_worker.job('.')()"),
 }
 
-# Begun where a test asks for it: each of its processes is a new one, which imports torch.
-TORCHRUN_JOB = finished(*TORCHRUN, str(Path(sys.executable).parent / "resnet-train"), *LONG)
+# Begun where a test asks for them: what takes new processes, each of which imports torch, or four.
+LATER = {
+    "torchrun": finished(*TORCHRUN, str(Path(sys.executable).parent / "resnet-train"), *LONG),
+    "several 4": lambda folder: as_one_of(4, folder, "import distributed_worker; distributed_worker.job('.')()"),
+}
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Folder and output of a job by its name. Two run at a time, all but torchrun's once the first is asked for."""
+    """Folder and output of a job by its name. Two run at a time, all but those of LATER once the first is asked for."""
     base, jobs = tmp_path_factory.mktemp("runs"), {}
 
     def evaluated(name, devices):
@@ -108,8 +111,8 @@ def runs(tmp_path_factory):
         return job
 
     def got(name):
-        if name == "torchrun" and name not in jobs:
-            begin(name, TORCHRUN_JOB)
+        if name in LATER and name not in jobs:
+            begin(name, LATER[name])
         return base / name, jobs[name.split("/")[0]].result()
 
     def begin(name, job):
@@ -238,7 +241,7 @@ def by_hand(group):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2, pytest.param(4, marks=pytest.mark.long)])
+@pytest.mark.parametrize("processes", [1, 2, FOUR])
 def test_the_first_step_is_that_of_plain_batch_norms_written_out(runs, alone, processes):
     """In groups of 32, in parts too; and where each device is one group, in groups of its share."""
     mine = alone if processes == 1 else found(runs, processes)[0]
@@ -251,7 +254,7 @@ def test_the_first_step_is_that_of_plain_batch_norms_written_out(runs, alone, pr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, FOUR])
 def test_gradients_of_several_processes_are_those_of_one(runs, alone, processes):
     many = found(runs, processes)
     for case in ("fp32", "fp32 in parts"):
@@ -267,7 +270,7 @@ def test_gradients_of_an_accumulated_batch_are_those_of_the_whole(alone):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, FOUR])
 def test_all_processes_hold_the_same_state(runs, processes, tmp_path):
     """Weights, running statistics, momentum and meters, to the last bit: any of them could write the checkpoint."""
     many = found(runs, processes)
@@ -278,7 +281,7 @@ def test_all_processes_hold_the_same_state(runs, processes, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, FOUR])
 def test_meters_hold_the_sums_of_all_processes(runs, alone, processes):
     theirs = alone["fp64"]["state"]["metrics"]
     for case in ("fp64", "fp64 in parts"):
@@ -289,9 +292,10 @@ def test_meters_hold_the_sums_of_all_processes(runs, alone, processes):
 
 
 @pytest.mark.slow
-def test_meters_in_a_checkpoint_go_on_in_any_number_of_processes(runs, alone):
+@pytest.mark.parametrize("processes", [2, FOUR])
+def test_meters_in_a_checkpoint_go_on_in_any_number_of_processes(runs, alone, processes):
     """Sums since the last logged point, left by one, two, three and four."""
-    for mine in (alone, *found(runs, 2), *found(runs, 4)):
+    for mine in (alone, *found(runs, processes)):
         assert mine["taken over"] == {
             "1": [0, 0, 1, 100],
             "2": [1, 2, 4, 200],
@@ -382,7 +386,7 @@ def dealt_whole(sets, split, batch_size, labels):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, FOUR])
 def test_counts_and_loss_are_those_of_one_process_exactly(runs, alone, processes):
     """In eight, three, two batches and one, so that some processes have more than others and some none."""
     assert [(name, outcome["seen"]) for name, outcome in alone["counts"].items()] == [

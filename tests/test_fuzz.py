@@ -231,7 +231,7 @@ def check(code, stdout, stderr):
 
 @pytest.mark.slow
 @pytest.mark.timeout(300 + EXAMPLES)
-@pytest.mark.parametrize("examples", [min(EXAMPLES, 60), pytest.param(EXAMPLES, marks=pytest.mark.long)])
+@pytest.mark.parametrize("examples", [min(EXAMPLES, 40), pytest.param(EXAMPLES, marks=pytest.mark.long)])
 def test_a_malformed_command_line_is_one_readable_line_and_leaves_nothing(examples, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     seen = set()
