@@ -13,15 +13,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import hydra
 from omegaconf import OmegaConf
 
 from resnet_train.config.compose import comments, config_dir, groups, known_keys, options
-from resnet_train.config.schema import format_value
+from resnet_train.config.schema import flat, format_value
 
 ROOT = Path(__file__).resolve().parent.parent
 KEYS = ROOT / "docs" / "keys.md"
@@ -52,29 +50,29 @@ that names what is allowed.
 
 def keys() -> str:
     """docs/keys.md: for each command its groups, and its keys with their defaults and comments."""
-    found, escaped = [HEAD], "\\|"
+    rows, escaped = [HEAD], "\\|"
     for name, command in COMMANDS.items():
         with hydra.initialize_config_dir(config_dir(name), version_base="1.3"):
             values = OmegaConf.to_container(hydra.compose(name))
-            said, short = comments(name, []), {}
+            explanations, short = comments(name, []), {}
             if "recipe" in groups(name) and "short" in options(name, "recipe"):
-                short = dict(leaves(OmegaConf.to_container(hydra.compose(name, ["recipe=short"]))))
-        found += [f"## {command}", ""]
+                short = flat(OmegaConf.to_container(hydra.compose(name, ["recipe=short"])))
+        rows += [f"## {command}", ""]
         if groups(name):
-            found += [
+            rows += [
                 f"- `{group}=` {', '.join(f'`{option}`' for option in options(name, group))}" for group in groups(name)
             ]
-            found += [""]
-        found += ["| key | default | `recipe=short` | |", "|---|---|---|---|"] if short else []
-        found += [] if short else ["| key | default | |", "|---|---|---|"]
+            rows += [""]
+        rows += ["| key | default | `recipe=short` | |", "|---|---|---|---|"] if short else []
+        rows += [] if short else ["| key | default | |", "|---|---|---|"]
         known = known_keys(name)
-        for key, value in leaves(values):
+        for key, value in flat(values).items():
             if key in known or any(key.startswith(f"{outer}.") for outer in known):
                 cells = [f"`{key}`", f"`{format_value(value)}`"]
                 cells += ["" if short[key] == value else f"`{format_value(short[key])}`"] if short else []
-                found.append(f"| {' | '.join(cells)} | {said.get(key, '').replace('|', escaped)} |")
-        found += [""]
-    return "\n".join(found)
+                rows.append(f"| {' | '.join(cells)} | {explanations.get(key, '').replace('|', escaped)} |")
+        rows += [""]
+    return "\n".join(rows)
 
 
 # The rooms and files of the package, from the top down; tests/test_imports.py holds that none imports upward.
@@ -128,25 +126,16 @@ def rooms() -> str:
     return "\n".join([head, *body, "</svg>", ""])
 
 
-def leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys with their values."""
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
 def site(out: Path) -> None:
     """README, docs/ and what they show of results/, laid out as here, so that every link holds, made into pages."""
     with tempfile.TemporaryDirectory() as folder:
         pages = Path(folder, "pages")
         if (ROOT / ".git").exists():
-            told = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-            listed = told.splitlines()
+            tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True)
+            names = tracked.stdout.splitlines()
         else:  # the sdist, which holds no other files
-            listed = [str(path.relative_to(ROOT)) for path in ROOT.rglob("*") if path.is_file()]
-        for name in listed:
+            names = [str(path.relative_to(ROOT)) for path in ROOT.rglob("*") if path.is_file()]
+        for name in names:
             if name in ("README.md", "CONTRIBUTING.md") or name.startswith(("docs/", "results/")):
                 place = pages / ("index.md" if name == "README.md" else name)
                 place.parent.mkdir(parents=True, exist_ok=True)

@@ -390,7 +390,8 @@ def test_the_papers_schedules():
 def test_a_checkpoint_that_declares_more_classes_than_it_has_weights_for_is_refused_before_a_detector_is_made(tree):
     config = configured(tree)
     model, backbone = build_new(config, list(SHAPES))
-    state = {"detector": dataclasses.asdict(backbone), "model": model.state_dict(), "classes": ["a", "b", "c"]}
+    state = {"detector": dataclasses.asdict(backbone), "model": model.state_dict(), "classes": list("abc")}
+    state["path"] = "last.pt"
     build_like_checkpoint(config, state)
     with pytest.raises(UserError, match=r"box_predictor\.cls_score\.weight is 4x512, not 1000001x512"):
         build_like_checkpoint(config, state | {"classes": ["a"] * 1_000_000})

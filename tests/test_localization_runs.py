@@ -164,7 +164,7 @@ def test_rcnn_is_not_left_out_and_a_test_needs_no_training_images(folder, comman
 def test_rcnn_moves_the_boxes_of_the_rpn(folder):
     """Found by both runs as they end; their errors on seven images may be equal."""
     rpn, rcnn = (
-        load_predictor(path, checkpoint.load(path, kind="localizer"), stage, CPU)[0]
+        load_predictor(checkpoint.load(path, kind="localizer"), stage, CPU)[0]
         for stage in ("rpn", "rcnn")
         for path in [folder / stage / "checkpoints/last.pt"]
     )

@@ -94,7 +94,7 @@ def build_new(config: DetectConfig, names: list[str]) -> tuple[Detector, Backbon
 
 def build_like_checkpoint(config: DetectConfig, state: dict[str, Any]) -> tuple[Detector, Backbone]:
     """The detector that a checkpoint's `state` holds, its weights not yet in it. Raises UserError."""
-    with checkpoint.checkpoint_errors(state.get("path", "the checkpoint")):
+    with checkpoint.checkpoint_errors(state["path"]):
         backbone, classes = Backbone(**state["detector"]), len(state["classes"])
         checkpoint.check_net(state["model"], lambda: _assemble(config, backbone, classes)[0], config.depth)
         return _assemble(config, backbone, classes)

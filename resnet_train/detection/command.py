@@ -146,7 +146,7 @@ def _read(members: list[Member], scales: list[int]) -> Examples:
 def _restore(member: Member, device: torch.device) -> tuple[Detector, str]:
     """The detector and the precision that it was trained in. Raises UserError."""
     model, _ = build_like_checkpoint(member.config, member.state)
-    return restore(model, member.state, member.path, device)
+    return restore(model, member.state, device)
 
 
 def _protocol(args: DetectTestConfig, count: int) -> str:

@@ -29,7 +29,7 @@ def predict(args: PredictConfig, images: list[str]) -> None:
     device, path, out = pick_device(args.device), expand(args.checkpoint), expand(args.out)
     state = checkpoint.load(path, kind="detector")
     config, classes = config_from_checkpoint(state["config"]), state["classes"]
-    model, precision = restore(build_like_checkpoint(config, state)[0], state, path, device)
+    model, precision = restore(build_like_checkpoint(config, state)[0], state, device)
     results = []
     for name in images:
         image = read_image(expand(name))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sized
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -205,9 +204,9 @@ def begin(
 Net = TypeVar("Net", bound=nn.Module)
 
 
-def restore(model: Net, state: dict[str, Any], path: Path, device: torch.device) -> tuple[Net, str]:
+def restore(model: Net, state: dict[str, Any], device: torch.device) -> tuple[Net, str]:
     """`model` for a test, with the weights of the checkpoint `state`, and its precision. Raises UserError."""
-    with checkpoint.checkpoint_errors(path):
+    with checkpoint.checkpoint_errors(state["path"]):
         precision = precision_of(state)
         model.load_state_dict(state["model"])
     return to_device(model, device, "fp32").eval(), precision

@@ -65,7 +65,7 @@ def build_new(config: LocalizeConfig, classes: int) -> tuple[Localizer, Backbone
 
 def build_like_checkpoint(config: LocalizeConfig, state: dict[str, Any]) -> tuple[Localizer, Backbone]:
     """The localizer that a checkpoint's `state` holds, its weights not yet in it. Raises UserError."""
-    with checkpoint.checkpoint_errors(state.get("path", "the checkpoint")):
+    with checkpoint.checkpoint_errors(state["path"]):
         backbone, classes = Backbone(**state[KIND]), len(state["classes"])
         checkpoint.check_net(state["model"], lambda: _assemble(backbone, config, classes), backbone.depth)
         return _assemble(backbone, config, classes), backbone
@@ -88,12 +88,12 @@ def predictor_of(model: Localizer, backbone: Backbone, config: LocalizeConfig, p
 
 
 def load_predictor(
-    path: Path, state: dict[str, Any], stage: str, device: torch.device
+    state: dict[str, Any], stage: str, device: torch.device
 ) -> tuple[Predictor, Backbone, LocalizeConfig]:
     """What a checkpoint of the given stage holds, for a test. Raises UserError."""
     config = config_from_checkpoint(state["config"])
     if config.stage != stage:
-        raise UserError(f"{path}: is of stage={config.stage}; one of stage={stage} is needed")
+        raise UserError(f"{state['path']}: is of stage={config.stage}; one of stage={stage} is needed")
     model, backbone = build_like_checkpoint(config, state)
-    model, precision = restore(model, state, path, device)
+    model, precision = restore(model, state, device)
     return predictor_of(model, backbone, config, precision), backbone, config

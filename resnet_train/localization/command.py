@@ -42,7 +42,7 @@ def evaluate_checkpoint(args: LocalizeTestConfig) -> None:
 def _evaluate(args: LocalizeTestConfig, device: torch.device) -> None:
     path = expand(args.checkpoint)
     state = on_rank_zero(lambda: checkpoint.load_without_momentum(path, kind=KIND))
-    rpn, backbone, trained_as = raise_on_all_ranks(lambda: load_predictor(path, state, "rpn", device))
+    rpn, backbone, trained_as = raise_on_all_ranks(lambda: load_predictor(state, "rpn", device))
     config = raise_on_all_ranks(lambda: with_test_data(trained_as, args.data))
     classes, data, root = state["classes"], config.data, Path(config.data.root or "")
     sides = dense_sides(rpn.crop, args.scales) if args.dense else None
@@ -92,7 +92,7 @@ def _open_rcnn(name: str, classes: list[str], device: torch.device) -> tuple[Pre
     """R-CNN, and its entries of the result. Raises UserError."""
     path = expand(name)
     state = on_rank_zero(lambda: checkpoint.load_without_momentum(path, kind=KIND))
-    rcnn, backbone, config = raise_on_all_ranks(lambda: load_predictor(path, state, "rcnn", device))
+    rcnn, backbone, config = raise_on_all_ranks(lambda: load_predictor(state, "rcnn", device))
     raise_on_all_ranks(lambda: check_classes(f"rcnn={name}", state["classes"], classes, "the RPN"))
     return rcnn, {"rcnn": checkpoint.describe(path, backbone.net, config, state) | {"proposals": config.proposals}}
 

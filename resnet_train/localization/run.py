@@ -60,7 +60,7 @@ def open_data(config: LocalizeConfig, *, begun: bool = False) -> Data:
 def _load_rpn(path: Path, photos: Localized, device: torch.device) -> tuple[Predictor, str]:
     """The RPN in a checkpoint, and the digest of the images together with its weights. Raises UserError."""
     state = checkpoint.load(path, kind=KIND)
-    rpn, _, _ = load_predictor(path, state, "rpn", device)
+    rpn, _, _ = load_predictor(state, "rpn", device)
     check_classes(f"rpn={path}", state["classes"], photos.classes)
     digest = hashlib.sha256(photos.digest.encode())
     for name, value in sorted(state["model"].items()):
