@@ -36,7 +36,6 @@ from resnet_train.detection.run import detect as run_detector
 from resnet_train.detection.train import describe_classes, learning_rate, step
 from resnet_train.detection.voc import read_voc
 from resnet_train.engine import checkpoint
-from resnet_train.engine.distributed import process_group, rank, world_size
 from resnet_train.errors import UserError
 from resnet_train.models import imagenet_resnet
 
@@ -530,30 +529,6 @@ def test_what_cannot_be_is_told_in_one_line(tree, monkeypatch, capsys, words, to
     assert told in error
     assert error.count("\n") == 1
     assert not (tree.parent / "new").exists()
-
-
-def sampled_regions(tree, pretrained, out):
-    """The regions that this process samples of each of its images of the first batch, written to `out`."""
-    with process_group(CPU, 60):
-        config = configured(tree, f"init_from={pretrained}", "batch_size=4")
-        task, regions = build(config, read_examples(config), CPU), []
-        task.model.roi_heads.box_roi_pool.register_forward_hook(lambda _, given, __: regions.extend(given[1]))
-        task.step(next(task.batches()), 0.01)
-        torch.save(regions, f"{out}/{rank()}-of-{world_size()}.pt")
-
-
-def test_the_same_regions_are_sampled_on_another_number_of_processes(tree, pretrained, tmp_path):
-    """Each image's, whichever process has it and whatever else that process has."""
-    text = "from test_detection import sampled_regions; sampled_regions(*sys.argv[1:])"
-    for processes in (1, 2):
-        as_one_of(processes, tmp_path, text, str(tree), str(pretrained), str(tmp_path))
-    alone, first, second = (
-        torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("0-of-1", "0-of-2", "1-of-2")
-    )
-    assert [len(one) for one in alone] == [8] * 4
-    for wanted, found in zip(alone, [first[0], second[0], first[1], second[1]], strict=True):
-        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-2)
-    assert not torch.allclose(alone[0], alone[1])
 
 
 @pytest.fixture

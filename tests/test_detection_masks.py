@@ -33,6 +33,7 @@ from resnet_train.detection.model import DetectorSettings, resnet_detector
 from resnet_train.detection.run import build, read_examples
 from resnet_train.engine import checkpoint
 from resnet_train.engine.compute import autocast
+from resnet_train.engine.distributed import process_group, rank, world_size
 from resnet_train.errors import UserError
 from resnet_train.models import imagenet_resnet
 from resnet_train.models.resnet import parameters
@@ -50,6 +51,8 @@ NO_MASK = "boxes left out: no mask, or one that cannot be read"
 WORDS = ["data=coco", "data.train=[train]", "data.test=val", "recipe=short", "depth=18", "masks=true", "iterations=3"]
 WORDS += ["batch_size=2", "regions=8", "min_size=64", "max_size=96", "anchors=[16,32]", "proposals=100", "log_every=2"]
 WORDS += ["data.workers=0", "device=cpu", "precision=fp32", "warmup=0"]
+LEARNT = [f"roi_heads.{name}.weight" for name in ("box_predictor.cls_score", "box_predictor.bbox_pred")]
+LEARNT += ["roi_heads.mask_predictor.mask_fcn_logits.weight", "rpn.head.cls_logits.weight", "rpn.head.bbox_pred.weight"]
 
 
 def annotated(number, image, draw, picture):
@@ -631,6 +634,43 @@ def test_a_mask_outside_of_its_image_in_part_is_cut():
     text = read_mask([[-4, -4, 4, -4, 4, 4, -4, 4]], (12, 10), "")
     assert mask_of(text, (10, 12)).nonzero().max() == 3
     assert training_masks([text], (10, 12), (20, 24), flip=True)[0, :8, -8:].all()
+
+
+def one_step(tree, net, out):
+    """Of the first batch: the regions sampled of each image, its objects, the losses, and gradients of some layers."""
+    with process_group(CPU, 60):
+        config = configured(tree, f"init_from={net}", "batch_size=4")
+        task, regions, gradients = build(config, read_examples(config), CPU), [], {}
+        if world_size() > 1:
+            task.wrap_ddp()
+        task.model.roi_heads.box_roi_pool.register_forward_hook(lambda _, given, __: regions.extend(given[1]))
+        task.optimizer.register_step_pre_hook(
+            lambda *_: gradients.update({name: task.model.get_parameter(name).grad.clone() for name in LEARNT})
+        )
+        batch = next(task.batches())
+        task.step(batch, 0.01)
+        objects = [len(target["boxes"]) for target in batch.targets]
+        torch.save((regions, objects, task.train_point(), gradients), f"{out}/{rank()}-of-{world_size()}.pt")
+
+
+def test_two_processes_sample_the_regions_and_compute_the_losses_and_gradients_of_one(tree, tmp_path):
+    """Whichever process has an image, whatever else it has; a loss is a mean over the regions of the whole batch."""
+    torch.manual_seed(0)
+    torch.save(imagenet_resnet(18, init="fan_out").state_dict(), tmp_path / "net.pth")
+    text = "from test_detection_masks import one_step; one_step(*sys.argv[1:])"
+    for processes in (1, 2):
+        as_one_of(processes, tmp_path, text, str(tree), str(tmp_path / "net.pth"), str(tmp_path))
+    alone, first, second = (
+        torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("0-of-1", "0-of-2", "1-of-2")
+    )
+    assert [len(one) for one in alone[0]] == [8] * 4
+    assert not torch.allclose(alone[0][0], alone[0][1])
+    dealt = [first[0][0], second[0][0], first[0][1], second[0][1]]
+    torch.testing.assert_close(dealt, alone[0], rtol=0, atol=1e-2)
+    assert alone[1] == [first[1][0], second[1][0], first[1][1], second[1][1]]
+    assert sum(first[1]) != sum(second[1])
+    assert first[2] == second[2] == pytest.approx(alone[2], rel=1e-4)
+    torch.testing.assert_close(first[3], alone[3], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.long

@@ -25,7 +25,7 @@ from resnet_train.detection.sampling import seeds
 from resnet_train.engine import boxes
 from resnet_train.engine.boxes import BoxTask, backward_and_update
 from resnet_train.engine.compute import autocast, wrap_ddp
-from resnet_train.engine.distributed import is_main, rank, world_size
+from resnet_train.engine.distributed import all_reduce_sum, is_main, rank, world_size
 from resnet_train.engine.task import Point
 from resnet_train.models.batchnorm import update_statistics
 from resnet_train.models.resnet import parameters
@@ -53,12 +53,24 @@ def step(task: DetectionTask, images: list[Tensor], targets: list[dict[str, Tens
 
 
 def losses_in(task: DetectionTask, net: nn.Module, images: list[Tensor], targets: list[dict[str, Tensor]]) -> Tensor:
-    """The losses of images (3, H, W) uint8, in the order of `task.names`."""
+    """The losses of this process's images (3, H, W) uint8, in the order of `task.names`.
+
+    Their mean over the processes is the loss of the whole batch.
+    """
     with autocast(task.device, task.precision):
         losses = net([image.float() / 255 for image in images], targets)
     if not len(task.model.roi_heads.fg_bg_sampler.positive):  # no proposals and no objects: means of nothing
         losses |= {name: losses[name].nan_to_num() for name in ("loss_classifier", "loss_box_reg")}
-    return torch.stack([losses[name].float() for name in task.names])
+    parts = torch.stack([losses[name].float() for name in task.names])
+    return parts if world_size() == 1 else parts * _shares(task.model, len(task.names))
+
+
+def _shares(model: Detector, losses: int) -> Tensor:
+    """This process's shares of the regions that each loss is a mean over, times the number of processes."""
+    anchors, regions = (part.fg_bg_sampler.positive for part in (model.rpn, model.roi_heads))
+    counts = [len(regions)] * 2 + [len(anchors)] * 2 + [int(regions.sum())]  # in the order of `losses_of`
+    own = torch.tensor(counts[:losses], dtype=torch.float32, device=regions.device)
+    return own * world_size() / all_reduce_sum(own.clone()).clamp(min=1)
 
 
 def describe_classes(data: Examples) -> str:
@@ -171,13 +183,11 @@ class DetectionTask(BoxTask):
         return lines + self.describe_faults()
 
     def describe_changes(self, state: dict[str, Any]) -> list[str]:
-        """Whether the checkpoint `state` was written by another number of processes."""
+        """Whether batch norm is trained, and the checkpoint `state` was written by another number of processes."""
         before = state["config"].get("devices")
-        if before == world_size():
+        if before == world_size() or self.backbone.pretrained:
             return []
-        own = "" if self.backbone.pretrained else ", and batch norm sees other images together"
-        means = "losses are means over each process's own regions"
-        return [f"note: begun on {before} devices; on {world_size()} {means}{own}"]
+        return [f"note: begun on {before} devices; on {world_size()} batch norm sees other images together"]
 
     def summary(self, metrics: list[dict[str, Any]]) -> dict[str, Any]:
         """What summary.json says of the finished run."""
