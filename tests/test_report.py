@@ -394,6 +394,40 @@ def test_a_short_last_interval_is_no_spike_and_one_test_is_a_marker(tmp_path):
     assert (len(test.get_xdata()), test.get_marker(), train.get_marker()) == (1, "o", "None")
 
 
+def single_point(folder, *splits, **options):
+    """A run whose curves of these splits have their last point alone."""
+    make(folder, **options)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    kept = [line for line in lines if line["split"] not in splits or line["iteration"] == 64_000]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+
+def test_a_single_point_is_a_ring_for_training_and_a_dot_for_the_test(tmp_path):
+    """As a very short run leaves them: told apart, in every figure, and explained in the caption."""
+    single_point(tmp_path / "a", "train", "test")
+    caption, (axes,) = drawn(tmp_path)["figure-6"]
+    ring, dot = axes.lines
+    assert [line.get_marker() for line in (ring, dot)] == ["o", "o"]
+    assert [line.get_markerfacecolor() for line in (ring, dot)] == ["none", dot.get_color()]
+    assert ring.get_markersize() > dot.get_markersize() + 2 * ring.get_markeredgewidth()  # both are seen at one place
+    assert "; a single point is a ring (training) or a dot (test)" in caption
+    plot = page.plot(found(tmp_path))
+    points = [one.glyph for one in plot.renderers if type(one.glyph).__name__ == "Scatter"]
+    assert [one.fill_color for one in points] == [None, curves.colour("resnet-20-A")]
+    assert plot.x_range.start == 0
+    single_point(tmp_path / "b", "test", seed=1)
+    assert drawn(tmp_path / "b")["figure-6"][0].endswith("one seed each; a single point is a dot (test).")
+    make(tmp_path / "c")
+    assert "single point" not in drawn(tmp_path / "c")["figure-6"][0]
+
+
+def test_the_spread_of_a_single_point_is_seen(tmp_path):
+    for seed in range(2):
+        single_point(tmp_path / str(seed), "train", "test", seed=seed, test=8.0 + seed)
+    _, (axes,) = drawn(tmp_path)["figure-6"]
+    assert [band.get_linewidth().item() > 0 for band in axes.collections] == [True, True]
+
+
 def test_interval_means_are_those_of_the_iterations():
     points = [(10, 50.0, None), (20, 30.0, None), (22, 90.0, None)]
     assert curves.interval_means(points, [0, 5, 15, 22]) == pytest.approx([50, 40, (5 * 30 + 2 * 90) / 7])

@@ -18,6 +18,12 @@ PLAIN = {18: "#e8890c", 20: "#e8890c", 32: "#ec6b2d", 34: "#b3202c", 44: "#c92f2
 RESIDUAL = {18: "#35a853", 20: "#35a853", 32: "#12a5a5", 34: "#2b7bd0", 44: "#2b7bd0", 50: "#5b3fc4", 56: "#2f3fa8"}
 RESIDUAL |= {101: "#a03ccf", 110: "#a03ccf", 152: "#3a3a3a", 1202: "#3a3a3a"}
 OTHERS = ("#8c6d31", "#4c8c9b", "#5a8a3a", "#6b6ecf", "#b5651d", "#d6509a", "#00707a")  # by depth
+# A curve of a single point makes no line: a ring is its training error, a cross its validation, a dot its test error.
+MARKS: dict[str, dict[str, Any]] = {
+    "train": {"marker": "o", "markersize": 12, "markerfacecolor": "none", "markeredgewidth": 2},
+    "val": {"marker": "x", "markersize": 9, "markeredgewidth": 2},
+    "test": {"marker": "o", "markersize": 6},
+}
 # `$` in a name begins no formula, and equal figures give equal files.
 STYLE: Any = {"text.parse_math": False, "svg.hashsalt": "resnet-train", "font.size": 12}
 STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
@@ -33,6 +39,11 @@ def colour(net: str) -> str:
     colours = PLAIN if kind == "plain" else RESIDUAL
     other = OTHERS[(int(depth) // 2 + ord(shortcut[:1] or "A")) % len(OTHERS)]
     return colours.get(int(depth), other) if kind == "plain" or shortcut == "A" or int(depth) >= 50 else other
+
+
+def mark(split: str, points: Sequence[object]) -> dict[str, Any]:
+    """The options of matplotlib that make a curve of a single point visible; none for other curves."""
+    return MARKS[split] if len(points) == 1 else {}
 
 
 def edges(points: Sequence[Point], most: int = 250) -> list[float]:
@@ -89,6 +100,8 @@ def draw(
 ) -> None:
     """Error over iterations as in figure 6: training dashed, test bold, validation dotted, a colour for each run.
 
+    A single point is drawn as in MARKS.
+
     `runs`: metrics by name; `reference`: its source and an error in %, drawn as a grey line.
     """
     with plain_matplotlib():
@@ -105,12 +118,13 @@ def draw(
                     xs, ys = [at for at, *_ in points], [error for _, error, _ in points]
                     if split == "train":
                         xs, ys = edges(points)[1:], interval_means(points, edges(points))
-                    mark = "o" if len(xs) == 1 else None  # a single point makes no line
-                    axes.plot(xs, ys, line, color=colour(name), linewidth=width, marker=mark, label=label)
+                    axes.plot(xs, ys, line, color=colour(name), linewidth=width, label=label, **mark(split, xs))
                     highest = max(highest, *ys)
         if reference:
             axes.axhline(reference[1], color="grey", linewidth=1, label=f"{reference[0]} {reference[1]} %")
-        axes.set(xlabel="iteration", ylabel="error (%)", title=_text(title), ylim=(0, min(100, highest * 1.05) or 1))
+        axes.set(xlabel="iteration", xlim=(0, None), title=_text(title))
+        axes.locator_params(axis="x", integer=True)
+        axes.set(ylabel="error (%)", ylim=(0, min(100, highest * 1.05) or 1))
         axes.legend()
         save(figure, path, dpi=120)
 
@@ -134,8 +148,8 @@ def draw_detection(metrics: list[dict[str, Any]], title: str, path: Path) -> Non
         losses = axes.twinx()
         losses.grid(False)
         if train:  # empty if the metrics were lost
-            losses.plot(*zip(*train, strict=True), "--", color="grey", linewidth=1)
-        losses.set(ylabel="training loss (dashed)", ylim=(0, None))
+            losses.plot(*zip(*train, strict=True), "--", color="grey", linewidth=1, **mark("train", train))
+        losses.set(ylabel=f"training loss ({'ring' if len(train) == 1 else 'dashed'})", ylim=(0, None))
         save(figure, path, dpi=120)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from resnet_train.report import curves
-from resnet_train.report.curves import Point, colour, edges, interval_means, plain_matplotlib
+from resnet_train.report.curves import Point, colour, edges, interval_means, mark, plain_matplotlib
 from resnet_train.report.runs import Run, by_net, mean_and_std
 
 AXES = {"cifar": (0.0, 20.0), "imagenet": (20.0, 60.0)}  # the paper's, in %
@@ -77,7 +77,16 @@ def _caption(words: str, panels: list[Panel], first: Run) -> str:
     nets = [runs for _, nets, _ in panels for runs in nets.values()]
     several = any(sum(run.finished for run in runs) > 1 for runs in nets)
     lines = "means over seeds, with a band of ± one standard deviation" if several else "one seed each"
-    return f"{words}, on {first.data}; {lines}{axis_limits([run for runs in nets for run in runs])[2]}."
+    runs = [run for of_net in nets for run in of_net]
+    lines += explain_points(runs) if any(len(splits) > 1 for _, _, splits in panels) else ""
+    return f"{words}, on {first.data}; {lines}{axis_limits(runs)[2]}."
+
+
+def explain_points(runs: list[Run], splits: Sequence[str] = ("train", "test")) -> str:
+    """How curves of a single point are drawn, in words; empty if there are none."""
+    looks = {"train": "a ring (training)", "val": "a cross (validation)", "test": "a dot (test)"}
+    alone = [looks[split] for split in splits if any(len(run.curves[split]) == 1 for run in runs)]
+    return f"; a single point is {' or '.join(alone)}" if alone else ""
 
 
 def _draw(panels: list[Panel], first: Run) -> Any:
@@ -94,8 +103,9 @@ def _draw(panels: list[Panel], first: Run) -> Any:
                 done = [run for run in runs if run.finished]
                 label = net if done else f"{net}, unfinished"
                 for split in splits:
-                    style = LINES[split if len(splits) > 1 else "test"] | {"color": colour(net)}
                     at, curves = _curves(split, [run.curves[split] for run in done or runs])
+                    look = split if len(splits) > 1 else "test"
+                    style = LINES[look] | mark(look, at) | {"color": colour(net)}
                     xs = [iteration / unit for iteration in at]
                     _line(axes, xs, curves, **style, label=None if split == "train" and len(splits) > 1 else label)
             axes.set(title=title, xlabel=xlabel, ylim=(low, high), xlim=(0, None))
@@ -103,7 +113,7 @@ def _draw(panels: list[Panel], first: Run) -> Any:
             axes.yaxis.set_major_locator(_ticks())
             if unit == 1:
                 axes.xaxis.set_major_formatter("{x:,.0f}")
-            axes.legend(loc="upper right")
+            axes.legend(loc="best")
             if number == 0:
                 axes.set_ylabel("error (%)")
     return figure
@@ -124,15 +134,15 @@ def _curves(split: str, curves: list[list[Point]]) -> tuple[list[float], list[li
 
 
 def _line(axes: Any, xs: Sequence[float], curves: Sequence[Sequence[float]], **style: Any) -> None:
-    """Draw the mean of curves with a band of one standard deviation; a single point as a marker."""
+    """Draw the mean of curves with a band of one standard deviation."""
     statistics = [mean_and_std(list(values)) for values in zip(*curves, strict=True)]
     if not statistics:
         return
     means = [mean for mean, _ in statistics]
-    axes.plot(xs, means, **style, marker="o" if len(means) == 1 else None)
+    axes.plot(xs, means, **style)
     if len(curves) > 1:
         low, high = ([mean + sign * (std or 0.0) for mean, std in statistics] for sign in (-1, 1))
-        axes.fill_between(xs, low, high, color=style["color"], alpha=0.2, linewidth=0)
+        axes.fill_between(xs, low, high, color=style["color"], alpha=0.2, linewidth=0 if len(xs) > 1 else 8)
 
 
 def _ticks() -> Any:

@@ -15,10 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from resnet_train.report.curves import colour, edges, interval_means
-from resnet_train.report.figures import Picture, axis_limits, thinned
+from resnet_train.report.figures import Picture, axis_limits, explain_points, thinned
 from resnet_train.report.runs import Run
 from resnet_train.report.tables import NOTHING, Table
 from resnet_train.report.values import escape_and_clip
+
+# Of the plot, see curves.MARKS.
+POINTS: dict[str, dict[str, Any]] = {
+    "train": {"size": 15, "fill_color": None},
+    "val": {"size": 11, "marker": "x"},
+    "test": {"size": 8},
+}
 
 
 @dataclass(frozen=True)
@@ -116,8 +123,9 @@ def html_page(title: str, intro: list[str], sections: list[Section], out: Path) 
         body += [f'<div class="gallery">{"".join(map(_tile, section.gallery))}</div>'] if section.gallery else []
         body += [_figure(out, one.name, one.caption) for one in section.figures]
         if str(number) in plots:
-            hint = "Every run: training error dashed, validation dotted, test bold. A click on a name hides a net or"
-            hint += " shows it again; the pointer, or a finger, reads off values."
+            hint = "Every run: training error dashed, validation dotted, test bold"
+            hint += explain_points(section.runs, ("train", "val", "test"))
+            hint += ". A click on a name hides a net or shows it again; the pointer, or a finger, reads off values."
             body.append(
                 f'<div class="plot"><p class="notes">{hint}</p><div class="invert">{plots[str(number)]}</div></div>'
             )
@@ -158,7 +166,7 @@ def _plots(sections: list[Section]) -> tuple[str, str, dict[str, str]]:
 
 def plot(runs: list[Run]) -> Any:
     """Training (dashed), validation (dotted) and test error over iterations of every run, a colour for each net."""
-    from bokeh.models import BasicTicker, ColumnDataSource, HoverTool, NumeralTickFormatter, Range1d
+    from bokeh.models import BasicTicker, ColumnDataSource, DataRange1d, HoverTool, NumeralTickFormatter, Range1d
     from bokeh.models.annotations import Legend, LegendItem
     from bokeh.plotting import figure
 
@@ -172,6 +180,7 @@ def plot(runs: list[Run]) -> Any:
         toolbar_location="above",
         x_axis_label="iterations",
         y_axis_label="error (%)",
+        x_range=DataRange1d(start=0),
         y_range=Range1d(start=0, end=axis_limits(runs)[1]),
     )
     canvas.toolbar.logo = None
@@ -193,7 +202,7 @@ def plot(runs: list[Run]) -> Any:
             line = canvas.line("iteration", "error", **style, line_dash=dash, line_width=width)
             lines[run.net].append(line)
             if len(at) == 1:
-                lines[run.net].append(canvas.scatter("iteration", "error", **style, size=7))
+                lines[run.net].append(canvas.scatter("iteration", "error", **style, line_width=2, **POINTS[split]))
             name = f"{run.net}, seed {run.seed}" + ("" if run.finished else ", unfinished")
             # The tooltip is HTML; the name was checked when the run was read, and is escaped nevertheless.
             tips = [("run", html.escape(name)), ("split", split), ("iteration", "@iteration{0,0}")]
