@@ -225,15 +225,18 @@ def _both(top1: float | None, top5: float | None) -> str:
 
 def deviations_table(groups: list[list[Run]]) -> Table:
     """The runs that deviate from the paper's recipe, and the keys in which they do."""
-    table = Table("deviations", "Where these runs are not the paper's recipe", ["runs", "what", "here", "paper"])
-    for group in groups:
+    header = ["section", "runs", "data", "what", "here", "paper"]
+    table = Table("deviations", "Where these runs are not the paper's recipe", header)
+    for number, group in enumerate(groups, 1):
         by_deviation: dict[tuple[str, str, str], list[str]] = {}
         for run in group:
             for deviation in deviations(run):
                 by_deviation.setdefault(deviation, []).append(f"{run.net} seed {run.seed}")
+        images = group[0].setting.get("images")  # where others share the label
+        data = group[0].data + (f", images of {images}" if images else "")
         for (key, value, published), runs in by_deviation.items():
-            names = f"all {len(group)} on {group[0].data}" if len(runs) == len(group) > 1 else ", ".join(runs)
-            table.rows.append([names, key, value, published])
+            names = f"all {len(group)}" if len(runs) == len(group) > 1 else ", ".join(runs)
+            table.rows.append([str(number), names, data, key, value, published])
     table.notes.append("What is the same in every run of this program: docs/paper.md, “Where this is not the paper”.")
     return table
 
