@@ -23,9 +23,10 @@ from resnet_train.config.schema import flat
 from resnet_train.config.train import check_train
 from resnet_train.engine.metrics import read_metrics
 from resnet_train.errors import UserError
-from resnet_train.report import curves, detection, figures, page, runs, tables, values, verdict
+from resnet_train.report import curves, detection, figures, localization, page, runs, tables, values, verdict
 from resnet_train.report import report as report_command
 from resnet_train.report.complexity import complexity_table
+from resnet_train.report.folders import tell_apart
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = [place.parent for place in sorted((ROOT / "results").glob("*/runs"))]
@@ -144,6 +145,59 @@ def test_one_run_in_two_places_is_one_seed(tmp_path):
     assert notes == [f"{top}/b: is the same run as {top}/a (resnet-20-A, seed 0), left out"]
 
 
+# --- What folders are called -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        ({"/x/a/seed-0": 1, "/x/a/seed-1": 1}, ["seed-0", "seed-1"]),
+        ({"/x/a/seed-0": 1, "/x/b/seed-0": 1, "/x/c": 1}, ["a/seed-0", "b/seed-0", "c"]),
+        ({"/x/a/r/seed-0": 2, "/x/b/r/seed-0": 2, "/x/b/r/seed-1": 2}, ["a/r/seed-0", "b/r/seed-0", "r/seed-1"]),
+        ({"/x/r": 1, "/r": 1, "/y/x/r": 1}, ["/x/r", "/r", "y/x/r"]),
+        ({"a/seed-0": 1, "seed-0": 1}, ["a/seed-0", "seed-0"]),
+        ({"": 2, "/": 2}, ["", "/"]),
+    ],
+)
+def test_a_name_has_as_much_of_a_path_as_tells_it_apart(paths, names):
+    assert list(tell_apart({Path(path): count for path, count in paths.items()}).values()) == names
+
+
+def test_folders_of_one_name_are_told_apart_wherever_they_are_shown(tmp_path, monkeypatch, capsys):
+    """Runs, roots of runs, and an absolute folder beside a relative one."""
+    for place in ("a", "b"):
+        for name, seed in (("runs/seed-0", 0), ("seed-0", 1)):
+            make(tmp_path / place / name, seed=seed + 2 * (place == "b"), batch_size=64 if place == "b" else 128)
+    monkeypatch.chdir(tmp_path / "a")
+    words = ["seed-0", str(tmp_path / "b/seed-0"), str(tmp_path / "a/runs"), str(tmp_path / "b/runs")]
+    monkeypatch.setattr("sys.argv", ["resnet-report", *words, f"out={tmp_path}/out"])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        cli.report()
+    names = ["a/runs/seed-0", "a/seed-0", "b/runs/seed-0", "b/seed-0"]  # by seed
+    rows = list(csv.DictReader((tmp_path / "out/runs.csv").read_text().splitlines()))
+    assert [row["folder"] for row in rows] == names
+    text = (tmp_path / "out/report.md").read_text()
+    assert "(a/runs/seed-0, … and b/runs/seed-0, …) are not in one row" in capsys.readouterr().out
+    assert all(f"; {name}: `" in text for name in names)
+    assert "Made by `resnet-report a/seed-0 b/seed-0 a/runs b/runs out=out`" in text
+
+
+def test_a_folder_is_called_as_on_the_command_line_where_no_other_is(tmp_path, monkeypatch):
+    for name in ("runs/a/seed-0", "runs/b/seed-0"):
+        make(tmp_path / name, seed=len(name) + ord(name[5]))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "runs")
+    for folder, names in {
+        ".": ["a/seed-0", "b/seed-0"],
+        "../runs": ["runs/a/seed-0", "runs/b/seed-0"],
+        tmp_path / "runs": ["runs/a/seed-0", "runs/b/seed-0"],
+        tmp_path / "runs/a/seed-0": ["seed-0"],
+    }.items():
+        assert [run.display_path for run in found(Path(folder))] == names
+    monkeypatch.chdir(tmp_path / "runs/a/seed-0")
+    assert [run.display_path for run in found(Path())] == ["seed-0"]
+
+
 # --- What may stand together -----------------------------------------------------------------------------------------
 
 
@@ -230,6 +284,28 @@ def test_deviations_are_named_with_the_papers_value(tmp_path):
         assert runs.deviations(run) == ([] if images == 64 else [("bn_images", str(images), "64")])
     (run,) = found(make(tmp_path / "d", bn_images="all", devices=2))
     assert runs.deviations(run) == [("bn_images", "128", "64")]
+
+
+def test_deviations_say_on_which_data_and_in_which_section(tmp_path):
+    for data in ("cats", "dogs"):
+        make(tmp_path / data, data=data, precision="bf16")
+    for place in ("mine", "others"):  # images of one label
+        (make(tmp_path / place, data="photos", precision="bf16") / "environment.json").write_text(
+            json.dumps({"digest": place[0] * 64})
+        )
+        change(tmp_path / place / "config.json", data__root=f"/d/{place}/photos")
+    for seed in range(2):
+        make(tmp_path / f"seed-{seed}", seed=seed, data="photos", precision="bf16", batch_size=64)
+    table = tables.deviations_table(runs.groups(found(tmp_path)))
+    rows = [dict(zip(table.header, row, strict=True)) for row in table.rows]
+    places = [(row["section"], row["runs"], row["data"]) for row in rows if row["what"] == "precision"]
+    assert places == [
+        ("1", "all 2", "photos"),
+        ("2", "resnet-20-A seed 0", "cats"),
+        ("3", "resnet-20-A seed 0", "dogs"),
+        ("4", "resnet-20-A seed 0", "photos, images of mine/photos"),
+        ("5", "resnet-20-A seed 0", "photos, images of others/photos"),
+    ]
 
 
 @pytest.mark.parametrize(("family", "data"), [("cifar", "cifar10"), ("imagenet", "imagenet")])
@@ -1134,7 +1210,7 @@ def test_tests_of_detectors_stand_in_table_9_beside_the_papers_steps(tmp_path):
     _, table, classes = section.tables
     assert (table.name, table.title) == ("table-9", "Table 9: improvements, mAP in %, coco, val2014")
     assert table.header[:2] == ["detector", "switched on"]
-    ours = [[row[0], row[1], row[4], row[5], row[6], *row[7:]] for row in table.rows]
+    ours = [[row[0], row[1], row[4], row[5], row[6], *row[7:-1]] for row in table.rows]
     assert ours == [
         ["resnet-101", "baseline", 30.0, 15.0, 0.2, 48.4, 27.2],
         ["resnet-101", "box refinement", 31.0, 16.0, 0.2, 49.9, 29.9],
@@ -1237,6 +1313,33 @@ def test_other_weights_are_another_row_and_one_run_counts_once(tmp_path):
     rows = [row[:2] for row in section.tables[0].formatted()]
     assert rows == [["resnet-18, from A/last.pt", "40.00 (n=1)"], ["resnet-18, from B/last.pt", "20.00 (n=1)"]]
     assert "is the same run as" in page.markdown_table(section.tables[0])
+
+
+def test_weights_and_results_in_folders_of_one_name_are_told_apart(tmp_path):
+    """In the rows of both tables, in the figure's legend and over the columns of the classes."""
+    sources = [f"/d/{place}/checkpoints/last.pt" for place in ("a/run", "b/run", "c")]
+    for source in [*sources, "/w/x/r18.pt", "/w/y/r18.pt"]:
+        run = detector_run(tmp_path / source.replace("/", "-"), source=source, label="cells")
+        leave_result(run, "last.json", data="cells", tested="test", map50=30.0, classes=2)
+    (section,) = detection.sections(detection.find(runs.find([tmp_path])[1]))
+    weights, results, classes = section.tables
+    names = ["a/run/last.pt", "b/run/last.pt", "c/last.pt", "x/r18.pt", "y/r18.pt"]
+    assert [row[0] for row in weights.rows] == [f"resnet-18, from {name}" for name in names]
+    legend = section.figures[0].draw().axes[0].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == [f"resnet-18, from {name}" for name in names]
+    assert results.header[-1] == "file"
+    assert len({row[-1] for row in results.rows}) == 5
+    assert len({*classes.header}) == len(classes.header) == 2 + 5
+
+
+def test_localizers_of_one_seed_are_told_apart_in_the_legend(tmp_path):
+    group = [
+        localization.Localizer(tmp_path, path, "digits", "rpn", 0, 9, [{"iteration": 9, "error": 1.0}], [], 7, "", "")
+        for path in ("a/rpn", "b/rpn")
+    ]
+    (section,) = localization.sections(group)
+    legend = section.figures[0].draw().axes[0].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["RPN, seed 0; a/rpn", "RPN, seed 0; b/rpn"]
 
 
 def test_a_broken_run_of_a_detector_is_named(tmp_path):

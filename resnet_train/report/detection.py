@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from resnet_train.files import read_if_object, read_object
 from resnet_train.report import improvements
 from resnet_train.report.curves import OTHERS, plain_matplotlib
 from resnet_train.report.figures import Picture
+from resnet_train.report.folders import tell_apart
 from resnet_train.report.page import Section
 from resnet_train.report.runs import FolderMetrics
 from resnet_train.report.tables import Cell, Table, spread, strip_folders
@@ -46,6 +49,7 @@ class Detector:
     data: str
     net: str
     source: str | None  # the file of the initial weights
+    weights: str  # the name of that file in the report; empty: random
     seed: int
     iterations: int
     setting: dict[str, Any]
@@ -68,12 +72,8 @@ class Detector:
 
     @property
     def name(self) -> str:
-        """The net and its initial weights: the file's name, for a checkpoint with its run's."""
-        if self.source is None:
-            return f"{self.net}, random weights"
-        path = Path(self.source)
-        run = path.parents[1].name + "/" if path.parent.name == "checkpoints" else ""
-        return f"{self.net}, from {run}{path.name}"
+        """The net and its initial weights."""
+        return f"{self.net}, from {self.weights}" if self.weights else f"{self.net}, random weights"
 
 
 def find(folders: FolderMetrics) -> list[Detector]:
@@ -83,7 +83,17 @@ def find(folders: FolderMetrics) -> list[Detector]:
         if "backbone" in read_if_object(folder / "config.json"):
             with reading(folder, "resnet-detect"):
                 detectors.append(_read(folder, display_path, metrics))
+    detectors = _name_weights(detectors)
     return sorted(detectors, key=lambda run: (run.data, run.net, run.name, run.seed))
+
+
+def _name_weights(detectors: list[Detector]) -> list[Detector]:
+    """With names for the files of initial weights: the file's, of a run's checkpoint with the run's, or more."""
+    paths = {run.source: Path(run.source) for run in detectors if run.source is not None}
+    of_runs = {source for source, path in paths.items() if path.parent.name == "checkpoints"}
+    paths |= {source: paths[source].parents[1] / paths[source].name for source in of_runs}
+    names = tell_apart({path: 2 if source in of_runs else 1 for source, path in paths.items()})
+    return [dataclasses.replace(run, weights=names[paths[run.source]] if run.source else "") for run in detectors]
 
 
 def _read(folder: Path, display_path: str, metrics: list[dict[str, Any]]) -> Detector:
@@ -109,6 +119,7 @@ def _read(folder: Path, display_path: str, metrics: list[dict[str, Any]]) -> Det
         data=word(metrics[0]["data"]),
         net=net,
         source=None if config["init_from"] is None else word(config["init_from"]),
+        weights="",
         seed=whole(config["seed"]),
         iterations=whole(config["iterations"], 1),
         setting={"train": parts, "test": word(data["test"]), "classes": config_value(data["classes"])}
@@ -213,8 +224,8 @@ def _figure(group: list[Detector]) -> Any:
             if points:
                 first = next(other for other in group if other.name == run.name) is run
                 colour = OTHERS[names.index(run.name) % len(OTHERS)]
-                label = run.name if len(run.name) < 60 else f"{run.name[:59]}…"
-                axes.plot(*zip(*points, strict=True), "o-", color=colour, label=label if first else None)
+                label = textwrap.fill(run.name, 60) if first else None
+                axes.plot(*zip(*points, strict=True), "o-", color=colour, label=label)
         axes.set(xlabel="iterations", ylabel=f"{rule} (%)", ylim=(0, 100))
         axes.legend()
     return figure

@@ -122,7 +122,7 @@ def _steps(group: list[Test], data: str, where: str) -> Table:
     steps = paper.IMPROVED.get(tested, {})
     measures = [key for key in (*MEASURES, *MASKS) if any(key in test.figures for test in group)]
     header = ["detector", "switched on", *(({**MEASURES, **MASKS})[key] for key in measures), "seconds of an image"]
-    header += ["paper, ResNet-101, at an overlap of 0.5", "paper, @[.5,.95]"] * published
+    header += ["paper, ResNet-101, at an overlap of 0.5", "paper, @[.5,.95]"] * published + ["file"]
     name, title = "improvements", "Improvements of appendix B"
     if published:
         name, title = f"table-{TABLES[tested][1]}", f"Table {TABLES[tested][1]}: improvements"
@@ -135,13 +135,13 @@ def _steps(group: list[Test], data: str, where: str) -> Table:
         ]
         comparable = test.members == 1 and test.net == "resnet-101"
         paper_figures = steps.get(test.steps, (None, None)) if comparable else (None, None)
-        table.rows.append([*row, test.seconds, *(paper_figures if published else ())])
+        table.rows.append([*row, test.seconds, *(paper_figures if published else ()), test.file])
     if published:
         done = {test.steps for test in group if test.members == 1 and test.net == "resnet-101"}
         missing = [names for names in steps if names not in done]
         for names in missing:
             blank: list[Cell] = [None] * (len(measures) + 1)
-            table.rows.append(["not measured", " + ".join(names) or "baseline", *blank, *steps[names]])
+            table.rows.append(["not measured", " + ".join(names) or "baseline", *blank, *steps[names], None])
     for count, net in dict.fromkeys((test.members, test.net) for test in group):
         if all(test.steps for test in group if (test.members, test.net) == (count, net)):
             table.notes.append(f"{_detector_name(count, net)}: the baseline was not measured.")
@@ -159,8 +159,11 @@ def _detector_name(members: int, net: str) -> str:
 def _classes(group: list[Test], data: str, where: str) -> list[Table]:
     """A table of the AP of each class in each test; empty without classes."""
     names = list(dict.fromkeys(name for test in group for name in test.classes))
-    header = ["class", "objects", *(f"{test.net}, {' + '.join(test.steps) or 'baseline'}" for test in group)]
-    table = Table(f"classes{where}", f"AP of each class in %, VOC 2010's rule, {data}, {group[0].tested}", header)
+    columns = [f"{test.net}, {' + '.join(test.steps) or 'baseline'}" for test in group]
+    alike = {column for column in columns if columns.count(column) > 1}
+    columns = [f"{name}, {test.file}" if name in alike else name for name, test in zip(columns, group, strict=True)]
+    title = f"AP of each class in %, VOC 2010's rule, {data}, {group[0].tested}"
+    table = Table(f"classes{where}", title, ["class", "objects", *columns])
     for name in names[:CLASSES]:
         values = [test.classes.get(name, (None, 0)) for test in group]
         table.rows.append([name, str(max(objects for _, objects in values)), *(value for value, _ in values)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,14 +137,14 @@ def _errors(data: str, results: list[dict[str, Any]], where: str, *, published: 
     name, title = ("table-13", "Table 13: localization") if published else ("localizers", "Localization")
     header = ["", "method", "net", "test", "localization error, true class given"]
     header += ["localization error, top-5", "localization error, top-1", "classes named by"]
-    header += ["its classification error, top-5", "its classification error, top-1"]
+    header += ["its classification error, top-5", "its classification error, top-1", "file"]
     table = Table(f"{name}{where}", f"{title} error in %, {'ours on ' * published}{data}", header)
     for result in sorted(results, key=lambda one: (one["method"] != "RPN", one["protocol"], -one["error"])):
         row: list[Cell] = ["ours", result["method"], result["net"], result["protocol"], result["error"]]
         row += [result.get("error5"), result.get("error1"), result.get("classifier")]
-        table.rows.append([*row, result.get("class_error5"), result.get("class_error1")])
+        table.rows.append([*row, result.get("class_error5"), result.get("class_error1"), result["file"]])
     for method, net, test, error, top5, names, their5 in paper.LOCALIZATION if published else ():
-        table.rows.append(["paper", method, net, test, error, top5, None, names, their5, None])
+        table.rows.append(["paper", method, net, test, error, top5, None, names, their5, None, None])
     if not published and all(result["classes"] <= 5 for result in results):  # one of five is always the true class
         columns = [index for index, name in enumerate(header) if not name.endswith("top-5")]
         table.header = [header[index] for index in columns]
@@ -182,7 +183,9 @@ def _figure(group: list[Localizer]) -> Any:
         for index, run in enumerate(group):
             points = [(line["iteration"], line["error"]) for line in run.test]
             if points:
-                axes.plot(*zip(*points, strict=True), "o-", color=OTHERS[index % len(OTHERS)], label=run.name)
+                alike = sum(other.name == run.name for other in group) > 1
+                label = textwrap.fill(f"{run.name}; {run.display_path}" if alike else run.name, 60)
+                axes.plot(*zip(*points, strict=True), "o-", color=OTHERS[index % len(OTHERS)], label=label)
         axes.set(xlabel="iterations", ylabel="localization error (%)", ylim=(0, 100))
         axes.legend()
     return figure

@@ -18,6 +18,7 @@ from resnet_train.errors import UserError
 from resnet_train.files import expand, put
 from resnet_train.report import detection, figures, localization, page, runs, tables, verdict
 from resnet_train.report.figures import Picture
+from resnet_train.report.folders import name_folders
 from resnet_train.report.page import Section
 from resnet_train.report.runs import Run
 from resnet_train.report.values import MALFORMED, escape_and_clip, number
@@ -68,7 +69,7 @@ def report(args: ReportConfig) -> None:
 
 
 def _write(args: ReportConfig, title: str, notes: list[str], sections: list[Section], out: Path) -> None:
-    names = args.runs if args.report == "runs" else ["complexity"]
+    names = name_folders(map(expand, args.runs)) if args.report == "runs" else ["complexity"]
     command = shlex.join(["resnet-report", *names, f"out={args.out}"])
     intro = [f"Made by `{tables.strip_folders(escape_and_clip(command))}`.", *(f"Note: {note}." for note in notes)]
     all_tables = [table for section in sections for table in (section.verdict, *section.tables) if table]

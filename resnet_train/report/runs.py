@@ -14,9 +14,9 @@ from resnet_train import paper
 from resnet_train.errors import UserError
 from resnet_train.files import read_if_object, read_object
 from resnet_train.report.curves import Point
+from resnet_train.report.folders import find_runs, tell_apart
 from resnet_train.report.values import (
     config_value,
-    escape_and_clip,
     metrics_in,
     number,
     reading,
@@ -36,7 +36,7 @@ class Run:
     """One training run of resnet-train, as read from its folder."""
 
     folder: Path
-    display_path: str  # of the folder, without what lies above the one on the command line
+    display_path: str  # the name of the folder in the report
     net: str  # resnet-110-A
     arch: str
     depth: int
@@ -116,20 +116,10 @@ def find(folders: Iterable[Path]) -> tuple[list[Run], FolderMetrics, list[str]]:
     Returns the runs of classification, the folders of other tasks' runs, and notes on what was left out. Raises
     UserError for a folder without runs, or if no run has metrics.
     """
-    run_folders: dict[Path, tuple[Path, str]] = {}
     notes = []
-    for folder in folders:
-        try:
-            configs = sorted(path for path in folder.rglob("config.json") if path.is_file())
-        except OSError as error:
-            raise UserError(f"{error.filename or folder}: {error.strerror}") from error
-        if not configs and not any(folder.rglob("responses.csv")):
-            raise UserError(f"{folder}: holds no run (a folder with config.json and metrics.jsonl)")
-        for path in configs:
-            run_folders.setdefault(path.parent.resolve(), (path.parent, shorten_path(path.parent, folder)))
     runs: list[Run] = []
     others: FolderMetrics = {}
-    for folder, display_path in run_folders.values():
+    for folder, display_path in find_runs(folders).items():
         metrics = metrics_in(folder)
         if not metrics:
             notes.append(f"{display_path}: has no metrics yet, left out")
@@ -144,22 +134,19 @@ def find(folders: Iterable[Path]) -> tuple[list[Run], FolderMetrics, list[str]]:
 
 
 def _name_images(runs: list[Run]) -> None:
-    """Replace the digests of image sets in the settings by names, which are the last two folders of their path."""
-    digests: dict[str, dict[str, str]] = {}
+    """Replace the digests of image sets in the settings by names, the last two folders of their path or more."""
+    digests: dict[str, dict[str, Path]] = {}
     for run in runs:
         if "images" in run.setting:
-            digests.setdefault(run.data, {}).setdefault(run.setting["images"], "/".join(Path(run.root).parts[-2:]))
+            digests.setdefault(run.data, {}).setdefault(run.setting["images"], Path(run.root))
     for run in runs:
-        names = digests.get(run.data, {})
+        roots = digests.get(run.data, {})
+        of_root = tell_apart(dict.fromkeys(roots.values(), 2))
+        names = {digest: of_root[root] for digest, root in roots.items()}
         if (digest := run.setting.pop("images", None)) and len(names) > 1:
             name, before = names[digest], list(names)[: list(names).index(digest)]
             again = sum(names[other] == name for other in before)  # changed, or on another machine
             run.setting["images"] = name + (f" (state {again + 1})" if again else "")
-
-
-def shorten_path(path: Path, folder: Path) -> str:
-    """The path of a run in `folder`, without the folders above `folder`."""
-    return escape_and_clip(str(path.relative_to(folder.parent) if folder.is_absolute() else path))
 
 
 def _drop_duplicates(runs: list[Run], notes: list[str]) -> list[Run]:

@@ -1,0 +1,59 @@
+"""Where runs lie, and what their folders and files are called in a report: as much of the path as tells them apart."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from resnet_train.errors import UserError
+from resnet_train.report.values import escape_and_clip
+
+
+def tell_apart(paths: Mapping[Path, int]) -> dict[Path, str]:
+    """A name for each path: as many of its last parts as given, and more where two paths would have one name."""
+    kept = dict(paths)
+    while True:
+        names = {path: os.path.join(*path.parts[-count:]) if path.parts else "" for path, count in kept.items()}
+        count_of = Counter(names.values())
+        alike = [path for path, name in names.items() if count_of[name] > 1 and kept[path] < len(path.parts)]
+        if not alike:
+            return {path: escape_and_clip(name) for path, name in names.items()}
+        kept |= {path: kept[path] + 1 for path in alike}
+
+
+def name_folders(folders: Iterable[Path]) -> list[str]:
+    """The folders on a command line: a relative path as it is, of an absolute one its last part, or more, see above."""
+    counts = {_absolute(folder): 1 if folder.is_absolute() else _count(folder) for folder in folders}
+    return list(tell_apart(counts).values())
+
+
+def find_runs(folders: Iterable[Path]) -> dict[Path, str]:
+    """The folders of all runs in `folders`, which are runs or contain them, each once, with its name.
+
+    Folders above an absolute one on the command line are no part of the name where it can be told apart without them.
+    Raises UserError for a folder without runs.
+    """
+    counts: dict[Path, tuple[Path, int]] = {}
+    for folder in folders:
+        try:
+            configs = sorted(path for path in folder.rglob("config.json") if path.is_file())
+        except OSError as error:
+            raise UserError(f"{error.filename or folder}: {error.strerror}") from error
+        if not configs and not any(folder.rglob("responses.csv")):
+            raise UserError(f"{folder}: holds no run (a folder with config.json and metrics.jsonl)")
+        for run in (path.parent for path in configs):
+            count = _count(run.relative_to(folder.parent) if folder.is_absolute() else run)
+            counts.setdefault(run.resolve(), (run, count))
+    names = tell_apart({_absolute(run): count for run, count in counts.values()})
+    return {run: names[_absolute(run)] for run, _ in counts.values()}
+
+
+def _absolute(folder: Path) -> Path:
+    """With the names of links, not of what they point to."""
+    return Path(os.path.abspath(folder))
+
+
+def _count(path: Path) -> int:
+    return max(1, sum(part != ".." for part in path.parts))
