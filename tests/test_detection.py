@@ -570,6 +570,7 @@ def test_broken_pixels_are_skipped_and_counted_where_asked(cut_tree, capsys):
     (point,) = task.evaluate()
     assert (point.values["images"], point.values["skipped"]) == (4, 1)
     assert "010.jpg: is not an image that can be read" in capsys.readouterr().err
+    assert ", on 4 images (1 broken left out) at iteration 6" in task.conclude(task.summary([]))
     whole = evaluate(
         task.model,
         [one for one in examples.test if one.name != "010"],

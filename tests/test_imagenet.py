@@ -9,7 +9,7 @@ import tarfile
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, metrics
 from test_sets import photograph
 
 from resnet_train.errors import UserError
@@ -171,3 +171,18 @@ def test_an_error_in_the_test_ends_the_workers_of_training(tmp_path, command):
     done = command(*words, "normalise=channels", "run_dir=run", timeout=100)
     assert done.returncode == 2
     assert "tree/val/dog/0.JPEG: is not an image" in done.stderr
+
+
+def test_the_closing_line_says_how_often_broken_images_were_replaced(tmp_path, command):
+    for part, count in (("train", 3), ("val", 1)):
+        for name in ("cat", "dog"):
+            for index in range(count):
+                photograph(tmp_path / "tree" / part / name / f"{index}.JPEG", (40, 50), index)
+    (tmp_path / "tree/train/dog/0.JPEG").write_bytes(b"no image")
+    words = ["data=imagenet", "depth=18", "data.root=tree", "data.size=32", "augment.shorter_side=[36,40]"]
+    words += ["batch_size=4", "iterations=3", "data.workers=0", "device=cpu", "precision=fp32", "data.broken=skip"]
+    done = command(*words, "normalise=channels", "run_dir=run", "log_every=2", timeout=100)
+    assert done.returncode == 0, done.stderr
+    counts = [line["skipped"] for line in metrics(tmp_path / "run") if line["split"] == "train"]
+    assert (len(counts), sum(counts)) == (2, 2)  # two passes of six
+    assert "at iteration 3, the last; broken training images were replaced by others 2 times\n" in done.stdout

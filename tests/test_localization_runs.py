@@ -301,6 +301,8 @@ def test_an_image_whose_pixels_are_broken_stops_or_is_skipped(folder, command_he
     assert json.loads((tmp_path / "skip/summary.json").read_text())["last"]["images"] == 6
     skipped = [line["skipped"] for line in metrics(tmp_path / "skip") if line["split"] == "train"]
     assert sum(skipped) in (2, 3)  # once in each pass over 12 images, of which 28 are drawn
+    closing = "on 6 images (1 broken left out) at iteration 7, the last; broken training images were replaced by others"
+    assert f"{closing} {sum(skipped)} times\n" in told.stdout
 
 
 @pytest.mark.long

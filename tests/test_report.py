@@ -1342,6 +1342,26 @@ def test_localizers_of_one_seed_are_told_apart_in_the_legend(tmp_path):
     assert [text.get_text() for text in legend.get_texts()] == ["RPN, seed 0; a/rpn", "RPN, seed 0; b/rpn"]
 
 
+def test_a_report_says_how_often_broken_images_were_replaced(tmp_path, monkeypatch):
+    for place in (make(tmp_path / "runs/a"), detector_run(tmp_path / "runs")):
+        lines = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
+        lines[0] |= {"skipped": 1200}
+        lines[1] |= {"skipped": 3 if lines[1]["split"] == "train" else 7}  # those of a test are no replaced ones
+        (place / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    make(tmp_path / "runs/b", seed=1)
+    text = report_of(tmp_path / "runs", monkeypatch)
+    for count, name in (("1,203", "a"), ("1,200", "resnet-False-0")):
+        assert f"; broken training images were replaced by others {count} times; runs/{name}: `" in text
+    assert text.count("replaced") == 2
+    rows = csv.DictReader((tmp_path / "runs/out/runs.csv").read_text().splitlines())
+    assert [row["broken images replaced"] for row in rows] == ["1203", "0"]
+    (tmp_path / "runs/a/metrics.jsonl").write_text(
+        (tmp_path / "runs/a/metrics.jsonl").read_text().replace("1200", "NaN")
+    )
+    with pytest.raises(UserError, match="holds other things than a run of resnet-train leaves"):
+        runs.find([tmp_path / "runs"])
+
+
 def test_a_broken_run_of_a_detector_is_named(tmp_path):
     place = detector_run(tmp_path)
     config = json.loads((place / "config.json").read_text())

@@ -219,7 +219,8 @@ class DetectionTask(BoxTask):
         last = summary["last"]
         return (
             f"{self._title()}: {in_words(last, self.config.data.name)}, on"
-            f" {len(self.data.test) - last.get('skipped', 0)} images at iteration {self.iteration}, the last"
+            f" {self.describe_tested(len(self.data.test) - last.get('skipped', 0))} at iteration {self.iteration},"
+            " the last"
         )
 
     def _title(self) -> str:

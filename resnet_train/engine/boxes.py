@@ -142,6 +142,11 @@ class BoxTask:
             f" classes; {config.iterations} iterations of {config.batch_size}; {self.precision} on {self.device}"
         )
 
+    def describe_tested(self, images: int) -> str:
+        """The number of images that the last test was of, and of those that it left out."""
+        left_out = len(self.data.test) - images
+        return f"{images} images" + (f" ({left_out} broken left out)" if left_out else "")
+
     def describe_faults(self) -> list[str]:
         """Lines to print of what was cut or left out."""
         return [f"warning: {count} {fault}" for fault, count in self.data.faults.items()]

@@ -32,6 +32,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [point for point in points if point is not None]
 
 
+def count_replaced(metrics: list[dict[str, Any]]) -> int:
+    """How often others stood in for broken training images, with data.broken=skip: each point has its own number."""
+    return sum(point.get("skipped", 0) for point in metrics if point["split"] == "train")
+
+
+def describe_replaced(count: int) -> str:
+    """The same in words; empty if never."""
+    times = "once" if count == 1 else f"{count:,} times"
+    return f"broken training images were replaced by others {times}" if count else ""
+
+
 def _point(line: bytes) -> dict[str, Any] | None:
     """The point in a line of a metrics file; None if the line is not JSON or a value has the wrong type or range."""
     try:

@@ -27,7 +27,7 @@ from resnet_train.engine.distributed import (
 from resnet_train.engine.environment import peak_memory
 from resnet_train.engine.logger import MetricsLogger, prepare_process
 from resnet_train.engine.loop import Clock, Stop, log_evaluation, loop
-from resnet_train.engine.metrics import read_metrics
+from resnet_train.engine.metrics import count_replaced, describe_replaced, read_metrics
 from resnet_train.engine.resume import before_restart, begin_run, claim_run
 from resnet_train.engine.task import Task, TaskConfig
 from resnet_train.errors import UserError, is_peer_failure
@@ -173,5 +173,5 @@ def _summarise(task: Task, directory: Path, clock: Clock, environment: dict[str,
     }
     write_json(directory / "summary.json", summary)
     drawn = task.draw(metrics, picture)
-    say(task.conclude(summary))
+    say("; ".join(filter(None, [task.conclude(summary), describe_replaced(count_replaced(metrics))])))
     say(f"{f'curves: {picture}; ' if drawn else ''}tensorboard --logdir {shlex.quote(str(directory))}")

@@ -162,8 +162,8 @@ class LocalizationTask(BoxTask):
         """The error in one line."""
         last = summary["last"]
         return (
-            f"{self._title()}: localization error {last['error']:.2f} % ({PROTOCOL}) on {last['images']} images at"
-            f" iteration {self.iteration}, the last"
+            f"{self._title()}: localization error {last['error']:.2f} % ({PROTOCOL}) on"
+            f" {self.describe_tested(last['images'])} at iteration {self.iteration}, the last"
         )
 
     def _title(self) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from resnet_train import paper
+from resnet_train.engine.metrics import count_replaced
 from resnet_train.files import read_if_object, read_object
 from resnet_train.report import improvements
 from resnet_train.report.curves import OTHERS, plain_matplotlib
@@ -18,7 +19,7 @@ from resnet_train.report.figures import Picture
 from resnet_train.report.folders import tell_apart
 from resnet_train.report.page import Section
 from resnet_train.report.runs import FolderMetrics
-from resnet_train.report.tables import Cell, Table, spread, strip_folders
+from resnet_train.report.tables import Cell, Table, describe_run, spread, strip_folders
 from resnet_train.report.values import config_value, number, reading, test_images, whole, word
 
 # The keys of a configuration that must be equal among the runs of one table.
@@ -59,6 +60,7 @@ class Detector:
     tests: list[improvements.Test]  # results of resnet-detect test beside the checkpoints
     command: str
     device: str
+    replaced: int = 0  # see Run
 
     @property
     def published(self) -> bool:
@@ -130,6 +132,7 @@ def _read(folder: Path, display_path: str, metrics: list[dict[str, Any]]) -> Det
         tests=improvements.find(folder, display_path, last_test),
         command=word(environment.get("command", "")),
         device=word(environment.get("device", "")),
+        replaced=whole(count_replaced(metrics)),
     )
 
 
@@ -157,7 +160,10 @@ def _section(group: list[Detector], where: str) -> Section:
         caption = f"{COLUMNS[first.kind][0][1]}, on the test images of {first.data}, over iterations."
         section.figures = [Picture(f"detection{where}", caption, functools.partial(_figure, group))]
     section.commands = [
-        (f"{run.name}, seed {run.seed}, on {run.device}; {run.display_path}", strip_folders(run.command))
+        (
+            describe_run(f"{run.name}, seed {run.seed}", run.device, run.replaced, run.display_path),
+            strip_folders(run.command),
+        )
         for run in group
     ]
     return section

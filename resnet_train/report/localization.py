@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from resnet_train import paper
+from resnet_train.engine.metrics import count_replaced
 from resnet_train.files import read_if_object, read_object
 from resnet_train.report.curves import OTHERS, plain_matplotlib
 from resnet_train.report.figures import Picture
 from resnet_train.report.improvements import progress
 from resnet_train.report.page import Section
 from resnet_train.report.runs import FolderMetrics
-from resnet_train.report.tables import Cell, Table, strip_folders
+from resnet_train.report.tables import Cell, Table, describe_run, strip_folders
 from resnet_train.report.values import number, reading, test_images, whole, word
 
 ERRORS = ("error", "error1", "error5", "class_error1", "class_error5")  # of a test, in %
@@ -36,6 +37,7 @@ class Localizer:
     images: int  # of the last test; 0 before the first
     command: str
     device: str
+    replaced: int = 0  # see Run
 
     @property
     def published(self) -> bool:
@@ -81,6 +83,7 @@ def _read(folder: Path, display_path: str, metrics: list[dict[str, Any]]) -> Loc
         images=whole(lines[-1]["images"]) if lines else 0,
         command=word(environment.get("command", "")),
         device=word(environment.get("device", "")),
+        replaced=whole(count_replaced(metrics)),
     )
 
 
@@ -120,7 +123,8 @@ def _section(group: list[Localizer], where: str) -> Section:
         )
         section.figures = [Picture(f"localization{where}", caption, functools.partial(_figure, group))]
     section.commands = [
-        (f"{run.name}, on {run.device}; {run.display_path}", strip_folders(run.command)) for run in group
+        (describe_run(run.name, run.device, run.replaced, run.display_path), strip_folders(run.command))
+        for run in group
     ]
     return section
 

@@ -177,8 +177,7 @@ def _describe(run: Run) -> str:
     state = f"test error {run.test_error:.2f} %" + (
         "" if run.finished else f", unfinished ({run.reached:,} iterations)"
     )
-    where = f", on {run.device}" if run.device else ""
-    return f"{run.net}, seed {run.seed}: {state}{where}; {run.display_path}"
+    return tables.describe_run(f"{run.net}, seed {run.seed}: {state}", run.device, run.replaced, run.display_path)
 
 
 def _measured(folders: list[Path], name: str, column: str) -> list[figures.Responses]:

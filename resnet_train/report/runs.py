@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from resnet_train import paper
+from resnet_train.engine.metrics import count_replaced
 from resnet_train.errors import UserError
 from resnet_train.files import read_if_object, read_object
 from resnet_train.report.curves import Point
@@ -51,6 +52,7 @@ class Run:
     device: str
     precision: str | None  # also of precision=auto; None until the run is finished
     parameters: int | None
+    replaced: int = 0  # how often others stood in for broken training images
     root: str = ""  # of the data, on the machine that ran it
     results: list[dict[str, Any]] = field(default_factory=list)  # written by resnet-eval
     pages: list[Path] = field(default_factory=list)  # of mistakes, written by resnet-eval with details=true
@@ -202,6 +204,7 @@ def _run(folder: Path, display_path: str, config: dict[str, Any], metrics: list[
         device=word(recorded.get("device", "")),
         precision=None if precision is None else word(precision),
         parameters=None if parameters is None else whole(parameters),
+        replaced=whole(count_replaced(metrics)),
         results=_results(folder),
         root=word(config["data"]["root"] or ""),
         pages=[path for path in sorted(folder.rglob("*-mistakes.html")) if path.is_file()],

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from resnet_train import paper
+from resnet_train.engine.metrics import describe_replaced
 from resnet_train.report.runs import Run, by_net, deviations, mean_and_std
 
 Spread = tuple[float, float | None, int]  # mean, standard deviation over seeds, number of seeds
@@ -244,12 +245,20 @@ def deviations_table(groups: list[list[Run]]) -> Table:
 def runs_table(runs: list[Run]) -> Table:
     """Every run with its progress and its command."""
     header = ["net", "seed", "data", "iterations", "of", "test error", "protocol", "device", "command", "folder"]
-    table = Table("runs", "Every run", header)
+    replaced = any(run.replaced for run in runs)
+    table = Table("runs", "Every run", header + ["broken images replaced"] * replaced)
     for run in runs:
         error = run.test_error if run.curves["test"] else None
         table.rows.append([run.net, str(run.seed), run.data, run.reached, run.iterations, error])
         table.rows[-1] += [run.protocol, run.device, run_command(run), run.display_path]
+        table.rows[-1] += [run.replaced] * replaced
     return table
+
+
+def describe_run(what: str, device: str, replaced: int, folder: str) -> str:
+    """A run in one line: what it is, on which device, how often broken images were replaced in it, and its folder."""
+    where = f", on {device}" if device else ""
+    return "; ".join(filter(None, [what + where, describe_replaced(replaced), folder]))
 
 
 def run_command(run: Run) -> str:
