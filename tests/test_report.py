@@ -89,6 +89,10 @@ def test_mean_and_std_over_seeds_by_hand(tmp_path):
     (line,) = csv.DictReader(table.csv().splitlines())
     assert [line["ours, last (single view)" + end] for end in ("", ": std", ": n")] == ["9.0", "1.0", "3"]
     assert not any("Not comparable" in note for note in table.notes)
+    explained = (
+        "best seed: for comparison, not as a result; single view: each test image once, as it is; training error"
+    )
+    assert any(explained in note for note in table.notes)
 
 
 def test_110_layers_are_held_against_the_mean_of_the_papers_five(tmp_path):
@@ -1156,7 +1160,7 @@ def test_detectors_stand_in_table_7_with_the_mean_over_seeds_beside_the_papers(t
         ["vgg-16, random weights", "20.00 (n=1)", "21.00 (n=1)", "73.20", "70.40"],
     ]
     text = page.markdown_table(table)
-    assert "seed 2: unfinished; in no mean" in text
+    assert "seed 2: unfinished, in no mean (mAP, VOC 2007's rule 30.00 % at iteration 99 of 100)" in text
     assert "random weights in place of ImageNet's" in text
     assert "100 iterations, not 80,000" in text
     assert section.warnings == ["SHORTENED: 100 of the paper's 80,000 iterations"]
@@ -1210,7 +1214,9 @@ def test_tests_of_detectors_stand_in_table_9_beside_the_papers_steps(tmp_path):
     _, table, classes = section.tables
     assert (table.name, table.title) == ("table-9", "Table 9: improvements, mAP in %, coco, val2014")
     assert table.header[:2] == ["detector", "switched on"]
-    ours = [[row[0], row[1], row[4], row[5], row[6], *row[7:-1]] for row in table.rows]
+    assert table.notes[-1].startswith("Baseline: none of the improvements. mAP: the mean over")
+    assert "@[.5,.95]: the mean over ten such bounds" in table.notes[-1]
+    ours = [[row[0], row[1], row[4], row[5], row[6], *row[7:]] for row in table.rows]
     assert ours == [
         ["resnet-101", "baseline", 30.0, 15.0, 0.2, 48.4, 27.2],
         ["resnet-101", "box refinement", 31.0, 16.0, 0.2, 49.9, 29.9],
@@ -1268,7 +1274,10 @@ def test_detectors_of_other_data_have_a_table_of_their_own(tmp_path, label, imag
     (section,) = detection.sections(detection.find(runs.find([tmp_path])[1]))
     (table,) = section.tables
     assert section.title.endswith(f"tested on test ({seen}, a small set)")
-    assert (table.title, section.warnings, table.notes) == (f"Detectors: mAP in %, {label}", [], [])
+    assert (table.title, section.warnings) == (f"Detectors: mAP in %, {label}", [])
+    (note,) = table.notes
+    assert note.startswith("mAP: the mean over the classes of the average precision (AP); VOC 2007's rule averages")
+    assert "@.5" not in note  # which is no column
     assert table.header == ["detector", "mAP, VOC 2007's rule", "mAP, VOC 2010's rule"]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,11 @@ from resnet_train import paper
 from resnet_train.engine.metrics import count_replaced
 from resnet_train.files import read_if_object, read_object
 from resnet_train.report import improvements
-from resnet_train.report.curves import OTHERS, plain_matplotlib
-from resnet_train.report.figures import Picture
+from resnet_train.report.figures import Picture, draw_tests
 from resnet_train.report.folders import tell_apart
 from resnet_train.report.page import Section
 from resnet_train.report.runs import FolderMetrics
-from resnet_train.report.tables import Cell, Table, describe_run, spread, strip_folders
+from resnet_train.report.tables import MEANING, Cell, Table, describe_run, spread, strip_folders
 from resnet_train.report.values import config_value, number, reading, test_images, whole, word
 
 # The keys of a configuration that must be equal among the runs of one table.
@@ -194,13 +192,20 @@ def table(group: list[Detector], where: str = "") -> Table:
         row: list[Cell] = [name, *map(spread, values)]
         row += (paper.DETECTION[kind].get(runs[0].net) or (None, None)) if published else ()
         result.rows.append(row)
-        result.notes += [f"{name}, seed {run.seed}: unfinished; in no mean" for run in runs if not run.finished]
+        result.notes += [_unfinished(run) for run in runs if not run.finished]
+    result.notes.append(f"{improvements.explain(key for key, _, _ in columns)} {MEANING}")
     if published:
         result.notes.append(f"Not comparable with the paper's: {'; '.join(_reasons(group))}.")
         better, worse = (paper.DETECTION[kind][net] for net in ("resnet-101", "vgg-16"))
         gains = " and ".join(f"{high - low:.1f}" for high, low in zip(better, worse, strict=True))
         result.notes.append(f"In the paper ResNet-101 is {gains} points above VGG-16.")
     return result
+
+
+def _unfinished(run: Detector) -> str:
+    key, rule, _ = COLUMNS[run.kind][0]
+    measured = f"{run.test[-1][key]:.2f} % at iteration {run.test[-1]['iteration']:,}" if run.test else "not measured"
+    return f"{run.name}, seed {run.seed}: unfinished, in no mean ({rule} {measured} of {run.iterations:,})"
 
 
 def _reasons(group: list[Detector]) -> list[str]:
@@ -219,19 +224,5 @@ def _reasons(group: list[Detector]) -> list[str]:
 
 def _figure(group: list[Detector]) -> Any:
     key, rule, _ = COLUMNS[group[0].kind][0]
-    with plain_matplotlib():
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(7, 4.5))
-        axes = figure.subplots()
-        names = list(dict.fromkeys(run.name for run in group))
-        for run in group:
-            points = [(line["iteration"], line[key]) for line in run.test]
-            if points:
-                first = next(other for other in group if other.name == run.name) is run
-                colour = OTHERS[names.index(run.name) % len(OTHERS)]
-                label = textwrap.fill(run.name, 60) if first else None
-                axes.plot(*zip(*points, strict=True), "o-", color=colour, label=label)
-        axes.set(xlabel="iterations", ylabel=f"{rule} (%)", ylim=(0, 100))
-        axes.legend()
-    return figure
+    tests = [(run.name, [(line["iteration"], line[key]) for line in run.test]) for run in group]
+    return draw_tests(tests, f"{rule} (%)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,6 +144,27 @@ def _line(axes: Any, xs: Sequence[float], curves: Sequence[Sequence[float]], **s
     if len(curves) > 1:
         low, high = ([mean + sign * (std or 0.0) for mean, std in statistics] for sign in (-1, 1))
         axes.fill_between(xs, low, high, color=style["color"], alpha=0.2, linewidth=0 if len(xs) > 1 else 8)
+
+
+def draw_tests(runs: Sequence[tuple[str, list[tuple[int, float]]]], ylabel: str) -> Any:
+    """The tests of runs, by name, as points (iteration, value in %); runs of one name share a colour."""
+    with plain_matplotlib():
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(5.6, 4.4))
+        axes = figure.subplots()
+        names = list(dict.fromkeys(name for name, points in runs if points))
+        for name, points in runs:
+            if points:
+                shade = curves.OTHERS[names.index(name) % len(curves.OTHERS)]
+                axes.plot(*zip(*points, strict=True), "o-", color=shade, label=textwrap.fill(name, 48))
+        axes.set(xlabel="iterations", ylabel=ylabel, xlim=(0, None), ylim=(0, 100))
+        axes.xaxis.set_major_locator(_ticks())
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        handles, labels = axes.get_legend_handles_labels()
+        once = dict(zip(labels, handles, strict=True))
+        axes.legend(once.values(), once)
+    return figure
 
 
 def _ticks() -> Any:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from resnet_train import paper
 from resnet_train.files import read_if_object
-from resnet_train.report.tables import Cell, Table
+from resnet_train.report.tables import Cell, Table, add_files
 from resnet_train.report.values import config_value, number, test_images, whole, word
 
 # The paper's tables by the test list: kind of the data, number of the table.
 TABLES = {"val2014": ("coco", 9), "2007_test": ("voc", 10), "2012_test": ("voc", 11), "val2": ("det", 12)}
 MEASURES = {"map07": "mAP, VOC 2007's rule", "map10": "mAP, VOC 2010's rule", "map50": "mAP@.5", "map": "mAP@[.5,.95]"}
 MASKS = {"mask_map50": "of masks, @.5", "mask_map": "of masks, @[.5,.95]"}
+# What these mean.
+MEANING = "mAP: the mean over the classes of the average precision (AP); "
+POINTS = "VOC 2007's rule averages the precision at 11 recalls, VOC 2010's takes the area under the whole curve"
+OVERLAPS = (
+    "@.5: a detection counts from an overlap (IoU) of 0.5 with an object on; @[.5,.95]: the mean over ten such bounds"
+)
 CLASSES = 40  # with a row each
 
 
@@ -92,6 +99,12 @@ def _read(file: str, result: dict[str, Any]) -> Test:
     )
 
 
+def explain(keys: Iterable[str]) -> str:
+    """What the columns of these measures mean."""
+    rules = {"map07": POINTS, "map10": POINTS, "map50": OVERLAPS, "map": OVERLAPS}
+    return f"{MEANING}{'; '.join(dict.fromkeys(rules[key] for key in keys if key in rules))}."
+
+
 def progress(member: dict[str, Any]) -> str:
     """The seed and the iterations, done and planned, of a checkpoint named in a result."""
     done, planned = whole(member["iteration"]), whole(member["iterations"], 1)
@@ -121,8 +134,8 @@ def _steps(group: list[Test], data: str, where: str) -> Table:
     tested, published = group[0].tested, any(test.published for test in group)
     steps = paper.IMPROVED.get(tested, {})
     measures = [key for key in (*MEASURES, *MASKS) if any(key in test.figures for test in group)]
-    header = ["detector", "switched on", *(({**MEASURES, **MASKS})[key] for key in measures), "seconds of an image"]
-    header += ["paper, ResNet-101, at an overlap of 0.5", "paper, @[.5,.95]"] * published + ["file"]
+    header = ["detector", "switched on", *(({**MEASURES, **MASKS})[key] for key in measures), "seconds per image"]
+    header += ["paper, ResNet-101, at an overlap of 0.5", "paper, @[.5,.95]"] * published
     name, title = "improvements", "Improvements of appendix B"
     if published:
         name, title = f"table-{TABLES[tested][1]}", f"Table {TABLES[tested][1]}: improvements"
@@ -135,13 +148,14 @@ def _steps(group: list[Test], data: str, where: str) -> Table:
         ]
         comparable = test.members == 1 and test.net == "resnet-101"
         paper_figures = steps.get(test.steps, (None, None)) if comparable else (None, None)
-        table.rows.append([*row, test.seconds, *(paper_figures if published else ()), test.file])
+        table.rows.append([*row, test.seconds, *(paper_figures if published else ())])
     if published:
         done = {test.steps for test in group if test.members == 1 and test.net == "resnet-101"}
         missing = [names for names in steps if names not in done]
         for names in missing:
             blank: list[Cell] = [None] * (len(measures) + 1)
-            table.rows.append(["not measured", " + ".join(names) or "baseline", *blank, *steps[names], None])
+            table.rows.append(["not measured", " + ".join(names) or "baseline", *blank, *steps[names]])
+    add_files(table, [test.file for test in group])
     for count, net in dict.fromkeys((test.members, test.net) for test in group):
         if all(test.steps for test in group if (test.members, test.net) == (count, net)):
             table.notes.append(f"{_detector_name(count, net)}: the baseline was not measured.")
@@ -149,6 +163,7 @@ def _steps(group: list[Test], data: str, where: str) -> Table:
         f"{test.file}: {test.iterations}; {test_images(test.images)}, on {test.device}; {test.protocol}"
         for test in group
     ]
+    table.notes.append(f"Baseline: none of the improvements. {explain(measures)}")
     return table
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import textwrap
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,11 @@ from typing import Any
 from resnet_train import paper
 from resnet_train.engine.metrics import count_replaced
 from resnet_train.files import read_if_object, read_object
-from resnet_train.report.curves import OTHERS, plain_matplotlib
-from resnet_train.report.figures import Picture
+from resnet_train.report.figures import Picture, draw_tests
 from resnet_train.report.improvements import progress
 from resnet_train.report.page import Section
 from resnet_train.report.runs import FolderMetrics
-from resnet_train.report.tables import Cell, Table, describe_run, strip_folders
+from resnet_train.report.tables import Cell, Table, add_files, describe_run, strip_folders
 from resnet_train.report.values import number, reading, test_images, whole, word
 
 ERRORS = ("error", "error1", "error5", "class_error1", "class_error5")  # of a test, in %
@@ -139,20 +138,23 @@ def _tables(data: str, results: list[dict[str, Any]], where: str, images: int) -
 def _errors(data: str, results: list[dict[str, Any]], where: str, *, published: bool) -> Table:
     """Localization errors with the true class given and with predicted classes; ours, then the paper's if published."""
     name, title = ("table-13", "Table 13: localization") if published else ("localizers", "Localization")
-    header = ["", "method", "net", "test", "localization error, true class given"]
+    header = ["whose", "method", "net", "test", "localization error, true class given"]
     header += ["localization error, top-5", "localization error, top-1", "classes named by"]
-    header += ["its classification error, top-5", "its classification error, top-1", "file"]
+    header += ["its classification error, top-5", "its classification error, top-1"]
     table = Table(f"{name}{where}", f"{title} error in %, {'ours on ' * published}{data}", header)
-    for result in sorted(results, key=lambda one: (one["method"] != "RPN", one["protocol"], -one["error"])):
+    results = sorted(results, key=lambda one: (one["method"] != "RPN", one["protocol"], -one["error"]))
+    for result in results:
         row: list[Cell] = ["ours", result["method"], result["net"], result["protocol"], result["error"]]
         row += [result.get("error5"), result.get("error1"), result.get("classifier")]
-        table.rows.append([*row, result.get("class_error5"), result.get("class_error1"), result["file"]])
+        table.rows.append([*row, result.get("class_error5"), result.get("class_error1")])
     for method, net, test, error, top5, names, their5 in paper.LOCALIZATION if published else ():
-        table.rows.append(["paper", method, net, test, error, top5, None, names, their5, None, None])
-    if not published and all(result["classes"] <= 5 for result in results):  # one of five is always the true class
-        columns = [index for index, name in enumerate(header) if not name.endswith("top-5")]
+        table.rows.append(["paper", method, net, test, error, top5, None, names, their5, None])
+    if not published:  # all are ours; of at most five classes the true one is always among five
+        few = all(result["classes"] <= 5 for result in results)
+        columns = [index for index, name in enumerate(header) if index and not (few and name.endswith("top-5"))]
         table.header = [header[index] for index in columns]
         table.rows = [[row[index] for index in columns] for row in table.rows]
+    add_files(table, [result["file"] for result in results])
     table.notes += [
         f"{one['file']}: {one['lengths']}; {test_images(one['images'])}, on {one['device']}" for one in results
     ]
@@ -168,7 +170,9 @@ def _errors(data: str, results: list[dict[str, Any]], where: str, *, published: 
 def _systems(data: str, results: list[dict[str, Any]], where: str) -> Table:
     """Top-5 localization errors of systems."""
     table = Table(
-        f"table-14{where}", f"Table 14: top-5 localization error in %, ours on {data}", ["", "system", "val", "test"]
+        f"table-14{where}",
+        f"Table 14: top-5 localization error in %, ours on {data}",
+        ["whose", "system", "val", "test"],
     )
     for result in sorted((one for one in results if "error5" in one), key=lambda one: -one["error5"]):
         name = f"{result['net']}, {result['method']}, {result['protocol']}"
@@ -179,17 +183,7 @@ def _systems(data: str, results: list[dict[str, Any]], where: str) -> Table:
 
 
 def _figure(group: list[Localizer]) -> Any:
-    with plain_matplotlib():
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(7, 4.5))
-        axes = figure.subplots()
-        for index, run in enumerate(group):
-            points = [(line["iteration"], line["error"]) for line in run.test]
-            if points:
-                alike = sum(other.name == run.name for other in group) > 1
-                label = textwrap.fill(f"{run.name}; {run.display_path}" if alike else run.name, 60)
-                axes.plot(*zip(*points, strict=True), "o-", color=OTHERS[index % len(OTHERS)], label=label)
-        axes.set(xlabel="iterations", ylabel="localization error (%)", ylim=(0, 100))
-        axes.legend()
-    return figure
+    count = Counter(run.name for run in group)
+    names = [f"{run.name}; {run.display_path}" if count[run.name] > 1 else run.name for run in group]
+    points = [[(line["iteration"], line["error"]) for line in run.test] for run in group]
+    return draw_tests(list(zip(names, points, strict=True)), "localization error (%)")

@@ -76,6 +76,7 @@ th { vertical-align: bottom; } th button { font: inherit; color: inherit; backgr
 th[aria-sort=ascending] button::after { content: "\\a0↑"; }
 th[aria-sort=descending] button::after { content: "\\a0↓"; }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
+td:not(.number, .short) { min-width: 8rem; }
 td.number, td.short, td:first-child { white-space: nowrap; } details li { margin-bottom: .5rem; font-size: .9rem; }
 ul { padding-left: 1.2rem; } .notes { font-size: .85rem; color: var(--soft); margin-top: .4rem; }
 figure { margin: 1.5rem 0; } figure img { display: block; max-width: 100%; height: auto; }
@@ -211,7 +212,7 @@ def plot(runs: list[Run]) -> Any:
                 HoverTool(renderers=lines[run.net][-1:], tooltips=tips, visible=False, line_policy="nearest")
             )
     items = [LegendItem(label=net, renderers=lines[net]) for net in nets]
-    legend = Legend(items=items, click_policy="hide", ncols=2, location="left", spacing=2, border_line_color=None)
+    legend = Legend(items=items, click_policy="hide", ncols=2, location="left", spacing=12, border_line_color=None)
     canvas.add_layout(legend, "below")
     return canvas
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import re
 import shlex
 from collections.abc import Iterable
@@ -12,13 +13,19 @@ from typing import Any
 
 from resnet_train import paper
 from resnet_train.engine.metrics import describe_replaced
-from resnet_train.report.runs import Run, by_net, deviations, mean_and_std
+from resnet_train.report.runs import END, Run, by_net, deviations, mean_and_std
 
 Spread = tuple[float, float | None, int]  # mean, standard deviation over seeds, number of seeds
 Cell = str | int | float | Spread | None
 NOTHING = "\N{EN DASH}"  # in an empty cell
-MEANING = "± is the standard deviation over seeds, n their number"
+MEANING = "± is the standard deviation over seeds, n their number."
 VIEWS = {"table 2": "10-crop", "table 3": "10-crop", "table 4": "multi-scale", "table 5": "multi-scale"}
+MEANING_OF_VIEWS = {
+    "single view": "each test image once, as it is",
+    "center crop": "the square in the middle of each test image",
+    "10-crop": "averaged over ten crops of each test image",
+    "multi-scale": "averaged over several sizes of each test image",
+}
 
 
 @dataclass
@@ -67,6 +74,15 @@ def format_cell(cell: Cell, signed: bool = False) -> str:
     return f"{cell:,}" if isinstance(cell, int) else cell
 
 
+def add_files(table: Table, files: list[str]) -> None:
+    """Add a column of `files`, those of the first rows, where two of these rows have the same words."""
+    words = [tuple(cell for cell in row if isinstance(cell, str)) for row in table.rows[: len(files)]]
+    if len({*words}) < len(words):
+        table.header.append("file")
+        for row, file in itertools.zip_longest(table.rows, files):
+            row.append(file)
+
+
 def _csv(cell: Any) -> Any:
     """A cell that a spreadsheet can open safely: text that begins like a formula is quoted."""
     if isinstance(cell, str) and cell[:1] in ("=", "+", "-", "@", "\t", "\r"):
@@ -107,8 +123,15 @@ def _own_table(group: list[Run], where: str) -> Table:
         row += [_mean([run.chosen_error for run in done])] if validated else []
         table.rows.append([*row, _mean([run.train_error for run in done])])
         table.notes += _unfinished(runs)
-    table.notes.append(MEANING)
+    table.notes += _explain(views)
     return table
+
+
+def _explain(views: Iterable[str], *more: str) -> list[str]:
+    """What the columns of a table of errors mean."""
+    words = [*more, *(f"{view}: {MEANING_OF_VIEWS[view]}" for view in views if view in MEANING_OF_VIEWS)]
+    words.append(f"training error at the end: of augmented images, over the last {100 // END} % of the iterations")
+    return [f"{'; '.join(words)}.", MEANING]
 
 
 def _mean(values: Iterable[float | None]) -> Spread | None:
@@ -174,7 +197,8 @@ def errors_table(group: list[Run], name: str, where: str) -> Table | None:
         table.notes.append(
             "In the paper also: " + "; ".join(f"{who} {_both(*errors)}" for who, errors in others.items())
         )
-    table.notes.append(f"{MEANING}; a best seed is no result.")
+    last = "last: at the last iteration; difference: ours minus the paper's; best seed: for comparison, not as a result"
+    table.notes += _explain(dict.fromkeys([view, group[0].protocol]), last)
     return table
 
 
@@ -238,6 +262,7 @@ def deviations_table(groups: list[list[Run]]) -> Table:
         for (key, value, published), runs in by_deviation.items():
             names = f"all {len(group)}" if len(runs) == len(group) > 1 else ", ".join(runs)
             table.rows.append([str(number), names, data, key, value, published])
+    table.notes.append("What the keys mean: docs/keys.md.")
     table.notes.append("What is the same in every run of this program: docs/paper.md, “Where this is not the paper”.")
     return table
 
