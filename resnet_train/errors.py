@@ -11,7 +11,7 @@ import resource
 import signal
 import sys
 import termios
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -208,6 +208,12 @@ def nearest_data(word: str, allowed: Iterable[str]) -> str:
     if folder is None or word in ("", "None", "null") or (closest(word, names) and not os.path.isdir(word)):
         return nearest(word, names)
     return f"; a folder of your own is data={folder} data.root={word}"
+
+
+def first_few(names: Sequence[str], count: int = 3) -> str:
+    """The first few of `names`, and how many more there are."""
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
 
 
 def closest(word: str, allowed: Iterable[str]) -> str | None:

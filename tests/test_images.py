@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import io
+import json
 import logging
 import os
 import pickle
@@ -593,6 +594,92 @@ def test_a_file_that_is_no_image_is_named(damage, suffix, name, tree):
     with pytest.raises(UserError) as caught:
         load(name, str(tree), 32)
     one_line(caught, path)
+
+
+def spoil(root, *names):
+    for name in names:
+        (root / name).write_bytes(b"no image")
+
+
+def test_all_broken_files_are_named_at_once(tree):
+    fill(tree / "train", {"cat": 6}, seed=3)
+    spoil(tree, *(f"train/cat/{i:02d}.png" for i in range(5)))
+    (tree / "train" / "dog" / "link.png").symlink_to("nowhere")
+    (tree / "test" / "dog" / "01.png").write_bytes(b"no image")
+    for _ in range(2):  # nothing of this is kept
+        with pytest.raises(UserError) as caught:
+            load("imagefolder", str(tree), 32)
+        first, *others = sorted(
+            [*(tree / "train/cat").glob("0[0-4].png"), tree / "train/dog/link.png", tree / "test/dog/01.png"]
+        )
+        one_line(caught, f"{first}: is not an image that can be read (none of JPEG, ")
+        one_line(
+            caught, f"; and 6 more cannot be used: {', '.join(map(str, others[:3]))} and 3 more; ", "data.broken=skip"
+        )
+    (tree / "train" / "dog" / "link.png").unlink()
+    with pytest.raises(UserError) as caught:
+        load("cifar10", str(tree), 32)
+    assert "data.broken" not in str(caught.value)  # data=cifar10 takes none
+
+
+@pytest.mark.parametrize("divided", [True, False])
+def test_broken_files_in_memory_are_left_out_where_asked(divided, tmp_path):
+    """Of training and test; what is left is as before, and an undivided tree is divided as before."""
+    root = tmp_path / "photos"
+    for part in ("train", "test") if divided else (".",):
+        fill(root / part, {"cat": 6, "dog": 13}, seed=len(part))
+    whole = load("imagefolder", str(root), 16)
+    names = {part: file_names("imagefolder", str(root), whole.classes, part) for part in ("train", "test")}
+    broken = {"train": [names["train"][i] for i in (1, -1)], "test": names["test"][-1:]}
+    spoil(root, *(f"{part if divided else '.'}/{name}" for part, group in broken.items() for name in group))
+    for _ in range(2):  # then from the cache
+        data = load("imagefolder", str(root), 16, skip=True)
+        assert data.unreadable == broken
+        assert data.digest != whole.digest
+        for part in ("train", "test"):
+            kept = torch.tensor([name not in broken[part] for name in names[part]])
+            assert torch.equal(getattr(data, part).images, getattr(whole, part).images[kept])
+            assert torch.equal(getattr(data, part).labels, getattr(whole, part).labels[kept])
+    sets = MemoryDataset(name="imagefolder", root=str(root), size=16, validation=3, broken="skip")
+    for part in ("train", "val", "test"):
+        for index, name in enumerate(sets.names(part)):
+            place = root / ("test" if part == "test" else "train") / name if divided else root / name
+            assert torch.equal(sets.picture(part, index), whole_view(read_image(place), 16).permute(1, 2, 0))
+    with pytest.raises(UserError, match="and 2 more cannot be used"):
+        load("imagefolder", str(root), 16)
+
+
+def test_a_class_without_any_image_that_can_be_decoded_is_refused(tree):
+    spoil(tree, "train/dog/00.png", "train/dog/01.png")
+    with pytest.raises(UserError, match=r"tree: dog: none of its training images can be decoded"):
+        load("imagefolder", str(tree), 32, skip=True)
+
+
+def test_a_run_says_what_it_leaves_out(command, tmp_path):
+    """In a line, in split.json and in summary.json; an evaluation of its checkpoint leaves out the same."""
+    fill(tmp_path / "photos", {"cat": 12, "dog": 12})
+    tested = files_for_test("imagefolder", str(tmp_path / "photos"))
+    broken = {"train": ["cat/00.png" if "cat/00.png" not in tested else "cat/01.png"], "test": tested[-1:]}
+    spoil(tmp_path / "photos", *broken["train"], *broken["test"])
+    words = "data=imagefolder data.root=photos data.size=16 depth=8 batch_size=8 iterations=2 compile=false run_dir=run"
+    stopped = command(*words.split(), "device=cpu")
+    assert stopped.returncode == 2
+    assert "and 1 more cannot be used" in stopped.stderr
+    assert not (tmp_path / "run").exists()
+    told = command(*words.split(), "device=cpu", "data.broken=skip")
+    assert told.returncode == 0, told.stderr
+    line = f"images left out because they cannot be decoded: 2 (train: {broken['train'][0]}, test: {tested[-1]})"
+    assert f"warning: {line}; split.json lists them\n" in told.stdout
+    assert "3 of 22 files, is taken" in told.stdout
+    split, summary = (json.loads((tmp_path / "run" / f"{name}.json").read_text()) for name in ("split", "summary"))
+    assert split == {"test": tested[:-1], "unreadable": broken}
+    assert summary["images"] == {"train": 19, "val": 0, "test": 3}
+    assert summary["unreadable"] == {"train": 1, "test": 1}
+    assert "skipped" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+    evaluated = command("run/checkpoints/last.pt", "device=cpu", "out=e.json", entry="evaluate")
+    assert "; images left out because they cannot be decoded: 1; e.json" in evaluated.stdout
+    result = json.loads((tmp_path / "e.json").read_text())
+    assert (result["seen"], result["unreadable"]) == (3, 1)
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, lambda path: path.symlink_to("nowhere")], ids=["folder", "broken link"])

@@ -174,7 +174,7 @@ def _evaluate(args: EvalConfig, device: torch.device) -> None:
         raise_on_all_ranks(lambda: check_places(out))
     counts, precision, compiled = _count_members(members, dataset, args, device, batch_answers)
     answer_rows = None if batch_answers is None else in_order(batch_answers)
-    alone = len(members) == 1
+    alone, unreadable = len(members) == 1, len(dataset.unreadable.get("test" if args.split == "test" else "train", ()))
     result = {
         **(members[0].describe() if alone else {"net": f"ensemble of {len(members)}"}),
         **({} if alone else {"members": [member.describe() for member in members]}),
@@ -185,6 +185,7 @@ def _evaluate(args: EvalConfig, device: torch.device) -> None:
         "batch_norm": f"averages over {args.precise_bn} training batches" if args.precise_bn else "moving averages",
         "wrong": counts.wrong,
         "seen": counts.seen,
+        **({"unreadable": unreadable} if unreadable else {}),
         "error": counts.error,
         **({"wrong5": counts.wrong5, "error5": counts.error5} if dataset.top5 else {}),
         "loss": counts.loss,
@@ -201,6 +202,7 @@ def _evaluate(args: EvalConfig, device: torch.device) -> None:
         + (f", batch norm over {args.precise_bn} batches" if args.precise_bn else "")
         + f": {counts.wrong} of {counts.seen} wrong, error {counts.error:.2f} %"
         + (f", top-5 {counts.error5:.2f} %" if dataset.top5 else "")
+        + (f"; images left out because they cannot be decoded: {unreadable}" if unreadable else "")
         + f"; {out}"
     )
     if answer_rows is not None:  # last: if it fails, the result is already written

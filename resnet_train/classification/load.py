@@ -30,7 +30,9 @@ def open_dataset(config: Config) -> MemoryDataset | StreamingDataset:
     """Open the data of the configuration. Raises UserError for data that are missing or damaged."""
     data = config.data
     if data.family == "cifar":
-        return MemoryDataset(name=data.name, root=data.root, size=data.size, validation=data.validation)
+        return MemoryDataset(
+            name=data.name, root=data.root, size=data.size, validation=data.validation, broken=data.broken
+        )
     assert data.root is not None  # ensured by check_train
     return StreamingDataset(
         root=data.root,

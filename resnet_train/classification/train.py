@@ -16,7 +16,7 @@ from resnet_train import paper
 from resnet_train.classification.evaluate import count_errors
 from resnet_train.classification.load import pick_eval_batch
 from resnet_train.classification.step import CapturedStep, TrainState, step
-from resnet_train.config.layout import describe_left_out, files_for_test
+from resnet_train.config.layout import describe_left_out, describe_unreadable, files_for_test
 from resnet_train.config.run_dir import as_stored
 from resnet_train.config.train import Config
 from resnet_train.data.memory import MemoryDataset
@@ -134,6 +134,7 @@ class ClassificationTask(TrainState):
     def train_point(self) -> dict[str, Any]:
         """Error and loss of the augmented batches in training mode since the last point; updates the plateau."""
         config, sums = self.config, self.metrics.state()
+        replaced = config.data.family == "imagenet" and config.data.broken == "skip"
         (wrong, wrong5), loss, seen = sums["wrong"].sum(0).tolist(), sums["loss"].sum().item(), sums["seen"]
         error = 100 * wrong / seen
         if self.progress.warm:
@@ -149,7 +150,7 @@ class ClassificationTask(TrainState):
             "loss": loss / seen,
             "error": error,
             **({"error5": 100 * wrong5 / seen} if self.dataset.top5 else {}),
-            **({"skipped": sums["skipped"]} if config.data.broken == "skip" else {}),
+            **({"skipped": sums["skipped"]} if replaced else {}),
             "protocol": "augmented batches in training mode",
         }
 
@@ -220,15 +221,18 @@ class ClassificationTask(TrainState):
     @functools.cached_property
     def _files_for_test(self) -> list[str]:
         """The files of the test split of an undivided tree; listed once, since it may be on a file server."""
-        return files_for_test(self.config.data.name, self.config.data.root)
+        files = files_for_test(self.config.data.name, self.config.data.root)
+        return [file for file in files if file not in self.dataset.unreadable.get("test", ())]
 
     def begin_files(self) -> dict[str, Any]:
-        """split.json: the indices of the validation images, and the test files of an undivided tree."""
+        """split.json: the validation images' indices, the test files of an undivided tree, and what is left out."""
         split: dict[str, Any] = {}
         if self.dataset.sizes["val"]:
             split["val"] = self.dataset.val_indices.tolist()
         if self._files_for_test:
             split["test"] = self._files_for_test
+        if any(self.dataset.unreadable.values()):
+            split["unreadable"] = self.dataset.unreadable
         return {"split.json": split} if split else {}
 
     def describe(self) -> list[str]:
@@ -248,6 +252,8 @@ class ClassificationTask(TrainState):
             lines.append(f"warning: {held} of {sizes['train'] + sizes['val']} images for the training")
         if left_out := describe_left_out(self.dataset.left_out):
             lines.append(f"note: {left_out}")
+        if unreadable := describe_unreadable(self.dataset.unreadable):
+            lines.append(f"warning: {unreadable}; split.json lists them")
         if self.source is not None:
             classes, same = len(self.dataset.classes), self.source.same_classes(self.dataset.classes)
             fresh = f", but for fc, which is fresh, for {classes} classes in place of its {self.source.count}"
@@ -288,11 +294,12 @@ class ClassificationTask(TrainState):
             by_split = {split: points.get((split, iteration)) for split in ("train", "val", "test")}
             return {s: {k: point[k] for k in keys if k in point} for s, point in by_split.items() if point}
 
-        best = errors(self.best_at)
+        best, unreadable = errors(self.best_at), {part: len(names) for part, names in self.dataset.unreadable.items()}
         return {
             "net": config.net,
             "data": self.label,
             "images": self.dataset.sizes,
+            **({"unreadable": unreadable} if any(unreadable.values()) else {}),
             "recipe": config.recipe,
             "seed": config.seed,
             "iterations": config.iterations,

@@ -22,7 +22,7 @@ class Data:
     validation: Annotated[int, Range(0)]
     size: Annotated[int, keys.IMAGE_SIZE]
     workers: Annotated[int | Literal["auto"], Range(0, 256), Free(), OnlyFor("imagenet")]
-    broken: Annotated[keys.Broken, OnlyFor("imagenet")]
+    broken: Annotated[keys.Broken, OnlyFor("imagenet", "imagefolder")]
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from resnet_train.errors import UserError, closest, nearest
+from resnet_train.errors import UserError, closest, first_few, nearest
 from resnet_train.files import expand
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
@@ -122,6 +122,12 @@ def describe_left_out(counts: Mapping[str, int]) -> str:
         parts.append(f"{rest} of other kinds")
     line = f"left out of the class folders: {', '.join(parts)}; images end in {' '.join(IMAGE_SUFFIXES)}"
     return line if parts else ""
+
+
+def describe_unreadable(unreadable: Mapping[str, Sequence[str]]) -> str:
+    """A line about the images of each part that could not be decoded; empty if there are none."""
+    files = [f"{part}: {file}" for part, names in unreadable.items() for file in names]
+    return f"images left out because they cannot be decoded: {len(files)} ({first_few(files)})" if files else ""
 
 
 def class_folders(root: Path) -> tuple[list[str], str]:

@@ -113,7 +113,8 @@ def check_train(values: Mapping[str, Any], requested: Collection[str] = (), *, n
     check_paths({"data.root": config.data.root, "run_dir": config.run_dir, "resume": config.resume})
     check_paths({"init_from": config.init_from})
     kind = config.schedule.name
-    unread = unread_keys(Config, kind, config.data.family)
+    folder = {"imagefolder"} & {config.data.name}  # of any family
+    unread = unread_keys(Config, kind, config.data.family, *folder)
     own = [key for key in types_of(Schedule) if f"schedule.{key}" not in unread]
     for key in sorted(values["schedule"].keys() ^ set(own)):
         raise UserError(f"schedule.{key}: schedule={kind} has {', '.join(own)}; choose another kind with schedule=")

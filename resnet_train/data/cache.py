@@ -18,7 +18,7 @@ from resnet_train.errors import UserError
 from resnet_train.files import expand
 from resnet_train.terminal import printable
 
-FORMAT = 2  # of the decoded sets in the cache folder
+FORMAT = 3  # of the decoded sets in the cache folder
 
 
 def cache_folder() -> Path:
@@ -29,16 +29,15 @@ def cache_folder() -> Path:
 def load_cached(name: str, files: list[Path], key: str, make: Callable[[], DataSet]) -> DataSet:
     """The result of `make()`, cached for as long as the sizes and times of `files` do not change."""
     stamp = hashlib.sha256(f"{FORMAT} {key}".encode())
-    try:
-        for file in files:
+    for file in files:
+        with contextlib.suppress(OSError):  # of which `make` raises an error
             status = file.stat()
             stamp.update(os.fsencode(f"{file} {status.st_size} {status.st_mtime_ns}\n"))
-    except OSError as error:
-        raise UserError(f"data.root: {error.filename}: {error.strerror}") from error
     path = cache_folder() / "decoded" / f"{name}-{stamp.hexdigest()[:16]}.pt"
     try:
         cached = checkpoint.read(path)
-        return DataSet(ImageSet(*cached["train"]), ImageSet(*cached["test"]), cached["classes"], cached["digest"])
+        parts = ImageSet(*cached["train"]), ImageSet(*cached["test"])
+        return DataSet(*parts, cached["classes"], cached["digest"], cached["unreadable"])
     except (UserError, TypeError, KeyError):
         pass  # missing, damaged or of another kind: made again
     data = make()
@@ -49,6 +48,7 @@ def load_cached(name: str, files: list[Path], key: str, make: Callable[[], DataS
             "test": [data.test.images, data.test.labels],
             "classes": data.classes,
             "digest": data.digest,
+            "unreadable": data.unreadable,
         },
     )
     return data

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ class DataSet:
     test: ImageSet
     classes: list[str]
     digest: str
+    unreadable: dict[str, list[str]] = field(default_factory=dict)  # CLASS/FILE of what train and test lack
 
 
 def make_data_set(train: ImageSet, test: ImageSet, classes: list[str]) -> DataSet:

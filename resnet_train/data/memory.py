@@ -23,15 +23,19 @@ from resnet_train.data.views import Batches, BatchOrder, Views, single_views, sp
 
 
 class MemoryDataset:
-    """Images of one small size, as uint8 on the training device."""
+    """Images of one small size, as uint8 on the training device.
+
+    A broken image raises an error with its name or, with `broken="skip"`, is left out and listed as `unreadable`.
+    """
 
     protocol = "single view"
     top5 = False
     skipped = 0
     _mean: Tensor | None = None
 
-    def __init__(self, *, name: str, root: str | None, size: int, validation: int) -> None:
-        data = load(name, root, size)
+    def __init__(self, *, name: str, root: str | None, size: int, validation: int, broken: str = "stop") -> None:
+        data = load(name, root, size, skip=broken == "skip")
+        self.unreadable = data.unreadable
         self.left_out = left_out(name, root)
         self.classes, self.digest = data.classes, data.digest
         self.label = "cifar10" if data.digest == CIFAR10_FINGERPRINT else name_data(name, root)
@@ -56,9 +60,13 @@ class MemoryDataset:
 
         Indices of CIFAR-10 are in the order of `make_data_set`.
         """
-        indices = self.indices[split].tolist()
-        files = file_names(self.name, self.root, self.classes, "test" if split == "test" else "train")
-        return indices if files is None or self.digest == CIFAR10_FINGERPRINT else [files[index] for index in indices]
+        indices, part = self.indices[split].tolist(), "test" if split == "test" else "train"
+        files = file_names(self.name, self.root, self.classes, part)
+        if files is None or self.digest == CIFAR10_FINGERPRINT:
+            return indices
+        left_out = {*self.unreadable.get(part, ())}
+        files = [file for file in files if file not in left_out]
+        return [files[index] for index in indices]
 
     def picture(self, split: str, index: int) -> Tensor:
         """An image of a part as the net sees it: (H, W, 3) uint8."""

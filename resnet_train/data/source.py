@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,18 @@ from resnet_train.config.layout import class_folders, images_in, is_official, pa
 from resnet_train.data import cifar10, cifar100
 from resnet_train.data.cache import cache_folder, load_cached
 from resnet_train.data.crops import whole_view
-from resnet_train.data.decode import read_image
+from resnet_train.data.decode import ImageError, read_image
 from resnet_train.data.download import download
 from resnet_train.data.image_set import DataSet, ImageSet, make_data_set
-from resnet_train.errors import UserError
+from resnet_train.errors import UserError, first_few
 from resnet_train.files import expand
 
 
-def load(name: str, root: str | None, size: int) -> DataSet:
+def load(name: str, root: str | None, size: int, *, skip: bool = False) -> DataSet:
     """Load the data set `name` at `root` into memory; decoded on the first call, then read from the cache.
 
-    Images are `size` pixels square. Raises UserError for data that are missing or damaged.
+    Images are `size` pixels square. Raises UserError for data that are missing or damaged; with `skip`, images that
+    cannot be decoded are left out instead.
     """
     if name == "digits":
         return _digits(size)
@@ -43,10 +45,23 @@ def load(name: str, root: str | None, size: int) -> DataSet:
     exact = name == "cifar10"
 
     def decode() -> DataSet:
-        sets = [_decode(part, size, exact) for part in files_of.values()]
-        return make_data_set(sets[0], sets[1], classes)
+        faults: dict[Path, UserError] = {}
+        sets = [_decode(part, size, exact, faults) for part in files_of.values()]
+        if wrong := [file for file in sorted(faults) if not (skip and isinstance(faults[file], ImageError))]:
+            others = [str(file) for file in wrong[1:]]
+            more = f"; and {len(others)} more cannot be used: {first_few(others)}" if others else ""
+            advice = "" if exact or skip else "; remove such, or train without them by data.broken=skip"
+            raise UserError(f"{faults[wrong[0]]}{more}{advice}")
+        for part, images in zip(("training", "test"), sets, strict=True):
+            for label in set(range(len(classes))) - set(images.labels.tolist()):
+                raise UserError(
+                    f"data.root={root}: {classes[label]}: none of its {part} images can be decoded; remove them"
+                )
+        names = [[_name(file) for file, _ in part if file in faults] for part in files_of.values()]
+        data = make_data_set(sets[0], sets[1], classes)
+        return replace(data, unreadable=dict(zip(("train", "test"), names, strict=True)))
 
-    return load_cached(path.name, files, f"{size} {exact}", decode)
+    return load_cached(path.name, files, f"{size} {exact} {skip}", decode)
 
 
 def listing(root: Path, part: str, classes: list[str], *, divided: bool) -> list[tuple[Path, int]]:
@@ -70,27 +85,40 @@ def file_names(name: str, root: str | None, classes: list[str], part: str) -> li
     folder = expand(root)
     test = class_folders(folder)[1]  # it may be val/
     files = listing(folder, test if part == "test" and test else part, classes, divided=bool(test))
-    return [f"{classes[label]}/{file.name}" for file, label in files]
+    return [_name(file) for file, _ in files]
 
 
-def _decode(files: list[tuple[Path, int]], size: int, exact: bool) -> ImageSet:
-    """Decode all files; images of another size are refused if `exact`, else resized and center-cropped."""
+def _name(file: Path) -> str:
+    """CLASS/FILE."""
+    return f"{file.parent.name}/{file.name}"
 
-    def read(item: tuple[Path, int]) -> Tensor:
-        image = read_image(item[0])
-        if image.shape[1:] != (size, size):
-            if exact:
+
+def _decode(files: list[tuple[Path, int]], size: int, exact: bool, faults: dict[Path, UserError]) -> ImageSet:
+    """Decode all files; images of another size are faults if `exact`, else resized and center-cropped.
+
+    What cannot be read goes to `faults` and is left out.
+    """
+
+    def read(item: tuple[Path, int]) -> Tensor | None:
+        try:
+            image = read_image(item[0])
+            if exact and image.shape[1:] != (size, size):
                 shape = f"{image.shape[2]}x{image.shape[1]}"
                 raise UserError(f"{item[0]}: is {shape}; data=cifar10 takes {size}x{size}, data=imagefolder any size")
-            image = whole_view(image, size)
-        return image.permute(1, 2, 0)
+        except UserError as fault:
+            faults[item[0]] = fault
+            return None
+        return (image if image.shape[1:] == (size, size) else whole_view(image, size)).permute(1, 2, 0)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         images = torch.empty(len(files), size, size, 3, dtype=torch.uint8)
         bar = tqdm(pool.map(read, files), total=len(files), desc=f"decoding {files[0][0].parts[-3]}", disable=None)
         for index, image in enumerate(bar):
-            images[index] = image
-    return ImageSet(images, torch.tensor([label for _, label in files]))
+            if image is not None:
+                images[index] = image
+    whole = ImageSet(images, torch.tensor([label for _, label in files]))
+    good = [index for index, (file, _) in enumerate(files) if file not in faults]
+    return whole if len(good) == len(files) else whole.part(torch.tensor(good, dtype=torch.int64))
 
 
 def _digits(size: int) -> DataSet:

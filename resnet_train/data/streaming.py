@@ -71,6 +71,7 @@ class StreamingDataset:
         subtract: str = "channels",
     ) -> None:
         self.size, self.workers, self.subtract, self.broken, self.skipped = size, workers, subtract, broken, 0
+        self.unreadable: dict[str, list[str]] = {}  # known only as they are read
         self.reported: set[str] = set()  # lines of broken images that have been printed
         splits = open_image_splits(root)
         self.left_out = splits.left_out

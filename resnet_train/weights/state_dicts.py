@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from resnet_train.engine import checkpoint
-from resnet_train.errors import UserError
+from resnet_train.errors import UserError, first_few
 from resnet_train.files import open_regular, read_if_object
 from resnet_train.models import cifar_resnet, imagenet_resnet
 from resnet_train.models.resnet import IMAGENET
@@ -92,7 +92,7 @@ def _describe_content(content: object) -> str:
         f"{str(key)[:40]!r} ({f'{len(item)} entries' if isinstance(item, (Mapping, list)) else type(item).__name__})"
         for key, item in content.items()
     ]
-    return f"; it has {_first_few(kinds, 6)}" if kinds else "; it is empty"
+    return f"; it has {first_few(kinds, 6)}" if kinds else "; it is empty"
 
 
 def check_architecture(content: object, path: Path) -> bool:
@@ -236,7 +236,7 @@ def shape_of(state: Mapping[str, Tensor], where: str) -> Shape:
     if shape is None:
         raise UserError(
             f"{where}: is no net of the paper, whose keys are conv1.weight, bn1.…, layer1.0.conv1.weight, …, fc.bias;"
-            f" it has {_first_few(list(state))}"
+            f" it has {first_few(list(state))}"
         )
     with torch.device("meta"):
         make = cifar_resnet if shape.family == "cifar" else imagenet_resnet
@@ -252,7 +252,7 @@ def shape_of(state: Mapping[str, Tensor], where: str) -> Shape:
     }
     if any(faults.values()):
         looks = f"{'CIFAR' if shape.family == 'cifar' else 'ImageNet'} resnet-{shape.depth}-{shape.shortcut}"
-        differences = "; ".join(f"it {word} {_first_few(names)}" for word, names in faults.items() if names)
+        differences = "; ".join(f"it {word} {first_few(names)}" for word, names in faults.items() if names)
         raise UserError(f"{where}: looks like the {looks}, but is not: {differences}")
     return shape
 
@@ -279,9 +279,3 @@ def complete(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Add the batch counters of batch norm, which are missing in old files and not used by any net."""
     norms = [name.removesuffix("running_mean") for name in state if name.endswith("running_mean")]
     return {**{f"{norm}num_batches_tracked": torch.tensor(0) for norm in norms}, **state}
-
-
-def _first_few(names: Sequence[str], count: int = 3) -> str:
-    """The first few of `names`, and how many more there are."""
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more
