@@ -19,6 +19,7 @@ from resnet_train.config.detection import check_detect
 from resnet_train.detection.annotations import load
 from resnet_train.detection.coco import read_coco
 from resnet_train.detection.voc import VOC_CLASSES, read_voc
+from resnet_train.engine.boxes import fault_lines
 from resnet_train.errors import UserError
 
 WIDTH, HEIGHT = 40, 30
@@ -133,6 +134,8 @@ def test_a_box_partly_outside_is_cut_and_counted(tree, broken):
     assert found.train[0].boxes.tolist() == [[0, 0, 9, 9], [30, 20, 40, 30], [0, 0, 40, 30], [10, 5, 20, 15]]
     assert found.train[0].areas.tolist() == [81, 100, 1200, 100]
     assert found.faults == {CUT: 3}
+    where = f"{tree}/Annotations/a.xml: object 1 ('dog'): the box from 0,0 to 9,9"
+    assert fault_lines(found) == [f"3 {CUT}, the first: {where} leads out of its image, which is 40x30"]
 
 
 @pytest.mark.parametrize("broken", ["stop", "skip"])
@@ -812,6 +815,10 @@ def test_boxes_partly_outside_are_cut_and_counted(coco, broken):
     assert found.train[0].boxes.tolist() == [[0, 0, 4, 4], [30, 20, 40, 30], [0, 0, 40, 30]]
     assert found.train[0].areas.tolist() == [16, 100, 1200]  # of what is left
     assert found.faults == {CUT: 2, NO_AREA: 1}
+    file = coco / "annotations" / "instances_train2014.json"
+    cut, left_out = fault_lines(found)
+    assert cut.startswith(f"2 {CUT}, the first: {file}: annotations[0] (id 0): its bbox -1,-2,5,6 leads out of")
+    assert left_out.startswith(f"1 {NO_AREA}, the first: {file}: annotations[1] (id 1): ")
 
 
 NO_SUCH_IMAGE = "boxes left out: of an image that does not exist"

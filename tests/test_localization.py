@@ -14,6 +14,7 @@ from resnet_train.config.compose import compose
 from resnet_train.config.localization import check_localize, check_localize_test
 from resnet_train.data import crops
 from resnet_train.detection.annotations import BAD_ANNOTATION, CUT, NO_AREA, NO_IMAGE, OTHER_SIZE, UNKNOWN, UNREADABLE
+from resnet_train.engine.boxes import fault_lines
 from resnet_train.errors import RunError, UserError
 from resnet_train.localization.evaluate import evaluate
 from resnet_train.localization.loader import Crops, Regions, sample, training_batches
@@ -392,6 +393,7 @@ def test_any_number_of_boxes_and_images_without_are_counted(tree):
     found = read_tree(tree, broken="stop")
     assert [len(found.train[n].boxes) for n in range(len(found.train))] == [2, 1]
     assert found.faults == {NO_BOX: 2}
+    assert fault_lines(found) == [f"2 {NO_BOX}, the first: {xml(tree, '1a')} has none"]
     shutil.rmtree(tree / "val/n0")  # and its annotation
     xml(tree, "0c").unlink()
     assert [int(label) for label in read_tree(tree, broken="stop").test.labels] == [2]
@@ -426,6 +428,7 @@ def test_what_cannot_be_used_stops_with_its_name_or_is_counted(tree, old, new, k
         assert "\n" not in str(told.value)
     found = read_tree(tree, broken="skip")
     assert found.faults[kind] == 1
+    assert f"1 {kind}, the first: {xml(tree, '0a')}" in "".join(fault_lines(found))
     assert len(found.train) == (4 if kind == CUT else 3)
 
 

@@ -8,7 +8,7 @@ import os
 import struct
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,7 @@ class Examples:
     test: list[Example]
     faults: dict[str, int]  # what was cut or left out, counted by kind
     digest: str  # SHA-256 of all that is read: lists, names, sizes, classes, boxes, flags; not of the pixels
+    first_faults: dict[str, str] = field(default_factory=dict)  # where the first of each kind of fault is, and what
 
 
 LocatedExamples = list[tuple[str, Example]]  # with where the image really lies: one that is reached in two ways is one
@@ -84,7 +85,7 @@ class Faults:
     """`with faults:` ends at a Fault, which is counted, or raises it as UserError."""
 
     def __init__(self, broken: str) -> None:
-        self.stop, self.counted = broken == "stop", Counter[str]()
+        self.stop, self.counted, self.first = broken == "stop", Counter[str](), dict[str, str]()
 
     def __enter__(self) -> None:
         pass
@@ -94,8 +95,13 @@ class Faults:
             return False
         if self.stop and not fault.always:
             raise UserError(f"{fault}; fix it, or skip and count such files with data.broken=skip") from fault
-        self.counted[fault.kind] += 1
+        self.count(fault.kind, str(fault))
         return True
+
+    def count(self, kind: str, text: str, number: int = 1) -> None:
+        """Count what is cut or left out without a Fault; `text` says where it is, and what."""
+        self.counted[kind] += number
+        self.first.setdefault(kind, text)
 
 
 def load(example: Example) -> Tensor:
@@ -178,7 +184,8 @@ def read_box(edges: Iterable[float], size: tuple[int, int], said: str, faults: F
     left, top, right, bottom = struct.unpack("4f", struct.pack("4f", *inside))
     if min(right - left, bottom - top) < NARROWEST:
         raise Fault(NO_AREA, f"{said} is narrower than {NARROWEST} pixels", always=cut)
-    faults.counted[CUT] += cut
+    if cut:
+        faults.count(CUT, f"{said} leads out of its image, which is {width}x{height}")
     return [left, top, right, bottom]
 
 
@@ -235,4 +242,5 @@ def collect_examples(
             what = "to learn from" if part == "train" else "to find"
             raise UserError(f"data.{part}: has no object {what} in any image")
     counted = {kind: count for kind, count in sorted(faults.counted.items()) if count}
-    return Examples(list(classes.values()), list(classes), parts["train"], parts["test"], counted, digest.hexdigest())
+    names, ids = list(classes.values()), list(classes)
+    return Examples(names, ids, parts["train"], parts["test"], counted, digest.hexdigest(), faults.first)

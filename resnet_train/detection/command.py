@@ -23,7 +23,7 @@ from resnet_train.detection.refine import VOTERS
 from resnet_train.detection.run import read_test
 from resnet_train.detection.train import PROTOCOL
 from resnet_train.engine import checkpoint
-from resnet_train.engine.boxes import restore
+from resnet_train.engine.boxes import fault_lines, restore
 from resnet_train.engine.compute import pick_device
 from resnet_train.engine.distributed import is_main, on_rank_zero, process_group, raise_on_all_ranks
 from resnet_train.engine.limits import most_workers
@@ -100,8 +100,8 @@ def _evaluate(args: DetectTestConfig, device: torch.device) -> None:
         say(_line(members, examples, result, out))
         if first.config.data.test in first.config.data.train:
             say(f"note: data.test={first.config.data.test} is a list that the detector was trained on")
-        if examples.faults:
-            say(f"note: left out or cut: {', '.join(f'{count} {kind}' for kind, count in examples.faults.items())}")
+        for line in fault_lines(examples):
+            say(f"note: {line}")
 
 
 def _member(path: Path, args: DetectTestConfig) -> Member:

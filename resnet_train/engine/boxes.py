@@ -23,6 +23,7 @@ class ImageSets(Protocol):
     classes: list[str]
     faults: dict[str, int]  # what was cut or left out, counted by kind
     digest: str
+    first_faults: dict[str, str]  # where the first of each kind of fault is, and what
 
     @property
     def train(self) -> Sized:
@@ -149,7 +150,12 @@ class BoxTask:
 
     def describe_faults(self) -> list[str]:
         """Lines to print of what was cut or left out."""
-        return [f"warning: {count} {fault}" for fault, count in self.data.faults.items()]
+        return [f"warning: {line}" for line in fault_lines(self.data)]
+
+
+def fault_lines(data: ImageSets) -> list[str]:
+    """How many there are of each kind of fault, and where the first is."""
+    return [f"{count} {kind}, the first: {data.first_faults[kind]}" for kind, count in data.faults.items()]
 
 
 def learning_rate(iteration: int, config: BoxConfig) -> float:

@@ -17,6 +17,7 @@ from resnet_train.config.localization import LocalizeConfig, LocalizeTestConfig,
 from resnet_train.config.run_dir import plain_word
 from resnet_train.data.crops import scaled_view
 from resnet_train.engine import checkpoint
+from resnet_train.engine.boxes import fault_lines
 from resnet_train.engine.compute import pick_device
 from resnet_train.engine.distributed import is_main, on_rank_zero, process_group, raise_on_all_ranks
 from resnet_train.engine.limits import most_workers
@@ -84,8 +85,8 @@ def _evaluate(args: LocalizeTestConfig, device: torch.device) -> None:
         out = expand(args.out) if args.out else _default_out(path, args, config, trained_as)
         write_result(out, result)
         say(_line(result, out))
-        if photos.faults:
-            say(f"note: left out or cut: {', '.join(f'{count} {kind}' for kind, count in photos.faults.items())}")
+        for line in fault_lines(photos):
+            say(f"note: {line}")
 
 
 def _open_rcnn(name: str, classes: list[str], device: torch.device) -> tuple[Predictor, dict[str, Any]]:

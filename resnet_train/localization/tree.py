@@ -80,6 +80,7 @@ class Localized:
     test: Photos  # ILSVRC's val
     faults: dict[str, int]  # what was cut or left out, counted by kind; images without boxes among them
     digest: str  # SHA-256 of classes, names, sizes and boxes; not of the pixels
+    first_faults: dict[str, str]  # where the first of each kind of fault is, and what
 
 
 def read_tree(root: Path, *, broken: str, classes: list[str] | None = None) -> Localized:
@@ -96,7 +97,7 @@ def read_tree(root: Path, *, broken: str, classes: list[str] | None = None) -> L
     if odd := set(folders) - set(names):
         if odd == set(folders):
             raise UserError(f"data.root={root}: val/ has other classes than the checkpoint, such as {min(odd)}")
-        faults.counted[NO_SUCH_CLASS] += len(odd)
+        faults.count(NO_SUCH_CLASS, str(images / "val" / min(odd)), len(odd))
     parts = {}
     for name in ("train", "val"):
         wanted = classes is None or name == "val"
@@ -109,7 +110,7 @@ def read_tree(root: Path, *, broken: str, classes: list[str] | None = None) -> L
         for values in (part.sizes, part.labels, part.boxes, part.ends):
             digest.update(values.numpy().tobytes())
     counted = {kind: count for kind, count in sorted(faults.counted.items()) if count}
-    return Localized(names, parts["train"], parts["val"], counted, digest.hexdigest())
+    return Localized(names, parts["train"], parts["val"], counted, digest.hexdigest(), faults.first)
 
 
 def check_classes(name: str, theirs: list[str], ours: list[str], what: str = "the data") -> None:
@@ -131,7 +132,7 @@ def _read_part(boxes: Path, images: Path, classes: list[str], faults: Faults) ->
         for stem, (file, *_) in files.items():
             example, path = None, own.pop(stem, None) or flat.pop(stem, None)
             if path is None:
-                faults.counted[NO_BOX] += 1
+                faults.count(NO_BOX, f"{os.path.join(images, name, file)} has no annotation")
                 continue
             with faults:
                 example = _example(path, images / name / file, f"{name}/{file}".lstrip("/"), classes, faults)
@@ -166,6 +167,6 @@ def _example(path: Path, image: Path, name: str, classes: list[str], faults: Fau
     own = classes.index(folder) + 1 if folder else next(iter(labels), 0)
     mine = [thing for thing in objects if thing[0] == own]
     if not mine:
-        faults.counted[NO_BOX] += 1
+        faults.count(NO_BOX, f"{path} has none")
         return None
     return make_example(image, name, 0, size, mine)
