@@ -7,9 +7,12 @@ import errno
 import fcntl
 import json
 import os
+import pickletools
+import re
 import stat
 import time
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -159,6 +162,45 @@ def writing(path: Path) -> Iterator[Path]:
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
+
+
+def check_replaceable(out: Path, names: Collection[str], mark: Path | None = None) -> None:
+    """Refuse what lies at `out`, a file or a folder that is not empty, unless it is an earlier result of the command.
+
+    Such a result has all `names` (see `_names_in`), in the file itself or in `mark`, a file in the folder or beside the
+    file. Raises UserError.
+    """
+    empty = not any(out.iterdir()) if out.is_dir() else not os.path.lexists(out)
+    if not empty and not set(names) <= _names_in(mark or out, text=mark is not None):
+        raise UserError(f"out={out}: exists and is no earlier result of this command; remove it, or use another name")
+
+
+def _names_in(path: Path, *, text: bool) -> set[str]:
+    """The keys of a JSON object or of the metadata of .safetensors, the arrays of an .npz, a checkpoint's strings or,
+    with `text`, the words at the beginning of .csv and .md; empty for what cannot be read.
+    """
+    try:
+        with open_regular(path) as file:
+            start = file.read(4096)
+            if text and path.suffix in (".csv", ".md"):
+                return set(re.findall(r"[\w-]+", start.decode(errors="replace")))
+            if start[:2] == b"PK":
+                return _names_in_archive(zipfile.ZipFile(file))
+            if start[:1] == b"{":
+                return set(read_json(path))
+            file.seek(8)
+            length = int.from_bytes(start[:8], "little")
+            return set(json.loads(file.read(length))["__metadata__"]) if length <= LARGEST_JSON else set()
+    except Exception:  # the readers of formats raise many kinds for what is damaged
+        return set()
+
+
+def _names_in_archive(archive: zipfile.ZipFile) -> set[str]:
+    names = archive.namelist()
+    pickled = [name for name in names if name.endswith("/data.pkl")]  # torch's; read without being executed
+    if pickled and archive.getinfo(pickled[0]).file_size <= LARGEST_JSON:
+        return {value for _, value, _ in pickletools.genops(archive.read(pickled[0])) if isinstance(value, str)}
+    return {name.removesuffix(".npy") for name in names}
 
 
 def check_result(path: Path) -> None:

@@ -137,7 +137,10 @@ def test_a_wrong_command_line_is_one_line_and_leaves_nothing(pictures, net, trai
         ([*here, "out=x.npz"], "name the images, as in resnet-features"),
         ([good, *here], "out: is needed; add out=…"),
         ([good, *here, "out=x.csv"], "out=x.csv: must end in .safetensors or .npz"),
-        ([good, *here, "out=old.npz"], "out=old.npz: is there already; remove it, or use another name"),
+        (
+            [good, *here, "out=old.npz"],
+            "out=old.npz: exists and is no earlier result of this command; remove it, or use",
+        ),
         ([good, *here, "out=x.npz", "data=same"], "error: data: is not used with images"),
         ([good, *here, "out=x.npz", "split=train"], "split: is not used with images"),
         ([*here, "out=x.npz", "data=imagent"], "did you mean imagenet?"),

@@ -49,12 +49,11 @@ def in_order(batches: list[Tensor]) -> Tensor:
 
 
 def check_places(out: Path) -> None:
-    """Raises UserError if a folder has the name of one of the files beside `out`."""
-    for ending in ENDINGS:
-        if (path := beside(out, ending)).is_dir():
-            raise UserError(
-                f"out={out}: details=true writes {path.name} beside it, which is a folder; use another name"
-            )
+    """Raises UserError if a folder, or a file of no earlier result, has the name of one of the files beside `out`."""
+    for path in (beside(out, ending) for ending in ENDINGS):
+        if path.is_dir() or (path.exists() and not out.exists()):
+            what = "is a folder" if path.is_dir() else "exists"
+            raise UserError(f"out={out}: details=true writes {path.name} beside it, which {what}; use another name")
 
 
 def beside(out: Path, ending: str) -> Path:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from resnet_train.classification.details import answers, check_places, in_order, write_details
 from resnet_train.classification.load import average_batch_norm, load_model, open_dataset, pick_eval_batch
-from resnet_train.config.commands import EvalConfig
+from resnet_train.config.commands import EVAL_RESULT, EvalConfig
 from resnet_train.config.data import EvalData
 from resnet_train.config.layout import check_source
 from resnet_train.config.train import Config, config_from_checkpoint
@@ -36,7 +36,7 @@ from resnet_train.engine.distributed import (
     world_size,
 )
 from resnet_train.errors import UserError
-from resnet_train.files import expand, write_result
+from resnet_train.files import check_replaceable, expand, write_result
 from resnet_train.models.compile import compile_network
 from resnet_train.terminal import say
 from resnet_train.weights.source import load
@@ -169,6 +169,7 @@ def _evaluate(args: EvalConfig, device: torch.device) -> None:
         print("note: these are not the images that the checkpoint was trained on", flush=True)
     raise_on_all_ranks(lambda: _check_split(dataset, args))
     out = expand(args.out) if args.out else _default_out(members, dataset, args)
+    raise_on_all_ranks(lambda: check_replaceable(out, EVAL_RESULT))
     batch_answers: list[Tensor] | None = [] if args.details else None
     if args.details:
         raise_on_all_ranks(lambda: check_places(out))

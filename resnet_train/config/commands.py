@@ -124,6 +124,7 @@ FIXED_BY_BENCH = {
     "freeze": None,
     "scale": 1,
 }
+EVAL_RESULT = ("net", "split", "protocol", "wrong", "seen")  # keys of an evaluation's result
 UNREAD_BY_BENCH = (*FIXED_BY_BENCH, "data.validation")  # it reads all other keys of the data set
 
 
@@ -133,7 +134,7 @@ def check_eval(values: Mapping[str, Any]) -> EvalConfig:
     check_paths({"data.root": config.data.root, "out": config.out})
     check_checkpoints(config.checkpoint)
     check_other_data(config.data)
-    check_out(config.out)
+    check_out(config.out, EVAL_RESULT)
     return dataclasses.replace(config, data=anchored(config.data))
 
 
@@ -148,7 +149,7 @@ def check_report(values: Mapping[str, Any]) -> ReportConfig:
         check_paths({"runs": name})
         if not expand(name).is_dir():
             raise UserError(f"{name}: there is no such folder{nearest(name, ['complexity'])}")
-    check_folder(config.out)
+    check_folder(config.out, "report.md", ["resnet-report"])
     return config
 
 
@@ -158,7 +159,7 @@ def check_responses(values: Mapping[str, Any]) -> ResponsesConfig:
     check_checkpoints(config.checkpoint)
     check_paths({"data.root": config.data.root})
     check_other_data(config.data)
-    check_folder(config.out)
+    check_folder(config.out, "responses.csv", ["net", "seed", "iteration", "std"])
     return dataclasses.replace(config, data=anchored(config.data))
 
 
@@ -232,8 +233,20 @@ def check_weights(values: Mapping[str, Any], requested: Collection[str] = ()) ->
         raise UserError(f"out={config.out}: a checkpoint of resnet-train ends in .pt")
     if expand(config.out).absolute() == expand(config.file).absolute():
         raise UserError(f"out={config.out}: is the file itself; use another name")
-    check_out(config.out)
+    _check_weights_out(config)
     return dataclasses.replace(config, data=anchored(config.data))
+
+
+def _check_weights_out(config: WeightsConfig) -> None:
+    """Raises UserError for files that exist and that no earlier import or export has written."""
+    if config.word == "import":
+        check_out(config.out, ["imported", "measure"])
+    elif config.format == "safetensors":
+        check_out(config.out, ["resnet_train"])
+    else:
+        check_out(config.out, ["written_by", "net"], ".json")
+    if config.word == "export":
+        check_out(f"{config.out}.json", ["written_by", "net"])
 
 
 def check_bench(values: Mapping[str, Any], requested: Collection[str] = ()) -> tuple[BenchConfig, Config]:
@@ -244,7 +257,7 @@ def check_bench(values: Mapping[str, Any], requested: Collection[str] = ()) -> t
         raise UserError(f"name what to measure: {', '.join(names)}; as in resnet-bench {names[1]}")
     bench = from_dict(BenchConfig, {key: value for key, value in values.items() if key in own})
     check_paths({"out": bench.out})
-    check_out(bench.out)
+    check_out(bench.out, ("bench", "rows", "machine"))
     for key in UNREAD_BY_BENCH:
         if key in requested:
             raise UserError(f"{key}: is not used by resnet-bench; remove it")

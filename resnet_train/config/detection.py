@@ -155,7 +155,7 @@ def check_test(values: Mapping[str, Any]) -> DetectTestConfig:
     check_paths({"data.root": config.data.root, "out": config.out})
     check_checkpoints(config.checkpoint)
     _check_test_list(config.data, expand(config.checkpoint[0]))
-    check_out(config.out)
+    check_out(config.out, ("list", "protocol", "refine"))
     if config.scales is not None and len(config.scales) < 2:
         raise UserError(f"scales={config.scales}: give two or more, as [200,400,600,800,1000]; null is training's one")
     if config.scales is not None:
@@ -190,7 +190,7 @@ def check_predict(values: Mapping[str, Any], images: Collection[str]) -> Predict
     """The checked configuration of a prediction for `images`. Raises UserError."""
     config = from_dict(PredictConfig, values)
     check_checkpoints([config.checkpoint])
-    check_folder(config.out)
+    check_folder(config.out, "detections.json", ("checkpoint", "score", "images"))
     if not images:
         raise UserError("name the images, as in resnet-detect predict photo.jpg checkpoint=…")
     seen: dict[str, str] = {}

@@ -40,7 +40,7 @@ def check_classify(values: Mapping[str, Any], images: Collection[str]) -> Classi
     config = from_dict(ClassifyConfig, values)
     check_paths({"out": config.out})
     check_checkpoints([config.checkpoint])
-    check_out(config.out)
+    check_out(config.out, ("checkpoint", "net", "images"))
     if not images:
         raise UserError("name the images, as in resnet-classify cat.jpg dog.png checkpoint=…")
     for image in images:
@@ -59,9 +59,7 @@ def check_features(
     check_checkpoints([config.checkpoint])
     if expand(config.out).suffix not in (".safetensors", ".npz"):
         raise UserError(f"out={config.out}: must end in .safetensors or .npz")
-    check_out(config.out)
-    if expand(config.out).exists():
-        raise UserError(f"out={config.out}: is there already; remove it, or use another name")
+    check_out(config.out, ("checkpoint", "layer", "images"))
     if images:
         for key in requested:
             if key == "split" or key.startswith("data"):

@@ -82,7 +82,7 @@ def check_localize_test(values: Mapping[str, Any]) -> LocalizeTestConfig:
     for key in ("rcnn", "classifier"):
         if getattr(config, key) is not None:
             check_file(key, getattr(config, key))
-    check_out(config.out)
+    check_out(config.out, ("task", "method", "protocol"))
     if config.scales is not None and not config.dense:
         raise UserError(f"scales={config.scales}: are those of dense=true; add that, or remove them")
     if config.scales is not None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from resnet_train.config.layout import is_remote
 from resnet_train.config.schema import format_value
 from resnet_train.errors import UserError
-from resnet_train.files import expand, nearest_existing
+from resnet_train.files import check_replaceable, expand, nearest_existing
 
 
 def check_paths(paths: Mapping[str, str | None]) -> None:
@@ -40,11 +40,15 @@ def check_checkpoints(names: list[str]) -> None:
             raise UserError(f"checkpoint={name}: is named twice")
 
 
-def check_folder(out: str) -> None:
-    """Raises UserError if `out` is not a folder, or cannot be written to."""
+def check_folder(out: str, file: str, names: Collection[str]) -> None:
+    """Raises UserError if `out` is not a folder, cannot be written to, or holds files and no earlier result.
+
+    An earlier result is marked by `file`, which has `names` (files.check_replaceable).
+    """
     check_paths({"out": out})
     if (expand(out).exists() and not expand(out).is_dir()) or not writable(expand(out) / "file"):
         raise UserError(f"out={out}: is not a folder that you may write to")
+    check_replaceable(expand(out), names, expand(out) / file)
 
 
 def check_file(key: str, name: str) -> None:
@@ -62,10 +66,16 @@ def check_image(name: str) -> None:
         raise UserError(f"{name}: there is no such file")
 
 
-def check_out(out: str | None) -> None:
-    """Raises UserError if `out` is a file that cannot be written."""
-    if out is not None and (expand(out).is_dir() or not writable(expand(out))):
+def check_out(out: str | None, names: Collection[str], beside: str = "") -> None:
+    """Raises UserError if `out` is a file that cannot be written, or exists and is no earlier result.
+
+    An earlier result has `names` (files.check_replaceable), where `beside` is given in the file of that ending beside.
+    """
+    if out is None:
+        return
+    if expand(out).is_dir() or not writable(expand(out)):
         raise UserError(f"out={out}: is not a file that you may write")
+    check_replaceable(expand(out), names, Path(f"{expand(out)}{beside}") if beside else None)
 
 
 def writable(file: Path) -> bool:

@@ -30,10 +30,15 @@ def predict(args: PredictConfig, images: list[str]) -> None:
     state = checkpoint.load(path, kind="detector")
     config, classes = config_from_checkpoint(state["config"]), state["classes"]
     model, precision = restore(build_like_checkpoint(config, state)[0], state, device)
+    for name in images:  # before anything is written
+        check_shape(name, read_image(expand(name)).shape[1:], config.min_size, config.max_size)
+    named: dict[str, Any] = {"checkpoint": str(path.absolute()), "net": config.net, "data": config.data_label}
+    named |= {"score": args.score, "iteration": state["iteration"], "boxes": "left, top, right, bottom, in pixels"}
+    named |= {"masks": "run lengths, as pycocotools reads them"} if config.masks else {}
+    write_result(out / "detections.json", {**named, "images": []})  # marks the folder as ours, whatever ends this
     results = []
     for name in images:
         image = read_image(expand(name))
-        check_shape(name, image.shape[1:], config.min_size, config.max_size)
         (detected,) = detections(model, [image.to(device)], precision)
         rows = _rows(likely(detected, args.score), classes, image.shape[1:])
         picture = out / f"{Path(name).stem}.png"
@@ -52,9 +57,6 @@ def predict(args: PredictConfig, images: list[str]) -> None:
             say(f"  {row['class']} {row['score']:.2f}  {place}")
         if len(rows) > SHOWN:
             say(f"  and {len(rows) - SHOWN} more, in {out / 'detections.json'}")
-    named: dict[str, Any] = {"checkpoint": str(path.absolute()), "net": config.net, "data": config.data_label}
-    named |= {"score": args.score, "iteration": state["iteration"], "boxes": "left, top, right, bottom, in pixels"}
-    named |= {"masks": "run lengths, as pycocotools reads them"} if config.masks else {}
     write_result(out / "detections.json", {**named, "images": results})
 
 
