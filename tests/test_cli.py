@@ -23,6 +23,9 @@ from resnet_train.config.compose import as_text, as_typed, compose, jobs_of, wit
 from resnet_train.dispatch import prepare
 
 CFG = "depth=110 data=digits schedule=cosine schedule.lr=0.05 arch=plain"
+HELP = [(entry, "--help") for entry in ("evaluate", "classify", "features", "report", "responses", "weights", "pack")]
+HELP += [("detect", "--help"), ("detect", "predict --help"), ("detect", "test --help"), ("bench", "--help")]
+HELP += [("localize", "--help"), ("localize", "test --help")]
 RIGHT = ["--help", "--version", f"{CFG} --cfg job", "-sc install=bash"]
 # Command line, and what its error names.
 WRONG = [
@@ -141,7 +144,8 @@ def outcomes(tmp_path_factory):
         (folder / "tree" / part).mkdir(parents=True)
         (folder / "tree" / part / "0.png").write_text("no image")
     lines = [("train", line) for line in [*RIGHT, *(line for line, _ in WRONG)]]
-    lines += [("evaluate", line) for line in ["--help", *(line for line, _ in WRONG_EVAL)]]
+    lines += [("evaluate", line) for line, _ in WRONG_EVAL]
+    lines += HELP
     lines += [(entry, line) for entry, line, _ in WRONG_FIRST]
     subprocess.run(
         [sys.executable, "-c", DRIVER],
@@ -201,6 +205,11 @@ def test_help_shows_examples_groups_and_values(outcomes):
     assert "shortcut: A\n" in text
 
 
+@pytest.mark.parametrize(("entry", "line"), [("train", "--help"), *HELP])
+def test_no_line_of_help_is_broken_by_a_terminal_of_80_columns(entry, line, outcomes):
+    assert [text for text in output(outcomes[entry, line]).splitlines() if len(text) > 80] == []
+
+
 def test_help_has_each_comment_of_a_key_above_it(outcomes):
     """From the command's own file and those of the chosen options, and no key has that of another."""
     text = output(outcomes["train", "--help"])
@@ -224,7 +233,7 @@ def test_every_example_of_the_help_is_a_command_that_works(outcomes, tmp_path, m
     monkeypatch.chdir(tmp_path)
     examples = [
         line.split("   ")[0].split()[1:]
-        for line in outcomes["train", "--help"].stdout.splitlines()
+        for line in re.sub(r" +\\\n +", " ", outcomes["train", "--help"].stdout).splitlines()
         if line.startswith("  resnet-train ") and "data.root" not in line
     ]
     assert len(examples) >= 4
