@@ -725,6 +725,7 @@ def test_a_picture_that_fails_is_a_warning_and_not_in_the_page(tmp_path, monkeyp
     out = tmp_path / "runs" / "out"
     for name in ("figure-6.svg", "figure-7.png", "detection.png", "gradients.png"):
         (out / name).mkdir(parents=True)
+    (out / "report.md").write_text("Made by `resnet-report runs`.")  # an earlier one, which is replaced
     text = report_of(tmp_path / "runs", monkeypatch)
     told, errors = capsys.readouterr()
     assert errors == ""

@@ -154,6 +154,7 @@ def test_the_command_draws_and_writes(undisturbed, measure, tmp_path):
 def test_a_picture_that_fails_is_a_warning(undisturbed, measure, tmp_path):
     for name in ("figure-7.svg", "gradients.png"):
         (tmp_path / "found" / name).mkdir(parents=True)
+    (tmp_path / "found" / "responses.csv").write_text("net,seed,iteration,std\n")  # an earlier one, which is replaced
     code, told, errors = measure(f"checkpoint={undisturbed}/checkpoints/last.pt", "images=100", "out=found")
     assert (code, errors) == (0, "")
     assert all(f"warning: found/{name}: cannot be drawn (" in told for name in ("figure-7", "gradients"))
