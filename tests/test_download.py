@@ -127,6 +127,12 @@ def right_then_endless(handler, start):
         handler.wfile.write(bytes(1 << 16))
 
 
+def bodiless(handler, start):
+    """What is said of the file, and nothing of it."""
+    handler.partial(start)
+    handler.server.closing.wait(20)
+
+
 def missing(handler, start):
     handler.send_error(404)
 
@@ -241,6 +247,14 @@ def test_a_silent_mirror_is_left(answer, kept, mirror, tmp_path):
     assert only(tmp_path / "file.bin") == CONTENT
     assert first.ranges[0] == "bytes=0-"
     assert second.ranges[0] == f"bytes={kept}-"
+
+
+@pytest.mark.parametrize("answer", [silent, bodiless, ranged])
+def test_what_is_waited_for_is_said_while_it_is(answer, mirror, tmp_path, capsys):
+    first, second = mirror(answer), mirror(ranged)
+    get(tmp_path / "file.bin", first, second, stall=60.0 if answer is ranged else 1.0)
+    told = "" if answer is ranged else f"{first.url}: sends nothing yet; it is given 1 s\n"
+    assert capsys.readouterr().out == told
 
 
 def test_a_mirror_above_the_least_rate_is_kept(mirror, tmp_path):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import threading
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from http.client import HTTPException
 from pathlib import Path
 
@@ -88,9 +89,9 @@ def _fetch(url: str, part: Path, size: int, stall: float, min_rate: float) -> No
     if offset >= size:
         return
     request = urllib.request.Request(url, headers={"User-Agent": "resnet-train", "Range": f"bytes={offset}-"})
-    with _network():
-        response = urllib.request.urlopen(request, timeout=stall)
-    with response:
+    with _tell_if_silent(url, stall) as answered, contextlib.ExitStack() as closing:
+        with _network():
+            response = closing.enter_context(urllib.request.urlopen(request, timeout=stall))
         if response.status != 206 or not response.headers.get("Content-Range", "").startswith(f"bytes {offset}-"):
             offset = 0  # the server knows no ranges and starts again
         with (
@@ -101,6 +102,7 @@ def _fetch(url: str, part: Path, size: int, stall: float, min_rate: float) -> No
             while offset < size:
                 with _network():
                     data = response.read1(CHUNK)
+                answered()
                 if not data:
                     raise _Failed(f"cut off after {offset} of {size} bytes")
                 file.write(data[: size - offset])
@@ -111,3 +113,16 @@ def _fetch(url: str, part: Path, size: int, stall: float, min_rate: float) -> No
                     if (offset - checked_offset) / passed < min_rate:
                         raise _Failed(f"stalls at {(offset - checked_offset) / passed / 1000:.0f} kB/s")
                     checked_at, checked_offset = time.monotonic(), offset
+
+
+@contextlib.contextmanager
+def _tell_if_silent(url: str, stall: float) -> Iterator[Callable[[], None]]:
+    """Print a line if the function that this gives has not been called after a fifth of `stall` seconds."""
+    line = printable(f"{url}: sends nothing yet; it is given {stall:g} s")
+    timer = threading.Timer(stall / 5, tqdm.write, [line])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield timer.cancel
+    finally:
+        timer.cancel()
