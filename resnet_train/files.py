@@ -170,7 +170,10 @@ def check_replaceable(out: Path, names: Collection[str], mark: Path | None = Non
     Such a result has all `names` (see `_names_in`), in the file itself or in `mark`, a file in the folder or beside the
     file. Raises UserError.
     """
-    empty = not any(out.iterdir()) if out.is_dir() else not os.path.lexists(out)
+    try:
+        empty = not any(out.iterdir()) if out.is_dir() else not os.path.lexists(out)
+    except OSError as error:
+        raise UserError(f"out={out}: cannot be read: {error.strerror}") from error
     if not empty and not set(names) <= _names_in(mark or out, text=mark is not None):
         raise UserError(f"out={out}: exists and is no earlier result of this command; remove it, or use another name")
 

@@ -189,8 +189,8 @@ def with_test_data(config: DetectConfig, requested: DetectTestData) -> DetectCon
 def check_predict(values: Mapping[str, Any], images: Collection[str]) -> PredictConfig:
     """The checked configuration of a prediction for `images`. Raises UserError."""
     config = from_dict(PredictConfig, values)
+    check_paths({"out": config.out})
     check_checkpoints([config.checkpoint])
-    check_folder(config.out, "detections.json", ("checkpoint", "score", "images"))
     if not images:
         raise UserError("name the images, as in resnet-detect predict photo.jpg checkpoint=…")
     seen: dict[str, str] = {}
@@ -203,6 +203,7 @@ def check_predict(values: Mapping[str, Any], images: Collection[str]) -> Predict
         picture = expand(config.out) / f"{stem}.png"
         if picture.exists() and picture.samefile(expand(image)):
             raise UserError(f"out={config.out}: the picture of {image} would take its place; use another folder")
+    check_folder(config.out, "detections.json", ("checkpoint", "score", "images"))
     return config
 
 
