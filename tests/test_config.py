@@ -321,7 +321,8 @@ def test_what_a_family_does_not_read_is_refused(family, key, tmp_path):
     value = (OTHER | PHOTOS | {"data.workers": ("7",), "data.broken": ("skip",), "augment.area": ("[0.08,1]",)})[key][0]
     told = refusal(*base, f"{key}={value}")
     here = f"data={'cifar10' if family == 'cifar' else family} (data.family={family})"
-    other = "imagenet" if family == "cifar" else "cifar10"
+    photos = "imagefolder or data=imagenet" if key == "data.broken" else "imagenet"
+    other = "cifar10" if family == "imagenet" else photos
     assert told == f"{key}: is for data={other}; {here} does not use it; remove it"
     assert not base_of(key, tmp_path / "other") or family == "cifar"
 

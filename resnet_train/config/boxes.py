@@ -120,6 +120,12 @@ def with_test_data(config: C, requested: BoxTestData) -> C:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, **given))
 
 
+def same_root(one: BoxConfig, other: BoxConfig) -> bool:
+    """Whether the images of both lie in the same folder."""
+    first, second = (expand(config.data.root or "").resolve() for config in (one, other))
+    return first == second
+
+
 def run_directory(config: BoxConfig, requested: Collection[str], task: str, kind: str, shown: Collection[str]) -> Path:
     """Where the run goes: `run_dir`, or runs/DATA-TASK/KIND/ and the values of the other keys that were `requested`.
 

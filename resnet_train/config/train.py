@@ -122,9 +122,10 @@ def check_train(values: Mapping[str, Any], requested: Collection[str] = (), *, n
     check_depth(config.depth, config.data.family)
     for key in unread:
         if key in requested:
-            other = "imagenet" if config.data.family == "cifar" else "cifar10"
+            families = {"cifar": "cifar10"}  # whose first data set has another name
+            others = [families.get(name, name) for name in sorted(marked(OnlyFor, Config)[key].readers)]
             here = f"data={config.data.name} (data.family={config.data.family})"
-            raise UserError(f"{key}: is for data={other}; {here} does not use it; remove it")
+            raise UserError(f"{key}: is for data={' or data='.join(others)}; {here} does not use it; remove it")
     if config.devices != "auto":
         split_batch(config, config.devices)
     if config.precision == "fp16" and config.device == "cpu":

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from resnet_train.config.boxes import same_root
 from resnet_train.config.detection import DetectConfig, DetectTestConfig, config_from_checkpoint, with_test_data
 from resnet_train.config.run_dir import plain_word
 from resnet_train.config.schema import format_value
@@ -163,9 +164,11 @@ def _default_out(members: list[Member], args: DetectTestConfig) -> Path:
     """Beside the first checkpoint, named after what was measured."""
     first = members[0]
     words = [first.path.stem] if len(members) == 1 else [f"ensemble-of-{len(members)}"]
-    label, trained = first.config.data_label, config_from_checkpoint(first.state["config"]).data.root
-    elsewhere = expand(first.config.data.root or "").resolve() != expand(trained or "").resolve()
-    words += [plain_word(label)] if label != first.state["label"] else ["elsewhere"] if elsewhere else []
+    label, trained = first.config.data_label, config_from_checkpoint(first.state["config"])
+    if label != first.state["label"]:
+        words.append(plain_word(label))
+    elif not same_root(first.config, trained):
+        words.append("elsewhere")
     words += ["refine"] if args.refine else []
     words += ["scales", *map(str, args.scales)] if args.scales else []
     return first.path.with_name("-".join([*words, plain_word(first.config.data.test)]) + ".json")
