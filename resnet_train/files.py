@@ -175,19 +175,19 @@ def check_replaceable(out: Path, names: Collection[str], mark: Path | None = Non
     except OSError as error:
         raise UserError(f"out={out}: cannot be read: {error.strerror}") from error
     if not empty and not set(names) <= _names_in(mark or out, text=mark is not None):
-        raise UserError(f"out={out}: exists and is no earlier result of this command; remove it, or use another name")
+        raise UserError(f"out={out}: exists and is no earlier result of this command; use another name")
 
 
 def _names_in(path: Path, *, text: bool) -> set[str]:
     """The keys of a JSON object or of the metadata of .safetensors, the arrays of an .npz, a checkpoint's strings or,
-    with `text`, the words at the beginning of .csv and .md; empty for what cannot be read.
+    with `text`, the words at the beginning of .csv, .md and .html; empty for what cannot be read.
     """
     try:
         with open_regular(path) as file:
             start = file.read(4096)
-            if text and path.suffix in (".csv", ".md"):
+            if text and path.suffix in (".csv", ".md", ".html"):
                 return set(re.findall(r"[\w-]+", start.decode(errors="replace")))
-            if start[:2] == b"PK":
+            if start[:2] == b"PK" and path.suffix != ".safetensors":
                 return _names_in_archive(zipfile.ZipFile(file))
             if start[:1] == b"{":
                 return set(read_json(path))

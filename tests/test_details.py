@@ -215,7 +215,7 @@ def test_a_net_without_mistakes_has_a_page_too():
 def test_a_folder_in_the_place_of_a_file_is_refused_before_anything_is_written(trained, tmp_path, command_here):
     (tmp_path / "r-mistakes.html").mkdir()
     told = command_here("evaluate", trained, "device=cpu", "details=true", "out=r.json", code=2)
-    assert "out=r.json: details=true writes r-mistakes.html beside it, which is a folder; use another name" in told
+    assert "out=r.json: details=true writes r-mistakes.html, which is a folder; use another name" in told
     assert os.listdir(tmp_path) == ["r-mistakes.html"]
     told = command_here("evaluate", trained, "device=cpu", "details=perhaps", code=2)
     assert "details=perhaps: " in told

@@ -67,7 +67,7 @@ def test_another_file_or_folder_is_refused_and_stays(entry, words, out, there, c
     told = command_here(entry, *words.split(), f"out={out}", code=2)
     named = f"{out}.json" if out.startswith("beside") else out
     assert (
-        told == f"error: out={named}: exists and is no earlier result of this command; remove it, or use another name\n"
+        told == f"error: out={named}: exists and is no earlier result of this command; use another name\n"
     )
     assert contents(there) == before
 
@@ -88,11 +88,16 @@ def test_an_earlier_result_is_replaced(there, command_here):
     ]
     for entry, words in commands * 2:
         command_here(entry, *words.split())
-    os.remove("e.json")
+    (there / "e-predictions.csv").write_text("mine")
     told = command_here("evaluate", *commands[0][1].split(), code=2)
-    assert "e-predictions.csv beside it, which exists" in told
-    told = command_here("evaluate", "last.pt", "device=cpu", "out=c.json", code=2)
-    assert told.startswith("error: out=c.json: exists and is no earlier result")
+    assert told.startswith("error: out=e-predictions.csv: exists and is no earlier result")
+    assert (there / "e-predictions.csv").read_text() == "mine"
+    (there / "detections.json").write_text('{"checkpoint": "a", "net": "b", "score": 0.5, "images": []}')
+    for out in ("c.json", "detections.json"):
+        told = command_here("evaluate", "last.pt", "device=cpu", f"out={out}", code=2)
+        assert told.startswith(f"error: out={out}: exists and is no earlier result")
+    told = command_here("classify", "black.png", "checkpoint=last.pt", "out=detections.json", code=2)
+    assert told.startswith("error: out=detections.json: exists and is no earlier result")
 
 
 def test_an_empty_folder_and_no_file_are_written(tmp_path):

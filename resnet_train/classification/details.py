@@ -18,14 +18,20 @@ from resnet_train.data.memory import MemoryDataset
 from resnet_train.data.streaming import StreamingDataset
 from resnet_train.engine.distributed import world_size
 from resnet_train.errors import UserError
-from resnet_train.files import writing
+from resnet_train.files import check_replaceable, writing
 from resnet_train.report import mistakes
 from resnet_train.report.mistakes import Mistake
 from resnet_train.report.page import Tile
 from resnet_train.report.tables import Table
 from resnet_train.report.values import escape_and_clip
 
-ENDINGS = ("-predictions.csv", "-classes.csv", "-confusion.csv", "-mistakes.html")
+# What `write_details` writes beside the JSON file, with words at the beginning of each by which it is known.
+FILES = {
+    "-predictions.csv": ("image", "label", "prediction", "probability"),
+    "-classes.csv": ("class", "error"),
+    "-confusion.csv": ("label", "prediction", "images"),
+    "-mistakes.html": ("gets", "wrong"),
+}
 SMALL = 64  # pixels: images up to this size are stored as PNG
 
 
@@ -50,10 +56,11 @@ def in_order(batches: list[Tensor]) -> Tensor:
 
 def check_places(out: Path) -> None:
     """Raises UserError if a folder, or a file of no earlier result, has the name of one of the files beside `out`."""
-    for path in (beside(out, ending) for ending in ENDINGS):
-        if path.is_dir() or (path.exists() and not out.exists()):
-            what = "is a folder" if path.is_dir() else "exists"
-            raise UserError(f"out={out}: details=true writes {path.name} beside it, which {what}; use another name")
+    for ending, words in FILES.items():
+        path = beside(out, ending)
+        if path.is_dir():
+            raise UserError(f"out={out}: details=true writes {path.name}, which is a folder; use another name")
+        check_replaceable(path, words, path)
 
 
 def beside(out: Path, ending: str) -> Path:
@@ -82,7 +89,7 @@ def write_details(
         label, answer = readable[labels[index]], readable[predicted[index]]
         worst.append(Mistake(tile, label, answer, probabilities[index], str(names[index])))
     title = f"What {escape_and_clip(net)} gets wrong on {escape_and_clip(result['data'])}, {result['split']}"
-    files = [beside(out, ending) for ending in ENDINGS]
+    files = [beside(out, ending) for ending in FILES]
     page = mistakes.page(title, result, [path.name for path in files], readable, confusion, worst)
     tables = [predictions, mistakes.classes_table(classes, confusion), mistakes.confusion_table(classes, confusion)]
     texts = [*(table.csv() for table in tables), page]

@@ -143,6 +143,7 @@ def classify(args: ClassifyConfig, images: list[str]) -> None:
     if args.out is not None:
         path = expand(args.checkpoint).absolute()
         result = {"checkpoint": str(path), "net": model.config.net, "data": model.data, "iteration": model.iteration}
+        result["classes"] = len(model.classes)
         write_result(expand(args.out), {**result, "images": predictions})
 
 

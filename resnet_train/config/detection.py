@@ -149,13 +149,16 @@ def _check_data(data: DetectData, named: Mapping[str, list[str]], requested: Col
                 raise UserError(f"{key}={name}: {data.root} has {', '.join(there)}{nearest(name, there)}")
 
 
+TEST_RESULT = ("list", "protocol", "refine")  # keys of a test's result
+
+
 def check_test(values: Mapping[str, Any]) -> DetectTestConfig:
     """The checked configuration of a test. Raises UserError."""
     config = from_dict(DetectTestConfig, {**values, "checkpoint": as_list(values["checkpoint"])})
     check_paths({"data.root": config.data.root, "out": config.out})
     check_checkpoints(config.checkpoint)
     _check_test_list(config.data, expand(config.checkpoint[0]))
-    check_out(config.out, ("list", "protocol", "refine"))
+    check_out(config.out, TEST_RESULT)
     if config.scales is not None and len(config.scales) < 2:
         raise UserError(f"scales={config.scales}: give two or more, as [200,400,600,800,1000]; null is training's one")
     if config.scales is not None:

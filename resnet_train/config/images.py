@@ -40,7 +40,7 @@ def check_classify(values: Mapping[str, Any], images: Collection[str]) -> Classi
     config = from_dict(ClassifyConfig, values)
     check_paths({"out": config.out})
     check_checkpoints([config.checkpoint])
-    check_out(config.out, ("checkpoint", "net", "images"))
+    check_out(config.out, ("checkpoint", "net", "classes", "images"))
     if not images:
         raise UserError("name the images, as in resnet-classify cat.jpg dog.png checkpoint=…")
     for image in images:

@@ -73,6 +73,9 @@ def _check_tree(given: str | None, *, train: bool = True) -> None:
     class_folders_of_boxes(boxes.check_root(given), train=train)
 
 
+TEST_RESULT = ("task", "method", "protocol")  # keys of a test's result
+
+
 def check_localize_test(values: Mapping[str, Any]) -> LocalizeTestConfig:
     """The checked configuration of a test. Raises UserError."""
     config = from_dict(LocalizeTestConfig, values)
@@ -82,7 +85,7 @@ def check_localize_test(values: Mapping[str, Any]) -> LocalizeTestConfig:
     for key in ("rcnn", "classifier"):
         if getattr(config, key) is not None:
             check_file(key, getattr(config, key))
-    check_out(config.out, ("task", "method", "protocol"))
+    check_out(config.out, TEST_RESULT)
     if config.scales is not None and not config.dense:
         raise UserError(f"scales={config.scales}: are those of dense=true; add that, or remove them")
     if config.scales is not None:

@@ -17,6 +17,7 @@ from resnet_train.config.schema import coerce, format_value, from_dict, marked, 
 from resnet_train.errors import UserError
 from resnet_train.files import expand
 
+NAMES = {"cifar": "cifar10"}  # a data set of a family that has another name
 IMAGENET_DEPTHS = (18, 34, 50, 101, 152)
 DEEPEST_CIFAR = 1202  # the paper's; without a limit one number could demand any amount of memory
 
@@ -122,10 +123,9 @@ def check_train(values: Mapping[str, Any], requested: Collection[str] = (), *, n
     check_depth(config.depth, config.data.family)
     for key in unread:
         if key in requested:
-            families = {"cifar": "cifar10"}  # whose first data set has another name
-            others = [families.get(name, name) for name in sorted(marked(OnlyFor, Config)[key].readers)]
+            readers = " or ".join(f"data={NAMES.get(one, one)}" for one in sorted(marked(OnlyFor, Config)[key].readers))
             here = f"data={config.data.name} (data.family={config.data.family})"
-            raise UserError(f"{key}: is for data={' or data='.join(others)}; {here} does not use it; remove it")
+            raise UserError(f"{key}: is for {readers}; {here} does not use it; remove it")
     if config.devices != "auto":
         split_batch(config, config.devices)
     if config.precision == "fp16" and config.device == "cpu":

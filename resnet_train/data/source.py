@@ -50,13 +50,13 @@ def load(name: str, root: str | None, size: int, *, skip: bool = False) -> DataS
         if wrong := [file for file in sorted(faults) if not (skip and isinstance(faults[file], ImageError))]:
             others = [str(file) for file in wrong[1:]]
             more = f"; and {len(others)} more cannot be used: {first_few(others)}" if others else ""
-            advice = "" if exact or skip else "; remove such, or train without them by data.broken=skip"
+            skippable = not exact and not skip and any(isinstance(faults[file], ImageError) for file in wrong)
+            advice = "; remove such, or train without them by data.broken=skip" if skippable else ""
             raise UserError(f"{faults[wrong[0]]}{more}{advice}")
         for part, images in zip(("training", "test"), sets, strict=True):
             for label in set(range(len(classes))) - set(images.labels.tolist()):
-                raise UserError(
-                    f"data.root={root}: {classes[label]}: none of its {part} images can be decoded; remove them"
-                )
+                broken = first_few(sorted(_name(file) for file in faults if file.parent.name == classes[label]))
+                raise UserError(f"data.root={root}: {classes[label]} has no {part} image that can be decoded: {broken}")
         names = [[_name(file) for file, _ in part if file in faults] for part in files_of.values()]
         data = make_data_set(sets[0], sets[1], classes)
         return replace(data, unreadable=dict(zip(("train", "test"), names, strict=True)))

@@ -10,7 +10,13 @@ from typing import Any
 import torch
 
 from resnet_train.config.boxes import same_root
-from resnet_train.config.detection import DetectConfig, DetectTestConfig, config_from_checkpoint, with_test_data
+from resnet_train.config.detection import (
+    TEST_RESULT,
+    DetectConfig,
+    DetectTestConfig,
+    config_from_checkpoint,
+    with_test_data,
+)
 from resnet_train.config.run_dir import plain_word
 from resnet_train.config.schema import format_value
 from resnet_train.detection.annotations import Examples
@@ -29,7 +35,7 @@ from resnet_train.engine.compute import pick_device
 from resnet_train.engine.distributed import is_main, on_rank_zero, process_group, raise_on_all_ranks
 from resnet_train.engine.limits import most_workers
 from resnet_train.errors import UserError
-from resnet_train.files import expand, write_result
+from resnet_train.files import check_replaceable, expand, write_result
 from resnet_train.terminal import say
 
 
@@ -67,6 +73,8 @@ def _evaluate(args: DetectTestConfig, device: torch.device) -> None:
     raise_on_all_ranks(lambda: _check_members(members, args.scales))
     examples = raise_on_all_ranks(lambda: _read(members, args.scales or []))
     models, precisions = zip(*raise_on_all_ranks(lambda: [_restore(member, device) for member in members]), strict=True)
+    out = expand(args.out) if args.out else _default_out(members, args)
+    raise_on_all_ranks(lambda: check_replaceable(out, TEST_RESULT))
     start = time.perf_counter()
     measured, _ = evaluate(
         Ensemble(models, precisions, refine=args.refine, scales=args.scales or ()),
@@ -96,7 +104,6 @@ def _evaluate(args: DetectTestConfig, device: torch.device) -> None:
         "seconds": time.perf_counter() - start,
     }
     if is_main():
-        out = expand(args.out) if args.out else _default_out(members, args)
         write_result(out, result)
         say(_line(members, examples, result, out))
         if first.config.data.test in first.config.data.train:

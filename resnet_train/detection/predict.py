@@ -30,12 +30,13 @@ def predict(args: PredictConfig, images: list[str]) -> None:
     state = checkpoint.load(path, kind="detector")
     config, classes = config_from_checkpoint(state["config"]), state["classes"]
     model, precision = restore(build_like_checkpoint(config, state)[0], state, device)
-    for name in images:  # before anything is written
+    for name in images:  # before anything is written, also that its pixels can be read
         check_shape(name, read_image(expand(name)).shape[1:], config.min_size, config.max_size)
     named: dict[str, Any] = {"checkpoint": str(path.absolute()), "net": config.net, "data": config.data_label}
     named |= {"score": args.score, "iteration": state["iteration"], "boxes": "left, top, right, bottom, in pixels"}
     named |= {"masks": "run lengths, as pycocotools reads them"} if config.masks else {}
-    write_result(out / "detections.json", {**named, "images": []})  # marks the folder as ours, whatever ends this
+    if not (out / "detections.json").exists():  # marks the folder as ours, whatever ends this
+        write_result(out / "detections.json", {**named, "images": [], "finished": False})
     results = []
     for name in images:
         image = read_image(expand(name))

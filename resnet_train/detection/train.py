@@ -68,8 +68,10 @@ def losses_in(task: DetectionTask, net: nn.Module, images: list[Tensor], targets
 def _shares(model: Detector, losses: int) -> Tensor:
     """This process's shares of the regions that each loss is a mean over, times the number of processes."""
     anchors, regions = (part.fg_bg_sampler.positive for part in (model.rpn, model.roi_heads))
-    counts = [len(regions)] * 2 + [len(anchors)] * 2 + [int(regions.sum())]  # in the order of `losses_of`
-    own = torch.tensor(counts[:losses], dtype=torch.float32, device=regions.device)
+    counts = [len(regions), len(regions), len(anchors), len(anchors)]  # in the order of `losses_of`
+    own = torch.tensor(counts, dtype=torch.float32, device=regions.device)
+    if losses > len(own):  # of masks, which regions with an object have
+        own = torch.cat([own, regions.sum()[None].float()])
     return own * world_size() / all_reduce_sum(own.clone()).clamp(min=1)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from resnet_train.classification.predict import load as load_classifier
 from resnet_train.classification.predict import view
 from resnet_train.config.boxes import same_root
-from resnet_train.config.localization import LocalizeConfig, LocalizeTestConfig, with_test_data
+from resnet_train.config.localization import TEST_RESULT, LocalizeConfig, LocalizeTestConfig, with_test_data
 from resnet_train.config.run_dir import plain_word
 from resnet_train.data.crops import scaled_view
 from resnet_train.engine import checkpoint
@@ -22,7 +22,7 @@ from resnet_train.engine.boxes import fault_lines
 from resnet_train.engine.compute import pick_device
 from resnet_train.engine.distributed import is_main, on_rank_zero, process_group, raise_on_all_ranks
 from resnet_train.engine.limits import most_workers
-from resnet_train.files import expand, write_result
+from resnet_train.files import check_replaceable, expand, write_result
 from resnet_train.localization.build import KIND, load_predictor
 from resnet_train.localization.evaluate import Names, evaluate
 from resnet_train.localization.predict import Predictor, dense_sides
@@ -51,6 +51,8 @@ def _evaluate(args: LocalizeTestConfig, device: torch.device) -> None:
     rcnn, of_rcnn = _open_rcnn(args.rcnn, classes, device) if args.rcnn else (None, {})
     classify, of_names = _open_names(args.classifier, classes, sides, device) if args.classifier else (None, {})
     photos = raise_on_all_ranks(lambda: read_tree(root, broken=data.broken, classes=classes))
+    out = expand(args.out) if args.out else _default_out(path, args, config, trained_as)
+    raise_on_all_ranks(lambda: check_replaceable(out, TEST_RESULT))
     start = time.perf_counter()
     measured = evaluate(
         rpn,
@@ -83,7 +85,6 @@ def _evaluate(args: LocalizeTestConfig, device: torch.device) -> None:
         "seconds": time.perf_counter() - start,
     }
     if is_main():
-        out = expand(args.out) if args.out else _default_out(path, args, config, trained_as)
         write_result(out, result)
         say(_line(result, out))
         for line in fault_lines(photos):

@@ -16,8 +16,8 @@ from resnet_train.report import improvements
 from resnet_train.report.figures import Picture, draw_tests
 from resnet_train.report.folders import tell_apart
 from resnet_train.report.page import Section
-from resnet_train.report.runs import FolderMetrics
-from resnet_train.report.tables import MEANING, Cell, Table, describe_run, spread, strip_folders
+from resnet_train.report.runs import FolderMetrics, describe_run
+from resnet_train.report.tables import MEANING, Cell, Table, spread, strip_folders
 from resnet_train.report.values import config_value, number, reading, test_images, whole, word
 
 # The keys of a configuration that must be equal among the runs of one table.

@@ -56,4 +56,4 @@ def _absolute(folder: Path) -> Path:
 
 
 def _count(path: Path) -> int:
-    return max(1, sum(part != ".." for part in path.parts))
+    return max(1, sum(part != ".." for part in Path(os.path.normpath(path)).parts))

@@ -14,8 +14,8 @@ from resnet_train.files import read_if_object, read_object
 from resnet_train.report.figures import Picture, draw_tests
 from resnet_train.report.improvements import progress
 from resnet_train.report.page import Section
-from resnet_train.report.runs import FolderMetrics
-from resnet_train.report.tables import Cell, Table, add_files, describe_run, strip_folders
+from resnet_train.report.runs import FolderMetrics, describe_run
+from resnet_train.report.tables import Cell, Table, add_files, strip_folders
 from resnet_train.report.values import number, reading, test_images, whole, word
 
 ERRORS = ("error", "error1", "error5", "class_error1", "class_error5")  # of a test, in %

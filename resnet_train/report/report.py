@@ -74,9 +74,9 @@ def _write(args: ReportConfig, title: str, notes: list[str], sections: list[Sect
     intro = [f"Made by `{tables.strip_folders(escape_and_clip(command))}`.", *(f"Note: {note}." for note in notes)]
     all_tables = [table for section in sections for table in (section.verdict, *section.tables) if table]
     all_runs = [run for section in sections for run in section.runs]
+    put(out / "report.md", page.markdown(title, intro, sections).encode())  # marks the folder as ours
     for table in [*all_tables, tables.runs_table(all_runs)] if all_runs else all_tables:
         put(out / f"{table.name}.csv", table.csv().encode())
-    put(out / "report.md", page.markdown(title, intro, sections).encode())
     for section in sections:
         section.figures = figures.draw(section.figures, out)
     put(out / "report.md", page.markdown(title, intro, sections).encode())  # without figures that could not be drawn
@@ -177,7 +177,8 @@ def _describe(run: Run) -> str:
     state = f"test error {run.test_error:.2f} %" + (
         "" if run.finished else f", unfinished ({run.reached:,} iterations)"
     )
-    return tables.describe_run(f"{run.net}, seed {run.seed}: {state}", run.device, run.replaced, run.display_path)
+    state += f", {run.unreadable} images that cannot be decoded left out" if run.unreadable else ""
+    return runs.describe_run(f"{run.net}, seed {run.seed}: {state}", run.device, run.replaced, run.display_path)
 
 
 def _measured(folders: list[Path], name: str, column: str) -> list[figures.Responses]:

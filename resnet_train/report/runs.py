@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from resnet_train import paper
-from resnet_train.engine.metrics import count_replaced
+from resnet_train.engine.metrics import count_replaced, describe_replaced
 from resnet_train.errors import UserError
 from resnet_train.files import read_if_object, read_object
 from resnet_train.report.curves import Point
@@ -53,6 +53,7 @@ class Run:
     precision: str | None  # also of precision=auto; None until the run is finished
     parameters: int | None
     replaced: int = 0  # how often others stood in for broken training images
+    unreadable: int = 0  # images left out because they cannot be decoded
     root: str = ""  # of the data, on the machine that ran it
     results: list[dict[str, Any]] = field(default_factory=list)  # written by resnet-eval
     pages: list[Path] = field(default_factory=list)  # of mistakes, written by resnet-eval with details=true
@@ -205,6 +206,7 @@ def _run(folder: Path, display_path: str, config: dict[str, Any], metrics: list[
         precision=None if precision is None else word(precision),
         parameters=None if parameters is None else whole(parameters),
         replaced=whole(count_replaced(metrics)),
+        unreadable=whole(sum(recorded.get("unreadable", {}).values())),
         results=_results(folder),
         root=word(config["data"]["root"] or ""),
         pages=[path for path in sorted(folder.rglob("*-mistakes.html")) if path.is_file()],
@@ -287,3 +289,9 @@ def mean_and_std(values: list[float]) -> tuple[float, float | None]:
     if len(values) < 2:
         return mean, None
     return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
+
+
+def describe_run(what: str, device: str, replaced: int, folder: str) -> str:
+    """A run in one line: what it is, on which device, how often broken images were replaced in it, and its folder."""
+    where = f", on {device}" if device else ""
+    return "; ".join(filter(None, [what + where, describe_replaced(replaced), folder]))

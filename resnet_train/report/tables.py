@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from resnet_train import paper
-from resnet_train.engine.metrics import describe_replaced
 from resnet_train.report.runs import END, Run, by_net, deviations, mean_and_std
 
 Spread = tuple[float, float | None, int]  # mean, standard deviation over seeds, number of seeds
@@ -278,12 +277,6 @@ def runs_table(runs: list[Run]) -> Table:
         table.rows[-1] += [run.protocol, run.device, run_command(run), run.display_path]
         table.rows[-1] += [run.replaced] * replaced
     return table
-
-
-def describe_run(what: str, device: str, replaced: int, folder: str) -> str:
-    """A run in one line: what it is, on which device, how often broken images were replaced in it, and its folder."""
-    where = f", on {device}" if device else ""
-    return "; ".join(filter(None, [what + where, describe_replaced(replaced), folder]))
 
 
 def run_command(run: Run) -> str:

@@ -176,8 +176,8 @@ def export(args: WeightsConfig) -> None:
         stride = config.bottleneck_stride if config.data.family == "imagenet" and config.depth >= 50 else "3x3"
         if stride == "1x1":
             note += "; note: its stride is in the first 1x1, torchvision's is in the 3x3: there it gives other logits"
+    write_result(out.with_name(out.name + ".json"), description)  # first: it marks the weights as ours
     write_whole(out, content)
-    write_result(out.with_name(out.name + ".json"), description)
     shift = "the mean image in the JSON file" if mean.ndim == 3 else str([round(value, 4) for value in mean.tolist()])
     inputs = images if args.format == "onnx" else f"RGB in 0 to 1, minus {shift}, divided by {std}"
     say(f"{FAMILIES[config.data.family]} {config.net}, {len(state['classes'])} classes; images: {inputs}{note}; {out}")
