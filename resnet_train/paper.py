@@ -135,6 +135,8 @@ _BOTH = {
     "warmup.iterations": 400,
     "augment.flip": True,
     "data.validation": 0,
+    "init_from": None,
+    "freeze": None,
 }
 RECIPES = {
     "cifar": {

@@ -66,9 +66,7 @@ def test_another_file_or_folder_is_refused_and_stays(entry, words, out, there, c
     before = contents(there)
     told = command_here(entry, *words.split(), f"out={out}", code=2)
     named = f"{out}.json" if out.startswith("beside") else out
-    assert (
-        told == f"error: out={named}: exists and is no earlier result of this command; use another name\n"
-    )
+    assert told == f"error: out={named}: exists and is no earlier result of this command; use another name\n"
     assert contents(there) == before
 
 

@@ -249,7 +249,7 @@ def test_nets_of_both_families_in_one_folder_are_two_sections(tmp_path, command_
     photos(tmp_path / "runs/large", "resnet-18-B", 27.0)
     change(tmp_path / "runs/small" / "config.json", augment__pad=3)
     printed = command_here("report", "runs", "out=report")
-    assert "family (imagenet and cifar)" in printed
+    assert "they differ in data (imagenet and photos)" in printed
     report = (tmp_path / "report/report.md").read_text()
     assert "augment.pad=3" in report
     assert "and None)" not in printed
@@ -310,6 +310,22 @@ def test_deviations_say_on_which_data_and_in_which_section(tmp_path):
         ("4", "resnet-20-A seed 0", "photos, images of mine/photos"),
         ("5", "resnet-20-A seed 0", "photos, images of others/photos"),
     ]
+
+
+def test_runs_from_other_weights_are_no_seeds_of_one_recipe(tmp_path):
+    """From scratch, from a file, from a run's checkpoint, and with frozen stages: four rows, each with its reason."""
+    weights = {"scratch": {}, "file": {"init_from": "/d/r18.pth"}, "run": {"init_from": "/d/a/checkpoints/last.pt"}}
+    weights["frozen"] = {"init_from": "/d/r18.pth", "freeze": "layer2"}
+    for seed, (place, changes) in enumerate(weights.items()):
+        make(tmp_path / place, seed=0 if place == "file" else seed, data="photos", **changes)
+    groups = runs.groups(found(tmp_path))
+    assert [len(group) for group in groups] == [1] * 4
+    rows = [
+        dict(zip(("section", "runs", "data", "what", "here", "paper"), row, strict=True))
+        for row in tables.deviations_table(groups).rows
+    ]
+    named = {(row["what"], row["here"], row["paper"]) for row in rows if row["what"] in ("init_from", "freeze")}
+    assert named == {("init_from", "r18.pth", "null"), ("init_from", "a/last.pt", "null"), ("freeze", "layer2", "null")}
 
 
 @pytest.mark.parametrize(("family", "data"), [("cifar", "cifar10"), ("imagenet", "imagenet")])

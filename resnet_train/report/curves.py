@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shlex
 import warnings
@@ -93,6 +94,14 @@ def attempt(draw: Callable[[], object], path: Path, *, of_run: bool = True) -> b
         say(f"warning: {path}: cannot be drawn ({reason}){later}")
         return False
     return True
+
+
+def mean_and_std(values: list[float]) -> tuple[float, float | None]:
+    """The mean and the sample standard deviation (n - 1), which is None for a single value."""
+    mean = math.fsum(values) / len(values)
+    if len(values) < 2:
+        return mean, None
+    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
 
 
 def draw(

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from resnet_train.report import curves
-from resnet_train.report.curves import Point, colour, edges, interval_means, mark, plain_matplotlib
-from resnet_train.report.runs import Run, by_net, mean_and_std
+from resnet_train.report.curves import Point, colour, edges, interval_means, mark, mean_and_std, plain_matplotlib
+from resnet_train.report.runs import Run, by_net
 
 AXES = {"cifar": (0.0, 20.0), "imagenet": (20.0, 60.0)}  # the paper's, in %
 LINES: dict[str, dict[str, Any]] = {"train": {"linewidth": 1.1, "linestyle": (0, (4, 1.5))}, "test": {"linewidth": 2.0}}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import importlib.util
-import itertools
 import os
 import shlex
 import webbrowser
@@ -103,8 +102,10 @@ def _explain_groups(groups: list[list[Run]]) -> list[str]:
 
 def _sections(groups: list[list[Run]], folders: list[Path], out: Path) -> list[Section]:
     """A section for each group of comparable runs, and those about all runs."""
-    differing = {key for pair in itertools.combinations(groups, 2) for key, _, _ in runs.differences(*pair)}
-    sections = [_section(group, number, differing, out) for number, group in enumerate(groups, 1)]
+    sections = []
+    for place, group in enumerate(groups, 1):
+        differing = {key for other in groups for key, _, _ in runs.differences(group, other)}
+        sections.append(_section(group, place, differing, out))
     measured = _measured(folders, "responses.csv", "std")
     gradients = [_measured(folders, "gradients.csv", f"by_{name}") for name in ("response", "weights")]
     for count, data in enumerate(dict.fromkeys(one.data for one in measured), 1):

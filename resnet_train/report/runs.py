@@ -221,12 +221,19 @@ def _recipe(config: dict[str, Any], family: str) -> dict[str, Any]:
         for part in key.split("."):
             value = value[part]
         recipe[key] = config_value(value)
+    if recipe["init_from"] is not None:
+        recipe["init_from"] = _name_weights(Path(word(recipe["init_from"])))
     batch = whole(config["batch_size"], 1)
     per_device = batch // (config["devices"] or 1)
     device_batch = min(config["device_batch_size"] or per_device, per_device)
     bn_images = config_value(config["bn_images"])
     recipe["bn_images"] = {"device": device_batch, "all": batch}.get(bn_images, bn_images)
     return recipe
+
+
+def _name_weights(path: Path) -> str:
+    """The name of a file of initial weights; of a run's checkpoint with the run's."""
+    return f"{path.parents[1].name}/{path.name}" if path.parent.name == "checkpoints" else path.name
 
 
 def _results(folder: Path) -> list[dict[str, Any]]:
@@ -250,12 +257,13 @@ def groups(runs: list[Run]) -> list[list[Run]]:
 
 
 def differences(one: list[Run], other: list[Run]) -> list[tuple[str, str, str]]:
-    """The settings in which two groups differ: key, its value in one, in the other.
+    """The settings in which two groups differ: key, its value in one, in the other; of other data that alone.
 
     The recipes of the two families have keys of their own, which cannot be compared.
     """
     own, others = ({"family": group[0].family} | group[0].setting for group in (one, other))
     keys = [key for key in own if key in others and own[key] != others[key]]
+    keys = ["data"] if "data" in keys else keys
     return [(key, format_setting(own[key]), format_setting(others[key])) for key in keys]
 
 
@@ -272,6 +280,8 @@ def format_setting(value: Any) -> str:
     """A value as it is typed on the command line."""
     if isinstance(value, bool):
         return str(value).lower()
+    if value is None:
+        return "null"
     return json.dumps(value).replace('"', "").replace(" ", "") if isinstance(value, list) else str(value)
 
 
@@ -281,14 +291,6 @@ def by_net(group: list[Run]) -> dict[str, list[Run]]:
     for run in group:
         by_name.setdefault(run.net, []).append(run)
     return by_name
-
-
-def mean_and_std(values: list[float]) -> tuple[float, float | None]:
-    """The mean and the sample standard deviation (n - 1), which is None for a single value."""
-    mean = math.fsum(values) / len(values)
-    if len(values) < 2:
-        return mean, None
-    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
 
 
 def describe_run(what: str, device: str, replaced: int, folder: str) -> str:

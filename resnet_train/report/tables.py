@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from resnet_train import paper
-from resnet_train.report.runs import END, Run, by_net, deviations, mean_and_std
+from resnet_train.report.curves import mean_and_std
+from resnet_train.report.runs import END, Run, by_net, deviations
 
 Spread = tuple[float, float | None, int]  # mean, standard deviation over seeds, number of seeds
 Cell = str | int | float | Spread | None

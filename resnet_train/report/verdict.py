@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 
 from resnet_train import paper
-from resnet_train.report.runs import END, Run, by_net, mean_and_std
+from resnet_train.report.curves import mean_and_std
+from resnet_train.report.runs import END, Run, by_net
 from resnet_train.report.tables import Cell, Table, spread
 
 # A difference counts as shown with SEEDS seeds of each net or above POINTS, and above WIDE times its spread over seeds.
