@@ -18,8 +18,10 @@ def say(text: object, file: TextIO | None = None) -> None:
 
 
 def format_share(share: float) -> str:
-    """A share from 0 to 1 in %, with enough digits to tell one near 1 from 1: 63.20 %, 99.9998 %."""
+    """A share from 0 to 1 in %, one near 1 with more digits to tell it from 1: 63.20 %, 99.9998 %, >99.9999 %."""
     rest = 100 * (1 - share)
     if rest <= 0:
         return "100 %"
+    if rest < 1e-4:
+        return ">99.9999 %"
     return f"{100 * share:.{max(2, -math.floor(math.log10(rest)))}f} %"
