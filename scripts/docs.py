@@ -181,6 +181,7 @@ def navigation() -> str:
     return "nav:\n  - Start: index.md\n" + "".join(
         f"  - {title}: docs/{name}.md\n"
         for name, title in {
+            "quickstart": "Quickstart",
             "training": "Training",
             "evaluation": "Evaluation",
             "keys": "Every key",

@@ -1,5 +1,6 @@
 """README's commands and its snippet run as they are printed, with words added that make them short."""
 
+import glob
 import json
 import re
 import shlex
@@ -13,8 +14,10 @@ from resnet_train.data.cifar10 import CLASSES
 from resnet_train.models import imagenet_resnet
 
 TEXT = (ROOT / "README.md").read_text()
+QUICKSTART = (ROOT / "docs/quickstart.md").read_text()
 SHORT = "iterations=2 batch_size=4 eval_batch_size=5 log_every=1 eval_every=2 compile=false precision=fp32 device=cpu"
 HERE = "data.root=tree device=cpu"
+PHOTOS = "runs/photos/resnet-20-A/iterations-300+seed-0"
 # What is added to each command: where the images lie that are not downloaded here, and a run of two iterations.
 ADDED = {
     "resnet-train depth=110 data=cifar10": f"{SHORT} data.root=tree run_dir=runs/cifar10/resnet-110-A/seed-0",
@@ -24,6 +27,12 @@ ADDED = {
     "resnet-train data=imagefolder data.root=photos depth=20 data.size=32": SHORT,
     "resnet-train data=imagenet data.root=photos depth=18 init_from=resnet18.pth freeze=layer2 iterations=2000"
     " batch_size=64": f"{SHORT} data.workers=0 data.size=32 augment.shorter_side=[32,40]",
+    # docs/quickstart.md
+    "resnet-train data=digits depth=20": f"{SHORT} run_dir=runs/digits/resnet-20-A/seed-0",
+    "resnet-train data=imagefolder data.root=photos depth=20 iterations=300": f"{SHORT} run_dir={PHOTOS}",
+    f"resnet-eval checkpoint={PHOTOS}/checkpoints/last.pt details=true": "device=cpu",
+    f"resnet-classify photos/animals/001.jpg checkpoint={PHOTOS}/checkpoints/last.pt": "device=cpu",
+    f"resnet-features photos/*/*.jpg checkpoint={PHOTOS}/checkpoints/last.pt out=features.npz": "device=cpu",
 }
 
 
@@ -52,15 +61,15 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def printed():
-    """The commands in README's blocks."""
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```", TEXT, re.M | re.S)
+def printed(text=TEXT):
+    """The commands in the blocks of README, or of another page."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S)
     lines = [line for kind, block in blocks if not kind for line in block.splitlines()]
     return [" ".join(shlex.split(line, comments=True)) for line in lines if line.startswith("resnet-")]
 
 
 def test_every_command_is_known():
-    assert printed() == list(ADDED)
+    assert list(dict.fromkeys(printed() + printed(QUICKSTART))) == list(ADDED)
 
 
 @pytest.mark.long
@@ -84,10 +93,23 @@ def test_all_commands_of_the_readme_run_as_printed(place, command):
     ]
 
 
+@pytest.mark.long
+def test_all_commands_of_the_quickstart_run_as_printed(place, command):
+    pytest.importorskip("bokeh")
+    pytest.importorskip("sklearn")
+    for number in range(1, 8):
+        for name in ("animals", "things"):
+            draw(place / f"photos/{name}/{number:03}.jpg", (48, 64))
+    run(printed(QUICKSTART), command)
+    assert (place / PHOTOS / "checkpoints/last-test-mistakes.html").is_file()
+    assert "last-test-mistakes.html" in (place / "report/report.md").read_text()
+    assert (place / "features.npz").is_file()
+
+
 def run(lines, command):
-    """Run these commands, one after another, with what `ADDED` adds to each."""
+    """Run these commands, one after another, with what `ADDED` adds to each; patterns of files as a shell has them."""
     for line in lines:
-        name, *words = shlex.split(line)
+        name, *words = [found for word in shlex.split(line) for found in sorted(glob.glob(word)) or [word]]
         entry = {"eval": "evaluate"}.get(name.removeprefix("resnet-"), name.removeprefix("resnet-"))
         done = command(*words, *ADDED[line].split(), entry=entry, timeout=250)
         assert done.returncode == 0, (line, done.stderr)
