@@ -114,12 +114,13 @@ def test_two_processes_leave_the_same_files(looked):
         assert (looked / "1" / name).read_bytes() == (looked / "2" / name).read_bytes(), name
 
 
-def test_the_answer_is_the_one_that_is_counted_and_fillings_are_left_out():
+def test_the_answer_is_the_one_that_is_counted_and_padding_is_left_out():
     logits = torch.tensor([[1.0, 1.0, 0.0], [0.0, 2.0, 0.0], [5.0, 0.0, 0.0]])
     found = answers(logits, torch.tensor([0, 2, -1]))
-    assert (found.shape, found.dtype) == ((2, 3), torch.float64)
-    assert found[:, 1].tolist() == [float(logits.topk(3).indices[0, 0]), 1.0]
-    assert torch.equal(in_order([found, found[:1]]), torch.cat([found, found[:1]]))
+    assert (found.shape, found.dtype) == ((3, 3), torch.float64)
+    assert found[:, 0].tolist() == [0, 2, -1]
+    assert found[:, 1].tolist() == [float(logits.topk(3).indices[0, 0]), 1.0, 0.0]
+    assert torch.equal(in_order([found, found], 5), torch.cat([found, found[:2]]))
 
 
 @pytest.fixture(scope="module")

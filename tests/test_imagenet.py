@@ -1,18 +1,24 @@
 """Laying out the official ILSVRC2012 archives, on a small set of such."""
 
+import csv
 import hashlib
 import importlib.util
 import io
+import json
 import os
 import signal
 import tarfile
 
 import numpy as np
 import pytest
-from conftest import ROOT, metrics
+import torch
+from conftest import ROOT, as_one_of, metrics
 from test_sets import photograph
 
+from resnet_train.classification.evaluate import count_errors
+from resnet_train.data.streaming import StreamingDataset
 from resnet_train.errors import UserError
+from resnet_train.models import imagenet_resnet
 
 savemat = pytest.importorskip("scipy.io", reason="needs scipy").savemat
 spec = importlib.util.spec_from_file_location("imagenet_layout", ROOT / "scripts" / "imagenet.py")
@@ -186,3 +192,68 @@ def test_the_closing_line_says_how_often_broken_images_were_replaced(tmp_path, c
     counts = [line["skipped"] for line in metrics(tmp_path / "run") if line["split"] == "train"]
     assert (len(counts), sum(counts)) == (2, 2)  # two passes of six
     assert "at iteration 3, the last; broken training images were replaced by others 2 times\n" in done.stdout
+
+
+def test_broken_images_are_left_out_of_an_evaluation(tmp_path, command, command_here):
+    """In training, of its checkpoint, in one process and in two; names stay with their rows."""
+    for part in ("train", "val"):
+        for name in ("cat", "dog"):
+            for index in range(4):
+                photograph(tmp_path / "tree" / part / name / f"{index}.JPEG", (40, 50), index)
+    broken = {"train": ["cat/1.JPEG", "dog/3.JPEG"], "val": ["cat/0.JPEG", "dog/3.JPEG"]}
+    for part, names in broken.items():
+        for name in names:
+            (tmp_path / "tree" / part / name).write_bytes(b"no image")
+    words = ["data=imagenet", "depth=18", "data.root=tree", "data.size=32", "augment.shorter_side=[36,40]"]
+    words += ["batch_size=4", "iterations=2", "data.workers=1", "device=cpu", "precision=fp32", "data.broken=skip"]
+    words += ["normalise=channels", "run_dir=run", "eval_every=1", "eval_batch_size=3"]
+    done = command(*words, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert "the last; images left out because they cannot be decoded: 2;" in done.stdout
+    assert all(done.stderr.count(f"tree/val/{name}: is not an image") == 1 for name in broken["val"])
+    assert [line["seen"] for line in metrics(tmp_path / "run") if line["split"] == "test"] == [6, 6]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["unreadable"], summary["last"]["test"]["seen"]) == ({"test": 2}, 6)
+
+    wanted = [f"{name}/{index}.JPEG" for name in ("cat", "dog") for index in range(4)]
+    for split, part in (("train", "train"), ("test", "val")):
+        kept = [name for name in wanted if name not in broken[part]]
+        results = []
+        last, given = "run/checkpoints/last.pt", [f"split={split}", "device=cpu"]
+        for protocol in ("center", "tencrop"):
+            told = command_here("evaluate", last, *given, "details=true", f"protocol={protocol}", "out=r.json")
+            assert "; images left out because they cannot be decoded: 2; r.json\n" in told
+            results.append(json.loads((tmp_path / "r.json").read_text()))
+            assert (results[-1]["seen"], results[-1]["unreadable"]) == (6, 2)
+            with (tmp_path / "r-predictions.csv").open(newline="") as file:
+                assert [(row["image"], row["label"]) for row in csv.DictReader(file)] == [
+                    (name, name.split("/")[0]) for name in kept
+                ]
+        told = command_here("features", f"checkpoint={last}", "data=same", *given, "out=f.npz")
+        assert told.endswith(" float32; images left out because they cannot be decoded: 2; f.npz\n")
+        with np.load(tmp_path / "f.npz") as stored:
+            assert stored["images"].tolist() == kept
+            assert [stored["classes"][label] for label in stored["labels"]] == [name.split("/")[0] for name in kept]
+            together = stored["features"]
+        intact = [f"tree/{part}/{name}" for name in kept]
+        command_here("features", *intact, f"checkpoint={last}", "device=cpu", "out=g.npz")
+        with np.load(tmp_path / "g.npz") as stored:
+            np.testing.assert_allclose(together, stored["features"], rtol=1e-4, atol=1e-6)
+    words = [f"checkpoint={last}", "device=cpu", "details=true", "protocol=tencrop", "out=two.json"]
+    as_one_of(2, tmp_path, "from resnet_train.cli import evaluate; evaluate()", *words)
+    two = json.loads((tmp_path / "two.json").read_text())
+    assert {**two, "loss": 0} == {**results[-1], "loss": 0}
+    assert two["loss"] == pytest.approx(results[-1]["loss"])
+    assert (tmp_path / "two-predictions.csv").read_text() == (tmp_path / "r-predictions.csv").read_text()
+
+
+def test_an_evaluation_without_any_image_that_can_be_decoded_stops(tmp_path):
+    for part in ("train", "val"):
+        for name in ("cat", "dog"):
+            photograph(tmp_path / "tree" / part / name / "0.JPEG", (40, 50), 0)
+            if part == "val":
+                (tmp_path / "tree/val" / name / "0.JPEG").write_bytes(b"no image")
+    dataset = StreamingDataset(root=str(tmp_path / "tree"), size=32, validation=0, workers=0, broken="skip")
+    batches = dataset.eval_batches("test", dataset.mean_image(), torch.device("cpu"), 3)
+    with pytest.raises(UserError, match="none of the 2 images can be decoded"):
+        count_errors(imagenet_resnet(18, num_classes=2), batches, "fp32", 2, skip=True)

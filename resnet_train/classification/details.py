@@ -38,20 +38,21 @@ SMALL = 64  # pixels: images up to this size are stored as PNG
 def answers(logits: Tensor, labels: Tensor) -> Tensor:
     """Label, prediction and its probability for each image of a batch: (N, 3) float64 on the CPU.
 
-    Images with label -1, which pad a batch, are left out.
+    Images with label -1, which pad a batch or are broken, have it here too.
     """
     top = logits.topk(min(5, logits.shape[1]), dim=1).indices[:, :1]  # breaks ties as evaluate.wrong_answers
     probability = logits.double().softmax(1).gather(1, top)
-    return torch.cat([labels[:, None].double(), top.double(), probability], 1)[labels >= 0].cpu()
+    return torch.cat([labels[:, None].double(), top.double(), probability], 1).cpu()
 
 
-def in_order(batches: list[Tensor]) -> Tensor:
-    """Gather the answers of all processes, each with its share of the batches, in the order of the images."""
+def in_order(batches: list[Tensor], count: int) -> Tensor:
+    """Gather the answers of all processes, each with its share of the batches, in the order of the `count` images."""
     shares: list[list[Tensor]] = [batches] * world_size()
     if world_size() > 1:
         dist.all_gather_object(shares, batches)
     longest = max(map(len, shares))
-    return torch.cat([share[position] for position in range(longest) for share in shares if position < len(share)])
+    rows = torch.cat([share[position] for position in range(longest) for share in shares if position < len(share)])
+    return rows[:count]  # the last batch is padded
 
 
 def check_places(out: Path) -> None:
@@ -73,9 +74,12 @@ def write_details(
 ) -> Path:
     """Write the four files beside `out`; return the path of the page.
 
-    `net` is a description, `result` the evaluation's result, `answer_rows` the rows of `answers`. Raises UserError.
+    `net` is a description, `result` the evaluation's result, `answer_rows` the rows of `answers`, one for each image;
+    those of broken images are left out. Raises UserError.
     """
-    names, classes, count = dataset.names(result["split"]), dataset.classes, len(dataset.classes)
+    read = (answer_rows[:, 0] >= 0).nonzero().flatten().tolist()
+    names, answer_rows = dataset.names(result["split"]), answer_rows[read]
+    names, classes, count = [names[index] for index in read], dataset.classes, len(dataset.classes)
     labels, predicted = (answer_rows[:, column].long().tolist() for column in (0, 1))
     probabilities = [round(value, 12) for value in answer_rows[:, 2].tolist()]
     confusion = np.bincount(np.array(labels) * count + predicted, minlength=count * count).reshape(count, count)
@@ -85,7 +89,7 @@ def write_details(
     wrong = [index for index, label in enumerate(labels) if predicted[index] != label]
     readable, worst = _readable(classes), []
     for index in sorted(wrong, key=lambda index: (-probabilities[index], index))[: mistakes.MOST]:
-        tile = _tile(dataset.picture(result["split"], index))
+        tile = _tile(dataset.picture(result["split"], read[index]))
         label, answer = readable[labels[index]], readable[predicted[index]]
         worst.append(Mistake(tile, label, answer, probabilities[index], str(names[index])))
     title = f"What {escape_and_clip(net)} gets wrong on {escape_and_clip(result['data'])}, {result['split']}"

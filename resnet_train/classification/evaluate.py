@@ -92,22 +92,30 @@ def count_errors(
     precision: str,
     size: int,
     answer_rows: list[Tensor] | None = None,
+    *,
+    skip: bool = False,
 ) -> Count:
     """Run `model` in evaluation mode over `batches`, which have `size` labels other than -1; only these are counted.
 
-    Each process passes its own share of the batches, and all get the same count, that of a single process. The
-    answers of each batch of this process (details.answers) are appended to `answer_rows`.
+    With `skip` they may have fewer, for broken images have -1 too. Each process passes its own share of the batches, and
+    all get the same count, that of a single process. The answers of each batch of this process (details.answers) are
+    appended to `answer_rows`. Raises UserError if no image is left.
     """
     device = next(model.parameters()).device
     with eval_mode(model):
         outcomes = ((compute_logits(model, images, precision), labels) for images, labels in batches)
-        return count(outcomes, size, device, answer_rows)
+        return count(outcomes, size, device, answer_rows, skip=skip)
 
 
 def count(
-    outcomes: Iterable[tuple[Tensor, Tensor]], size: int, device: torch.device, answer_rows: list[Tensor] | None = None
+    outcomes: Iterable[tuple[Tensor, Tensor]],
+    size: int,
+    device: torch.device,
+    answer_rows: list[Tensor] | None = None,
+    *,
+    skip: bool = False,
 ) -> Count:
-    """Count this process's share of batches of logits (or log-probabilities) and labels, and add all shares."""
+    """`count_errors` of this process's share of batches of logits (or log-probabilities) and labels."""
     counts = torch.zeros(3, dtype=torch.int64, device=device)
     losses = []
     for logits, labels in outcomes:
@@ -116,7 +124,9 @@ def count(
         if answer_rows is not None:
             answer_rows.append(answers(logits, labels))
     wrong, wrong5, seen = all_reduce_sum(counts).tolist()
-    assert seen == size, f"{seen} images counted of {size}"
+    if not seen:
+        raise UserError(f"none of the {size} images can be decoded")
+    assert seen == size or skip, f"{seen} images counted of {size}"
     all_losses = torch.zeros(int(all_reduce_sum(torch.tensor(len(losses)))), dtype=torch.float64, device=device)
     if losses:  # ordered by batch, so that their sum does not depend on the number of processes
         all_losses[rank() :: world_size()] = torch.stack(losses)
@@ -174,8 +184,9 @@ def _evaluate(args: EvalConfig, device: torch.device) -> None:
     if args.details:
         raise_on_all_ranks(lambda: check_places(out))
     counts, precision, compiled = _count_members(members, dataset, args, device, batch_answers)
-    answer_rows = None if batch_answers is None else in_order(batch_answers)
+    answer_rows = None if batch_answers is None else in_order(batch_answers, dataset.sizes[args.split])
     alone, unreadable = len(members) == 1, len(dataset.unreadable.get("test" if args.split == "test" else "train", ()))
+    unreadable += dataset.sizes[args.split] - counts.seen  # of photographs, known only as they are read
     result = {
         **(members[0].describe() if alone else {"net": f"ensemble of {len(members)}"}),
         **({} if alone else {"members": [member.describe() for member in members]}),
@@ -247,6 +258,7 @@ def _count_members(
     """The errors of all members as an ensemble, their precision, and whether all were compiled."""
     sums: list[tuple[Tensor, Tensor]] = []
     precisions, compiled, size = set(), True, dataset.sizes[args.split]
+    skip = members[0].config.data.broken == "skip"
     torch.backends.cudnn.benchmark = args.protocol != "multiscale"  # whose shapes vary
     for member in members:
         loading = member.path, member.config, member.state, dataset.classes, device
@@ -261,14 +273,15 @@ def _count_members(
         share = (args.split, mean, device, pick_eval_batch(member.config, device), rank(), world_size())
         if len(members) == 1 and args.protocol == "center":
             batches = dataset.eval_batches(*share)
-            return count_errors(model, batches, precision, size, answer_rows), precision, compiled
+            return count_errors(model, batches, precision, size, answer_rows, skip=skip), precision, compiled
         outcomes = probabilities(model, dataset.eval_views(args.protocol, *share), precision)
         if not sums:
             sums = [(scores.cpu(), labels.cpu()) for scores, labels in outcomes]
         else:
             sums = [(total + scores.cpu(), labels) for (total, labels), (scores, _) in zip(sums, outcomes, strict=True)]
     means = (((scores / len(members)).log(), labels) for scores, labels in sums)
-    return count(means, size, torch.device("cpu"), answer_rows), " and ".join(sorted(precisions)), compiled
+    counts = count(means, size, torch.device("cpu"), answer_rows, skip=skip)
+    return counts, " and ".join(sorted(precisions)), compiled
 
 
 def _default_out(members: list[Member], dataset: MemoryDataset | StreamingDataset, args: EvalConfig) -> Path:

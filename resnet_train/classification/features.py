@@ -51,10 +51,15 @@ def features(args: FeaturesConfig, data: EvalData | None, images: list[str]) -> 
         batches = iter(dataset.eval_batches(args.split, model.mean.to(model.device), model.device, batch_size))
     check_result(out)
     arrays = gather(model, args.layer, batches, len(metadata["images"]))
+    unreadable = ""
+    if "labels" in arrays and not (read := arrays["labels"] >= 0).all():
+        arrays = {name: values[read] for name, values in arrays.items()}
+        metadata["images"] = [name for name, kept in zip(metadata["images"], read, strict=True) if kept]
+        unreadable = f"; images left out because they cannot be decoded: {(~read).sum()}"
     _write(out, arrays, metadata)
     say(
         f"{model.config.net}, {args.layer}: {len(metadata['images'])} images, {list(arrays['features'].shape)}"
-        f" {arrays['features'].dtype}; {out}"
+        f" {arrays['features'].dtype}{unreadable}; {out}"
     )
 
 
@@ -75,15 +80,15 @@ def gather(
     """The outputs of `layer` for `count` images: `features` (N, C), or (N, C, H, W) for a layer before the pooling.
 
     Computed in the precision of the net's evaluation; stored as float32, or float64 for fp64. If `batches` have labels,
-    also `labels` (N,) int64; images with label -1, which pad a batch, are left out. Raises UserError if the arrays do
-    not fit in memory.
+    also `labels` (N,) int64, which are -1 for broken images; padding of the last batch is left out. Raises UserError if
+    the arrays do not fit in memory.
     """
     arrays: dict[str, np.ndarray] = {}
     start = 0
     with outputs(model.net, layer) as captured:
         for images, labels in batches:
             model.logits(images)
-            values = captured.pop() if labels is None else captured.pop()[labels >= 0]
+            values = captured.pop()[: count - start]
             values = values.double() if model.precision == "fp64" else values.float()
             values = values.flatten(1) if values.shape[2:] == (1, 1) else values
             if not arrays:
@@ -92,7 +97,7 @@ def gather(
             stop = start + len(values)
             arrays["features"][start:stop] = values.cpu().numpy()
             if labels is not None:
-                arrays["labels"][start:stop] = labels[labels >= 0].cpu().numpy()
+                arrays["labels"][start:stop] = labels[: len(values)].cpu().numpy()
             start = stop
     assert start == count, f"{start} images of {count}"
     return arrays

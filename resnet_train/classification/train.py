@@ -159,7 +159,8 @@ class ClassificationTask(TrainState):
         batch_size = pick_eval_batch(self.config, self.device)
         for split in self.splits:
             batches = self.dataset.eval_batches(split, self.mean, self.device, batch_size, rank(), world_size())
-            count = count_errors(self.model, batches, self.precision, self.dataset.sizes[split])
+            size, skip = self.dataset.sizes[split], self.config.data.broken == "skip"
+            count = count_errors(self.model, batches, self.precision, size, skip=skip)
             if split == "val":
                 if self.config.schedule.watch == "val":
                     self._watch_plateau(count.error)
@@ -294,7 +295,10 @@ class ClassificationTask(TrainState):
             by_split = {split: points.get((split, iteration)) for split in ("train", "val", "test")}
             return {s: {k: point[k] for k in keys if k in point} for s, point in by_split.items() if point}
 
-        best, unreadable = errors(self.best_at), {part: len(names) for part, names in self.dataset.unreadable.items()}
+        best, last = errors(self.best_at), errors(config.iterations)
+        unreadable = {part: len(names) for part, names in self.dataset.unreadable.items()} or {
+            split: self.dataset.sizes[split] - last[split]["seen"] for split in self.splits if split in last
+        }  # of photographs, known only as they are read
         return {
             "net": config.net,
             "data": self.label,
@@ -305,7 +309,7 @@ class ClassificationTask(TrainState):
             "iterations": config.iterations,
             "init_from": config.init_from,
             "freeze": config.freeze,
-            "last": errors(config.iterations),
+            "last": last,
             "best": {"chosen_by": "lowest validation error", **best} if self.dataset.sizes["val"] and best else None,
             "paper": {"source": TABLE_6, "test_error": self.reference} if self.reference is not None else None,
             "parameters": parameters(self.model),
@@ -322,9 +326,11 @@ class ClassificationTask(TrainState):
     def conclude(self, summary: dict[str, Any]) -> str:
         """The test error in one line."""
         test, short = summary["last"]["test"], self._shortened()
+        unreadable = summary.get("unreadable", {}).get("test")
         return (
             f"{self._title()}: test error {test['error']:.2f} % ({test['wrong']} of {test['seen']} wrong,"
             f" {test['protocol']}) at iteration {self.config.iterations}, the last{'; ' if short else ''}{short}"
+            + (f"; images left out because they cannot be decoded: {unreadable}" if unreadable else "")
         )
 
     def _title(self) -> str:

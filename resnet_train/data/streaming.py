@@ -35,6 +35,7 @@ from resnet_train.data.views import (
     SCALES,
     Batches,
     BatchOrder,
+    CenterViews,
     CroppedViews,
     View,
     Views,
@@ -54,8 +55,9 @@ MEAN_OF = 10_000  # training images over which the mean image is averaged
 class StreamingDataset:
     """Photographs in class folders or packed, decoded in worker processes (section 3.4).
 
-    A broken training image raises an error with its name or, with `broken="skip"`, is replaced by the next intact
-    image, cropped alike; `skipped` is their number in the last training batch of this process.
+    A broken image raises an error with its name or, with `broken="skip"`, is left out of an evaluation, where its label
+    is -1, and replaced in training by the next intact one, cropped alike; `skipped` is the number of those in the last
+    training batch of this process.
     """
 
     protocol = "center crop"
@@ -115,7 +117,7 @@ class StreamingDataset:
         total = torch.zeros(self.size, self.size, 3, dtype=torch.int64)
         loader = self._loader(CroppedViews(part, self.size, self.broken), views, torch.device("cpu"))
         for images, _, broken in tqdm(loader, total=len(views), desc="mean image", disable=None):
-            self._report_broken(broken)
+            self._name_broken(broken)
             total += images.sum(0, dtype=torch.int64)
         mean = (total.double() / len(indices)).float()
         keep(path, mean)
@@ -128,7 +130,7 @@ class StreamingDataset:
 
     def picture(self, split: str, index: int) -> Tensor:
         """The center crop of an image of a part, as the net sees it: (S, S, 3) uint8."""
-        return CroppedViews(self.parts[split], self.size)[index, None][0]
+        return CenterViews(self.parts[split], self.size)[index][0]
 
     def _divisor(self, device: torch.device) -> Tensor | None:
         """The std by which images are divided after the mean: (1, 3, 1, 1) float64, or None."""
@@ -144,7 +146,8 @@ class StreamingDataset:
         augment, batch_size, iteration = order.augment, order.batch_size, order.start
         sampler = _RandomViews(train, self.size, order)
         for images, labels, broken in self._loader(CroppedViews(train, self.size, self.broken), sampler, device):
-            self._report_broken(broken)
+            self._name_broken(broken)
+            self.skipped = sum(map(bool, broken))
             draw = generator(order.seed, "device augment", iteration)
             flips = draw_crops(draw, batch_size, 0, augment.flip)[2][part].to(device, non_blocking=True)
             noise = torch.randn(batch_size, 3, generator=draw)[part] * augment.colour_noise
@@ -160,13 +163,17 @@ class StreamingDataset:
     def eval_batches(
         self, split: str, mean: Tensor, device: torch.device, batch_size: int, rank: int = 0, world: int = 1
     ) -> Batches:
-        """The center crop of every image once, shorter side 256 for crops of 224. Padding has label -1."""
+        """The center crop of every image once, shorter side 256 for crops of 224.
+
+        Padding has label -1, and so have broken images with `broken="skip"`.
+        """
         part = self.parts[split]
         starts = range(rank * batch_size, len(part), world * batch_size)
-        views: list[list[View]] = [[(min(i, len(part) - 1), None) for i in range(s, s + batch_size)] for s in starts]
+        indices = [[min(i, len(part) - 1) for i in range(s, s + batch_size)] for s in starts]
         positions, std = torch.arange(batch_size), self._divisor(device)
-        loader = self._loader(CroppedViews(part, self.size), views, device)
-        for start, (images, labels, _) in zip(starts, loader, strict=True):
+        loader = self._loader(CenterViews(part, self.size, skip=self.broken == "skip"), indices, device)
+        for start, (images, labels, broken) in zip(starts, loader, strict=True):
+            self._name_broken(broken)
             labels = torch.where(positions + start < len(part), labels, -1).to(device, non_blocking=True)
             yield normalise(images.to(device, non_blocking=True), mean, std), labels
 
@@ -193,19 +200,19 @@ class StreamingDataset:
         sides = (256,) if protocol == "tencrop" else SCALES
         wholes = [round(self.size * side / 224) for side in sides]
         batches = [range(s, min(s + count, len(part))) for s in range(rank * count, len(part), world * count)]
-        data = WholeViews(part, wholes, self.size if protocol == "tencrop" else None)
+        data = WholeViews(part, wholes, self.size if protocol == "tencrop" else None, skip=self.broken == "skip")
         std = self._divisor(device)
         for batch in self._loader(data, batches, device, collate=list):
-            labels = torch.tensor([label for _, label in batch], device=device)
+            self._name_broken([broken for _, _, broken in batch])
+            labels = torch.tensor([label for _, label, _ in batch], device=device)
             views = []
-            for images, indices in same_shape([images for images, _ in batch], batch_size * self.size**2):
+            for images, indices in same_shape([images for images, _, _ in batch], batch_size * self.size**2):
                 images = normalise(images.to(device, non_blocking=True), mean, std)
                 views.append((torch.cat([images, images.flip(3)]), indices.to(device)))
             yield views, labels
 
-    def _report_broken(self, broken: list[str]) -> None:
-        """Count the replaced images of a batch, and print a line for each broken image once."""
-        self.skipped = sum(map(bool, broken))
+    def _name_broken(self, broken: list[str]) -> None:
+        """Print a line for each broken image of a batch once."""
         for line in sorted({line for lines in broken for line in lines.splitlines()} - self.reported):
             tqdm.write(printable(f"skipped: {line}"), file=sys.stderr)
             self.reported.add(line)

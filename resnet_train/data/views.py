@@ -77,6 +77,30 @@ def skip_broken(read: Callable[[int], T], index: int, size: int, *, skip: bool) 
     raise ImageError(broken[0] if tries == 1 else f"{broken[0]}; and so are the {tries - 1} after it")
 
 
+def image_or_blank(part: ImageSource, index: int, *, skip: bool) -> tuple[Tensor, int, str]:
+    """`image_of` and ""; with `skip`, for a broken image, a black pixel, label -1, and a line about it."""
+    try:
+        return *image_of(part, index), ""
+    except ImageError as error:
+        if not skip:
+            raise
+        return torch.zeros(3, 1, 1, dtype=torch.uint8), -1, str(error)
+
+
+class CenterViews(Dataset[tuple[Tensor, int, str]]):
+    """Square uint8 center crops (S, S, 3) of photographs, decoded at full size, with labels, as in evaluation.
+
+    With `skip` a broken image has label -1, and a line about it.
+    """
+
+    def __init__(self, part: ImageSource, size: int, *, skip: bool = False) -> None:
+        self.part, self.size, self.skip = part, size, skip
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, str]:
+        image, label, broken = image_or_blank(self.part, index, skip=self.skip)
+        return center_view(image, self.size).permute(1, 2, 0).contiguous(), label, broken
+
+
 class CroppedViews(Dataset[tuple[Tensor, int, str]]):
     """Square uint8 crops (S, S, 3) of photographs, given by views, with labels and lines about broken images."""
 
@@ -89,28 +113,30 @@ class CroppedViews(Dataset[tuple[Tensor, int, str]]):
         return image, label, broken
 
     def _cut(self, index: int, box_of: Callable[[int, int], Box] | None) -> tuple[Tensor, int]:
-        if box_of is None:  # evaluation: decoded at full size
-            image, label = image_of(self.part, index)
-            return center_view(image, self.size).permute(1, 2, 0).contiguous(), label
+        if box_of is None:
+            return CenterViews(self.part, self.size)[index][:2]
         name, data, label = self.part.read(index)
         return cut(data, name, self.size, box_of), label
 
 
-class WholeViews(Dataset[tuple[list[Tensor], int]]):
-    """Photographs as uint8 (V, H, W, 3) at several shorter sides: whole, or corners and center of size `crop`."""
+class WholeViews(Dataset[tuple[list[Tensor], int, str]]):
+    """Photographs as uint8 (V, H, W, 3) at several shorter sides: whole, or corners and center of size `crop`.
 
-    def __init__(self, part: ImageSource, sides: list[int], crop: int | None) -> None:
-        self.part, self.sides, self.crop = part, sides, crop
+    With `skip` a broken image has label -1, and a line about it.
+    """
 
-    def __getitem__(self, index: int) -> tuple[list[Tensor], int]:
+    def __init__(self, part: ImageSource, sides: list[int], crop: int | None, *, skip: bool = False) -> None:
+        self.part, self.sides, self.crop, self.skip = part, sides, crop, skip
+
+    def __getitem__(self, index: int) -> tuple[list[Tensor], int, str]:
         from torchvision.transforms.v2 import functional as TF
 
-        (image, label), scales = image_of(self.part, index), []
+        (image, label, broken), scales = image_or_blank(self.part, index, skip=self.skip), []
         for side in self.sides:
             resized = scaled_view(image, side)
             views = TF.five_crop(resized, [self.crop, self.crop]) if self.crop else (resized,)
             scales.append(torch.stack(views).permute(0, 2, 3, 1).contiguous())
-        return scales, label
+        return scales, label, broken
 
 
 def same_shape(images: list[list[Tensor]], pixels: int) -> Iterator[tuple[Tensor, Tensor]]:
