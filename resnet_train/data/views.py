@@ -70,21 +70,27 @@ def skip_broken(read: Callable[[int], T], index: int, size: int, *, skip: bool) 
     broken: list[str] = []
     tries = min(size, TRIES) if skip else 1
     for step in range(tries):
-        try:
-            return read((index + step) % size), "\n".join(broken)
-        except ImageError as error:
-            broken.append(str(error))
+        item = read_or_fault(read, (index + step) % size, skip=skip)
+        if not isinstance(item, ImageError):
+            return item, "\n".join(broken)
+        broken.append(str(item))
     raise ImageError(broken[0] if tries == 1 else f"{broken[0]}; and so are the {tries - 1} after it")
+
+
+def read_or_fault(read: Callable[[int], T], index: int, *, skip: bool) -> T | ImageError:
+    """`read(index)` or, with `skip`, the error of a broken image. Raises ImageError, with advice, without."""
+    try:
+        return read(index)
+    except ImageError as error:
+        if skip:
+            return error
+        raise ImageError(f"{error}; remove it, or train with data.broken=skip, which leaves such out") from error
 
 
 def image_or_blank(part: ImageSource, index: int, *, skip: bool) -> tuple[Tensor, int, str]:
     """`image_of` and ""; with `skip`, for a broken image, a black pixel, label -1, and a line about it."""
-    try:
-        return *image_of(part, index), ""
-    except ImageError as error:
-        if not skip:
-            raise
-        return torch.zeros(3, 1, 1, dtype=torch.uint8), -1, str(error)
+    item = read_or_fault(lambda index: image_of(part, index), index, skip=skip)
+    return (torch.zeros(3, 1, 1, dtype=torch.uint8), -1, str(item)) if isinstance(item, ImageError) else (*item, "")
 
 
 class CenterViews(Dataset[tuple[Tensor, int, str]]):
@@ -114,7 +120,8 @@ class CroppedViews(Dataset[tuple[Tensor, int, str]]):
 
     def _cut(self, index: int, box_of: Callable[[int, int], Box] | None) -> tuple[Tensor, int]:
         if box_of is None:
-            return CenterViews(self.part, self.size)[index][:2]
+            image, label = image_of(self.part, index)
+            return center_view(image, self.size).permute(1, 2, 0).contiguous(), label
         name, data, label = self.part.read(index)
         return cut(data, name, self.size, box_of), label
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from resnet_train.data.decode import ImageError
 from resnet_train.data.loader import checked_batches, leave_signals
 from resnet_train.data.sampler import batch_indices, generator
-from resnet_train.data.views import skip_broken
+from resnet_train.data.views import read_or_fault, skip_broken
 from resnet_train.detection.annotations import Example, load
 from resnet_train.detection.masks import training_masks
 from resnet_train.engine.limits import share_of_cores
@@ -79,12 +79,8 @@ class _Images(Dataset[Tensor | str]):
         return len(self.examples)
 
     def __getitem__(self, index: int) -> Tensor | str:
-        try:
-            return load(self.examples[index])
-        except ImageError as error:
-            if not self.skip:
-                raise
-            return str(error)
+        image = read_or_fault(lambda index: load(self.examples[index]), index, skip=self.skip)
+        return str(image) if isinstance(image, ImageError) else image
 
 
 def mirrored(boxes: Tensor, width: int) -> Tensor:
