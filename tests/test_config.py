@@ -836,7 +836,7 @@ def a_class_of_the_test_alone(root):
         (a_class_of_training_alone, "class emu is in train/ and not in test/"),
         (a_class_of_the_test_alone, "class emu is in test/ and not in train/"),
         (a_class_misspelt, "class dog is in train/ and not in test/; did you mean dgo?"),
-        (lambda root: (root / "train").rename(root / "trian"), "no train/ and test/"),
+        (lambda root: (root / "train").rename(root / "trian"), "has test/ and no train/, which is needed"),
         (lambda root: (root / "train").rename(root / "trian"), "; trian/ is not one: name it train/ if it is meant"),
         (lambda root: (root / "test").rename(root / "tset"), "; tset/ is not one: name it test/ if it is meant"),
         (lambda root: (root / "test").rename(root / "Testing"), "; Testing/ is not one: name it test/ if it is meant"),

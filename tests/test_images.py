@@ -456,13 +456,25 @@ def test_an_undivided_tree_is_divided_by_names(tmp_path):
     assert files_for_test("imagefolder", None) == files_for_test("digits", None) == []
 
 
+def test_an_evaluation_on_an_undivided_tree_says_what_it_tests(trained, tmp_path, command_here):
+    fill(tmp_path / "fresh", {str(label): 10 for label in range(10)})
+    words = [trained, "data=imagefolder", "device=cpu", "out=r.json"]
+    told = command_here("evaluate", *words, "data.root=fresh")
+    fifth = "has no train/ and test/: the fifth that training would hold out is tested, 20 of 100 images\n"
+    assert told.startswith(f"note: {tmp_path / 'fresh'} {fifth}")
+    for part in ("train", "test"):
+        (tmp_path / "divided" / part).parent.mkdir(exist_ok=True)
+        (tmp_path / "divided" / part).symlink_to(tmp_path / "fresh")
+    assert "note: " not in command_here("evaluate", *words, "data.root=divided")
+
+
 @pytest.mark.parametrize(
     ("counts", "message"),
     [
         ({"cat": 3, "dog": 1}, "dog/ has one image; at least two are needed, one of them for the test"),
         ({"cat": 3, "dog": 2, "empty": 0}, "empty/ has no images"),
         ({"cat": 3}, "photos: has one class, cat; at least two are needed"),
-        ({"cat": 3, "empty": 0}, "photos: has one class, cat; at least two are needed"),
+        ({"cat": 3, "empty": 0}, "photos: has one class, cat; at least two are needed; without images: empty/$"),
         ({".": 3}, "photos: has 3 images in no folder; put the images into a folder for each class"),
         ({"inner/cat": 2, "inner/dog": 2}, "photos: the classes seem to lie in inner/; try data.root=.*photos/inner$"),
         ({"inner/train/cat": 2, "inner/test/cat": 2}, "photos: the classes seem to lie in inner/"),

@@ -18,7 +18,7 @@ from resnet_train.classification.details import answers, check_places, in_order,
 from resnet_train.classification.load import average_batch_norm, load_model, open_dataset, pick_eval_batch
 from resnet_train.config.commands import EVAL_RESULT, EvalConfig
 from resnet_train.config.data import EvalData
-from resnet_train.config.layout import check_source
+from resnet_train.config.layout import check_source, files_for_test
 from resnet_train.config.train import Config, config_from_checkpoint
 from resnet_train.data.memory import MemoryDataset
 from resnet_train.data.streaming import StreamingDataset
@@ -97,7 +97,7 @@ def count_errors(
 ) -> Count:
     """Run `model` in evaluation mode over `batches`, which have `size` labels other than -1; only these are counted.
 
-    With `skip` they may have fewer, for broken images have -1 too. Each process passes its own share of the batches, and
+    With `skip` they may have fewer: broken images have -1 too. Each process passes its own share of the batches, and
     all get the same count, that of a single process. The answers of each batch of this process (details.answers) are
     appended to `answer_rows`. Raises UserError if no image is left.
     """
@@ -174,10 +174,9 @@ def _evaluate(args: EvalConfig, device: torch.device) -> None:
     config = members[0].config
     raise_on_all_ranks(lambda: _check_members(members, args))
     dataset = local_rank_zero_first(lambda: open_dataset(config))
-    digests = {member.state["digest"] for member in members} - {""}  # imported weights have none
-    if digests - {dataset.digest} and args.data.name == "same" and is_main():
-        print("note: these are not the images that the checkpoint was trained on", flush=True)
     raise_on_all_ranks(lambda: _check_split(dataset, args))
+    if is_main():
+        _note_other_data(members, dataset, args)
     out = expand(args.out) if args.out else _default_out(members, dataset, args)
     raise_on_all_ranks(lambda: check_replaceable(out, EVAL_RESULT))
     batch_answers: list[Tensor] | None = [] if args.details else None
@@ -246,6 +245,17 @@ def _check_members(members: list[Member], args: EvalConfig) -> None:
 def _check_split(dataset: MemoryDataset | StreamingDataset, args: EvalConfig) -> None:
     if dataset.sizes[args.split] == 0:
         raise UserError(f"split={args.split}: no part of the training set was held out; use split=test")
+
+
+def _note_other_data(members: list[Member], dataset: MemoryDataset | StreamingDataset, args: EvalConfig) -> None:
+    """Say that the images are not those of the training, and that of an undivided tree only a fifth is tested."""
+    digests = {member.state["digest"] for member in members} - {""}  # imported weights have none
+    if digests - {dataset.digest} and args.data.name == "same":
+        print("note: these are not the images that the checkpoint was trained on", flush=True)
+    data, sizes = members[0].config.data, dataset.sizes
+    if args.data != EvalData("same", None) and args.split == "test" and files_for_test(data.name, data.root):
+        taken = f"{sizes['test']} of {sum(sizes.values())} images"
+        say(f"note: {data.root} has no train/ and test/: the fifth that training would hold out is tested, {taken}")
 
 
 def _count_members(

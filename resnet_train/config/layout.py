@@ -149,10 +149,10 @@ def class_folders(root: Path) -> tuple[list[str], str]:
         if test is None and not (root / "train").is_dir():
             return _undivided_classes(root), ""
         if test is None or not (root / "train").is_dir():
-            raise UserError(
-                f"data.root={root}: has no train/ and test/ (or val/) folders with a folder for each class"
-                f"{_suggest_name(folders_in(root))}"
-            )
+            lacks = "no train/ and test/ (or val/) folders with a folder for each class"
+            if test is not None and folders_in(root / test):
+                lacks = f"{test}/ and no train/, which is needed beside it, with the same classes"
+            raise UserError(f"data.root={root}: has {lacks}{_suggest_name(folders_in(root))}")
         classes = {}
         for part in ("train", test):
             classes[part] = folders_in(root / part)
@@ -199,9 +199,12 @@ def _undivided_classes(root: Path) -> list[str]:
 
 def _describe_no_classes(root: Path, filled: list[str]) -> str:
     """What a folder is that is no tree of classes; of its folders those `filled` have images."""
-    if filled:
-        return f"has one class, {filled[0]}; at least two are needed"
     folders = folders_in(root)
+    if filled:
+        empty = [f"{name}/" for name in folders if name not in filled]
+        return f"has one class, {filled[0]}; at least two are needed" + (
+            f"; without images: {first_few(empty)}" if empty else ""
+        )
     if images := len(images_in(root)[0]):
         return f"has {images} image{'s' * (images > 1)} in no folder; put the images into a folder for each class"
     if advice := _suggest_name(folders):
