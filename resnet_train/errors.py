@@ -11,7 +11,7 @@ import resource
 import signal
 import sys
 import termios
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -214,6 +214,25 @@ def first_few(names: Sequence[str], count: int = 3) -> str:
     """The first few of `names`, and how many more there are."""
     more = f" and {len(names) - count} more" if len(names) > count else ""
     return ", ".join(names[:count]) + more
+
+
+def check_each(names: Sequence[str], check: Callable[[str], object]) -> None:
+    """Call `check` with each name. Raises UserError with the first error and the other names that have one."""
+    faults: dict[str, UserError] = {}
+    for name in names:
+        try:
+            check(name)
+        except UserError as error:
+            faults.setdefault(name, error)
+    if faults:
+        raise UserError(join_faults(faults))
+
+
+def join_faults(faults: Mapping[str, UserError]) -> str:
+    """The first error, and the names of those that have the others."""
+    first, *others = faults
+    more = f"; and {len(others)} more cannot be used: {first_few(others)}" if others else ""
+    return f"{faults[first]}{more}"
 
 
 def closest(word: str, allowed: Iterable[str]) -> str | None:

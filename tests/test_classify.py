@@ -113,11 +113,16 @@ def test_names_of_files_and_classes_do_not_command_the_terminal(pictures, tmp_pa
 
 def test_a_wrong_command_line_is_one_line_and_leaves_nothing(pictures, tmp_path, command_here):
     saved(tmp_path / "net.pt", cifar_resnet(20, num_classes=2), configured("cifar", 32), ["cat", "dog"])
-    (tmp_path / "text.jpg").write_text("no image")
+    for name in ("text", "b", "c"):
+        (tmp_path / f"{name}.jpg").write_text("no image")
     good, before = pictures / "val/cat/0.png", sorted(os.listdir(tmp_path))
     for words, told in [
         (["text.jpg", "checkpoint=net.pt"], "text.jpg: is not an image that can be read"),
-        ([good, "text.jpg", "checkpoint=net.pt", "out=x.json"], "text.jpg: is not an image that can be read"),
+        (
+            [good, "text.jpg", "b.jpg", good, "c.jpg", "checkpoint=net.pt", "out=x.json"],
+            "error: text.jpg: is not an image that can be read (none of JPEG, PNG, WEBP, GIF, BMP, TIFF, PPM);"
+            " and 2 more cannot be used: b.jpg, c.jpg\n",
+        ),
         (["nosuch.jpg", "checkpoint=net.pt"], "nosuch.jpg: there is no such file"),
         ([pictures, "checkpoint=net.pt"], "tree: is a folder; name the images in it"),
         (["checkpoint=net.pt"], "name the images, as in resnet-classify"),

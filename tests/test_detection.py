@@ -231,6 +231,12 @@ def test_predictions_are_drawn_and_written(whole, tree, command_here, tmp_path):
     assert (drawn != given.repeat(5, 0).repeat(5, 1)).any()
     assert "found/003.png, drawn 5 times as large\n" in told
     assert found["images"][0]["enlarged"] == 5
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / name).write_text("no image")
+    told = command_here("detect", "predict", "a.jpg", image, "b.jpg", f"checkpoint={last}", "out=no", code=2)
+    assert told.startswith("error: a.jpg: is not an image that can be read (")
+    assert told.endswith("; and 1 more cannot be used: b.jpg\n")
+    assert not (tmp_path / "no").exists()
 
 
 def test_a_folder_is_no_image(tree, command_here, tmp_path):
@@ -547,9 +553,9 @@ def cut_tree(tree, tmp_path):
 def test_broken_pixels_stop_a_detector_with_their_name(cut_tree):
     config = configured(cut_tree)
     task = build(config, read_examples(config), CPU)
-    with pytest.raises(UserError, match=r"002\.jpg: is not an image that can be read"):
+    with pytest.raises(UserError, match=r"002\.jpg: is not an image.*; remove it, or train with data\.broken=skip"):
         list(task.batches())
-    with pytest.raises(UserError, match=r"010\.jpg: is not an image that can be read"):
+    with pytest.raises(UserError, match=r"010\.jpg: is not an image.*; remove it, or train with data\.broken=skip"):
         list(task.evaluate())
 
 

@@ -18,11 +18,11 @@ from resnet_train.config.paths import check_checkpoints
 from resnet_train.config.train import Config, config_from_checkpoint
 from resnet_train.data.augment import normalise
 from resnet_train.data.crops import center_view, whole_view
-from resnet_train.data.decode import from_pillow, read_image
+from resnet_train.data.decode import from_pillow, image_size, read_image
 from resnet_train.data.imagenet_classes import imagenet_classes
 from resnet_train.engine.compute import compute_logits, pick_device
 from resnet_train.engine.limits import share_of_cores
-from resnet_train.errors import UserError
+from resnet_train.errors import UserError, check_each
 from resnet_train.files import expand, write_result
 from resnet_train.models.resnet import ResNet
 from resnet_train.terminal import format_share, say
@@ -83,8 +83,9 @@ class Classifier:
     def batches(self, names: Sequence[str]) -> Iterator[tuple[Sequence[str], Tensor]]:
         """Batches of image files, in order: the names, and the images as inputs of the net, on its device.
 
-        Raises UserError for a file that is not an image.
+        Raises UserError for files that are not images, before the first batch for those whose headers say so.
         """
+        check_each(names, lambda name: image_size(expand(name)))
 
         def read(name: str) -> Tensor:
             return view(read_image(expand(name)), self.config)

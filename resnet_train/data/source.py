@@ -19,7 +19,7 @@ from resnet_train.data.crops import whole_view
 from resnet_train.data.decode import ImageError, read_image
 from resnet_train.data.download import download
 from resnet_train.data.image_set import DataSet, ImageSet, make_data_set
-from resnet_train.errors import UserError, first_few
+from resnet_train.errors import UserError, first_few, join_faults
 from resnet_train.files import expand
 
 
@@ -48,11 +48,9 @@ def load(name: str, root: str | None, size: int, *, skip: bool = False) -> DataS
         faults: dict[Path, UserError] = {}
         sets = [_decode(part, size, exact, faults) for part in files_of.values()]
         if wrong := [file for file in sorted(faults) if not (skip and isinstance(faults[file], ImageError))]:
-            others = [str(file) for file in wrong[1:]]
-            more = f"; and {len(others)} more cannot be used: {first_few(others)}" if others else ""
             skippable = not exact and not skip and any(isinstance(faults[file], ImageError) for file in wrong)
             advice = "; remove such, or train without them by data.broken=skip" if skippable else ""
-            raise UserError(f"{faults[wrong[0]]}{more}{advice}")
+            raise UserError(join_faults({str(file): faults[file] for file in wrong}) + advice)
         for part, images in zip(("training", "test"), sets, strict=True):
             for label in set(range(len(classes))) - set(images.labels.tolist()):
                 broken = first_few(sorted(_name(file) for file in faults if file.parent.name == classes[label]))

@@ -18,6 +18,7 @@ from resnet_train.detection.masks import rle
 from resnet_train.engine import checkpoint
 from resnet_train.engine.boxes import restore
 from resnet_train.engine.compute import pick_device
+from resnet_train.errors import check_each
 from resnet_train.files import expand, write_result, write_whole
 from resnet_train.terminal import say
 
@@ -30,8 +31,11 @@ def predict(args: PredictConfig, images: list[str]) -> None:
     state = checkpoint.load(path, kind="detector")
     config, classes = config_from_checkpoint(state["config"]), state["classes"]
     model, precision = restore(build_like_checkpoint(config, state)[0], state, device)
-    for name in images:  # before anything is written, also that its pixels can be read
+
+    def check(name: str) -> None:
         check_shape(name, read_image(expand(name)).shape[1:], config.min_size, config.max_size)
+
+    check_each(images, check)  # before anything is written, also that the pixels can be read
     named: dict[str, Any] = {"checkpoint": str(path.absolute()), "net": config.net, "data": config.data_label}
     named |= {"score": args.score, "iteration": state["iteration"], "boxes": "left, top, right, bottom, in pixels"}
     named |= {"masks": "run lengths, as pycocotools reads them"} if config.masks else {}
