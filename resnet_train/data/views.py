@@ -78,7 +78,7 @@ def skip_broken(read: Callable[[int], T], index: int, size: int, *, skip: bool) 
 
 
 def read_or_fault(read: Callable[[int], T], index: int, *, skip: bool) -> T | ImageError:
-    """`read(index)` or, with `skip`, the error of a broken image. Raises ImageError, with advice, without."""
+    """`read(index)` or, with `skip`, the error of a broken image; without, raises ImageError with advice."""
     try:
         return read(index)
     except ImageError as error:
