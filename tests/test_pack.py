@@ -883,7 +883,7 @@ def test_a_broken_training_image_is_skipped_where_asked(tree, tmp_path, capfd):
     (root / "val" / "eel" / "01.JPEG").write_bytes(b"no image")
     sets = StreamingDataset(root=str(root), size=32, validation=0, workers=0, broken="skip")
     intact = StreamingDataset(root=str(tree), size=32, validation=0, workers=0)
-    index, mean = intact.names("test").index("eel/01.JPEG"), intact.mean_image()
+    index = intact.names("test").index("eel/01.JPEG")
     left, whole = (
         torch.cat([labels for _, labels in one.eval_batches("test", one.mean_image(), CPU, 4)])
         for one in (sets, intact)
