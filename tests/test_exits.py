@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import gc
 import math
 import os
 import re
@@ -60,8 +61,11 @@ def with_few_files(job):
 
 
 def with_no_file_left(job):
-    """`job` with as many open files as there may be."""
+    """`job` with as many open files as there may be, of which nothing closes one meanwhile."""
+    gc.collect()
     with contextlib.ExitStack() as held:
+        gc.disable()
+        held.callback(gc.enable)
         with contextlib.suppress(OSError):
             while True:
                 held.enter_context(open(os.devnull))

@@ -195,6 +195,7 @@ def test_the_closing_line_says_how_often_broken_images_were_replaced(tmp_path, c
     assert "at iteration 3, the last; broken training images were replaced by others 2 times\n" in done.stdout
 
 
+@pytest.mark.long
 def test_broken_images_are_left_out_of_an_evaluation(tmp_path, command, command_here):
     """In training, of its checkpoint, in one process and in two; names stay with their rows."""
     for part in ("train", "val"):

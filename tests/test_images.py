@@ -667,6 +667,7 @@ def test_a_class_without_any_image_that_can_be_decoded_is_refused(tree):
         load("imagefolder", str(tree), 32, skip=True)
 
 
+@pytest.mark.long
 def test_a_run_says_what_it_leaves_out(command, tmp_path):
     """In a line, in split.json and in summary.json; an evaluation of its checkpoint leaves out the same."""
     fill(tmp_path / "photos", {"cat": 12, "dog": 12})

@@ -70,6 +70,7 @@ def test_another_file_or_folder_is_refused_and_stays(entry, words, out, there, c
     assert contents(there) == before
 
 
+@pytest.mark.long
 def test_an_earlier_result_is_replaced(there, command_here):
     """By the same command, whatever it writes, and by no other one."""
     from PIL import Image
