@@ -328,6 +328,13 @@ def test_runs_from_other_weights_are_no_seeds_of_one_recipe(tmp_path):
     assert named == {("init_from", "r18.pth", "null"), ("init_from", "a/last.pt", "null"), ("freeze", "layer2", "null")}
 
 
+def test_weights_of_one_name_in_two_places_are_two_recipes(tmp_path):
+    for seed, place in enumerate("de"):
+        make(tmp_path / place, seed=seed, data="photos", init_from=f"/{place}/r18.pth")
+    groups = runs.groups(found(tmp_path))
+    assert sorted(group[0].setting["init_from"] for group in groups) == ["d/r18.pth", "e/r18.pth"]
+
+
 @pytest.mark.parametrize(("family", "data"), [("cifar", "cifar10"), ("imagenet", "imagenet")])
 def test_the_papers_recipe_is_the_programs(family, data):
     """But for what the README calls a deviation of its own: precision, and the images of batch norm."""

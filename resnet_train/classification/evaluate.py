@@ -18,7 +18,7 @@ from resnet_train.classification.details import answers, check_places, in_order,
 from resnet_train.classification.load import average_batch_norm, load_model, open_dataset, pick_eval_batch
 from resnet_train.config.commands import EVAL_RESULT, EvalConfig
 from resnet_train.config.data import EvalData
-from resnet_train.config.layout import check_source, files_for_test
+from resnet_train.config.layout import check_source, count_unreadable, files_for_test
 from resnet_train.config.train import Config, config_from_checkpoint
 from resnet_train.data.memory import MemoryDataset
 from resnet_train.data.streaming import StreamingDataset
@@ -27,6 +27,7 @@ from resnet_train.engine import checkpoint
 from resnet_train.engine.compute import compute_logits, pick_device
 from resnet_train.engine.distributed import (
     all_reduce_sum,
+    for_all_ranks,
     is_main,
     local_rank_zero_first,
     on_rank_zero,
@@ -125,7 +126,7 @@ def count(
             answer_rows.append(answers(logits, labels))
     wrong, wrong5, seen = all_reduce_sum(counts).tolist()
     if not seen:
-        raise UserError(f"none of the {size} images can be decoded")
+        raise for_all_ranks(UserError(f"none of the {size} images can be decoded"))
     assert seen == size or skip, f"{seen} images counted of {size}"
     all_losses = torch.zeros(int(all_reduce_sum(torch.tensor(len(losses)))), dtype=torch.float64, device=device)
     if losses:  # ordered by batch, so that their sum does not depend on the number of processes
@@ -213,8 +214,7 @@ def _evaluate(args: EvalConfig, device: torch.device) -> None:
         + (f", batch norm over {args.precise_bn} batches" if args.precise_bn else "")
         + f": {counts.wrong} of {counts.seen} wrong, error {counts.error:.2f} %"
         + (f", top-5 {counts.error5:.2f} %" if dataset.top5 else "")
-        + (f"; images left out because they cannot be decoded: {unreadable}" if unreadable else "")
-        + f"; {out}"
+        + "".join(f"; {words}" for words in (count_unreadable(unreadable), str(out)) if words)
     )
     if answer_rows is not None:  # last: if it fails, the result is already written
         say(f"what it gets wrong: {write_details(out, title, result, answer_rows, dataset)}")
@@ -251,7 +251,7 @@ def _note_other_data(members: list[Member], dataset: MemoryDataset | StreamingDa
     """Say that the images are not those of the training, and that of an undivided tree only a fifth is tested."""
     digests = {member.state["digest"] for member in members} - {""}  # imported weights have none
     if digests - {dataset.digest} and args.data.name == "same":
-        print("note: these are not the images that the checkpoint was trained on", flush=True)
+        say("note: these are not the images that the checkpoint was trained on")
     data, sizes = members[0].config.data, dataset.sizes
     if args.data != EvalData("same", None) and args.split == "test" and files_for_test(data.name, data.root):
         taken = f"{sizes['test']} of {sum(sizes.values())} images"

@@ -17,6 +17,7 @@ from resnet_train.classification.load import open_dataset, pick_eval_batch
 from resnet_train.classification.predict import Classifier, load
 from resnet_train.config.data import EvalData
 from resnet_train.config.images import FeaturesConfig
+from resnet_train.config.layout import count_unreadable
 from resnet_train.engine.compute import pick_device
 from resnet_train.errors import RunError, UserError, nearest
 from resnet_train.files import check_result, expand, writing
@@ -51,16 +52,15 @@ def features(args: FeaturesConfig, data: EvalData | None, images: list[str]) -> 
         batches = iter(dataset.eval_batches(args.split, model.mean.to(model.device), model.device, batch_size))
     check_result(out)
     arrays = gather(model, args.layer, batches, len(metadata["images"]))
-    unreadable = ""
+    unreadable = 0
     if "labels" in arrays and not (read := arrays["labels"] >= 0).all():
         arrays = {name: values[read] for name, values in arrays.items()}
         metadata["images"] = [name for name, kept in zip(metadata["images"], read, strict=True) if kept]
-        unreadable = f"; images left out because they cannot be decoded: {(~read).sum()}"
+        unreadable = int((~read).sum())
     _write(out, arrays, metadata)
-    say(
-        f"{model.config.net}, {args.layer}: {len(metadata['images'])} images, {list(arrays['features'].shape)}"
-        f" {arrays['features'].dtype}{unreadable}; {out}"
-    )
+    shape = f"{list(arrays['features'].shape)} {arrays['features'].dtype}"
+    line = f"{model.config.net}, {args.layer}: {len(metadata['images'])} images, {shape}"
+    say("; ".join(filter(None, [line, count_unreadable(unreadable), str(out)])))
 
 
 def check_layer(net: ResNet, layer: str) -> None:

@@ -16,7 +16,7 @@ from resnet_train import paper
 from resnet_train.classification.evaluate import count_errors
 from resnet_train.classification.load import pick_eval_batch
 from resnet_train.classification.step import CapturedStep, TrainState, step
-from resnet_train.config.layout import describe_left_out, describe_unreadable, files_for_test
+from resnet_train.config.layout import count_unreadable, describe_left_out, describe_unreadable, files_for_test
 from resnet_train.config.run_dir import as_stored
 from resnet_train.config.train import Config
 from resnet_train.data.memory import MemoryDataset
@@ -326,12 +326,12 @@ class ClassificationTask(TrainState):
     def conclude(self, summary: dict[str, Any]) -> str:
         """The test error in one line."""
         test, short = summary["last"]["test"], self._shortened()
-        unreadable = summary.get("unreadable", {}).get("test")
-        return (
+        left_out = count_unreadable(summary.get("unreadable", {}).get("test", 0))
+        line = (
             f"{self._title()}: test error {test['error']:.2f} % ({test['wrong']} of {test['seen']} wrong,"
-            f" {test['protocol']}) at iteration {self.config.iterations}, the last{'; ' if short else ''}{short}"
-            + (f"; images left out because they cannot be decoded: {unreadable}" if unreadable else "")
+            f" {test['protocol']}) at iteration {self.config.iterations}, the last"
         )
+        return "; ".join(filter(None, [line, short, left_out]))
 
     def _title(self) -> str:
         return f"{self.config.net} on {self.label}, seed {self.config.seed}"

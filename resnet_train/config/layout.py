@@ -127,7 +127,12 @@ def describe_left_out(counts: Mapping[str, int]) -> str:
 def describe_unreadable(unreadable: Mapping[str, Sequence[str]]) -> str:
     """A line about the images of each part that could not be decoded; empty if there are none."""
     files = [f"{part}: {file}" for part, names in unreadable.items() for file in names]
-    return f"images left out because they cannot be decoded: {len(files)} ({first_few(files)})" if files else ""
+    return f"{count_unreadable(len(files))} ({first_few(files)})" if files else ""
+
+
+def count_unreadable(count: int) -> str:
+    """The number of images that could not be decoded, in words; empty if there are none."""
+    return f"images left out because they cannot be decoded: {count}" if count else ""
 
 
 def class_folders(root: Path) -> tuple[list[str], str]:

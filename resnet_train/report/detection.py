@@ -14,7 +14,7 @@ from resnet_train.engine.metrics import count_replaced
 from resnet_train.files import read_if_object, read_object
 from resnet_train.report import improvements
 from resnet_train.report.figures import Picture, draw_tests
-from resnet_train.report.folders import tell_apart
+from resnet_train.report.folders import name_weights
 from resnet_train.report.page import Section
 from resnet_train.report.runs import FolderMetrics, describe_run
 from resnet_train.report.tables import MEANING, Cell, Table, spread, strip_folders
@@ -83,17 +83,9 @@ def find(folders: FolderMetrics) -> list[Detector]:
         if "backbone" in read_if_object(folder / "config.json"):
             with reading(folder, "resnet-detect"):
                 detectors.append(_read(folder, display_path, metrics))
-    detectors = _name_weights(detectors)
+    names = name_weights(run.source for run in detectors if run.source is not None)
+    detectors = [dataclasses.replace(run, weights=names[run.source] if run.source else "") for run in detectors]
     return sorted(detectors, key=lambda run: (run.data, run.net, run.name, run.seed))
-
-
-def _name_weights(detectors: list[Detector]) -> list[Detector]:
-    """With names for the files of initial weights: the file's, of a run's checkpoint with the run's, or more."""
-    paths = {run.source: Path(run.source) for run in detectors if run.source is not None}
-    of_runs = {source for source, path in paths.items() if path.parent.name == "checkpoints"}
-    paths |= {source: paths[source].parents[1] / paths[source].name for source in of_runs}
-    names = tell_apart({path: 2 if source in of_runs else 1 for source, path in paths.items()})
-    return [dataclasses.replace(run, weights=names[paths[run.source]] if run.source else "") for run in detectors]
 
 
 def _read(folder: Path, display_path: str, metrics: list[dict[str, Any]]) -> Detector:

@@ -23,6 +23,15 @@ def tell_apart(paths: Mapping[Path, int]) -> dict[Path, str]:
         kept |= {path: kept[path] + 1 for path in alike}
 
 
+def name_weights(sources: Iterable[str]) -> dict[str, str]:
+    """A name for each file of initial weights: the file's, of a run's checkpoint with the run's, or more."""
+    paths = {source: Path(source) for source in sources}
+    of_runs = {source for source, path in paths.items() if path.parent.name == "checkpoints"}
+    paths |= {source: paths[source].parents[1] / paths[source].name for source in of_runs}
+    names = tell_apart({path: 2 if source in of_runs else 1 for source, path in paths.items()})
+    return {source: names[path] for source, path in paths.items()}
+
+
 def name_folders(folders: Iterable[Path]) -> list[str]:
     """The folders on a command line: a relative path as it is, of an absolute one its last part, or more, see above."""
     counts = {_absolute(folder): 1 if folder.is_absolute() else _count(folder) for folder in folders}

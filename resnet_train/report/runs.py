@@ -15,7 +15,7 @@ from resnet_train.engine.metrics import count_replaced, describe_replaced
 from resnet_train.errors import UserError
 from resnet_train.files import read_if_object, read_object
 from resnet_train.report.curves import Point
-from resnet_train.report.folders import find_runs, tell_apart
+from resnet_train.report.folders import find_runs, name_weights, tell_apart
 from resnet_train.report.values import (
     config_value,
     metrics_in,
@@ -133,6 +133,9 @@ def find(folders: Iterable[Path]) -> tuple[list[Run], FolderMetrics, list[str]]:
     if not runs and not others:
         raise UserError("; ".join(notes) or "the folders hold layer responses and no runs; add folders of runs")
     _name_images(runs)
+    weights = name_weights(run.setting["init_from"] for run in runs if run.setting["init_from"])
+    for run in runs:
+        run.setting["init_from"] = weights.get(run.setting["init_from"])
     return _drop_duplicates(runs, notes), others, notes
 
 
@@ -142,10 +145,12 @@ def _name_images(runs: list[Run]) -> None:
     for run in runs:
         if "images" in run.setting:
             digests.setdefault(run.data, {}).setdefault(run.setting["images"], Path(run.root))
-    for run in runs:
-        roots = digests.get(run.data, {})
+    names_of = {}
+    for data, roots in digests.items():
         of_root = tell_apart(dict.fromkeys(roots.values(), 2))
-        names = {digest: of_root[root] for digest, root in roots.items()}
+        names_of[data] = {digest: of_root[root] for digest, root in roots.items()}
+    for run in runs:
+        names = names_of.get(run.data, {})
         if (digest := run.setting.pop("images", None)) and len(names) > 1:
             name, before = names[digest], list(names)[: list(names).index(digest)]
             again = sum(names[other] == name for other in before)  # changed, or on another machine
@@ -221,19 +226,12 @@ def _recipe(config: dict[str, Any], family: str) -> dict[str, Any]:
         for part in key.split("."):
             value = value[part]
         recipe[key] = config_value(value)
-    if recipe["init_from"] is not None:
-        recipe["init_from"] = _name_weights(Path(word(recipe["init_from"])))
     batch = whole(config["batch_size"], 1)
     per_device = batch // (config["devices"] or 1)
     device_batch = min(config["device_batch_size"] or per_device, per_device)
     bn_images = config_value(config["bn_images"])
     recipe["bn_images"] = {"device": device_batch, "all": batch}.get(bn_images, bn_images)
     return recipe
-
-
-def _name_weights(path: Path) -> str:
-    """The name of a file of initial weights; of a run's checkpoint with the run's."""
-    return f"{path.parents[1].name}/{path.name}" if path.parent.name == "checkpoints" else path.name
 
 
 def _results(folder: Path) -> list[dict[str, Any]]:
