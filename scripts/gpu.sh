@@ -8,8 +8,8 @@
 #   scripts/gpu.sh boxes SECONDS RUN…   there: detectors on BCCD side by side, each "NAME KEY=VALUE…", then their tests
 #   scripts/gpu.sh B SECONDS RUN…       there: whole runs of table 6 side by side, such as resnet-20 plain-56,seed=1
 # There: Python 3.12 with torch 2.11 or newer, torchvision, triton, tensorboard, tqdm, matplotlib, scikit-learn, safetensors
-# and pytest. DIR holds the rest: wheels of hydra-core, omegaconf, antlr4 and simplejpeg (and faster-coco-eval, without which
-# the detector's test is skipped), and CIFAR-10 as lossless sheets, six classes in DIR and four in DIR-2, since 64 MiB is the
+# and pytest. DIR holds the rest: wheels of hydra-core, omegaconf, antlr4 and simplejpeg (and faster-coco-eval and pycocotools
+# for the detectors' tests), and CIFAR-10 as lossless sheets, six classes in DIR and four in DIR-2, since 64 MiB is the
 # most that may travel at once (move results/ aside but for cifar10/unfinished); B needs both parts, from two calls. What is
 # unpacked stays there between the calls.
 # B stops what has not finished with a checkpoint and packs each run into $OUT/RUN.tar; where results/cifar10/unfinished has
@@ -27,10 +27,10 @@ prepare() {
   mkdir -p "$dir/whl" "$dir-2"
   python3 -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux2014_x86_64 \
     --platform manylinux_2_17_x86_64 --platform manylinux_2_27_x86_64 --platform manylinux_2_28_x86_64 -d "$dir/whl" \
-    hydra-core==1.3.8 omegaconf==2.3.1 simplejpeg==1.9.0 faster-coco-eval==1.8.0
+    hydra-core==1.3.8 omegaconf==2.3.1 simplejpeg==1.9.0 faster-coco-eval==1.8.0 pycocotools==2.0.11
   python3 -m pip wheel -q --no-deps -w "$dir/whl" antlr4-python3-runtime==4.9.3
   t=$(mktemp -d) && tar -xzf "$shared/cifar10.tar.gz" -C "$t"
-  cp "$shared/cut_sheets.py" "$dir"
+  cp "$shared/cut_sheets.py" "$dir" && cp "$shared/cut_sheets.py" "$dir-2"
   half() { (cd "$t" && find cifar10 -name '*.webp' -o -name '*.txt' | grep -E "/($1)\." | sort | tar -cf - -T -); }
   half 'airplane|automobile|bird|cat|deer|dog' > "$dir/cifar10-1.tar"
   half 'frog|horse|ship|truck' > "$dir-2/cifar10-2.tar"
@@ -55,7 +55,7 @@ install() { # once on a machine; the sheets of a half are cut in the background,
     for sheet in $(tar -tf "$half" | grep webp); do
       mkdir -p "$WORK/sheets/$sheet/part"
       mv "$WORK/$sheet" "$WORK/${sheet%.webp}.txt" "$WORK/sheets/$sheet/part"
-      { python3 "$GPU/cut_sheets.py" "$WORK/sheets/$sheet" && mkdir -p "$WORK/$(dirname "$sheet")" &&
+      { python3 "$(dirname "$half")/cut_sheets.py" "$WORK/sheets/$sheet" && mkdir -p "$WORK/$(dirname "$sheet")" &&
         mv "$WORK/sheets/$sheet"/part/* "$WORK/$(dirname "$sheet")/"; } &
     done
   done
@@ -172,10 +172,16 @@ boxes() { # chosen by val, trained on train; whose name begins with final: train
 }
 
 part_b() {
-  local limit=$1 run name alive
+  local limit=$1 run name alive i images
   shift
-  wait # for the images
-  say "images: $(find "$WORK/cifar10" -name '*.png' | wc -l)"
+  wait
+  for ((i = 0; i < 60; i++)); do # the other half may still be being cut, by an earlier call that goes on under setsid
+    images=$(find "$WORK/cifar10" -name '*.png' | wc -l)
+    [ "$images" = "${IMAGES:-60000}" ] && break
+    sleep 1
+  done
+  say "images: $images"
+  [ "$images" = "${IMAGES:-60000}" ] || exit 9 # a part of them would be trained on as if it were all
   share_gpu
   python3 -c "from resnet_train.data.source import load; print(load('cifar10', '$WORK/cifar10', 32).digest)"
   say "decoded"

@@ -306,7 +306,7 @@ def detector_of_masks(folder, *words):
 
     if not (folder / "shapes").exists():
         make_tree(folder / "shapes")
-    config = configured(folder / "shapes", "iterations=9", *words)
+    config = configured(folder / "shapes", "iterations=9", "regions=1000", *words)  # all: a GPU draws others
     return detection.build(config, detection.read_examples(config), pick_device(config.device))
 
 
