@@ -182,7 +182,7 @@ part_b() {
   done
   say "images: $images"
   [ "$images" = "${IMAGES:-60000}" ] || exit 9 # a part of them would be trained on as if it were all
-  share_gpu
+  [ $# -gt 1 ] && share_gpu
   python3 -c "from resnet_train.data.source import load; print(load('cifar10', '$WORK/cifar10', 32).digest)"
   say "decoded"
   declare -gA PID=()
