@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import shutil
 
 import hydra
 import pytest
@@ -209,6 +210,7 @@ def saved(photographs, tmp_path_factory):
     images += ["augment.shorter_side=[36,40]", "eval_batch_size=20", "normalise=channels"]
     nets = {"0": images, "1": [*images, "seed=1", "arch=plain"], "digits": ["data=digits"]}
     nets["in groups of 2"] = [*images, "bn_images=2"]
+    nets["in memory"] = ["depth=8", "data=imagefolder", f"data.root={root}", "data.validation=2", "batch_size=4"]
     for name, words in nets.items():
         run = build(composed(*words, "device=cpu", "precision=fp32"))
         checkpoint.save(folder / name / "last.pt", run.state())
@@ -221,6 +223,39 @@ def measured(folder, monkeypatch, *words):
     with hydra.initialize_config_dir(CONFIG_DIR, version_base="1.3"):
         values = OmegaConf.to_container(hydra.compose("eval", [*words, "device=cpu"]))
     evaluate_checkpoint(check_eval(values))
+
+
+@pytest.fixture(scope="module")
+def alone(photographs, tmp_path_factory):
+    """A tree that has the test photographs, in val/, and no others."""
+    root = tmp_path_factory.mktemp("alone")
+    shutil.copytree(photographs.parts["test"][0][0].parents[1], root / "val")
+    return root
+
+
+@pytest.mark.parametrize("name", ["0", "in memory"])
+def test_a_test_part_alone_is_enough_for_a_test(name, saved, alone, monkeypatch):
+    found = []
+    for place, words in (("all", []), ("part", [f"data.root={alone}"])):
+        out = saved / name / f"{place}.json"
+        measured(saved, monkeypatch, f"checkpoint='{name}/last.pt'", *words, f"out='{out}'", "details=true")
+        result, rows = json.loads(out.read_text()), out.with_name(f"{place}-predictions.csv").read_text()
+        found.append({key: result[key] for key in ("wrong", "seen", "loss")} | {"rows": rows})
+    assert found[0] == found[1]
+    assert found[0]["seen"] == 9
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["split=train"], "split=train: .* has a test part alone; use split=test"),
+        (["split=val"], "split=val: .* has a test part alone; use split=test"),
+        (["precise_bn=3"], "precise_bn=3: needs training images, and .* has a test part alone"),
+    ],
+)
+def test_what_needs_training_images_is_refused_without_them(words, expected, saved, alone, monkeypatch):
+    with pytest.raises(UserError, match=expected):
+        measured(saved, monkeypatch, "checkpoint=0/last.pt", f"data.root={alone}", *words)
 
 
 def test_an_ensemble_and_its_members_under_a_protocol(saved, photographs, monkeypatch, capsys):

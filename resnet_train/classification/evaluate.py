@@ -15,7 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resnet_train.classification.details import answers, check_places, in_order, write_details
-from resnet_train.classification.load import average_batch_norm, load_model, open_dataset, pick_eval_batch
+from resnet_train.classification.load import (
+    average_batch_norm,
+    check_split,
+    load_model,
+    open_dataset,
+    pick_eval_batch,
+)
 from resnet_train.config.commands import EVAL_RESULT, EvalConfig
 from resnet_train.config.data import EvalData
 from resnet_train.config.layout import check_source, count_unreadable, files_for_test
@@ -175,7 +181,7 @@ def _evaluate(args: EvalConfig, device: torch.device) -> None:
     config = members[0].config
     raise_on_all_ranks(lambda: _check_members(members, args))
     dataset = local_rank_zero_first(lambda: open_dataset(config))
-    raise_on_all_ranks(lambda: _check_split(dataset, args))
+    raise_on_all_ranks(lambda: _check_parts(dataset, args))
     if is_main():
         _note_other_data(members, dataset, args)
     out = expand(args.out) if args.out else _default_out(members, dataset, args)
@@ -242,9 +248,11 @@ def _check_members(members: list[Member], args: EvalConfig) -> None:
         raise UserError(f"protocol={args.protocol}: is for ImageNet nets; nets for CIFAR see each image once: center")
 
 
-def _check_split(dataset: MemoryDataset | StreamingDataset, args: EvalConfig) -> None:
-    if dataset.sizes[args.split] == 0:
-        raise UserError(f"split={args.split}: no part of the training set was held out; use split=test")
+def _check_parts(dataset: MemoryDataset | StreamingDataset, args: EvalConfig) -> None:
+    check_split(dataset, args.split)
+    if args.precise_bn and not dataset.sizes["train"]:
+        alone = f"{dataset.label} has a test part alone"
+        raise UserError(f"precise_bn={args.precise_bn}: needs training images, and {alone}")
 
 
 def _note_other_data(members: list[Member], dataset: MemoryDataset | StreamingDataset, args: EvalConfig) -> None:
@@ -311,5 +319,5 @@ def with_data(config: Config, eval_data: EvalData) -> Config:
         data = dataclasses.replace(data, name=eval_data.name, root=None)
     if eval_data.root is not None:
         data = dataclasses.replace(data, root=eval_data.root)
-    check_source(data.name, data.root)
+    check_source(data.name, data.root, train=False)
     return dataclasses.replace(config, data=data)

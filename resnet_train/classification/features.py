@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from resnet_train.classification.evaluate import with_data
-from resnet_train.classification.load import open_dataset, pick_eval_batch
+from resnet_train.classification.load import check_split, open_dataset, pick_eval_batch
 from resnet_train.classification.predict import Classifier, load
 from resnet_train.config.data import EvalData
 from resnet_train.config.images import FeaturesConfig
@@ -44,8 +44,7 @@ def features(args: FeaturesConfig, data: EvalData | None, images: list[str]) -> 
     else:
         config = with_data(model.config, data)
         dataset = open_dataset(config)
-        if dataset.sizes[args.split] == 0:
-            raise UserError(f"split={args.split}: no part of the training set was held out; use split=test")
+        check_split(dataset, args.split)
         metadata |= {"data": dataset.label, "split": args.split, "classes": dataset.classes}
         metadata |= {"images": dataset.names(args.split)}
         batch_size = pick_eval_batch(config, model.device)

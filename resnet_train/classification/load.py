@@ -44,6 +44,14 @@ def open_dataset(config: Config) -> MemoryDataset | StreamingDataset:
     )
 
 
+def check_split(dataset: MemoryDataset | StreamingDataset, split: str) -> None:
+    """Raises UserError for a part that the data do not have."""
+    if dataset.sizes[split] == 0:
+        alone = not dataset.sizes["train"]
+        lacks = f"{dataset.label} has a test part alone" if alone else "no part of the training set was held out"
+        raise UserError(f"split={split}: {lacks}; use split=test")
+
+
 def pick_compile(config: Config, device: torch.device) -> bool:
     """Resolve compile=auto: true on a GPU, and on a CPU for runs long enough to be worth the time of compilation.
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from resnet_train import paper
 from resnet_train.classification.evaluate import Member, eval_mode, with_data
-from resnet_train.classification.load import load_model, open_dataset, pick_eval_batch
+from resnet_train.classification.load import check_split, load_model, open_dataset, pick_eval_batch
 from resnet_train.config.commands import ResponsesConfig
 from resnet_train.config.train import config_from_checkpoint
 from resnet_train.data.memory import MemoryDataset
@@ -230,6 +230,7 @@ def _measure(member: Member, args: ResponsesConfig, device: torch.device) -> Sig
     dataset = open_dataset(config)
     assert isinstance(dataset, MemoryDataset)
     model, mean, precision, _ = load_model(member.path, config, state, dataset.classes, device)
+    check_split(dataset, args.split)
     size = dataset.sizes[args.split]
     if args.images > size:
         raise UserError(f"images={args.images}: {dataset.label} {args.split} has {size}; use fewer")

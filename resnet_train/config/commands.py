@@ -221,7 +221,7 @@ def check_weights(values: Mapping[str, Any], requested: Collection[str] = ()) ->
     if config.classes is not None:
         check_file("classes", config.classes)
     if config.data.root is not None:
-        check_source("imagenet" if config.data.name == "auto" else config.data.name, config.data.root)
+        check_source("imagenet" if config.data.name == "auto" else config.data.name, config.data.root, train=False)
     if word == "export":
         if config.format == "auto":
             suffix = expand(config.out).suffix

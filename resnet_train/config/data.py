@@ -74,7 +74,7 @@ def training_images(data: Data) -> int | None:
         return 50_000 if _is_official(data) else 1_437
     root = expand(data.root or "")
     folder = root / "train"
-    if data.family == "cifar" and root.is_dir() and not folder.is_dir() and class_folders(root)[1] == "":
+    if data.family == "cifar" and root.is_dir() and not folder.is_dir() and class_folders(root, train=False)[1] == "":
         return count_images(root) - len(files_for_test(data.name, data.root))
     return count_images(folder) if data.family == "cifar" and folder.is_dir() else None
 
@@ -89,6 +89,6 @@ def check_held_out(data: Data) -> None:
 def check_other_data(data: EvalData) -> None:
     """Raises UserError for data, other than the checkpoint's own, that are missing or in the wrong layout."""
     if data.name != "same":
-        check_source(data.name, data.root)
+        check_source(data.name, data.root, train=False)
     elif data.root is not None and not expand(data.root).exists():
         raise UserError(f"data.root={data.root}: there is no such file or folder")

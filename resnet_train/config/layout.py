@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -40,8 +41,8 @@ def name_data(name: str, root: str | None) -> str:
     return f"{folder}-folder" if folder in (*OFFICIAL, "digits") else folder
 
 
-def check_source(name: str, root: str | None) -> None:
-    """Raises UserError for a data.root that does not have the layout of the data set."""
+def check_source(name: str, root: str | None, *, train: bool = True) -> None:
+    """Raises UserError for a data.root that does not have the layout of the data set; see `class_folders`."""
     if root is None:
         if name in (*OFFICIAL, "digits"):
             return
@@ -64,7 +65,7 @@ def check_source(name: str, root: str | None) -> None:
         raise UserError(f"data.root={root}: is a file; data={name} takes a folder with train/ and test/ or val/")
     if name == "imagenet" and is_packed(root):
         return
-    if not class_folders(path)[1] and name == "cifar10":
+    if not class_folders(path, train=train)[1] and name == "cifar10":
         raise UserError(f"data.root={root}: has no train/ and test/ folders; data=imagefolder divides it by itself")
 
 
@@ -109,9 +110,9 @@ def left_out(name: str, root: str | None) -> Counter[str]:
     """The number of files by kind that are not used, in all classes of a tree; empty for other data."""
     if name == "digits" or root is None or is_official(name, folder := expand(root)):
         return Counter()
-    classes, test = class_folders(folder)
-    parts = ("train", test) if test else ("",)
-    return sum((images_in(folder / part / name)[1] for part in parts for name in classes), Counter[str]())
+    classes, test = class_folders(folder, train=False)
+    folders = (folder / part / name for part in parts_of(folder, test) for name in classes)
+    return sum((images_in(folder)[1] for folder in folders), Counter[str]())
 
 
 def describe_left_out(counts: Mapping[str, int]) -> str:
@@ -135,11 +136,11 @@ def count_unreadable(count: int) -> str:
     return f"images left out because they cannot be decoded: {count}" if count else ""
 
 
-def class_folders(root: Path) -> tuple[list[str], str]:
+def class_folders(root: Path, *, train: bool = True) -> tuple[list[str], str]:
     """The class names of a train/<class>/*, test/<class>/* tree and the name of its test part (test or val).
 
-    For an undivided tree, <class>/*, the name is empty; `part_for_test` divides it. Raises UserError if the two parts
-    do not have the same classes or a class has no images.
+    For an undivided tree, <class>/*, the name is empty; `part_for_test` divides it. What does not train (`train` false)
+    needs the test part alone. Raises UserError if the two parts do not have the same classes or a class has no images.
     """
     try:
         if (root / PACKED).is_file():
@@ -153,13 +154,13 @@ def class_folders(root: Path) -> tuple[list[str], str]:
             raise UserError(f"data.root={root}: the folder is empty")
         if test is None and not (root / "train").is_dir():
             return _undivided_classes(root), ""
-        if test is None or not (root / "train").is_dir():
+        if test is None or (train and not (root / "train").is_dir()):
             lacks = "no train/ and test/ (or val/) folders with a folder for each class"
             if test is not None and folders_in(root / test):
                 lacks = f"{test}/ and no train/, which is needed beside it, with the same classes"
             raise UserError(f"data.root={root}: has {lacks}{_suggest_name(folders_in(root))}")
         classes = {}
-        for part in ("train", test):
+        for part in parts_of(root, test):
             classes[part] = folders_in(root / part)
             if not classes[part]:
                 raise UserError(f"data.root={root}: {part}/ has no folder for any class")
@@ -170,14 +171,19 @@ def class_folders(root: Path) -> tuple[list[str], str]:
                     raise UserError(f"data.root={root}: {part}/{name}/ has no images ({' '.join(IMAGE_SUFFIXES)})")
     except OSError as error:
         raise UserError(f"data.root={root}: {error.strerror}: {error.filename}") from error
-    for here, there in (("train", test), (test, "train")):
+    for here, there in itertools.permutations(classes, 2):
         for name in classes[here]:
             if name not in classes[there]:
                 near = nearest(name, set(classes[there]) - set(classes[here]))
                 raise UserError(f"data.root={root}: class {name} is in {here}/ and not in {there}/{near}")
-    if len(classes["train"]) < 2:
-        raise UserError(f"data.root={root}: has one class, {classes['train'][0]}; at least two are needed")
-    return classes["train"], test
+    if len(classes[test]) < 2:
+        raise UserError(f"data.root={root}: has one class, {classes[test][0]}; at least two are needed")
+    return classes[test], test
+
+
+def parts_of(root: Path, test: str) -> list[str]:
+    """The folders of classes in a tree whose test part is `test`: train and it, it alone, or, undivided, the root."""
+    return ["train", test] if test and (root / "train").is_dir() else [test]
 
 
 def _suggest_name(folders: Collection[str]) -> str:
@@ -234,7 +240,7 @@ def files_for_test(name: str, root: str | None) -> list[str]:
     """The test images of an undivided tree as CLASS/FILE, in order; empty if the data have a test part."""
     if name == "digits" or root is None or is_packed(root) or is_official(name, folder := expand(root)):
         return []
-    classes, test = class_folders(folder)
+    classes, test = class_folders(folder, train=False)
     by_class = {} if test else {name: [entry.name for entry in images_in(folder / name)[0]] for name in classes}
     return [f"{name}/{file}" for name, files in by_class.items() for file in sorted(part_for_test(name, files))]
 

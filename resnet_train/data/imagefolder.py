@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from resnet_train.config.layout import IMAGE_SUFFIXES, class_folders, images_in, is_packed, part_for_test
+from resnet_train.config.layout import IMAGE_SUFFIXES, class_folders, images_in, is_packed, part_for_test, parts_of
 from resnet_train.data.cache import cache_folder, keep
 from resnet_train.data.decode import ImageError, decode
 from resnet_train.engine import checkpoint
@@ -141,12 +141,13 @@ def read_file(path: str, size: int) -> bytes:
 def _open_tree(root: Path) -> ImageSplits:
     """Open a train/<class>/*, val/<class>/* tree; the listing is cached until one of its folders changes.
 
-    The test part of an undivided tree, <class>/*, is chosen by `part_for_test`.
+    The test part of an undivided tree, <class>/*, is chosen by `part_for_test`. Without train/ that part is empty.
     """
-    classes, test = class_folders(root)
+    classes, test = class_folders(root, train=False)
+    here = parts_of(root, test)
     real_path = os.path.realpath(root)
     path = cache_folder() / "listings" / f"{root.name}-{hashlib.sha256(os.fsencode(real_path)).hexdigest()[:16]}.pt"
-    folders = [root / part / name for part in (("train", test) if test else ("",)) for name in classes]
+    folders = [root / part / name for part in here for name in classes]
     stamp, newest = _stamp(folders)
     listing: dict[str, Any] = {}
     with contextlib.suppress(UserError):  # missing or damaged: made again
@@ -154,7 +155,7 @@ def _open_tree(root: Path) -> ImageSplits:
     if listing.get("stamp") != stamp:
         left_out = Counter[str]()
         if test:
-            parts = {part: _list_images([root / part / name for name in classes], left_out) for part in ("train", test)}
+            parts = {part: _list_images([root / part / name for name in classes], left_out) for part in here}
         else:
             parts = _divide(_list_images(folders, left_out), classes)
         digest = hashlib.sha256(repr(classes).encode())
@@ -167,7 +168,10 @@ def _open_tree(root: Path) -> ImageSplits:
             raise UserError(f"data.root={root}: changed while it was listed; start again when it is complete")
         if time.time() - newest > SETTLED:
             keep(path, listing)
-    train, tested = (Files(root / part if test else root, classes, listing[part]) for part in ("train", test or "test"))
+    tested = Files(root / test, classes, listing[test or "test"])
+    train = tested.part(torch.empty(0, dtype=torch.int64))
+    if "train" in listing:
+        train = Files(root / "train" if test else root, classes, listing["train"])
     return ImageSplits(train, tested, classes, listing["digest"], listing["left_out"])
 
 

@@ -39,7 +39,7 @@ def load(name: str, root: str | None, size: int, *, skip: bool = False) -> DataS
         files = [source] if source.is_file() else [cifar10.official_folder(source, name) / file for file in cifar.FILES]
         return load_cached(name, files, "", lambda: cifar.read_official(source))
     assert path is not None
-    classes, test = class_folders(path)
+    classes, test = class_folders(path, train=False)
     files_of = {part: listing(path, part, classes, divided=bool(test)) for part in ("train", test or "test")}
     files = [file for part in files_of.values() for file, _ in part]
     exact = name == "cifar10"
@@ -51,8 +51,8 @@ def load(name: str, root: str | None, size: int, *, skip: bool = False) -> DataS
             skippable = not exact and not skip and any(isinstance(faults[file], ImageError) for file in wrong)
             advice = "; remove such, or train without them by data.broken=skip" if skippable else ""
             raise UserError(join_faults({str(file): faults[file] for file in wrong}) + advice)
-        for part, images in zip(("training", "test"), sets, strict=True):
-            for label in set(range(len(classes))) - set(images.labels.tolist()):
+        for part, listed, images in zip(("training", "test"), files_of.values(), sets, strict=True):
+            for label in {label for _, label in listed} - set(images.labels.tolist()):
                 broken = first_few(sorted(_name(file) for file in faults if file.parent.name == classes[label]))
                 raise UserError(f"data.root={root}: {classes[label]} has no {part} image that can be decoded: {broken}")
         names = [[_name(file) for file, _ in part if file in faults] for part in files_of.values()]
@@ -63,8 +63,10 @@ def load(name: str, root: str | None, size: int, *, skip: bool = False) -> DataS
 
 
 def listing(root: Path, part: str, classes: list[str], *, divided: bool) -> list[tuple[Path, int]]:
-    """The image files of `part` of a tree with their labels, in order."""
-    entries = []
+    """The image files of `part` of a tree with their labels, in order; none where a divided tree has no train/."""
+    entries: list[tuple[Path, int]] = []
+    if divided and not (root / part).is_dir():
+        return entries
     for label, name in enumerate(classes):
         folder = root / part / name if divided else root / name
         files = [entry.name for entry in images_in(folder)[0]]
@@ -81,7 +83,7 @@ def file_names(name: str, root: str | None, classes: list[str], part: str) -> li
     if name == "digits" or root is None or is_official(name, expand(root)):
         return None
     folder = expand(root)
-    test = class_folders(folder)[1]  # it may be val/
+    test = class_folders(folder, train=False)[1]  # it may be val/
     files = listing(folder, test if part == "test" and test else part, classes, divided=bool(test))
     return [_name(file) for file, _ in files]
 
@@ -96,6 +98,8 @@ def _decode(files: list[tuple[Path, int]], size: int, exact: bool, faults: dict[
 
     What cannot be read goes to `faults` and is left out.
     """
+    if not files:
+        return ImageSet(torch.empty(0, size, size, 3, dtype=torch.uint8), torch.empty(0, dtype=torch.int64))
 
     def read(item: tuple[Path, int]) -> Tensor | None:
         try:

@@ -30,7 +30,12 @@ PROTOCOLS = {"tencrop": "10-crop", "multiscale": "multi-scale, fully convolution
 
 
 def split_sizes(train: int, validation: int) -> tuple[Tensor, Tensor]:
-    """The indices of the training part and of the part held out. Raises UserError if no training image is left."""
+    """The indices of the training part and of the part held out. Raises UserError if no training image is left.
+
+    Of a test part alone, without training images, both are empty.
+    """
+    if not train:
+        return held_out(0, 0)
     if validation >= train:
         raise UserError(f"data.validation={validation}: the training set has {train} images; hold out fewer")
     return held_out(train, validation)

@@ -105,7 +105,7 @@ def _classes(args: WeightsConfig, source: Source) -> list[str]:
         names = [name.strip() for name in names if name.strip()]
     elif root is not None and not any(is_official(name, Path(root)) for name in OFFICIAL):
         names, origin = (
-            open_packed(root).classes if is_packed(root) else class_folders(Path(root))[0],
+            open_packed(root).classes if is_packed(root) else class_folders(Path(root), train=False)[0],
             f"data.root={root}",
         )
     elif source.classes is not None:
