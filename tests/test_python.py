@@ -57,6 +57,7 @@ def test_published_weights_give_the_logits_of_evaluation_and_of_resnet_classify(
     files = sorted(photographs.glob("test/*/*.png"))
     model = load(PUBLISHED)
     assert (len(model.classes), model.classes[3], model.precision, model.iteration) == (10, "cat", "bf16", 64000)
+    assert repr(model) == "<Classifier resnet-20-A on cifar10: 10 classes, iteration 64000, bf16 on cpu>"
     batch = torch.stack([model.transform(file) for file in files])
     assert (batch.shape, batch.dtype) == ((20, 3, 32, 32), torch.float32)
     logits = model.logits(batch)

@@ -31,7 +31,7 @@ from resnet_train.weights import source
 AT_ONCE = 32  # images in a batch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Classifier:
     """A trained net, the names of its classes, and the preprocessing of its images."""
 
@@ -43,6 +43,13 @@ class Classifier:
     precision: str  # of its evaluation: bf16, fp16, fp32 or fp64
     mean: Tensor  # subtracted from images, (H, W, 3) or (1, 1, 3), in 0 to 255
     std: tuple[float, ...]  # images in 0 to 1 are then divided by it
+
+    def __repr__(self) -> str:
+        """A line, without the net's modules and the names of a thousand classes."""
+        return (
+            f"<Classifier {self.config.net} on {self.data}: {len(self.classes)} classes, iteration {self.iteration},"
+            f" {self.precision} on {self.device}>"
+        )
 
     @property
     def device(self) -> torch.device:
