@@ -627,6 +627,7 @@ WRONG = [
     ("data.family=imagent", "did you mean imagenet?"),
     ("data.family=imagenet", "not for data=cifar10"),
     ("data=digits data.family=imagenet", "not for data=digits"),
+    ("data=imagenet data.family=cifar", "keeps images in memory, as data=imagefolder does"),
     ("data.name=cifar11", "did you mean cifar10?"),
     ("data.root=", "word"),
     ("data.root=nosuch", "no such file or folder"),

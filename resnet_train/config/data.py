@@ -66,6 +66,8 @@ def check_family(data: Data) -> None:
     """Raises UserError for a family that the data set cannot have."""
     if data.family == "imagenet" and (_is_official(data) or data.name == "digits"):
         raise UserError(f"data.family=imagenet: is for folders of photographs, not for data={data.name}")
+    if data.family == "cifar" and data.name == "imagenet":
+        raise UserError("data.family=cifar: keeps images in memory, as data=imagefolder does; use that")
 
 
 def training_images(data: Data) -> int | None:
