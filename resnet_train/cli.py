@@ -154,7 +154,7 @@ COMMANDS = {
         "eval",
         "resnet-eval",
         _values_alone(check_eval),
-        "resnet_train.classification.evaluate:evaluate_checkpoint",
+        "resnet_train.classification.command:evaluate_checkpoint",
         processes=True,
         no_sweep="-m: resnet-eval takes one checkpoint at a time",
         **CHECKPOINTS,

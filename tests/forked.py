@@ -29,7 +29,7 @@ from pathlib import Path
 
 # The beginnings of variables that are read at an import: with others than the server's, a command is a new process.
 AT_IMPORT = ("OMP_", "MKL_", "OPENBLAS_", "TORCH", "PYTHON", "MPL", "LD_", "LC_", "LANG", "HOME", "PATH", "CUDA_")
-NEEDED = ["bench.suite", "classification.evaluate", "classification.predict", "classification.responses"]
+NEEDED = ["bench.suite", "classification.command", "classification.predict", "classification.responses"]
 NEEDED += [
     "classification.run",
     "data.pack",

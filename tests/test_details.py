@@ -16,8 +16,8 @@ from PIL import Image
 from test_classify import configured, saved
 
 from resnet_train import load
+from resnet_train.classification.command import evaluate_checkpoint
 from resnet_train.classification.details import answers, in_order
-from resnet_train.classification.evaluate import evaluate_checkpoint
 from resnet_train.config.commands import check_eval
 from resnet_train.config.compose import compose
 from resnet_train.data import pack

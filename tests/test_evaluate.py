@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 from test_sets import SHAPES, photograph
 from torchvision.transforms.v2 import functional as TF
 
-from resnet_train.classification.evaluate import Count, count_errors, evaluate_checkpoint, probabilities, wrong_answers
+from resnet_train.classification.command import evaluate_checkpoint
+from resnet_train.classification.evaluate import Count, count_errors, probabilities, wrong_answers
 from resnet_train.classification.run import build
 from resnet_train.config.commands import check_eval
 from resnet_train.config.compose import CONFIG_DIR

@@ -30,6 +30,7 @@ LAYERS = [
     ["sweep"],
     ["bench.suite", "report.report", "classification.responses", "classification.features"],
     ["detection.predict", "detection.command", "localization.command"],
+    ["classification.command"],
     ["bench.loader", "bench.startup", "bench.memory"],
     ["bench.subject"],
     ["detection.run", "classification.run", "localization.run"],

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from resnet_train.classification.evaluate import with_data
+from resnet_train.classification.command import with_data
 from resnet_train.classification.load import check_split, open_dataset, pick_eval_batch
 from resnet_train.classification.predict import Classifier, load
 from resnet_train.config.data import EvalData

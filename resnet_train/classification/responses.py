@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resnet_train import paper
-from resnet_train.classification.evaluate import Member, eval_mode, with_data
+from resnet_train.classification.command import Member, with_data
+from resnet_train.classification.evaluate import eval_mode
 from resnet_train.classification.load import check_split, load_model, open_dataset, pick_eval_batch
 from resnet_train.config.commands import ResponsesConfig
 from resnet_train.config.train import config_from_checkpoint
