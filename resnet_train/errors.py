@@ -93,7 +93,7 @@ def _spellings(path: str) -> set[str]:
 
 def stop_early(number: int, _: Any = None) -> NoReturn:
     """Exit on a signal that arrives before there is any state to save, and say so."""
-    print("stopped before there was anything to keep; the same command begins again", flush=True)
+    print("stopped before there was anything new to keep; the same command starts where this one did", flush=True)
     sys.exit(128 + number)
 
 

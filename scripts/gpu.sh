@@ -83,7 +83,7 @@ pack() { # what a run leaves, but for TensorBoard's events
 }
 
 gpu_tests() {
-  timeout 120 python3 -m pytest -v --tb=short -n 8 -p no:cacheprovider -p no:benchmark -W default tests/test_gpu.py > "$OUT/tests.txt" 2>&1
+  timeout 200 python3 -m pytest -v --tb=short -n 8 -p no:cacheprovider -p no:benchmark -W default tests/test_gpu.py > "$OUT/tests.txt" 2>&1
   grep -E '(FAILED|ERROR) tests|passed|failed' "$OUT/tests.txt" | cut -c1-300
   say "tests"
 }

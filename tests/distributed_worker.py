@@ -6,6 +6,7 @@ Each leaves FOLDER/RANK.pt.
 import dataclasses
 import functools
 import itertools
+import time
 from pathlib import Path
 
 import hydra
@@ -19,7 +20,13 @@ from resnet_train.config.compose import CONFIG_DIR
 from resnet_train.config.train import check_train
 from resnet_train.data.views import BatchOrder
 from resnet_train.engine import checkpoint
-from resnet_train.engine.distributed import process_group, raise_on_all_ranks, rank, world_size
+from resnet_train.engine.distributed import (
+    local_rank_zero_first,
+    process_group,
+    raise_on_all_ranks,
+    rank,
+    world_size,
+)
 from resnet_train.errors import UserError
 
 CPU = torch.device("cpu")
@@ -117,3 +124,9 @@ def job(folder):
     return functools.partial(
         work, folder, cases, composed(*DIGITS, "precision=fp64"), composed(*DIGITS, "bn_images=all", "precision=fp32")
     )
+
+
+def slow(timeout, seconds):
+    """Read for longer than a lost process is waited for."""
+    with process_group(CPU, timeout):
+        local_rank_zero_first(lambda: (time.sleep(seconds * (rank() == 0)), Path(f"read-{rank()}").touch()))

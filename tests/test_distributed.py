@@ -582,3 +582,22 @@ def test_what_is_the_launchers_to_say_is_refused_under_torchrun(command, tmp_pat
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert done.stderr.startswith(message)
     assert not os.listdir(tmp_path)
+
+
+@pytest.mark.long
+def test_reading_the_data_may_take_longer_than_a_lost_process_is_waited_for(tmp_path):
+    text = "import distributed_worker; distributed_worker.slow(8, 12)"
+    as_one_of(2, tmp_path, text)
+    assert sorted(path.name for path in tmp_path.glob("read-*")) == ["read-0", "read-1"]
+
+
+@pytest.mark.long
+def test_several_processes_compile_what_they_compute(tmp_path):
+    """torch cuts the net where DDP sends gradients."""
+    few = [*DIGITS, "bn_images=32", "precision=fp64", "iterations=4", "log_every=1", "devices=2"]
+    found = []
+    for compiled in ("true", "false"):
+        told = finished(*start(*few, f"compile={compiled}", f"run_dir=compile-{compiled}"))(tmp_path)
+        assert ("compiled in" in told) == (compiled == "true")
+        found.append([line["loss"] for line in metrics(tmp_path / f"compile-{compiled}") if line["split"] == "train"])
+    assert found[0] == pytest.approx(found[1], rel=1e-9)

@@ -234,16 +234,41 @@ def alone(photographs, tmp_path_factory):
     return root
 
 
+@pytest.mark.parametrize("train", [None, [], ["class-0", "class-2"]], ids=["no train", "empty train", "part of train"])
 @pytest.mark.parametrize("name", ["0", "in memory"])
-def test_a_test_part_alone_is_enough_for_a_test(name, saved, alone, monkeypatch):
+def test_a_test_part_alone_is_enough_for_a_test(name, train, saved, alone, tmp_path, monkeypatch, capsys):
+    root = shutil.copytree(alone, tmp_path / "tree")
+    for folder in ["", *train] if train is not None else []:
+        (root / "train" / folder).mkdir()
     found = []
-    for place, words in (("all", []), ("part", [f"data.root={alone}"])):
+    for place, words in (("all", []), ("part", [f"data.root={root}"])):
         out = saved / name / f"{place}.json"
         measured(saved, monkeypatch, f"checkpoint='{name}/last.pt'", *words, f"out='{out}'", "details=true")
         result, rows = json.loads(out.read_text()), out.with_name(f"{place}-predictions.csv").read_text()
         found.append({key: result[key] for key in ("wrong", "seen", "loss")} | {"rows": rows})
     assert found[0] == found[1]
     assert found[0]["seen"] == 9
+    assert "note" not in capsys.readouterr().out  # of other images
+
+
+def test_classes_that_differ_are_named(saved, alone, tmp_path, monkeypatch):
+    root = shutil.copytree(alone, tmp_path / "tree")
+    (root / "val/class-1").rename(root / "val/klass-1")
+    wanted = "data: tree has 3 classes, the checkpoint was trained on 3; missing: class-1; unknown: klass-1"
+    with pytest.raises(UserError, match=wanted):
+        measured(saved, monkeypatch, "checkpoint=0/last.pt", f"data.root={root}")
+
+
+def test_a_net_is_not_compiled_for_each_of_many_shapes(saved, monkeypatch, tmp_path):
+    state = checkpoint.load(saved / "0/last.pt")
+    checkpoint.save(saved / "compiled/last.pt", state | {"measure": state["measure"] | {"compile": True}})
+    found = {}
+    for name in ("0", "compiled"):
+        out = tmp_path / f"{name}.json"
+        measured(saved, monkeypatch, f"checkpoint={name}/last.pt", "protocol=multiscale", f"out={out}")
+        found[name] = {key: json.loads(out.read_text())[key] for key in ("compile", "wrong", "loss")}
+    assert found["compiled"] == found["0"]
+    assert not found["0"]["compile"]
 
 
 @pytest.mark.parametrize(

@@ -195,7 +195,7 @@ def test_a_run_says_at_once_that_it_starts_and_that_nothing_was_kept_where_it_is
         job.send_signal(number)
         out, err = job.communicate()
     assert first == f"run: starting{' on devices=2' if devices == 2 else ''}\n"
-    assert out == "stopped before there was anything to keep; the same command begins again\n"
+    assert out == "stopped before there was anything new to keep; the same command starts where this one did\n"
     assert (job.returncode, err) == (128 + number, "")
     assert os.listdir(tmp_path) == []
 

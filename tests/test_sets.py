@@ -7,6 +7,7 @@ import itertools
 import multiprocessing
 import os
 import shutil
+import sys
 
 import pytest
 import torch
@@ -434,6 +435,21 @@ def test_a_broken_file_stops_the_workers_and_is_named_in_one_line(content, worke
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith(f"{path}: ")
     assert multiprocessing.active_children() == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks of a process with threads are safe on Linux alone")
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_workers_share_what_is_listed_where_new_processes_are_no_forks(tree):
+    """As with Python 3.14: a listing that cannot be sent is not sent."""
+    before = multiprocessing.get_start_method(allow_none=True)
+    sets = streamed(tree, workers=1)
+    sets.parts["test"].unsendable = lambda: None
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        found = evaluating(sets, "test", 9)
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+    assert equal(found, evaluating(streamed(tree), "test", 9))
 
 
 def test_a_wrong_tree_is_refused_when_it_is_opened(tree, tmp_path):

@@ -150,7 +150,8 @@ def _check_parts(dataset: MemoryDataset | StreamingDataset, args: EvalConfig) ->
 def _note_other_data(members: list[Member], dataset: MemoryDataset | StreamingDataset, args: EvalConfig) -> None:
     """Say that the images are not those of the training, and that of an undivided tree only a fifth is tested."""
     digests = {member.state["digest"] for member in members} - {""}  # imported weights have none
-    if digests - {dataset.digest} and args.data.name == "same":
+    whole = dataset.sizes["train"] > 0  # a digest is of both parts
+    if whole and digests - {dataset.digest} and args.data.name == "same":
         say("note: these are not the images that the checkpoint was trained on")
     data, sizes = members[0].config.data, dataset.sizes
     if args.data != EvalData("same", None) and args.split == "test" and files_for_test(data.name, data.root):
@@ -178,7 +179,8 @@ def _count_members(
         if args.precise_bn:
             images = member.state["measure"]["bn_images"]
             average_batch_norm(model, mean, member.config, images, dataset, args.precise_bn, precision)
-        compile = compile and compile_network(model, member.config.depth, device)
+        fixed = args.protocol != "multiscale"  # else each of many shapes would be compiled for itself
+        compile = compile and fixed and compile_network(model, member.config.depth, device)
         compiled = compiled and compile
         share = (args.split, mean, device, pick_eval_batch(member.config, device), rank(), world_size())
         if len(members) == 1 and args.protocol == "center":

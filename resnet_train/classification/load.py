@@ -17,7 +17,7 @@ from resnet_train.engine import checkpoint
 from resnet_train.engine.compute import compute_logits, to_device
 from resnet_train.engine.distributed import is_main, rank, world_size
 from resnet_train.engine.limits import most_workers, share_of_cores
-from resnet_train.errors import UserError
+from resnet_train.errors import UserError, first_few
 from resnet_train.models.batchnorm import average_statistics, use_group_batch_norm
 from resnet_train.models.build import build_network, check_net
 from resnet_train.models.resnet import ResNet
@@ -99,6 +99,14 @@ def average_batch_norm(
     average_statistics(model, passes, count)
 
 
+def _differ(classes: list[str], trained: list[str]) -> str:
+    """In what the `classes` of data are not those that a checkpoint was trained on."""
+    text = f"{len(classes)} classes, the checkpoint was trained on {len(trained)}"
+    for what, names in (("missing", set(trained) - set(classes)), ("unknown", set(classes) - set(trained))):
+        text += f"; {what}: {first_few(sorted(names))}" if names else ""
+    return text if set(classes) != set(trained) else f"{text}, the same in another order"
+
+
 def load_model(
     path: Path,
     config: Config,
@@ -114,10 +122,7 @@ def load_model(
     prepared for `batchnorm.average_statistics`.
     """
     if classes != state["classes"]:
-        raise UserError(
-            f"data: {config.data_label} has the classes {', '.join(classes)[:60]}…, the checkpoint was trained on"
-            f" {', '.join(map(str, state['classes']))[:60]}…"
-        )
+        raise UserError(f"data: {config.data_label} has {_differ(classes, list(map(str, state['classes'])))}")
     with checkpoint.checkpoint_errors(path):
         precision = str(state["measure"]["precision"])
         if precision not in get_args(get_type_hints(Config)["precision"]):

@@ -160,7 +160,7 @@ def class_folders(root: Path, *, train: bool = True) -> tuple[list[str], str]:
                 lacks = f"{test}/ and no train/, which is needed beside it, with the same classes"
             raise UserError(f"data.root={root}: has {lacks}{_suggest_name(folders_in(root))}")
         classes = {}
-        for part in parts_of(root, test):
+        for part in ["train", test] if train else parts_of(root, test):
             classes[part] = folders_in(root / part)
             if not classes[part]:
                 raise UserError(f"data.root={root}: {part}/ has no folder for any class")
@@ -182,8 +182,12 @@ def class_folders(root: Path, *, train: bool = True) -> tuple[list[str], str]:
 
 
 def parts_of(root: Path, test: str) -> list[str]:
-    """The folders of classes in a tree whose test part is `test`: train and it, it alone, or, undivided, the root."""
-    return ["train", test] if test and (root / "train").is_dir() else [test]
+    """The folders of classes in a tree whose test part is `test`: train and it, or, undivided, the root.
+
+    The test part alone where train/ is not there, or not yet with all classes.
+    """
+    whole = test and (root / "train").is_dir() and folders_in(root / "train") == folders_in(root / test)
+    return ["train", test] if whole else [test]
 
 
 def _suggest_name(folders: Collection[str]) -> str:

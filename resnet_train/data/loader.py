@@ -6,12 +6,16 @@ import atexit
 import functools
 import multiprocessing
 import signal
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 from torch.utils.data import DataLoader
 
 from resnet_train.errors import SIGNALS, RunError, UserError
+
+# On Linux workers are forks, also with Python 3.14, so that they share what is listed and import nothing again.
+WORKERS = "fork" if sys.platform == "linux" else None
 
 
 def checked_batches(loader: DataLoader) -> Iterator[Any]:

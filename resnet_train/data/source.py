@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from resnet_train.config.layout import class_folders, images_in, is_official, part_for_test
+from resnet_train.config.layout import class_folders, images_in, is_official, part_for_test, parts_of
 from resnet_train.data import cifar10, cifar100
 from resnet_train.data.cache import cache_folder, load_cached
 from resnet_train.data.crops import whole_view
@@ -40,7 +40,7 @@ def load(name: str, root: str | None, size: int, *, skip: bool = False) -> DataS
         return load_cached(name, files, "", lambda: cifar.read_official(source))
     assert path is not None
     classes, test = class_folders(path, train=False)
-    files_of = {part: listing(path, part, classes, divided=bool(test)) for part in ("train", test or "test")}
+    files_of = {part: listing(path, part, classes, test) for part in ("train", "test")}
     files = [file for part in files_of.values() for file, _ in part]
     exact = name == "cifar10"
 
@@ -62,16 +62,19 @@ def load(name: str, root: str | None, size: int, *, skip: bool = False) -> DataS
     return load_cached(path.name, files, f"{size} {exact} {skip}", decode)
 
 
-def listing(root: Path, part: str, classes: list[str], *, divided: bool) -> list[tuple[Path, int]]:
-    """The image files of `part` of a tree with their labels, in order; none where a divided tree has no train/."""
+def listing(root: Path, part: str, classes: list[str], test: str) -> list[tuple[Path, int]]:
+    """The image files of `part`, train or test, of a tree with their labels, in order.
+
+    `test` is the folder of the test part, empty for an undivided tree. Of a part that is not there, none.
+    """
+    folder = root / {"train": "train", "test": test}[part] if test else root
     entries: list[tuple[Path, int]] = []
-    if divided and not (root / part).is_dir():
+    if test and folder.name not in parts_of(root, test):
         return entries
     for label, name in enumerate(classes):
-        folder = root / part / name if divided else root / name
-        files = [entry.name for entry in images_in(folder)[0]]
-        tested = set() if divided else part_for_test(name, files)
-        entries += [(folder / file, label) for file in files if divided or (file in tested) == (part == "test")]
+        files = [entry.name for entry in images_in(folder / name)[0]]
+        tested = set() if test else part_for_test(name, files)
+        entries += [(folder / name / file, label) for file in files if test or (file in tested) == (part == "test")]
     return entries
 
 
@@ -84,8 +87,7 @@ def file_names(name: str, root: str | None, classes: list[str], part: str) -> li
         return None
     folder = expand(root)
     test = class_folders(folder, train=False)[1]  # it may be val/
-    files = listing(folder, test if part == "test" and test else part, classes, divided=bool(test))
-    return [_name(file) for file, _ in files]
+    return [_name(file) for file, _ in listing(folder, part, classes, test)]
 
 
 def _name(file: Path) -> str:

@@ -59,8 +59,8 @@ def restore_rank_sums(rows: Tensor, stored: Tensor) -> None:
         rows[0] = stored.sum(0)
 
 
-def raise_on_all_ranks(job: Callable[[], T]) -> T:
-    """Run `job` in every process and return this process's result once all have finished.
+def raise_on_all_ranks(job: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Run `job` in every process and return this process's result once all have finished, in the time of `group`.
 
     A UserError in any process ends all of them, as does an error of the machine (a full disk, too little memory), which
     becomes a RunError. Rank 0 raises the error itself, the other processes RemoteError.
@@ -69,7 +69,7 @@ def raise_on_all_ranks(job: Callable[[], T]) -> T:
         return job()
     result, error = _attempt(job)
     errors: list[UserError | None] = [None] * world_size()
-    dist.all_gather_object(errors, error)
+    dist.all_gather_object(errors, error, group)
     for failure in errors:
         if failure is not None:
             raise for_all_ranks(failure)
@@ -107,9 +107,15 @@ def for_all_ranks(error: UserError) -> UserError:
 
 
 def local_rank_zero_first(job: Callable[[], T]) -> T:
-    """Run `job` in every process, first on local rank 0 of each machine, so that the others can use its cache."""
-    first = raise_on_all_ranks(lambda: job() if local_rank() == 0 else None)
-    return raise_on_all_ranks(lambda: job() if local_rank() else first)  # type: ignore[return-value]
+    """Run `job` in every process, first on local rank 0 of each machine, so that the others can use its cache.
+
+    It may take hours, such as a download, so that they wait for longer than `timeout=`, which is for lost processes.
+    """
+    if world_size() == 1:
+        return job()
+    patient: Any = dist.new_group(timeout=datetime.timedelta(days=7), backend="gloo")
+    first = raise_on_all_ranks(lambda: job() if local_rank() == 0 else None, patient)
+    return raise_on_all_ranks(lambda: job() if local_rank() else first, patient)  # type: ignore[return-value]
 
 
 @contextlib.contextmanager

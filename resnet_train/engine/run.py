@@ -25,7 +25,7 @@ from resnet_train.engine.distributed import (
     world_size,
 )
 from resnet_train.engine.environment import peak_memory
-from resnet_train.engine.logger import MetricsLogger, prepare_process
+from resnet_train.engine.logger import MetricsLogger, message, prepare_process
 from resnet_train.engine.loop import Clock, Stop, log_evaluation, loop
 from resnet_train.engine.metrics import count_replaced, describe_replaced, read_metrics
 from resnet_train.engine.resume import before_restart, begin_run, claim_run
@@ -88,8 +88,6 @@ def run(
             if is_main():
                 remove_empty(directory, above)
             raise
-        if world_size() > 1:
-            task.wrap_ddp()
         _announce(task, directory, state)
         stop, start = Stop(), task.iteration
         names = {"data": task.label, "seed": config.seed}
@@ -99,6 +97,10 @@ def run(
             logger.log_reference(task.reference, config.iterations)
         try:
             with contextlib.closing(logger):
+                if world_size() > 1:
+                    task.wrap_ddp()  # with a first pass, which compiles
+                    if task.compiled:
+                        message(f"compiled in {time.perf_counter() - clock.mark:.0f} s")
                 loop(task, directory, logger, clock, stop, None if state is None else start)
                 stop.settle()
                 finished = task.iteration == config.iterations
