@@ -257,6 +257,25 @@ def test_a_net_of_torchvisions_goes_through_the_command_and_back(weights, tmp_pa
     assert sorted(os.listdir(tmp_path)) == ["back.pth", "back.pth.json", "new", "odd =$name.pth"]
 
 
+@pytest.mark.parametrize("out", ["out.pth", "out.safetensors"])
+def test_what_comes_back_is_evaluated_as_it_was(weights, tmp_path, out):
+    """At its size and in its precision; a result names its seed and iteration."""
+    words = ["data=imagenet", "depth=18", "data.size=64", "seed=3", "iterations=700", "normalise=image"]
+    found = check_train(compose("train", words), needs_data=False)
+    net, measure = imagenet_resnet(18, num_classes=5), {"precision": "bf16", "compile": False, "bn_images": 32}
+    kept = {"config": found.plain(), "iteration": 600, "model": net.state_dict(), "mean": torch.rand(64, 64, 3) * 255}
+    kept |= {"classes": list("abcde"), "label": "photos", "digest": "0", "measure": measure}
+    checkpoint.save(tmp_path / "net.pt", kept)
+    weights("export", "net.pt", f"out={out}")
+    assert "; 64 px, bf16; " in weights("import", out, "out=back.pt")
+    back = checkpoint.load(tmp_path / "back.pt")
+    config = back["config"]
+    assert (config["data"]["size"], config["seed"], config["iterations"], back["iteration"]) == (64, 3, 700, 600)
+    assert back["measure"]["precision"] == "bf16"
+    assert "data.size=32: the mean image of" in weights("import", out, "out=b.pt", "data.size=32", code=2)
+    assert "; 64 px, fp32; " in weights("import", out, "out=again.pt", "precision=fp32", "data.size=64")
+
+
 @pytest.mark.parametrize(("normalise", "divided"), [("image", False), ("channels", False), ("standard", True)])
 def test_what_a_recipe_does_to_pixels_goes_with_the_export(weights, tmp_path, normalise, divided):
     """The exported net and its description give the logits that evaluation gives, whichever recipe trained it."""

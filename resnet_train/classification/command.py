@@ -23,6 +23,7 @@ from resnet_train.classification.load import (
 from resnet_train.config.commands import EVAL_RESULT, EvalConfig
 from resnet_train.config.data import EvalData
 from resnet_train.config.layout import check_source, count_unreadable, files_for_test
+from resnet_train.config.run_dir import name_of_members
 from resnet_train.config.train import Config, config_from_checkpoint
 from resnet_train.data.memory import MemoryDataset
 from resnet_train.data.streaming import StreamingDataset
@@ -63,9 +64,21 @@ class Member:
     config: Config
     state: dict[str, Any]
 
+    @property
+    def trained(self) -> bool:
+        """Whether its seed and iterations are those of a training: another program's weights do not say."""
+        return self.config.recipe != "imported" or self.state["iteration"] > 0
+
+    @property
+    def title(self) -> str:
+        """The net and, where known, of which run and when."""
+        run = f"seed {self.config.seed}, iteration {self.state['iteration']}" if self.trained else "imported"
+        return f"{self.config.net} ({run})"
+
     def describe(self) -> dict[str, Any]:
         """The entries of a result file that name the checkpoint."""
-        return checkpoint.describe(self.path, self.config.net, self.config, self.state)
+        unknown: dict[str, Any] = {} if self.trained else dict.fromkeys(("seed", "iteration", "iterations"))
+        return checkpoint.describe(self.path, self.config.net, self.config, self.state) | unknown
 
 
 def _evaluate(args: EvalConfig, device: torch.device) -> None:
@@ -105,7 +118,7 @@ def _evaluate(args: EvalConfig, device: torch.device) -> None:
     }
     if not is_main():
         return
-    title = " + ".join(f"{m.config.net} (seed {m.config.seed}, iteration {m.state['iteration']})" for m in members)
+    title = " + ".join(member.title for member in members)
     write_result(out, result)
     say(
         f"{title} on {dataset.label} {args.split}, {result['protocol']}"
@@ -199,8 +212,8 @@ def _count_members(
 def _default_out(members: list[Member], dataset: MemoryDataset | StreamingDataset, args: EvalConfig) -> Path:
     """The default `out`: beside the first checkpoint, named after what is evaluated."""
     first = members[0]
-    words = [first.path.stem] if len(members) == 1 else [f"ensemble-of-{len(members)}"]
-    words += [] if dataset.digest == first.state["digest"] else [dataset.label]
+    words = [name_of_members([member.path for member in members])]
+    words += [] if dataset.digest == first.state["digest"] else [f"{dataset.label}-{dataset.digest[:6]}"]
     words += [] if args.protocol == "center" else [args.protocol]
     words += [f"precise-bn-{args.precise_bn}"] if args.precise_bn else []
     return first.path.with_name("-".join([*words, args.split]) + ".json")
@@ -213,5 +226,10 @@ def with_data(config: Config, eval_data: EvalData) -> Config:
         data = dataclasses.replace(data, name=eval_data.name, root=None)
     if eval_data.root is not None:
         data = dataclasses.replace(data, root=eval_data.root)
-    check_source(data.name, data.root, train=False)
+    try:
+        check_source(data.name, data.root, train=False)
+    except UserError as error:
+        if data.root != config.data.root:
+            raise
+        raise UserError(f"{error}; that is what it was trained on; data.root= says where it lies here") from error
     return dataclasses.replace(config, data=data)

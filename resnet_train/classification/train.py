@@ -251,6 +251,13 @@ class ClassificationTask(TrainState):
         if sizes["val"] > sizes["train"]:
             held = f"data.validation={config.data.validation} leaves {sizes['train']}"
             lines.append(f"warning: {held} of {sizes['train'] + sizes['val']} images for the training")
+        schedule, every = config.schedule, config.log_every if config.schedule.watch == "train" else config.eval_every
+        waits = schedule.patience * config.iterations
+        if schedule.name == "plateau" and waits < 3 * every:
+            known = f"a plateau of {waits:g} iterations, where the error is known every {every}, is chance"
+            lines.append(
+                f"warning: schedule.patience={schedule.patience:g}: {known}; for a short run take schedule=cosine"
+            )
         if left_out := describe_left_out(self.dataset.left_out):
             lines.append(f"note: {left_out}")
         if unreadable := describe_unreadable(self.dataset.unreadable):

@@ -103,7 +103,7 @@ class WeightsConfig:
     arch: Annotated[Literal["resnet", "plain"] | None, OnlyFor("import")]
     bottleneck_stride: Annotated[Literal["1x1", "3x3"] | None, OnlyFor("import")]
     classes: Annotated[str | None, OnlyFor("import")]
-    precision: Annotated[Literal["bf16", "fp16", "fp32", "fp64"], OnlyFor("import")]
+    precision: Annotated[Literal["bf16", "fp16", "fp32", "fp64"] | None, OnlyFor("import")]
     data: Annotated[WeightsData, OnlyFor("import")]
 
 

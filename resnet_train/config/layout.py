@@ -182,10 +182,7 @@ def class_folders(root: Path, *, train: bool = True) -> tuple[list[str], str]:
 
 
 def parts_of(root: Path, test: str) -> list[str]:
-    """The folders of classes in a tree whose test part is `test`: train and it, or, undivided, the root.
-
-    The test part alone where train/ is not there, or not yet with all classes.
-    """
+    """The folders of classes: train and `test`; `test` alone where train/ lacks classes; undivided, the root, ""."""
     whole = test and (root / "train").is_dir() and folders_in(root / "train") == folders_in(root / test)
     return ["train", test] if whole else [test]
 

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -55,7 +55,14 @@ def run_name(values: Mapping[str, Any], requested: Iterable[str], seed: int) -> 
     name = "+".join([*words, f"seed-{seed}"])
     if len(os.fsencode(name)) <= LONGEST_NAME:
         return name
-    return os.fsencode(name)[: LONGEST_NAME - 13].decode(errors="ignore") + "-" + _hash(name)[:12]
+    tail = f"-{_hash('+'.join(words))[:12]}+seed-{seed}"
+    return os.fsencode(name)[: LONGEST_NAME - len(tail)].decode(errors="ignore") + tail
+
+
+def name_of_members(paths: Sequence[Path]) -> str:
+    """The first word of a result's name: of a checkpoint its own, of an ensemble one for these members."""
+    listed = "\n".join(str(path.absolute()) for path in paths)
+    return paths[0].stem if len(paths) == 1 else f"ensemble-of-{len(paths)}-{_hash(listed)[:6]}"
 
 
 def _short(value: Any) -> Any:

@@ -17,7 +17,7 @@ from resnet_train.config.detection import (
     config_from_checkpoint,
     with_test_data,
 )
-from resnet_train.config.run_dir import plain_word
+from resnet_train.config.run_dir import name_of_members, plain_word
 from resnet_train.config.schema import format_value
 from resnet_train.detection.annotations import Examples
 from resnet_train.detection.build import build_like_checkpoint
@@ -170,7 +170,7 @@ def _protocol(args: DetectTestConfig, count: int) -> str:
 def _default_out(members: list[Member], args: DetectTestConfig) -> Path:
     """Beside the first checkpoint, named after what was measured."""
     first = members[0]
-    words = [first.path.stem] if len(members) == 1 else [f"ensemble-of-{len(members)}"]
+    words = [name_of_members([member.path for member in members])]
     label, trained = first.config.data_label, config_from_checkpoint(first.state["config"])
     if label != first.state["label"]:
         words.append(plain_word(label))

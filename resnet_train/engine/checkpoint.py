@@ -6,6 +6,7 @@ import contextlib
 import os
 import pickle
 import re
+import shlex
 import sys
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -196,7 +197,9 @@ def check_format(state: Any, path: Path) -> None:
             f"{path}: is a checkpoint of format {other}; resnet-train {__version__} reads format {FORMAT} alone"
         )
     if other != FORMAT:
-        raise UserError(f"{path}: is not a checkpoint of resnet-train (format {FORMAT})")
+        imported = f"; resnet-weights import {shlex.quote(str(path))} out=net.pt makes one of another program's weights"
+        advice = imported if isinstance(state, dict) else ""
+        raise UserError(f"{path}: is not a checkpoint of resnet-train (format {FORMAT}){advice}")
 
 
 def is_ours(state: Any) -> bool:

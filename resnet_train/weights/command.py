@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -16,6 +17,7 @@ from resnet_train.config.layout import OFFICIAL, class_folders, is_official, is_
 from resnet_train.config.train import Config, check_train, config_from_checkpoint
 from resnet_train.data.augment import IMAGENET_STD
 from resnet_train.data.cifar10 import CLASSES
+from resnet_train.data.crops import center_side
 from resnet_train.data.imagenet_classes import imagenet_classes
 from resnet_train.data.packed import open_packed
 from resnet_train.engine import checkpoint
@@ -25,7 +27,7 @@ from resnet_train.models.build import build_network, check_net
 from resnet_train.terminal import say
 from resnet_train.weights import state_dicts
 from resnet_train.weights.onnx import to_onnx
-from resnet_train.weights.source import FAMILIES, HEADER, Source, divisor, load, read_source
+from resnet_train.weights.source import FAMILIES, HEADER, Source, divisor, load, read_description, read_source
 
 BN_IMAGES = {"cifar": 64, "imagenet": 32}
 
@@ -36,11 +38,13 @@ def import_weights(args: WeightsConfig, bases: dict[str, dict[str, Any]]) -> Non
     `bases` has the values of a training run for each family of nets, some of which are used in evaluation.
     """
     path, out = expand(args.file), expand(args.out)
-    double = args.precision == "fp64"
+    described = read_description(path) or {}  # by our export
+    precision = args.precision or described.get("precision", "fp32")
+    double = precision == "fp64"
     source = read_source(path, form=args.format, mean=args.mean, std=args.std, double=double)
     if source.ours:
         raise UserError(f"file={path}: is a checkpoint of resnet-train already; resnet-weights export is the other way")
-    config = _config(args, source, bases[source.family])
+    config = _config(args, source, bases[source.family] | {"precision": precision}, described)
     classes = _classes(args, source)
     state = {
         "config": config.plain(),
@@ -48,9 +52,9 @@ def import_weights(args: WeightsConfig, bases: dict[str, dict[str, Any]]) -> Non
         "label": config.data_label,
         "digest": "",  # of the training images: unknown
         # The groups of batch norm's statistics are unknown as well; for precise_bn, the paper's.
-        "measure": {"precision": args.precision, "compile": False, "bn_images": BN_IMAGES[source.family]},
+        "measure": {"precision": precision, "compile": False, "bn_images": BN_IMAGES[source.family]},
         "mean": source.mean if double else source.mean.float(),
-        "iteration": 0,
+        "iteration": described.get("iteration", 0),
         "model": state_dicts.rescaled(source.model, source.std, divisor(config)),
     }
     with checkpoint.checkpoint_errors(path):
@@ -61,28 +65,35 @@ def import_weights(args: WeightsConfig, bases: dict[str, dict[str, Any]]) -> Non
     folded = "" if divisor(config) == source.std else " (in conv1 now)"
     say(
         f"{FAMILIES[source.family]} {config.net}{stride}, {len(classes)} classes ({', '.join(classes[:3])}…); images in"
-        f" 0 to 1 minus {mean}, divided by {list(source.std)}{folded}; {args.precision}; {out}"
+        f" 0 to 1 minus {mean}, divided by {list(source.std)}{folded}; {config.data.size} px, {precision}; {out}"
     )
     specified = {"stride in the 3x3": args.bottleneck_stride, "a residual net": args.arch}
     if assumed := [item for item in source.assumed if not specified.get(item)]:
         say(f"assumed, for the file does not say: {'; '.join(assumed)}")
 
 
-def _config(args: WeightsConfig, source: Source, base: dict[str, Any]) -> Config:
-    """The configuration of a training run of such a net."""
-    data = dict(base["data"]) | {"family": source.family, "root": args.data.root}
+def _config(args: WeightsConfig, source: Source, base: dict[str, Any], described: dict[str, Any]) -> Config:
+    """The configuration of a training run of such a net, with what is `described` beside its weights."""
+    data = dict(base["data"]) | {"family": source.family, "root": None}
     data["name"] = data["name"] if args.data.name == "auto" else args.data.name
-    data["size"] = args.data.size or data["size"]
-    values = base | {
-        "data": data,
-        "depth": source.depth,
-        "arch": args.arch or source.arch or "resnet",
-        "shortcut": source.shortcut,
-        "bottleneck_stride": args.bottleneck_stride or source.bottleneck_stride,
-        "precision": args.precision,
-        "compile": False,
-        "recipe": "imported",
-    }
+    data["size"] = args.data.size or described.get("size", data["size"])
+    if source.mean.shape[0] not in (1, data["size"]):
+        side = source.mean.shape[0]
+        raise UserError(f"data.size={data['size']}: the mean image of {args.file} has {side} px; use data.size={side}")
+    run = {key: described[key] for key in ("seed", "iterations") if key in described}
+    values = (
+        base
+        | run
+        | {
+            "data": data,
+            "depth": source.depth,
+            "arch": args.arch or source.arch or "resnet",
+            "shortcut": source.shortcut,
+            "bottleneck_stride": args.bottleneck_stride or source.bottleneck_stride,
+            "compile": False,
+            "recipe": "imported",
+        }
+    )
     if source.family == "imagenet":
         values["augment"] = base["augment"] | {"shorter_side": [max(256, data["size"]), max(480, data["size"])]}
         values["normalise"] = "standard" if source.std == IMAGENET_STD else "channels"
@@ -90,7 +101,8 @@ def _config(args: WeightsConfig, source: Source, base: dict[str, Any]) -> Config
         raise UserError(f"arch=plain: {args.file} has projections (option {source.shortcut}), as no plain net has")
     if values["arch"] == "resnet" and source.shortcut == "none":
         values["shortcut"] = "A"
-    return check_train(values, needs_data=False)
+    config = check_train(values, needs_data=False)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, root=args.data.root))
 
 
 def _classes(args: WeightsConfig, source: Source) -> list[str]:
@@ -152,6 +164,7 @@ def export(args: WeightsConfig) -> None:
         "bottleneck_stride": config.bottleneck_stride,
         "data": state["label"],
         "size": config.data.size,
+        "shorter_side": center_side(config.data.size) if config.data.family == "imagenet" else config.data.size,
         "seed": config.seed,
         "iteration": state["iteration"],
         "iterations": config.iterations,

@@ -214,6 +214,8 @@ def read_description(path: Path) -> dict[str, Any] | None:
             "std": std.shape == (3,) and std.isfinite().all() and (std > 0).all(),
             "arch": values["arch"] in ("resnet", "plain"),
             "bottleneck_stride": values["bottleneck_stride"] in ("1x1", "3x3"),
+            "precision": values.get("precision", "fp32") in ("bf16", "fp16", "fp32", "fp64"),
+            **{key: type(values.get(key, 0)) is int for key in ("seed", "iteration", "iterations")},
         }
         fault = fault or next((f"{key} is invalid" for key, good in checks.items() if not good), None)
     except (OSError, ValueError, TypeError, LookupError, RuntimeError, RecursionError, AttributeError) as error:
