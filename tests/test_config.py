@@ -877,6 +877,21 @@ def test_the_directory_of_the_papers_experiment():
     assert str(directory("iterations=6400")) == "runs/cifar10/resnet-20-A/iterations-6400+seed-0"
 
 
+def test_long_names_are_cut_and_tell_seeds_and_values_apart():
+    asked = [
+        "data.validation=500",
+        "schedule.lr=0.0123456789",
+        "augment.pad=3",
+        "batch_size=96",
+        "weight_decay=0.000123",
+    ]
+    names = [directory(*asked, *more).name for more in (["seed=0"], ["seed=1"], ["seed=1", "momentum=0.8"])]
+    assert [name.rpartition("+")[2] for name in names] == ["seed-0", "seed-1", "seed-1"]
+    assert [len(name) for name in names] == 3 * [100]
+    assert names[0].removesuffix("+seed-0") == names[1].removesuffix("+seed-1")
+    assert names[1] != names[2]
+
+
 def test_the_order_of_the_command_line_does_not_matter():
     asked = ["iterations=640", "depth=32", "schedule.lr=0.05", "schedule=cosine", "data.validation=5000", "seed=2"]
     assert directory(*asked) == directory(*asked[::-1]) == directory(*asked)

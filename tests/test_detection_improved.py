@@ -436,7 +436,7 @@ def test_an_ensemble_names_its_members_and_its_file(save, saved, command_here):
     other = save("two", "seed=3", "min_size=48", "anchors=[16,24,64]")  # each has proposals of its own anchors
     words = ("test", saved, other, "device=cpu", "refine=true", "scales=[48,96]")
     told = command_here("detect", *words)
-    path = saved.with_name("ensemble-of-2-refine-scales-48-96-test.json")
+    (path,) = saved.parent.glob("ensemble-of-2-??????-refine-scales-48-96-test.json")
     assert "on tree test, every test image once, whole; 2 detectors on the union" in told
     found = json.loads(path.read_text())
     assert found["net"] == "ensemble of 2"

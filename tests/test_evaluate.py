@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import re
 import shutil
 
 import hydra
@@ -284,10 +285,34 @@ def test_what_needs_training_images_is_refused_without_them(words, expected, sav
         measured(saved, monkeypatch, "checkpoint=0/last.pt", f"data.root={alone}", *words)
 
 
+def test_other_members_and_other_images_of_one_name_do_not_take_the_place_of_a_result(
+    saved, alone, tmp_path, monkeypatch
+):
+    folder = shutil.copytree(saved, tmp_path / "saved")
+    for place in ("a", "b"):
+        shutil.copytree(alone, tmp_path / place / "photos")
+        (tmp_path / place / "photos/val/class-0" / f"{place}.JPEG").write_bytes(b"")
+        (tmp_path / place / "photos/val/class-0/0.JPEG").rename(tmp_path / place / f"photos/val/class-0/{place}.JPEG")
+        measured(folder, monkeypatch, "checkpoint=0/last.pt", f"data.root={tmp_path}/{place}/photos")
+    for members in ("[0/last.pt,1/last.pt]", "[0/last.pt,'in groups of 2/last.pt']", "[0/last.pt,1/last.pt]"):
+        measured(folder, monkeypatch, f"checkpoint={members}")
+    names = sorted(re.sub("-[0-9a-f]{6}-", "-#-", path.name) for path in (folder / "0").glob("*.json"))
+    assert names == 2 * ["ensemble-of-2-#-test.json"] + 2 * ["last-photos-#-test.json"]
+
+
+def test_images_that_a_checkpoint_was_trained_on_and_that_are_elsewhere_are_named(saved, tmp_path, monkeypatch):
+    state = checkpoint.load(saved / "0/last.pt")
+    state["config"]["data"]["root"] = "/gone/photos"
+    checkpoint.save(tmp_path / "last.pt", {key: value for key, value in state.items() if key != "format"})
+    with pytest.raises(UserError, match="that is what it was trained on"):
+        measured(tmp_path, monkeypatch, "checkpoint=last.pt")
+
+
 def test_an_ensemble_and_its_members_under_a_protocol(saved, photographs, monkeypatch, capsys):
     measured(saved, monkeypatch, "checkpoint=[0/last.pt,1/last.pt]", "protocol=tencrop", "precise_bn=3")
     told = capsys.readouterr().out
-    result = json.loads((saved / "0/ensemble-of-2-tencrop-precise-bn-3-test.json").read_text())
+    (path,) = (saved / "0").glob("ensemble-of-2-??????-tencrop-precise-bn-3-test.json")
+    result = json.loads(path.read_text())
     assert (result["net"], result["protocol"], result["seen"]) == ("ensemble of 2", "10-crop", 9)
     assert [(m["net"], m["seed"], m["iteration"]) for m in result["members"]] == [
         ("resnet-18-B", 0, 0),

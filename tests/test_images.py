@@ -507,6 +507,23 @@ def test_what_is_taken_for_the_test_and_held_out_is_told(tmp_path, held, warned)
     assert [line for line in told if line.startswith("warning")] == [warning] * warned
 
 
+@pytest.mark.parametrize(
+    ("schedule", "warned"),
+    [
+        ("iterations=300 log_every=20", "0.03: a plateau of 9 iterations, where the error is known every 20,"),
+        ("iterations=300 log_every=3", None),
+        ("iterations=300 log_every=20 schedule.patience=0.5", None),
+        ("iterations=300 log_every=20 schedule=cosine", None),
+    ],
+)
+def test_a_plateau_that_chance_makes_is_warned_of(tmp_path, schedule, warned):
+    fill(tmp_path / "photos", {"cat": 5, "dog": 5})
+    words = ["data=imagenet", f"data.root={tmp_path}/photos", "depth=18", "batch_size=3", "device=cpu"]
+    config = check_train(compose("train", [*words, "precision=fp32", "normalise=channels", *schedule.split()]))
+    found = [line for line in build(config).describe() if line.startswith("warning")]
+    assert [line.startswith(f"warning: schedule.patience={warned}") for line in found] == [True] * (warned is not None)
+
+
 def test_cifar10_is_not_divided(tmp_path):
     """The paper's test images are given."""
     fill(tmp_path / "photos", {"cat": 3, "dog": 3})

@@ -257,6 +257,14 @@ def test_a_net_of_torchvisions_goes_through_the_command_and_back(weights, tmp_pa
     assert sorted(os.listdir(tmp_path)) == ["back.pth", "back.pth.json", "new", "odd =$name.pth"]
 
 
+def test_classes_of_a_test_part_alone(weights, tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / f"photos/val/{name}").mkdir(parents=True)
+        (tmp_path / f"photos/val/{name}/0.jpg").touch()
+    torch.save(imagenet_resnet(18, num_classes=2).state_dict(), tmp_path / "net.pth")
+    assert "2 classes (cat, dog" in weights("import", "net.pth", "out=net.pt", "data.root=photos")
+
+
 @pytest.mark.parametrize("out", ["out.pth", "out.safetensors"])
 def test_what_comes_back_is_evaluated_as_it_was(weights, tmp_path, out):
     """At its size and in its precision; a result names its seed and iteration."""
