@@ -583,6 +583,7 @@ def photos(folder, net, error, view=None):
     values = json.loads((folder / "config.json").read_text())
     values["data"] |= {"family": "imagenet", "name": "imagenet"}
     (folder / "config.json").write_text(json.dumps(values))
+    change(folder / "environment.json", digest="of these images")
     text = (folder / "metrics.jsonl").read_text().replace("single view", "center crop")
     (folder / "metrics.jsonl").write_text(text)
     if view:
@@ -618,6 +619,7 @@ def test_ten_crop_errors_come_from_resnet_eval_and_stay_apart_from_the_center_cr
         {"iteration": 300_000},
         {"batch_norm": "averages over 200 training batches"},
         {"data": "imagenet-v2"},
+        {"digest": "of other images"},
         {"split": "val"},
         {"protocol": "multi-scale"},
         {"members": []},

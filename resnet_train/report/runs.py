@@ -212,7 +212,7 @@ def _run(folder: Path, display_path: str, config: dict[str, Any], metrics: list[
         parameters=None if parameters is None else whole(parameters),
         replaced=whole(count_replaced(metrics)),
         unreadable=whole(sum(recorded.get("unreadable", {}).values())),
-        results=_results(folder),
+        results=_results(folder, recorded.get("digest")),
         root=word(config["data"]["root"] or ""),
         pages=[path for path in sorted(folder.rglob("*-mistakes.html")) if path.is_file()],
     )
@@ -234,10 +234,14 @@ def _recipe(config: dict[str, Any], family: str) -> dict[str, Any]:
     return recipe
 
 
-def _results(folder: Path) -> list[dict[str, Any]]:
-    """The test results that resnet-eval wrote beside the checkpoints, of single nets and of ensembles."""
+def _results(folder: Path, digest: Any) -> list[dict[str, Any]]:
+    """The test results that resnet-eval wrote beside the checkpoints, of single nets and of ensembles.
+
+    `digest` is that of the run's data. Results on others are left out, as these may have the same label.
+    """
     results = [read_if_object(path) for path in sorted(folder.rglob("*-test.json"))]
     results = [result for result in results if {"net", "data", "split", "protocol", "error"} <= result.keys()]
+    results = [result for result in results if digest is None or result.get("digest", digest) == digest]
     for result in results:
         result |= {key: word(result[key]) for key in ("net", "data", "split", "protocol")}
         result |= {key: number(result[key], 0, 100) for key in ("error", "error5") if key in result}
