@@ -288,7 +288,7 @@ def test_what_needs_training_images_is_refused_without_them(words, expected, sav
 def test_other_members_and_other_images_of_one_name_do_not_take_the_place_of_a_result(
     saved, alone, tmp_path, monkeypatch
 ):
-    folder = shutil.copytree(saved, tmp_path / "saved")
+    folder = shutil.copytree(saved, tmp_path / "saved", ignore=shutil.ignore_patterns("*.json"))
     for place in ("a", "b"):
         shutil.copytree(alone, tmp_path / place / "photos")
         (tmp_path / place / "photos/val/class-0" / f"{place}.JPEG").write_bytes(b"")
