@@ -61,8 +61,12 @@ def run_name(values: Mapping[str, Any], requested: Iterable[str], seed: int) -> 
 
 def name_of_members(paths: Sequence[Path]) -> str:
     """The first word of a result's name: of a checkpoint its own, of an ensemble one for these members."""
-    listed = "\n".join(str(path.absolute()) for path in paths)
-    return paths[0].stem if len(paths) == 1 else f"ensemble-of-{len(paths)}-{_hash(listed)[:6]}"
+    return paths[0].stem if len(paths) == 1 else f"ensemble-of-{len(paths)}-{mark(*map(str, paths))}"
+
+
+def mark(*paths: str) -> str:
+    """A few digits that tell apart paths of one name."""
+    return _hash("\n".join(str(expand(path).resolve()) for path in paths))[:6]
 
 
 def _short(value: Any) -> Any:

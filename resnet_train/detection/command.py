@@ -17,7 +17,7 @@ from resnet_train.config.detection import (
     config_from_checkpoint,
     with_test_data,
 )
-from resnet_train.config.run_dir import name_of_members, plain_word
+from resnet_train.config.run_dir import mark, name_of_members, plain_word
 from resnet_train.config.schema import format_value
 from resnet_train.detection.annotations import Examples
 from resnet_train.detection.build import build_like_checkpoint
@@ -171,11 +171,8 @@ def _default_out(members: list[Member], args: DetectTestConfig) -> Path:
     """Beside the first checkpoint, named after what was measured."""
     first = members[0]
     words = [name_of_members([member.path for member in members])]
-    label, trained = first.config.data_label, config_from_checkpoint(first.state["config"])
-    if label != first.state["label"]:
-        words.append(plain_word(label))
-    elif not same_root(first.config, trained):
-        words.append("elsewhere")
+    if not same_root(first.config, config_from_checkpoint(first.state["config"])):
+        words.append(f"elsewhere-{plain_word(first.config.data_label)}-{mark(first.config.data.root or '')}")
     words += ["refine"] if args.refine else []
     words += ["scales", *map(str, args.scales)] if args.scales else []
     return first.path.with_name("-".join([*words, plain_word(first.config.data.test)]) + ".json")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from resnet_train.classification.predict import load as load_classifier
 from resnet_train.classification.predict import view
 from resnet_train.config.boxes import same_root
 from resnet_train.config.localization import TEST_RESULT, LocalizeConfig, LocalizeTestConfig, with_test_data
-from resnet_train.config.run_dir import plain_word
+from resnet_train.config.run_dir import mark, plain_word
 from resnet_train.data.crops import scaled_view
 from resnet_train.engine import checkpoint
 from resnet_train.engine.boxes import fault_lines
@@ -132,10 +131,10 @@ def _default_out(path: Path, args: LocalizeTestConfig, tested: LocalizeConfig, t
     """The default path of the result: beside the checkpoint, named after data, R-CNN and classifier."""
     words = [path.stem]
     if not same_root(tested, trained):
-        words.append(f"elsewhere-{plain_word(tested.data_label)}-{_mark(tested.data.root or '')}")
+        words.append(f"elsewhere-{plain_word(tested.data_label)}-{mark(tested.data.root or '')}")
     words += ["dense" if args.dense else "center", *map(str, args.scales or [])]
     for word, name in (("rcnn", args.rcnn), ("top5", args.classifier)):
-        words += [f"{word}-{_run_of(expand(name))}-{_mark(name)}"] if name else []
+        words += [f"{word}-{_run_of(expand(name))}-{mark(name)}"] if name else []
     return path.with_name("-".join([*words, "test"]) + ".json")
 
 
@@ -143,11 +142,6 @@ def _run_of(path: Path) -> str:
     """The name of a checkpoint's run or, outside a run, of its file."""
     folder = path.resolve().parent
     return plain_word(folder.parent.name if folder.name == "checkpoints" else path.stem)
-
-
-def _mark(name: str) -> str:
-    """A few digits that tell apart paths with one name."""
-    return hashlib.sha256(str(expand(name).resolve()).encode()).hexdigest()[:6]
 
 
 def _line(result: dict[str, Any], out: Path) -> str:
