@@ -183,12 +183,12 @@ def is_detection_test(kind: str, images: int, classes: int | None) -> bool:
 DATA = {"cifar10": "cifar", "imagenet": "imagenet"}
 
 
-def shortened(data: str, iterations: int) -> str:
+def shortened(data: str, family: str, iterations: int) -> str:
     """`SHORTENED: …`, to stand over everything that a run on the paper's data and shorter than the paper's has made.
 
     Nothing for other runs: on data that the paper does not have there is no length to fall short of.
     """
-    whole = RECIPES[DATA[data]]["iterations"] if data in DATA else 0
+    whole = RECIPES[family]["iterations"] if DATA.get(data) == family else 0
     assert isinstance(whole, int)
     if iterations >= whole:
         return ""

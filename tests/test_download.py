@@ -4,6 +4,7 @@ import hashlib
 import random
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -340,3 +341,13 @@ def test_a_place_that_cannot_be_written_is_a_user_error(below, mirror, tmp_path)
         get(tmp_path / "taken" / below, server)
     assert "\n" not in str(caught.value)
     assert server.ranges == []
+
+
+def test_runs_that_begin_together_download_once(mirror, tmp_path, capsys):
+    server = mirror(trickle)
+    with ThreadPoolExecutor(3) as pool:
+        started = [pool.submit(download, [server.url], tmp_path / "file.bin", MD5, SIZE) for _ in range(3)]
+    assert [run.result() for run in started] == 3 * [tmp_path / "file.bin"]
+    assert server.ranges == ["bytes=0-"]
+    assert capsys.readouterr().out == 2 * "another process downloads; waiting for it\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["file.bin"]

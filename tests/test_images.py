@@ -862,6 +862,15 @@ def test_no_other_format_is_opened(kind, tmp_path, monkeypatch):
     assert not (tmp_path / "mark").exists()
 
 
+@pytest.mark.parametrize("kind", ["float32", "int32"])
+def test_pixels_of_32_bits_are_no_image(kind, tmp_path):
+    """Pillow would clip them to black or white."""
+    image = Image.fromarray(pixels(7, 8, 8, 3)[..., 0].numpy().astype(kind))
+    image.save(tmp_path / "x.tif")
+    with pytest.raises(ImageError, match="has 32 bits a pixel"):
+        read_image(tmp_path / "x.tif")
+
+
 @pytest.mark.parametrize("suffix", ["jpg", "JPEG", "png", "webp", "gif", "bmp", "tif", "Tiff", "ppm", "PGM"])
 def test_suffixes_count_in_any_case(suffix, tree):
     path = tree / "train" / "cat" / f"zz.{suffix}"

@@ -22,6 +22,7 @@ from PIL import Image
 from resnet_train import cli
 from resnet_train.config.augment import Augment
 from resnet_train.config.layout import check_source, class_folders
+from resnet_train.data import fetch
 from resnet_train.data import pack as packing
 from resnet_train.data.crops import cut, scaled_box
 from resnet_train.data.decode import decode
@@ -642,6 +643,26 @@ def test_a_packed_folder_elsewhere_is_fetched_once_and_checked(packed, tmp_path,
         open_packed(url)
     with pytest.raises(UserError, match=r"pack\.json cannot be fetched"):
         open_packed(f"local:{tmp_path / 'nowhere'}")
+
+
+def test_a_pack_can_be_opened_while_another_process_looks_for_a_newer_one(packed, tmp_path, monkeypatch):
+    monkeypatch.setenv("RESNET_TRAIN_DATA", str(tmp_path / "cache"))
+    url, client, seen = f"local:{packed}", fetch._downloader, []
+
+    def watched(url):
+        get = client(url)
+
+        def got(source, path):
+            (here,) = (tmp_path / "cache/packed").iterdir()
+            seen.append(open_packed(str(here)).digest)
+            get(source, path)
+
+        return got
+
+    first = open_packed(url).digest
+    monkeypatch.setattr(fetch, "_downloader", watched)
+    assert open_packed(url).digest == first
+    assert seen == [first]
 
 
 def test_false_sizes_elsewhere_and_notes_that_are_no_text(packed, tmp_path, monkeypatch):

@@ -399,6 +399,16 @@ def test_training_and_test_may_disagree(tmp_path):
     assert "56 layers has a higher training error and a lower test error than that of 20" in words
 
 
+def test_not_shown_where_it_is_not_known_whether_the_error_falls(tmp_path):
+    for net in ("plain-20", "plain-56"):
+        file = make(tmp_path / net, net, train=10.0 if net == "plain-56" else 5.0) / "metrics.jsonl"
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        kept = [line for line in lines if line["split"] == "test" or not 57_600 < line["iteration"] <= 60_800]
+        file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    (one,) = verdict.comparisons(found(tmp_path))
+    assert (one.train.word, one.falling) == ("", "it has no points to tell its fall in the last 5 % of the iterations")
+
+
 def test_not_shown_where_the_error_still_falls_by_more(tmp_path):
     _, said = pair(tmp_path, seeds(5, 9), seeds(8, 13), gain=4.0)
     assert said == "worse in the test"

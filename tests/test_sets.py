@@ -17,6 +17,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from resnet_train.classification.load import open_dataset
 from resnet_train.config.augment import Augment
+from resnet_train.config.layout import check_source
 from resnet_train.data import imagefolder, streaming
 from resnet_train.data.augment import EIGENVECTORS, IMAGENET_MEAN
 from resnet_train.data.cache import cache_folder
@@ -456,7 +457,8 @@ def test_a_wrong_tree_is_refused_when_it_is_opened(tree, tmp_path):
     shutil.copytree(tree, tmp_path / "copy")
     shutil.rmtree(tmp_path / "copy" / "val" / "eel")
     with pytest.raises(UserError, match="class eel"):
-        streamed(tmp_path / "copy")
+        check_source("imagenet", str(tmp_path / "copy"))
+    assert streamed(tmp_path / "copy").sizes == {"train": 0, "val": 0, "test": 6}
 
 
 # What is subtracted

@@ -265,6 +265,19 @@ def test_classes_of_a_test_part_alone(weights, tmp_path):
     assert "2 classes (cat, dog" in weights("import", "net.pth", "out=net.pt", "data.root=photos")
 
 
+def test_a_small_net_of_another_size_comes_back_by_itself(weights, tmp_path):
+    words = ["data=digits", "data.size=16", "depth=8"]
+    found = check_train(compose("train", words), needs_data=False)
+    kept = {"config": found.plain(), "iteration": 6, "model": cifar_resnet(8).state_dict(), "label": "digits"}
+    kept |= {"mean": torch.rand(16, 16, 3) * 255, "classes": [*"0123456789"], "digest": "0"}
+    measure = {"precision": "fp32", "compile": False, "bn_images": 32}
+    checkpoint.save(tmp_path / "net.pt", kept | {"measure": measure})
+    weights("export", "net.pt", "out=out.pth")
+    (tmp_path / "names.txt").write_text("\ufeff" + "\n".join("abcdefghij"), "utf-8")  # as Windows writes it
+    assert "; 16 px, fp32; " in weights("import", "out.pth", "out=back.pt", "classes=names.txt")
+    assert checkpoint.load(tmp_path / "back.pt")["classes"] == [*"abcdefghij"]
+
+
 @pytest.mark.parametrize("out", ["out.pth", "out.safetensors"])
 def test_what_comes_back_is_evaluated_as_it_was(weights, tmp_path, out):
     """At its size and in its precision; a result names its seed and iteration."""

@@ -102,7 +102,7 @@ def _evaluate(args: EvalConfig, device: torch.device) -> None:
         **(members[0].describe() if alone else {"net": f"ensemble of {len(members)}"}),
         **({} if alone else {"members": [member.describe() for member in members]}),
         "data": dataset.label,
-        "digest": dataset.digest,
+        "digest": dataset.digest if dataset.sizes["train"] else None,  # it is of both parts
         "split": args.split,
         "protocol": PROTOCOLS.get(args.protocol, dataset.protocol),
         "image_size": config.data.size,

@@ -61,13 +61,13 @@ class Classifier:
 
         As in evaluation: for an ImageNet net the center crop at shorter side 256 (for S = 224), for a CIFAR net the
         whole image at its size; minus the mean of the training images. EXIF rotation is not applied. Raises UserError
-        for a file that is not an image.
+        for what is not an image of 8 or 16 bits.
         """
         try:
             pixels = (
                 from_pillow(image).permute(2, 0, 1) if isinstance(image, Image.Image) else read_image(expand(image))
             )
-        except OSError as error:  # Pillow opens a file lazily and reads it here
+        except (OSError, ValueError) as error:  # Pillow opens a file lazily and reads it here
             raise UserError(f"{getattr(image, 'filename', 'the image')}: is not a whole image ({error})") from error
         return self.normalise(view(pixels, self.config)[None])[0]
 

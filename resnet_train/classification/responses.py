@@ -250,7 +250,7 @@ def _measure(member: Member, args: ResponsesConfig, device: torch.device) -> Sig
         seed=config.seed,
         iteration=state["iteration"],
         finished=state["iteration"] == config.iterations,
-        note=paper.shortened(dataset.label, config.iterations),
+        note=paper.shortened(dataset.label, config.data.family, config.iterations),
         stds=stds,
         by_response=by_response,
         by_weights=by_weights,

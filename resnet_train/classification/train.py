@@ -344,7 +344,7 @@ class ClassificationTask(TrainState):
         return f"{self.config.net} on {self.label}, seed {self.config.seed}"
 
     def _shortened(self) -> str:
-        return paper.shortened(self.label, self.config.iterations)
+        return paper.shortened(self.label, self.config.data.family, self.config.iterations)
 
 
 def watch_warmup(task: ClassificationTask) -> None:

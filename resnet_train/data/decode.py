@@ -74,6 +74,8 @@ def from_pillow(image: Image.Image) -> Tensor:
     if image.mode.startswith("I;16") or (image.format, image.mode) == ("PPM", "I"):  # 16 bits
         grey = (np.asarray(image) >> 8).astype(np.uint8)  # Pillow would clip instead of scaling
         return torch.from_numpy(grey[..., None].repeat(3, 2))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"has 32 bits a pixel, mode {image.mode}, of which nothing says what is white")
     opaque = image.convert("RGBA") if "transparency" in image.info else image  # else Pillow warns
     return torch.from_numpy(np.array(opaque.convert("RGB")))
 

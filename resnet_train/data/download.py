@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
+import os
 import threading
 import time
 import urllib.request
@@ -14,7 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from resnet_train.errors import UserError
-from resnet_train.terminal import printable
+from resnet_train.terminal import printable, say
 
 CHUNK = 1 << 16
 
@@ -47,12 +49,29 @@ def download(
     error, or other content. The partial file is kept beside `path`, and the next mirror or call resumes it. Mirrors
     that sent something are tried again without the minimal rate. Raises UserError if no mirror delivers the file.
     """
-    if path.is_file() and path.stat().st_size == size and checksum(path) == md5:
+    if _is_whole(path, size, md5):
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        folder = os.open(path.parent, os.O_RDONLY)
     except OSError as error:
         raise UserError(f"{path.parent}: cannot be made: {error.strerror}; set RESNET_TRAIN_DATA") from error
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("another process downloads; waiting for it")
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        return path if _is_whole(path, size, md5) else _download(urls, path, md5, size, stall, slow)
+    finally:
+        os.close(folder)
+
+
+def _is_whole(path: Path, size: int, md5: str) -> bool:
+    return path.is_file() and path.stat().st_size == size and checksum(path) == md5
+
+
+def _download(urls: Sequence[str], path: Path, md5: str, size: int, stall: float, slow: float) -> Path:
     part = path.with_name(path.name + ".part")
     reasons = []
     attempts = [(url, slow) for url in urls]

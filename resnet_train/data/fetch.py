@@ -50,8 +50,10 @@ def _fetch_pack(url: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            (folder / PACKED).unlink(missing_ok=True)  # the remote one may have changed
-            fetch(f"{url}/{PACKED}", folder / PACKED)
+            fresh = folder / f"{PACKED}.part"  # the remote one may have changed; others read the old one meanwhile
+            fresh.unlink(missing_ok=True)
+            fetch(f"{url}/{PACKED}", fresh)
+            fresh.replace(folder / PACKED)
             pack = read_about(folder)
             missing = [
                 (f"{name}/{shard.name}", shard)

@@ -38,8 +38,10 @@ def environment_of(command: str, device: torch.device, digest: str) -> dict[str,
 
 
 def git_commit() -> str | None:
-    """The commit of this package's code, or None if it is not in a git repository."""
-    return _output_of("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40") or None
+    """The commit of this package's code; None if git does not have it, as in an environment inside another project."""
+    git = "git", "-C", str(Path(__file__).parent)
+    known = _output_of(*git, "ls-files", Path(__file__).name)
+    return (known and _output_of(*git, "describe", "--always", "--dirty", "--abbrev=40")) or None
 
 
 def versions(device: torch.device) -> dict[str, str]:

@@ -152,7 +152,7 @@ def _section(group: list[Run], number: int, differing: set[str], out: Path) -> S
     keys = sorted((differing - {"data", "iterations", "protocol"}) & first.setting.keys())
     title += "".join(f", {key}={runs.format_setting(first.setting[key])}" for key in keys)
     section = Section(f"{number}. {title}", runs=group, verdict=verdict.table(group, where))
-    if first.published and (short := paper.shortened(first.data, first.iterations)):
+    if first.published and (short := paper.shortened(first.data, first.family, first.iterations)):
         section.warnings.append(short)
     section.words = [text for text in [verdict.sentence(group)] if text]
     section.figures = [dataclasses.replace(one, name=f"{one.name}{where}") for one in figures.plan(group)]

@@ -241,7 +241,7 @@ def _results(folder: Path, digest: Any) -> list[dict[str, Any]]:
     """
     results = [read_if_object(path) for path in sorted(folder.rglob("*-test.json"))]
     results = [result for result in results if {"net", "data", "split", "protocol", "error"} <= result.keys()]
-    results = [result for result in results if digest is None or result.get("digest", digest) == digest]
+    results = [result for result in results if digest is None or result.get("digest") in (None, digest)]
     for result in results:
         result |= {key: word(result[key]) for key in ("net", "data", "split", "protocol")}
         result |= {key: number(result[key], 0, 100) for key in ("error", "error5") if key in result}

@@ -187,7 +187,7 @@ def errors_table(group: list[Run], name: str, where: str) -> Table | None:
         if missing := [run for run in done if run.seed not in finals]:
             table.notes += [f"{net}: for the {view} error: `{command(view, [run])}`" for run in missing]
         table.notes += _unfinished(nets[net])
-    reasons = [paper.shortened(group[0].data, group[0].iterations).removeprefix("SHORTENED: ")]
+    reasons = [paper.shortened(group[0].data, group[0].family, group[0].iterations).removeprefix("SHORTENED: ")]
     reasons += ["another training set"] if group[0].setting["data.validation"] else []
     if any(reasons):
         table.notes.append(f"Not comparable with the paper's: {'; '.join(filter(None, reasons))}.")

@@ -40,10 +40,12 @@ def compare(shallow: list[Run], deep: list[Run]) -> Comparison:
     """Compare the finished runs of a shallow and of a deep net, all of one setting."""
     train = _difference([run.train_error for run in shallow], [run.train_error for run in deep])
     test = _difference([run.test_error for run in shallow], [run.test_error for run in deep])
-    gain, falling = max(run.late_gain for run in (*shallow, *deep)), ""
-    if train.word and gain >= abs(train.points):
+    gains, falling = [run.late_gain for run in (*shallow, *deep)], ""
+    gain = math.nan if any(map(math.isnan, gains)) else max(gains)
+    if train.word and not gain < abs(train.points):  # nor where it is not known
         train = Difference(train.points, train.spread, "")
-        falling = f"it still fell by {gain:.2f} points in the last {100 // END} % of the iterations"
+        known = f"it still fell by {gain:.2f} points" if math.isfinite(gain) else "it has no points to tell its fall"
+        falling = f"{known} in the last {100 // END} % of the iterations"
     return Comparison(shallow[0], deep[0], train, test, falling)
 
 
@@ -110,7 +112,7 @@ def sentence(group: list[Run]) -> str:
         return ""
     first = group[0]
     length = f"After {first.iterations:,} iterations"
-    if paper.shortened(first.data if first.published else "", first.iterations):
+    if paper.shortened(first.data if first.published else "", first.family, first.iterations):
         whole = paper.RECIPES[first.family]["iterations"]
         length = (
             f"After {first.iterations:,} of the paper's {whole:,} iterations, which do not tell what all would give"

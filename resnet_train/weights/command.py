@@ -75,8 +75,9 @@ def import_weights(args: WeightsConfig, bases: dict[str, dict[str, Any]]) -> Non
 def _config(args: WeightsConfig, source: Source, base: dict[str, Any], described: dict[str, Any]) -> Config:
     """The configuration of a training run of such a net, with what is `described` beside its weights."""
     data = dict(base["data"]) | {"family": source.family, "root": None}
-    data["name"] = data["name"] if args.data.name == "auto" else args.data.name
     data["size"] = args.data.size or described.get("size", data["size"])
+    usual = data["name"] if source.family == "imagenet" or data["size"] == 32 else "imagefolder"
+    data["name"] = usual if args.data.name == "auto" else args.data.name
     if source.mean.shape[0] not in (1, data["size"]):
         side = source.mean.shape[0]
         raise UserError(f"data.size={data['size']}: the mean image of {args.file} has {side} px; use data.size={side}")
@@ -111,7 +112,7 @@ def _classes(args: WeightsConfig, source: Source) -> list[str]:
     if args.classes is not None:
         origin = f"classes={args.classes}"
         try:
-            names = read_regular(expand(args.classes)).decode().splitlines()
+            names = read_regular(expand(args.classes)).decode("utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{origin}: cannot be read as text: {error}") from error
         names = [name.strip() for name in names if name.strip()]
