@@ -96,7 +96,7 @@ LOCALIZATION = (
     ("RPN + R-CNN", "ensemble", "dense", None, 8.9, "ensemble", None),
 )
 LOCALIZATION_METHODS = {"rpn": "RPN", "rcnn": "RPN + R-CNN"}  # by the stage of resnet-localize
-LOCALIZATION_TEST = (49_500, 50_000)  # ILSVRC's validation images, but for those that are unreadable or have no box
+IMAGENET_TEST = range(49_500, 50_001)  # ILSVRC's validation images, but for those that are unreadable or have no box
 # Table 14: top-5 localization error in % on ILSVRC's validation and test images.
 LOCALIZATION_SYSTEMS: dict[str, tuple[float | None, float]] = {
     "OverFeat (2013)": (30.0, 29.9),

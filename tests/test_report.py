@@ -599,8 +599,20 @@ def photos(folder, net, error, view=None):
     if view:
         result = {"net": net, "data": "imagenet", "split": "test", "protocol": view, "seed": 0, "iteration": 600_000}
         (folder / "checkpoints").mkdir()
-        told = json.dumps(result | {"wrong": 1, "seen": 4, "error": 25.0, "error5": 7.5})
+        told = json.dumps(result | {"wrong": 12_500, "seen": 50_000, "error": 25.0, "error5": 7.5})
         (folder / "checkpoints" / "last-tencrop-test.json").write_text(told)
+
+
+@pytest.mark.parametrize(("seen", "label"), [(None, "imagenet"), (49_990, "imagenet"), (300, "imagenet-folder")])
+def test_a_folder_called_imagenet_is_imagenet_if_it_has_as_many_test_images(tmp_path, seen, label):
+    photos(tmp_path / "a", "resnet-34-A", 28.0, "10-crop")
+    for file in (tmp_path / "a/metrics.jsonl", tmp_path / "a/checkpoints/last-tencrop-test.json"):
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        more = {} if seen is None else {"seen": seen}
+        file.write_text("".join(json.dumps(line | more) + "\n" for line in lines))
+    (run,) = found(tmp_path)
+    assert (run.data, run.published) == (label, label == "imagenet")
+    assert [result["data"] for result in run.results] == [label]
 
 
 def test_ten_crop_errors_come_from_resnet_eval_and_stay_apart_from_the_center_crop(tmp_path):

@@ -155,9 +155,13 @@ def responses(args: ResponsesConfig) -> None:
     """
     device = pick_device(args.device)
     members = [_load_member(name, args) for name in args.checkpoint]  # all of them first: errors come early
-    results = []
+    results: list[Signals] = []
     for member in members:
         s = _measure(member, args, device)
+        for number, other in enumerate(results):
+            if _columns(s) == _columns(other):
+                same = f"{s.net} on {s.data}, seed {s.seed}, iteration {s.iteration}"
+                raise UserError(f"checkpoint={member.path}: is {same}, as is {members[number].path}; use another out=")
         results.append(s)
         mean = sum(s.stds.values()) / len(s.stds)
         say(

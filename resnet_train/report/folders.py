@@ -1,4 +1,4 @@
-"""Where runs lie, and what their folders and files are called in a report: as much of the path as tells them apart."""
+"""Where runs and their results lie, and what they are called in a report: as much of a path as tells it apart."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
+from resnet_train import paper
 from resnet_train.errors import UserError
-from resnet_train.report.values import escape_and_clip
+from resnet_train.files import read_if_object
+from resnet_train.report.values import escape_and_clip, number, word
 
 
 def tell_apart(paths: Mapping[Path, int]) -> dict[Path, str]:
@@ -66,3 +69,26 @@ def _absolute(folder: Path) -> Path:
 
 def _count(path: Path) -> int:
     return max(1, sum(part != ".." for part in Path(os.path.normpath(path)).parts))
+
+
+def name_label(data: str, tested: Any) -> str:
+    """The label of data with so many test images: a folder called imagenet may have others than ILSVRC's."""
+    others = data == "imagenet" and tested is not None and tested not in paper.IMAGENET_TEST
+    return "imagenet-folder" if others else data
+
+
+def read_results(folder: Path, digest: Any) -> list[dict[str, Any]]:
+    """The test results that resnet-eval wrote beside the checkpoints, of single nets and of ensembles.
+
+    `digest` is that of the run's data. Results on others are left out, as these may have the same label.
+    """
+    results = [read_if_object(path) for path in sorted(folder.rglob("*-test.json"))]
+    results = [result for result in results if {"net", "data", "split", "protocol", "error"} <= result.keys()]
+    results = [result for result in results if digest is None or result.get("digest") in (None, digest)]
+    for result in results:
+        result |= {key: word(result[key]) for key in ("net", "data", "split", "protocol")}
+        result["data"] = name_label(result["data"], result.get("seen") if result["split"] == "test" else None)
+        result |= {key: number(result[key], 0, 100) for key in ("error", "error5") if key in result}
+        if "members" in result:
+            result["members"] = [{"net": word(member["net"])} for member in result["members"]]
+    return results

@@ -50,7 +50,7 @@ class Localizer:
 
 
 def _is_the_papers(images: int) -> bool:
-    return paper.LOCALIZATION_TEST[0] <= images <= paper.LOCALIZATION_TEST[1]
+    return images in paper.IMAGENET_TEST
 
 
 def find(folders: FolderMetrics) -> list[Localizer]:

@@ -124,7 +124,7 @@ def _responses_section(where: str, *columns: list[figures.Responses]) -> Section
         nets.setdefault(one.net, []).append(sum(one.stds) / len(one.stds))
     means = {net: sum(values) / len(values) for net, values in nets.items()}
     words = ["Mean over the layers: " + ", ".join(f"{mean:.3f} in {net}" for net, mean in means.items()) + "."]
-    published = first.data in paper.DATA
+    published = paper.DATA.get(first.data) == "cifar"  # whose nets these are
     plain = {net: means.get(f"plain-{net.split('-')[1]}") for net in means if not net.startswith("plain")}
     for how, less in (("less", True), ("no less", False)):
         if who := [net for net, other in plain.items() if other is not None and (means[net] < other) == less]:

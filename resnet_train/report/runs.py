@@ -15,11 +15,10 @@ from resnet_train.engine.metrics import count_replaced, describe_replaced
 from resnet_train.errors import UserError
 from resnet_train.files import read_if_object, read_object
 from resnet_train.report.curves import Point
-from resnet_train.report.folders import find_runs, name_weights, tell_apart
+from resnet_train.report.folders import find_runs, name_label, name_weights, read_results, tell_apart
 from resnet_train.report.values import (
     config_value,
     metrics_in,
-    number,
     reading,
     whole,
     word,
@@ -183,13 +182,14 @@ def _run(folder: Path, display_path: str, config: dict[str, Any], metrics: list[
         points[line["split"]][line["iteration"]] = (line["iteration"], line["error"], line.get("error5"))
     arch, depth, family = config["arch"], whole(config["depth"]), config["data"]["family"]
     protocol = {"cifar": "single view", "imagenet": "center crop"}[family]
-    tests = [line["protocol"] for line in metrics if line["split"] == "test" and "protocol" in line]
-    protocol = word(tests[-1]) if tests else protocol
+    tests = [line for line in metrics if line["split"] == "test" and "protocol" in line]
+    protocol = word(tests[-1]["protocol"]) if tests else protocol
     net = f"plain-{depth}" if arch == "plain" else f"{arch}-{depth}-{config['shortcut']}"
     if not NET.fullmatch(net):
         raise ValueError(f"{net!r:.100} is no net")
     recorded = read_if_object(folder / "environment.json") | read_if_object(folder / "summary.json")
-    data, precision, parameters = word(metrics[0]["data"]), recorded.get("precision"), recorded.get("parameters")
+    data = name_label(word(metrics[0]["data"]), tests[-1].get("seen") if tests else None)
+    precision, parameters = recorded.get("precision"), recorded.get("parameters")
     setting = {"data": data, "protocol": protocol, **_recipe(config, family)}
     if "digest" in recorded and data not in paper.DATA:  # other data may share a label
         setting["images"] = word(recorded["digest"])
@@ -212,7 +212,7 @@ def _run(folder: Path, display_path: str, config: dict[str, Any], metrics: list[
         parameters=None if parameters is None else whole(parameters),
         replaced=whole(count_replaced(metrics)),
         unreadable=whole(sum(recorded.get("unreadable", {}).values())),
-        results=_results(folder, recorded.get("digest")),
+        results=read_results(folder, recorded.get("digest")),
         root=word(config["data"]["root"] or ""),
         pages=[path for path in sorted(folder.rglob("*-mistakes.html")) if path.is_file()],
     )
@@ -232,22 +232,6 @@ def _recipe(config: dict[str, Any], family: str) -> dict[str, Any]:
     bn_images = config_value(config["bn_images"])
     recipe["bn_images"] = {"device": device_batch, "all": batch}.get(bn_images, bn_images)
     return recipe
-
-
-def _results(folder: Path, digest: Any) -> list[dict[str, Any]]:
-    """The test results that resnet-eval wrote beside the checkpoints, of single nets and of ensembles.
-
-    `digest` is that of the run's data. Results on others are left out, as these may have the same label.
-    """
-    results = [read_if_object(path) for path in sorted(folder.rglob("*-test.json"))]
-    results = [result for result in results if {"net", "data", "split", "protocol", "error"} <= result.keys()]
-    results = [result for result in results if digest is None or result.get("digest") in (None, digest)]
-    for result in results:
-        result |= {key: word(result[key]) for key in ("net", "data", "split", "protocol")}
-        result |= {key: number(result[key], 0, 100) for key in ("error", "error5") if key in result}
-        if "members" in result:
-            result["members"] = [{"net": word(member["net"])} for member in result["members"]]
-    return results
 
 
 def groups(runs: list[Run]) -> list[list[Run]]:
