@@ -198,3 +198,17 @@ def test_a_value_that_is_read_is_found():
     with Waits() as waits:
         torch.ones(3).sum().item()
     assert waits.found == ["_local_scalar_dense"]
+
+
+def test_the_best_checkpoint_is_never_newer_than_the_last(stop, tmp_path):
+    """Else a run that is killed after it could, on a GPU, end with another best than best.pt."""
+    pytest.importorskip("sklearn")
+    words = ["iterations=6", "eval_every=2", "checkpoint_every=100", "schedule.lr=1e-9", "data.validation=137"]
+    config = golden.composed([*(w for w in golden.TINY if not w.startswith(("iterations", "eval_every"))), *words])
+    (tmp_path / "checkpoints").mkdir()
+    run = build(config)
+    record = MetricsLogger(tmp_path, {}, 0, config.iterations)
+    with contextlib.closing(record):
+        loop(run, tmp_path, record, Clock(0), stop)
+    found = {file.stem: checkpoint.load(file)["iteration"] for file in (tmp_path / "checkpoints").glob("*.pt")}
+    assert found == {"best": 2, "previous": 2, "last": 6}

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from resnet_train.config import keys
 from resnet_train.config.data import EvalData, PackData, WeightsData, check_other_data
 from resnet_train.config.keys import OnlyFor, Range
-from resnet_train.config.layout import PACKED, REMOTE, check_source, is_packed, is_remote
+from resnet_train.config.layout import OFFICIAL, PACKED, REMOTE, check_source, is_official, is_packed, is_remote
 from resnet_train.config.paths import (
     anchored,
     check_checkpoints,
@@ -221,7 +221,8 @@ def check_weights(values: Mapping[str, Any], requested: Collection[str] = ()) ->
     if config.classes is not None:
         check_file("classes", config.classes)
     if config.data.root is not None:
-        check_source("imagenet" if config.data.name == "auto" else config.data.name, config.data.root, train=False)
+        official = next((name for name in OFFICIAL if is_official(name, expand(config.data.root))), "imagenet")
+        check_source(official if config.data.name == "auto" else config.data.name, config.data.root, train=False)
     if word == "export":
         if config.format == "auto":
             suffix = expand(config.out).suffix

@@ -45,7 +45,8 @@ def loop(
             log_training(task, directory, logger, clock, lr)
         if last or task.iteration % config.eval_every == 0:
             log_evaluation(task, directory, logger, clock)
-        if last or task.iteration % config.checkpoint_every == 0 or _is_kept(task):
+        best = task.iteration == task.best_at  # with its best.pt: repeated iterations could differ on a GPU
+        if last or task.iteration % config.checkpoint_every == 0 or _is_kept(task) or best:
             save(task, directory, logger, clock)
             saved_at = task.iteration
     if saved_at != task.iteration:
