@@ -235,8 +235,11 @@ def alone(photographs, tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("train", [None, [], ["class-0", "class-2"]], ids=["no train", "empty train", "part of train"])
-@pytest.mark.parametrize("name", ["0", "in memory"])
+@pytest.mark.parametrize(
+    ("name", "train"),
+    [("0", None), ("0", ["class-0", "class-2"]), ("in memory", []), ("in memory", ["class-0", "class-2"])],
+    ids=["no train", "part of train", "empty train, in memory", "part of train, in memory"],
+)
 def test_a_test_part_alone_is_enough_for_a_test(name, train, saved, alone, tmp_path, monkeypatch, capsys):
     root = shutil.copytree(alone, tmp_path / "tree")
     for folder in ["", *train] if train is not None else []:
