@@ -82,6 +82,8 @@ WORKER = r"DataLoader worker \(.+\) exited unexpectedly; if it was killed for wa
 @pytest.mark.parametrize(
     ("job", "message"),
     [
+        # First: it collects garbage, and what the others leave waits for five seconds each for its workers.
+        (lambda: with_few_files(lambda: with_no_file_left(lambda: os.dup(2))), FILES),
         (lambda: torch.empty(1 << 50), MEMORY),
         (lambda: bytearray(1 << 62), MEMORY),
         (of_a_worker(lambda: torch.empty(1 << 50)), MEMORY),
@@ -91,7 +93,6 @@ WORKER = r"DataLoader worker \(.+\) exited unexpectedly; if it was killed for wa
             of_a_worker(lambda: os.open("/no/such", os.O_RDONLY)),
             "/no/such: No such file or directory; once it exists again, .+",
         ),
-        (lambda: with_few_files(lambda: with_no_file_left(lambda: os.dup(2))), FILES),
         (
             lambda: with_few_files(of_a_worker(lambda: [torch.zeros(9) for _ in range(30)])),
             FILES,
