@@ -470,6 +470,7 @@ def saved(save):
     return save("one")
 
 
+@pytest.mark.long
 def test_the_test_of_a_checkpoint_gives_box_and_mask_ap_as_logged_on_one_process_and_two(saved, command_here, tmp_path):
     path, task = saved
     (point,) = task.evaluate()
