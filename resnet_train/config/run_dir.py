@@ -61,7 +61,7 @@ def run_name(values: Mapping[str, Any], requested: Iterable[str], seed: int) -> 
 
 def name_of_members(paths: Sequence[Path]) -> str:
     """The first word of a result's name: of a checkpoint its own, of an ensemble one for these members."""
-    return paths[0].stem if len(paths) == 1 else f"ensemble-of-{len(paths)}-{mark(*map(str, paths))}"
+    return paths[0].stem if len(paths) == 1 else f"ensemble-of-{len(paths)}-{mark(*sorted(map(str, paths)))}"
 
 
 def mark(*paths: str) -> str:

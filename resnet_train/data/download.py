@@ -62,6 +62,8 @@ def download(
         except BlockingIOError:
             say("another process downloads; waiting for it")
             fcntl.flock(folder, fcntl.LOCK_EX)
+        except OSError:
+            pass  # a file system without locks
         return path if _is_whole(path, size, md5) else _download(urls, path, md5, size, stall, slow)
     finally:
         os.close(folder)

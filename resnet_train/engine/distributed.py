@@ -113,7 +113,7 @@ def local_rank_zero_first(job: Callable[[], T]) -> T:
     """
     if world_size() == 1:
         return job()
-    patient: Any = dist.new_group(timeout=datetime.timedelta(days=7), backend="gloo")
+    patient: Any = dist.new_group(timeout=datetime.timedelta(days=1), backend="gloo")
     first = raise_on_all_ranks(lambda: job() if local_rank() == 0 else None, patient)
     return raise_on_all_ranks(lambda: job() if local_rank() else first, patient)  # type: ignore[return-value]
 

@@ -89,18 +89,19 @@ def run(
                 remove_empty(directory, above)
             raise
         _announce(task, directory, state)
+        clock = Clock(task.iteration)
+        if world_size() > 1:
+            task.wrap_ddp()  # with a first pass, which compiles; a signal still ends all at once
+            if task.compiled:
+                message(f"compiled in {time.perf_counter() - clock.mark:.0f} s")
         stop, start = Stop(), task.iteration
         names = {"data": task.label, "seed": config.seed}
         logger = MetricsLogger(directory if is_main() else None, names, start, config.iterations)
-        clock = Clock(start, logger.seconds)
+        clock.seconds = logger.seconds
         if task.reference is not None:
             logger.log_reference(task.reference, config.iterations)
         try:
             with contextlib.closing(logger):
-                if world_size() > 1:
-                    task.wrap_ddp()  # with a first pass, which compiles
-                    if task.compiled:
-                        message(f"compiled in {time.perf_counter() - clock.mark:.0f} s")
                 loop(task, directory, logger, clock, stop, None if state is None else start)
                 stop.settle()
                 finished = task.iteration == config.iterations

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from resnet_train import __version__
 from resnet_train.config.commands import WeightsConfig
-from resnet_train.config.layout import OFFICIAL, class_folders, is_official, is_packed
+from resnet_train.config.layout import OFFICIAL, check_source, class_folders, is_official, is_packed
 from resnet_train.config.train import Config, check_train, config_from_checkpoint
 from resnet_train.data.augment import IMAGENET_STD
 from resnet_train.data.cifar10 import CLASSES
@@ -103,6 +103,8 @@ def _config(args: WeightsConfig, source: Source, base: dict[str, Any], described
     if values["arch"] == "resnet" and source.shortcut == "none":
         values["shortcut"] = "A"
     config = check_train(values, needs_data=False)
+    if args.data.root is not None:
+        check_source(config.data.name, args.data.root, train=False)
     return dataclasses.replace(config, data=dataclasses.replace(config.data, root=args.data.root))
 
 
