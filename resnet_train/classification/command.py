@@ -184,7 +184,8 @@ def _count_members(
     sums: list[tuple[Tensor, Tensor]] = []
     precisions, compiled, size = set(), True, dataset.sizes[args.split]
     skip = members[0].config.data.broken == "skip"
-    torch.backends.cudnn.benchmark = args.protocol != "multiscale"  # whose shapes vary
+    fixed = args.protocol != "multiscale"  # else shapes vary, and nothing is chosen or compiled for each
+    torch.backends.cudnn.benchmark = fixed
     for member in members:
         loading = member.path, member.config, member.state, dataset.classes, device
         restore = functools.partial(load_model, *loading, precise_bn=args.precise_bn > 0)
@@ -193,7 +194,6 @@ def _count_members(
         if args.precise_bn:
             images = member.state["measure"]["bn_images"]
             average_batch_norm(model, mean, member.config, images, dataset, args.precise_bn, precision)
-        fixed = args.protocol != "multiscale"  # else each of many shapes would be compiled for itself
         compile = compile and fixed and compile_network(model, member.config.depth, device)
         compiled = compiled and compile
         share = (args.split, mean, device, pick_eval_batch(member.config, device), rank(), world_size())

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from resnet_train.config import keys
 from resnet_train.config.keys import Alias, Free, Range, StoredAs
 from resnet_train.config.paths import anchored, check_paths
-from resnet_train.config.run_dir import plain_word, run_name, unnamed
+from resnet_train.config.run_dir import mark, plain_word, run_name, unnamed
 from resnet_train.config.schema import flat, format_value, unread_keys
 from resnet_train.config.train import check_divisible
 from resnet_train.errors import UserError
@@ -120,10 +120,10 @@ def with_test_data(config: C, requested: BoxTestData) -> C:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, **given))
 
 
-def same_root(one: BoxConfig, other: BoxConfig) -> bool:
-    """Whether the images of both lie in the same folder."""
-    first, second = (expand(config.data.root or "").resolve() for config in (one, other))
-    return first == second
+def name_elsewhere(tested: BoxConfig, trained: BoxConfig) -> list[str]:
+    """The word of a result's name for images in another folder than training's; none for the same folder."""
+    here, there = (expand(config.data.root or "").resolve() for config in (tested, trained))
+    return [] if here == there else [f"elsewhere-{plain_word(tested.data_label)}-{mark(tested.data.root or '')}"]
 
 
 def run_directory(config: BoxConfig, requested: Collection[str], task: str, kind: str, shown: Collection[str]) -> Path:

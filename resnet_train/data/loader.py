@@ -10,16 +10,32 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from torch.utils.data import DataLoader
+import torch
+from torch.utils.data import DataLoader, Dataset
 
 from resnet_train.errors import SIGNALS, RunError, UserError
 
 # On Linux workers are forks, also with Python 3.14, so that they share what is listed and import nothing again.
-WORKERS = "fork" if sys.platform == "linux" else None
+CONTEXT = "fork" if sys.platform == "linux" else None
 
 
-def checked_batches(loader: DataLoader) -> Iterator[Any]:
-    """The batches of `loader`; the UserError of a worker is raised as in that worker."""
+def load_in_workers(data: Dataset[Any], workers: int, device: torch.device, **order: Any) -> Iterator[Any]:
+    """The batches of `data` for `device`, made by worker processes, or by this one without; `order`: of DataLoader.
+
+    The UserError of a worker is raised as in that worker.
+    """
+    loader = DataLoader(
+        data,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_leave_signals,
+        multiprocessing_context=CONTEXT if workers else None,
+        **order,
+    )
+    return _checked_batches(loader)
+
+
+def _checked_batches(loader: DataLoader) -> Iterator[Any]:
     _end_workers_at_exit()
     try:
         yield from loader
@@ -29,7 +45,7 @@ def checked_batches(loader: DataLoader) -> Iterator[Any]:
         raise kind(str(error).strip().splitlines()[-1].split(f".{type(error).__name__}: ")[-1]) from None
 
 
-def leave_signals(_: int) -> None:
+def _leave_signals(_: int) -> None:
     """Ignore signals sent to all processes of a job: training processes handle them, and end their workers."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -67,10 +67,11 @@ def listing(root: Path, part: str, classes: list[str], test: str) -> list[tuple[
 
     `test` is the folder of the test part, empty for an undivided tree. Of a part that is not there, none.
     """
-    folder = root / {"train": "train", "test": test}[part] if test else root
+    name_of_part = part if test and part == "train" else test
+    if name_of_part not in parts_of(root, test):
+        return []
+    folder = root / name_of_part
     entries: list[tuple[Path, int]] = []
-    if test and folder.name not in parts_of(root, test):
-        return entries
     for label, name in enumerate(classes):
         files = [entry.name for entry in images_in(folder / name)[0]]
         tested = set() if test else part_for_test(name, files)

@@ -29,7 +29,7 @@ from resnet_train.data.augment import (
 from resnet_train.data.cache import cache_folder, keep
 from resnet_train.data.crops import Box, area_box, scaled_box
 from resnet_train.data.imagefolder import ImageSource, open_image_splits
-from resnet_train.data.loader import WORKERS, checked_batches, leave_signals
+from resnet_train.data.loader import load_in_workers
 from resnet_train.data.sampler import batch_indices, generator
 from resnet_train.data.views import (
     SCALES,
@@ -220,17 +220,7 @@ class StreamingDataset:
     def _loader(
         self, data: Dataset[Any], views: Any, device: torch.device, collate: Callable[..., Any] | None = None
     ) -> Iterator[Any]:
-        return checked_batches(
-            DataLoader(
-                data,
-                batch_sampler=views,
-                collate_fn=collate,
-                num_workers=self.workers,
-                pin_memory=device.type == "cuda",
-                worker_init_fn=leave_signals,
-                multiprocessing_context=WORKERS if self.workers else None,
-            )
-        )
+        return load_in_workers(data, self.workers, device, batch_sampler=views, collate_fn=collate)
 
 
 def random_views(part: ImageSource, size: int, order: BatchOrder, count: int) -> DataLoader:

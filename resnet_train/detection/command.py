@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from resnet_train.config.boxes import same_root
+from resnet_train.config.boxes import name_elsewhere
 from resnet_train.config.detection import (
     TEST_RESULT,
     DetectConfig,
@@ -17,7 +17,7 @@ from resnet_train.config.detection import (
     config_from_checkpoint,
     with_test_data,
 )
-from resnet_train.config.run_dir import mark, name_of_members, plain_word
+from resnet_train.config.run_dir import name_of_members, plain_word
 from resnet_train.config.schema import format_value
 from resnet_train.detection.annotations import Examples
 from resnet_train.detection.build import build_like_checkpoint
@@ -171,8 +171,7 @@ def _default_out(members: list[Member], args: DetectTestConfig) -> Path:
     """Beside the first checkpoint, named after what was measured."""
     first = members[0]
     words = [name_of_members([member.path for member in members])]
-    if not same_root(first.config, config_from_checkpoint(first.state["config"])):
-        words.append(f"elsewhere-{plain_word(first.config.data_label)}-{mark(first.config.data.root or '')}")
+    words += name_elsewhere(first.config, config_from_checkpoint(first.state["config"]))
     words += ["refine"] if args.refine else []
     words += ["scales", *map(str, args.scales)] if args.scales else []
     return first.path.with_name("-".join([*words, plain_word(first.config.data.test)]) + ".json")

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from resnet_train.data.decode import ImageError
-from resnet_train.data.loader import WORKERS, checked_batches, leave_signals
+from resnet_train.data.loader import load_in_workers
 from resnet_train.data.sampler import batch_indices, generator
 from resnet_train.data.views import read_or_fault, skip_broken
 from resnet_train.detection.annotations import Example, load
@@ -136,14 +136,4 @@ def tell_skipped(lines: Iterable[str]) -> None:
 def loaded(data: Dataset[Any], order: range, workers: int, device: torch.device) -> Iterator[Any]:
     """The items of `data` as they are, by worker processes: images of different sizes make no tensor."""
     workers = min(workers, share_of_cores())  # more would only wait for each other
-    return checked_batches(
-        DataLoader(
-            data,
-            batch_size=None,
-            sampler=order,
-            num_workers=workers,
-            pin_memory=device.type == "cuda",
-            worker_init_fn=leave_signals,
-            multiprocessing_context=WORKERS if workers else None,
-        )
-    )
+    return load_in_workers(data, workers, device, batch_size=None, sampler=order)

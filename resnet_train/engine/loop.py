@@ -37,7 +37,7 @@ def loop(
         lr = task.learning_rate()
         task.step(batch, lr)
         logger.bar.update()
-        if task.compiled and world_size() == 1 and task.iteration == first:
+        if task.compiled and task.iteration == first:
             message(f"compiled in {time.perf_counter() - clock.mark:.0f} s")
 
         last = task.iteration == config.iterations

@@ -25,7 +25,7 @@ from resnet_train.engine.distributed import (
     world_size,
 )
 from resnet_train.engine.environment import peak_memory
-from resnet_train.engine.logger import MetricsLogger, message, prepare_process
+from resnet_train.engine.logger import MetricsLogger, prepare_process
 from resnet_train.engine.loop import Clock, Stop, log_evaluation, loop
 from resnet_train.engine.metrics import count_replaced, describe_replaced, read_metrics
 from resnet_train.engine.resume import before_restart, begin_run, claim_run
@@ -92,8 +92,6 @@ def run(
         clock = Clock(task.iteration)
         if world_size() > 1:
             task.wrap_ddp()  # with a first pass, which compiles; a signal still ends all at once
-            if task.compiled:
-                message(f"compiled in {time.perf_counter() - clock.mark:.0f} s")
         stop, start = Stop(), task.iteration
         names = {"data": task.label, "seed": config.seed}
         logger = MetricsLogger(directory if is_main() else None, names, start, config.iterations)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from resnet_train.classification.predict import load as load_classifier
 from resnet_train.classification.predict import view
-from resnet_train.config.boxes import same_root
+from resnet_train.config.boxes import name_elsewhere
 from resnet_train.config.localization import TEST_RESULT, LocalizeConfig, LocalizeTestConfig, with_test_data
 from resnet_train.config.run_dir import mark, plain_word
 from resnet_train.data.crops import scaled_view
@@ -129,9 +129,7 @@ def _protocol(crop: int, sides: Sequence[int] | None, *, named: bool) -> str:
 
 def _default_out(path: Path, args: LocalizeTestConfig, tested: LocalizeConfig, trained: LocalizeConfig) -> Path:
     """The default path of the result: beside the checkpoint, named after data, R-CNN and classifier."""
-    words = [path.stem]
-    if not same_root(tested, trained):
-        words.append(f"elsewhere-{plain_word(tested.data_label)}-{mark(tested.data.root or '')}")
+    words = [path.stem, *name_elsewhere(tested, trained)]
     words += ["dense" if args.dense else "center", *map(str, args.scales or [])]
     for word, name in (("rcnn", args.rcnn), ("top5", args.classifier)):
         words += [f"{word}-{_run_of(expand(name))}-{mark(name)}"] if name else []

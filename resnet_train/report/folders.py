@@ -1,4 +1,4 @@
-"""Where runs and their results lie, and what they are called in a report: as much of a path as tells it apart."""
+"""Where runs and their results lie, and what they are called in a report: as much of a path as is needed."""
 
 from __future__ import annotations
 
