@@ -27,7 +27,7 @@ from resnet_train.models.build import build_network, check_net
 from resnet_train.terminal import say
 from resnet_train.weights import state_dicts
 from resnet_train.weights.onnx import to_onnx
-from resnet_train.weights.source import FAMILIES, HEADER, Source, divisor, load, read_description, read_source
+from resnet_train.weights.source import FAMILIES, HEADER, Source, divisor, load, read_source
 
 BN_IMAGES = {"cifar": 64, "imagenet": 32}
 
@@ -38,42 +38,43 @@ def import_weights(args: WeightsConfig, bases: dict[str, dict[str, Any]]) -> Non
     `bases` has the values of a training run for each family of nets, some of which are used in evaluation.
     """
     path, out = expand(args.file), expand(args.out)
-    described = read_description(path) or {}  # by our export
-    precision = args.precision or described.get("precision", "fp32")
-    double = precision == "fp64"
-    source = read_source(path, form=args.format, mean=args.mean, std=args.std, double=double)
+    source = read_source(path, form=args.format, mean=args.mean, std=args.std)
     if source.ours:
         raise UserError(f"file={path}: is a checkpoint of resnet-train already; resnet-weights export is the other way")
-    config = _config(args, source, bases[source.family] | {"precision": precision}, described)
+    config = _config(args, source, bases[source.family])
     classes = _classes(args, source)
+    double, model = config.precision == "fp64", source.model
+    if double:
+        model = {name: value.double() if value.is_floating_point() else value for name, value in model.items()}
     state = {
         "config": config.plain(),
         "classes": classes,
         "label": config.data_label,
         "digest": "",  # of the training images: unknown
         # The groups of batch norm's statistics are unknown as well; for precise_bn, the paper's.
-        "measure": {"precision": precision, "compile": False, "bn_images": BN_IMAGES[source.family]},
+        "measure": {"precision": config.precision, "compile": False, "bn_images": BN_IMAGES[source.family]},
         "mean": source.mean if double else source.mean.float(),
-        "iteration": described.get("iteration", 0),
-        "model": state_dicts.rescaled(source.model, source.std, divisor(config)),
+        "iteration": source.described.get("iteration", 0),
+        "model": state_dicts.rescaled(model, source.std, divisor(config)),
     }
     with checkpoint.checkpoint_errors(path):
-        build_network(config, len(classes)).load_state_dict(source.model)
+        build_network(config, len(classes)).load_state_dict(model)
     checkpoint.save(out, state)
     mean = [round(value, 4) for value in (source.mean.mean((0, 1)) / 255).tolist()]
     stride = f", stride in the {config.bottleneck_stride}" if source.has_bottlenecks else ""
     folded = "" if divisor(config) == source.std else " (in conv1 now)"
     say(
         f"{FAMILIES[source.family]} {config.net}{stride}, {len(classes)} classes ({', '.join(classes[:3])}…); images in"
-        f" 0 to 1 minus {mean}, divided by {list(source.std)}{folded}; {config.data.size} px, {precision}; {out}"
+        f" 0 to 1 minus {mean}, divided by {list(source.std)}{folded}; {config.data.size} px, {config.precision}; {out}"
     )
     specified = {"stride in the 3x3": args.bottleneck_stride, "a residual net": args.arch}
     if assumed := [item for item in source.assumed if not specified.get(item)]:
         say(f"assumed, for the file does not say: {'; '.join(assumed)}")
 
 
-def _config(args: WeightsConfig, source: Source, base: dict[str, Any], described: dict[str, Any]) -> Config:
-    """The configuration of a training run of such a net, with what is `described` beside its weights."""
+def _config(args: WeightsConfig, source: Source, base: dict[str, Any]) -> Config:
+    """The configuration of a training run of such a net, with what is described beside its weights."""
+    described = source.described
     data = dict(base["data"]) | {"family": source.family, "root": None}
     data["size"] = args.data.size or described.get("size", data["size"])
     usual = data["name"] if source.family == "imagenet" or data["size"] == 32 else "imagefolder"
@@ -81,20 +82,17 @@ def _config(args: WeightsConfig, source: Source, base: dict[str, Any], described
     if source.mean.shape[0] not in (1, data["size"]):
         side = source.mean.shape[0]
         raise UserError(f"data.size={data['size']}: the mean image of {args.file} has {side} px; use data.size={side}")
-    run = {key: described[key] for key in ("seed", "iterations") if key in described}
-    values = (
-        base
-        | run
-        | {
-            "data": data,
-            "depth": source.depth,
-            "arch": args.arch or source.arch or "resnet",
-            "shortcut": source.shortcut,
-            "bottleneck_stride": args.bottleneck_stride or source.bottleneck_stride,
-            "compile": False,
-            "recipe": "imported",
-        }
-    )
+    values = base | {
+        "data": data,
+        "depth": source.depth,
+        "arch": args.arch or source.arch or "resnet",
+        "shortcut": source.shortcut,
+        "bottleneck_stride": args.bottleneck_stride or source.bottleneck_stride,
+        "precision": args.precision or described.get("precision", "fp32"),
+        "compile": False,
+        "recipe": "imported",
+    }
+    values |= {key: described[key] for key in ("seed", "iterations") if key in described}
     if source.family == "imagenet":
         values["augment"] = base["augment"] | {"shorter_side": [max(256, data["size"]), max(480, data["size"])]}
         values["normalise"] = "standard" if source.std == IMAGENET_STD else "channels"

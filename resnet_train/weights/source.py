@@ -6,7 +6,7 @@ import dataclasses
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ class Source:
     ours: bool  # whether the file is a checkpoint of resnet-train
     classes: list[str] | None
     assumed: tuple[str, ...] = ()
+    described: Mapping[str, Any] = field(default_factory=dict)  # by our export, beside a state dict
 
     @property
     def count(self) -> int:
@@ -78,13 +79,12 @@ def read_source(
     form: str = "auto",
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    double: bool = False,
     content: Any = None,
 ) -> Source:
     """Read a checkpoint of resnet-train, or a state dict of the given `form` (state_dicts.to_our_names).
 
     `mean` and `std` normalise images in 0 to 1 for a state dict; None: as in the JSON file of our export beside it,
-    else ImageNet's. `double`: convert to float64. `content`: what the file holds, if it is read. Raises UserError.
+    else ImageNet's. `content`: what the file holds, if it is read. Raises UserError.
     """
     content = state_dicts.read(path) if content is None else content
     if isinstance(content, Mapping) and "model" in content and type(content.get("format")) is int:
@@ -95,8 +95,6 @@ def read_source(
         with checkpoint.checkpoint_errors(path):
             return _of_checkpoint(content)
     state, shape = state_dicts.to_our_names(state_dicts.tensors(content, path), form, str(path))
-    if double:
-        state = {name: value.double() if value.is_floating_point() else value for name, value in state.items()}
     description = read_description(path) or {}
     pixel_mean = description.get("mean", state_dicts.MEAN) if mean is None else mean
     mean_image = 255 * torch.tensor(pixel_mean, dtype=torch.float64)
@@ -111,6 +109,7 @@ def read_source(
         std=tuple(std or description.get("std", IMAGENET_STD)),
         ours=False,
         classes=description.get("classes"),
+        described=description,
     )
     if description:
         return source
