@@ -31,6 +31,8 @@ from resnet_train.data.memory import MemoryDataset
 from resnet_train.data.streaming import StreamingDataset
 from resnet_train.data.views import BatchOrder
 from resnet_train.engine import checkpoint
+from resnet_train.engine.compute import pick_device
+from resnet_train.errors import UserError
 from resnet_train.models import cifar_resnet
 from resnet_train.models.batchnorm import BatchNorm2d, GroupBatchNorm2d, update_statistics, use_group_batch_norm
 
@@ -582,6 +584,21 @@ def test_what_is_the_launchers_to_say_is_refused_under_torchrun(command, tmp_pat
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert done.stderr.startswith(message)
     assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize(("gpus", "local_rank", "taken"), [(8, 3, 3), (1, 0, 0), (1, 3, 0), (2, 1, 1), (2, 2, None)])
+def test_a_process_takes_the_gpu_of_its_rank_or_the_only_one_it_sees(monkeypatch, gpus, local_rank, taken):
+    """Slurm's --gpus-per-task shows each process its own alone. The GPUs are pretended."""
+    chosen = []
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    if taken is None:
+        with pytest.raises(UserError, match="devices: torch sees 2 GPUs here; each process needs one"):
+            pick_device("cuda")
+    else:
+        assert (pick_device("auto"), chosen) == (torch.device("cuda", taken), [taken])
 
 
 @pytest.mark.long

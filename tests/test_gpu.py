@@ -274,16 +274,40 @@ cli.train()
     assert "Traceback" not in done.stderr
 
 
-def test_photographs_end_to_end(tmp_path):
+def photographs(folder):
+    """Words that name a net for a dozen photographs, which are written."""
     for part, name, index in itertools.product(("train", "val"), ("cat", "dog"), range(6)):
-        folder = tmp_path / "photos" / part / name
-        photograph(folder / f"{index}.jpg", (80, 100), seed=index)
-    words = ["data=imagenet", "data.root=photos", "depth=18", "data.size=32", "augment.shorter_side=[36,48]"]
-    words += ["iterations=6", "batch_size=8", "log_every=2", "eval_every=3", "data.workers=2", "run_dir=run"]
-    done = subprocess.run(start(*words, "compile=false"), cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        photograph(folder / "photos" / part / name / f"{index}.jpg", (80, 100), seed=index)
+    words = ["data=imagenet", f"data.root={folder}/photos", "depth=18", "data.size=32", "augment.shorter_side=[36,48]"]
+    return [*words, "batch_size=8", "data.workers=2", "compile=false", "device=cuda"]
+
+
+def test_photographs_end_to_end(tmp_path):
+    words = [*photographs(tmp_path), "iterations=6", "log_every=2", "eval_every=3", "run_dir=run"]
+    done = subprocess.run(start(*words), cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     tested = [line for line in metrics(tmp_path / "run") if line["split"] == "test"]
     assert [(line["iteration"], line["seen"]) for line in tested] == [(3, 12), (6, 12)]
+
+
+@pytest.mark.parametrize("words", [[], ["augment.colour_jitter=0.4"], ["device_batch_size=4"]], ids=str)
+def test_steps_on_photographs_wait_for_nothing_and_give_the_losses_of_the_cpu(tmp_path, words):
+    """Nothing waits once the batch is there; the losses are float64's, of images that are the same to the bit."""
+    losses = {}
+    for device in ("cpu", "cuda"):
+        own = [*photographs(tmp_path), *words, "precision=fp64", "schedule.lr=0.001", f"device={device}"]
+        run = build(check_train(compose("train", own)))
+        batches = run.batches()
+        assert run.captured is None
+        losses[device] = trained(run, functools.partial(take_step, run), batches, 6)
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-5)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in itertools.islice(batches, 3):
+            take_step(run, *batch, 0.001)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert run.iteration == 9
 
 
 def localizer(folder, *words):

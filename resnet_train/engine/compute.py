@@ -21,8 +21,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 def pick_device(name: str) -> torch.device:
     """auto, cpu or cuda as this process's device. Raises UserError where there is no GPU for it.
 
-    Changes the process: on a GPU it takes the one of its rank and switches TF32 convolutions off; on a CPU it has the C
-    library keep the memory that tensors free.
+    Changes the process: of several GPUs it takes the one of its rank, and switches TF32 convolutions off; on a CPU it
+    has the C library keep the memory that tensors free. Processes that share a GPU are refused by NCCL.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda: torch sees no GPU here; use device=cpu")
@@ -30,10 +30,12 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
-        if local_rank() >= torch.cuda.device_count():
-            raise UserError(f"devices: torch sees {torch.cuda.device_count()} GPUs here; each process needs one")
-        torch.cuda.set_device(local_rank())
-        return torch.device("cuda", local_rank())
+        gpus = torch.cuda.device_count()
+        number = 0 if gpus == 1 else local_rank()  # Slurm's --gpus-per-task shows each process a GPU of its own alone
+        if number >= gpus:
+            raise UserError(f"devices: torch sees {gpus} GPUs here; each process needs one")
+        torch.cuda.set_device(number)
+        return torch.device("cuda", number)
     keep_freed_memory()
     return torch.device(name)
 
