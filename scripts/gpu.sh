@@ -63,7 +63,7 @@ install() { # once on a machine; the sheets of a half are cut in the background,
     nvidia-smi
     python3 -c 'import torch, torchvision, triton; print(torch.__version__, torchvision.__version__, triton.__version__,
 torch.backends.cudnn.version(), torch.cuda.nccl.version(), torch.cuda.get_device_name())'
-    nproc && free -g
+    nproc --all && free -g
   } > "$OUT/machine.txt" 2>&1
   say "installed: $(tail -4 "$OUT/machine.txt" | head -1)"
 }

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from resnet_train.bench import baseline
 from resnet_train.bench.synthetic import SyntheticDataset
-from resnet_train.classification.run import build
+from resnet_train.classification.run import build, compile_task
 from resnet_train.classification.step import step
 from resnet_train.classification.train import ClassificationTask
 from resnet_train.config.compose import compose
@@ -31,7 +31,6 @@ from resnet_train.config.train import check_train
 from resnet_train.data.views import BatchOrder
 from resnet_train.engine.environment import environment_of
 from resnet_train.models import cifar_resnet
-from resnet_train.models.compile import compile_network
 
 STEPS = 300
 LR = 0.1
@@ -42,7 +41,7 @@ def opened(depth: int, *, compiled: bool = True) -> ClassificationTask:
     config = check_train(compose("train", [f"depth={depth}", "device=cuda"]), needs_data=False)
     run = build(config, SyntheticDataset(family="cifar", size=32))
     if compiled:
-        run.compiled = compile_network(run.model, depth, run.device)
+        compile_task(run)
     return run
 
 
@@ -94,9 +93,12 @@ def profile(depth: int) -> dict[str, Any]:
         found[name] |= dict(zip(("gpu_ms", "kernels"), kernels(take, plain)[:2], strict=True))
     images, labels = next(plain)
     trainer, batch = baseline.Trainer(cifar_resnet(depth), run.device), (images.contiguous(), labels)
-    take = lambda images, labels, lr: trainer.step(images, labels)  # noqa: E731
-    timed(take, itertools.repeat(batch), 10)
-    found["conventional"] = {"step_ms": timed(take, itertools.repeat(batch), 100)[0]}
+
+    def conventional(images: Tensor, labels: Tensor, lr: float) -> None:
+        trainer.step(images, labels)
+
+    timed(conventional, itertools.repeat(batch), 10)
+    found["conventional"] = {"step_ms": timed(conventional, itertools.repeat(batch), 100)[0]}
     return found
 
 

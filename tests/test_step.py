@@ -22,6 +22,7 @@ from resnet_train.engine.loop import Clock, Stop, loop
 from resnet_train.errors import SIGNALS
 from resnet_train.models import cifar_resnet, imagenet_resnet
 from resnet_train.models.batchnorm import update_statistics, use_group_batch_norm
+from resnet_train.models.compile import compile_network
 
 # What makes the processor wait for a GPU: reading a value, and shapes that depend on values.
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
@@ -70,6 +71,15 @@ def test_compiled_steps_of_two_processes_that_compute_again_are_those_of_one_tha
     assert len(losses["plain"]) == 4
     assert losses["whole"] == pytest.approx(losses["plain"], rel=1e-4)
     assert losses["again"] == pytest.approx(losses["plain"], rel=1e-4)
+
+
+@pytest.mark.parametrize(("depth", "captured", "whole"), [(56, True, True), (62, True, False), (62, False, True)])
+def test_a_deep_net_is_compiled_block_by_block_where_the_calls_are_captured(depth, captured, whole):
+    """Nothing is compiled here before a first step."""
+    model = cifar_resnet(depth)
+    assert compile_network(model, depth, torch.device("cpu"), captured=captured)
+    assert (model._compiled_call_impl is not None) == whole
+    assert all((block._compiled_call_impl is None) == whole for block in model.blocks())
 
 
 def test_less_is_kept_for_the_backward_pass():

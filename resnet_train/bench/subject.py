@@ -13,7 +13,7 @@ from resnet_train.bench.timing import (
     Work,
 )
 from resnet_train.classification.load import open_dataset, pick_compile
-from resnet_train.classification.run import build
+from resnet_train.classification.run import build, compile_task
 from resnet_train.classification.train import ClassificationTask
 from resnet_train.config.train import Config
 from resnet_train.data.memory import MemoryDataset
@@ -21,7 +21,6 @@ from resnet_train.data.streaming import StreamingDataset
 from resnet_train.data.views import Batches, BatchOrder
 from resnet_train.engine.logger import MetricsLogger
 from resnet_train.engine.loop import Clock, Stop, loop
-from resnet_train.models.compile import compile_network
 
 
 class Outcome(NamedTuple):
@@ -56,7 +55,8 @@ def memory_dataset(config: Config) -> MemoryDataset:
 def build_task(config: Config, dataset: MemoryDataset | StreamingDataset) -> ClassificationTask:
     """A task ready to train, as resnet-train builds it."""
     run = build(config, dataset)
-    run.compiled = pick_compile(config, run.device) and compile_network(run.model, config.depth, run.device)
+    if pick_compile(config, run.device):
+        compile_task(run)
     return run
 
 

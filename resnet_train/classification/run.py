@@ -60,8 +60,13 @@ def build_or_resume(
         begin_from(task, read_matching_source(config))
     compiled = task.compiled if state is not None else pick_compile(config, device)  # a resumed run stays as it began
     if compiled:
-        task.compiled = compile_network(task.model, config.depth, device)
+        compile_task(task)
     return task
+
+
+def compile_task(task: ClassificationTask) -> None:
+    """Compile the net as suits the way in which its steps are taken; without a compiler it stays as it is."""
+    task.compiled = compile_network(task.model, task.config.depth, task.device, captured=task.is_capturable)
 
 
 def build(config: Config, dataset: MemoryDataset | StreamingDataset | None = None) -> ClassificationTask:

@@ -99,21 +99,26 @@ class ClassificationTask(TrainState):
         images = images.contiguous(memory_format=torch.channels_last)
         self.net = wrap_ddp(self.model, lambda net: compute_logits(net, images, self.precision).sum())
 
+    @property
+    def is_capturable(self) -> bool:
+        """Whether a step can be one CUDA graph: on a single GPU, images in memory, one pass, no scaler of fp16."""
+        alone = self.device.type == "cuda" and world_size() == 1 and isinstance(self.dataset, MemoryDataset)
+        return alone and self.share.passes == 1 and not self.scaler.is_enabled() and not self.model.recompute
+
     def batches(self) -> Iterator[tuple[Tensor, ...]]:
         """This process's share of the training batches from the next iteration on, as `step` takes them.
 
-        On a single GPU, with images in memory, in one pass and without fp16's scaler, the step is captured as a CUDA
-        graph that makes the batch itself; the iterator then yields the random draws of each batch.
+        A captured step makes the batch itself; the iterator then yields the random draws of each batch.
         """
         config = self.config
         order = BatchOrder(config.seed, config.batch_size, config.augment, self.iteration, rank(), world_size())
-        one_pass = self.share.passes == 1 and not self.scaler.is_enabled() and not self.model.recompute
-        if self.device.type == "cuda" and world_size() == 1 and isinstance(self.dataset, MemoryDataset) and one_pass:
-            if self.captured is None:
-                make = self.dataset.batch_maker(self.mean, self.device, config.augment.pad)
-                self.captured = CapturedStep(self, make)
-            return ((draws,) for draws in self.dataset.draw_batches(self.device, order))
-        return self.dataset.train_batches(self.mean, self.device, order)
+        if not self.is_capturable:
+            return self.dataset.train_batches(self.mean, self.device, order)
+        assert isinstance(self.dataset, MemoryDataset)
+        if self.captured is None:
+            make = self.dataset.batch_maker(self.mean, self.device, config.augment.pad)
+            self.captured = CapturedStep(self, make)
+        return ((draws,) for draws in self.dataset.draw_batches(self.device, order))
 
     def learning_rate(self) -> float:
         """The learning rate of the next step."""

@@ -13,12 +13,14 @@ from resnet_train.models.resnet import ResNet
 from resnet_train.terminal import say
 
 WHOLE = 110  # layers; deeper nets are compiled block by block, as compilation time is proportional to depth
+WHOLE_CAPTURED = 56  # in a CUDA graph, where a call for each block costs nothing
 
 
-def compile_network(model: ResNet, depth: int, device: torch.device) -> bool:
+def compile_network(model: ResNet, depth: int, device: torch.device, *, captured: bool = False) -> bool:
     """Compile the net in place; returns False if there is no compiler.
 
-    Nets above 110 layers, and nets with activation checkpointing, are compiled block by block.
+    Nets above 110 layers, in a `captured` step above 56, and nets with activation checkpointing are compiled block by
+    block.
 
     Shapes are static: the same batch gives the same kernels, in training and in every later evaluation.
     """
@@ -32,7 +34,7 @@ def compile_network(model: ResNet, depth: int, device: torch.device) -> bool:
         if is_main():
             say(f"compile=true: there is no working compiler ({reason}); continuing without, slower")
         return False
-    if depth <= WHOLE and not model.recompute:
+    if depth <= (WHOLE_CAPTURED if captured else WHOLE) and not model.recompute:
         model.compile(dynamic=False)
         return True
     with contextlib.suppress(AttributeError):  # blocks share code, one version per shape and mode
