@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any, cast
 
 import hydra
 from omegaconf import OmegaConf
@@ -48,15 +49,20 @@ that names what is allowed.
 """
 
 
+def composed(name: str, *words: str) -> dict[str, Any]:
+    """The configuration of a command."""
+    return cast(dict[str, Any], OmegaConf.to_container(hydra.compose(name, list(words))))
+
+
 def keys() -> str:
     """docs/keys.md: for each command its groups, and its keys with their defaults and comments."""
     rows, escaped = [HEAD], "\\|"
     for name, command in COMMANDS.items():
         with hydra.initialize_config_dir(config_dir(name), version_base="1.3"):
-            values = OmegaConf.to_container(hydra.compose(name))
+            values = composed(name)
             explanations, short = comments(name, []), {}
             if "recipe" in groups(name) and "short" in options(name, "recipe"):
-                short = flat(OmegaConf.to_container(hydra.compose(name, ["recipe=short"])))
+                short = flat(composed(name, "recipe=short"))
         rows += [f"## {command}", ""]
         if groups(name):
             rows += [
@@ -102,7 +108,7 @@ def rooms() -> str:
         room = path.relative_to(ROOT / "resnet_train").with_suffix("").parts[0]
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("resnet_train"):
-                module = node.module.removeprefix("resnet_train").lstrip(".").split(".")[0]
+                module = str(node.module).removeprefix("resnet_train").lstrip(".").split(".")[0]
                 lines |= {(room, other) for other in ([module] if module else [alias.name for alias in node.names])}
     for room, (x, y) in place.items():
         boxes.append(

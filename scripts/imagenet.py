@@ -140,12 +140,12 @@ def _extract(archive: tarfile.TarFile, image: tarfile.TarInfo, folder: Path, by_
     """Write a member to `folder`, whole or not at all. Only plain files with plain names are taken."""
     file = archive.extractfile(image) if image.isreg() else None
     if file is None or not IMAGE.fullmatch(image.name):
-        raise UserError(f"{archive.name}: holds {image.name!r}, which is no image")
+        raise UserError(f"{archive.name!s}: holds {image.name!r}, which is no image")
     part = (by_way_of or folder) / f"{image.name}.part"
     with part.open("wb") as written:
         shutil.copyfileobj(file, written, CHUNK)
     if part.stat().st_size != image.size:
-        raise UserError(f"{archive.name}: ends within {image.name}")
+        raise UserError(f"{archive.name!s}: ends within {image.name}")
     part.replace(folder / image.name)
 
 

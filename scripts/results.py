@@ -35,7 +35,7 @@ def main(runs: Path, results: Path, *where: str) -> None:
             shutil.copy(file, place)
         told, last = json.loads(summary.read_text()), folder / "checkpoints" / "last.pt"
         if last.exists() and "task" not in told:  # a net, and no detector
-            if told["data"] == "cifar10" and not paper.shortened("cifar10", told["iterations"]):
+            if told["data"] == "cifar10" and not paper.shortened("cifar10", "cifar", told["iterations"]):
                 (results / "weights").mkdir(exist_ok=True)
                 out = results / "weights" / f"{told['net']}-seed-{told['seed']}.safetensors"
                 run("resnet-weights", "export", str(last), f"out={out}")
