@@ -698,7 +698,9 @@ def reported(tmp_path_factory):
     make(place / "runs" / "resnet-56", "resnet-56-A", precision="bf16")
     for folder in (place / "runs").iterdir():
         command = f"resnet-train data.root=/home/me/set run_dir='/tmp/my runs/{folder.name}' init_from=~/w/r18.pt"
-        (folder / "environment.json").write_text(json.dumps({"command": command, "device": "a GPU"}))
+        told = {"command": command, "device": "a GPU"}
+        told |= {"before": [{"device": "a CPU", "until": 9}]} if folder.name == "plain-56" else {}
+        (folder / "environment.json").write_text(json.dumps(told))
     csv_of(place / "runs", [("plain-20", "cifar10", seed, index, 1.0, "") for seed in (0, 1) for index in range(19)])
     before = digest(place / "runs")
     code = "import sys; from resnet_train import cli\ntry: cli.report()\nfinally: assert 'torch' not in sys.modules"
@@ -734,6 +736,7 @@ def test_commands_are_folded_away_and_do_not_say_where_things_lay(reported):
         assert "resnet-train data.root=set run_dir=plain-20-0 init_from=r18.pt" in text, name
         for place in ("/home/me", "/tmp/my", str(reported.parent)):
             assert place not in text, (name, place)
+        assert text.count("a CPU, then a GPU") == 1, name
     for name in ("index.html", "report.md"):
         assert "<details><summary>The command of each curve</summary>" in (reported / name).read_text()
 

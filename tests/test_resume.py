@@ -344,6 +344,28 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("RESNET_TRAIN_DATA", str(tmp_path / "cache"))
 
 
+def test_a_run_tells_where_it_has_been(whole, tmp_path):
+    """Each device, commit and version with the iteration until which it counts; not each start."""
+    folder = cut(whole, tmp_path / "run", 4)
+    path, here = folder / "environment.json", json.loads((whole / "environment.json").read_text())
+    assert here["before"] == []
+    path.write_text(json.dumps(here | {"device": "a GPU"}))
+    assert run(folder) == 0
+    there = {key: here[key] for key in ("processes", "git_commit", "versions")} | {"device": "a GPU", "until": 4}
+    assert json.loads(path.read_text())["before"] == [there]
+    again = cut(folder, tmp_path / "again", 8)
+    assert run(again) == 0
+    assert json.loads((again / "summary.json").read_text())["before"] == [there]
+    elsewhere = tmp_path / "elsewhere"
+    (again / "environment.json").write_text(json.dumps(here | {"git_commit": "0123abc", "before": [there]}))
+    assert run(elsewhere, f"resume={again}/checkpoints/iteration-0000008.pt") == 0
+    told = json.loads((elsewhere / "environment.json").read_text())["before"]
+    assert [(one["device"], one["git_commit"], one["until"]) for one in told] == [
+        ("a GPU", here["git_commit"], 4),
+        (here["device"], "0123abc", 8),
+    ]
+
+
 @pytest.mark.usefixtures("cache")
 def test_a_run_goes_on_with_its_own_images_only(tmp_path):
     first, other = photos(tmp_path / "photos"), photos(tmp_path / "other/photos", shift=50)

@@ -22,7 +22,7 @@ FORMAT = 1  # of config.json, environment.json, metrics.jsonl and summary.json o
 
 
 def environment_of(command: str, device: torch.device, digest: str) -> dict[str, Any]:
-    """The content of environment.json: the command, where it runs, and the digest of its data."""
+    """What environment.json has of this process: the command, where it runs, and the digest of its data."""
     return {
         "format": FORMAT,
         "command": shlex.join([command, *sys.argv[1:]]),

@@ -16,7 +16,7 @@ from resnet_train.engine import checkpoint
 from resnet_train.engine.environment import environment_of
 from resnet_train.engine.task import Task, TaskConfig
 from resnet_train.errors import UserError
-from resnet_train.files import expand, lock_directory, nearest_existing, read_object, write_json
+from resnet_train.files import expand, lock_directory, nearest_existing, read_if_object, read_object, write_json
 from resnet_train.terminal import say
 
 
@@ -76,7 +76,9 @@ def check_space(directory: Path, model: nn.Module) -> None:
 def begin_run(task: Task, directory: Path, state: dict[str, Any] | None, command: str, digest: str) -> dict[str, Any]:
     """Write the first files of a run; return the content of environment.json. Raises UserError."""
     check_space(directory, task.model)
-    config, environment = task.config, environment_of(command, task.device, digest)
+    config = task.config
+    environment = environment_of(command, task.device, digest)
+    environment["before"] = earlier_environments(environment, state)
     try:
         begin_directory(directory, config.plain(), new=state is None)
         for name, content in task.begin_files().items():
@@ -87,6 +89,21 @@ def begin_run(task: Task, directory: Path, state: dict[str, Any] | None, command
     except OSError as error:
         raise UserError(f"run_dir={directory}: cannot be written: {error.strerror}") from error
     return environment
+
+
+def earlier_environments(now: dict[str, Any], state: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Where a resumed run has been before `now`, each with the iteration it ended at; what does not change is left out.
+
+    They are read beside the checkpoint with content `state`.
+    """
+    if state is None:
+        return []
+    last = read_if_object(Path(state["path"]).absolute().parent.parent / "environment.json")
+    told = {key: last[key] for key in ("device", "processes", "git_commit", "versions") if key in last}
+    before = last.get("before")
+    earlier = before if isinstance(before, list) else []
+    changed = any(now[key] != value for key, value in told.items())
+    return [*earlier, told | {"until": state["iteration"]}] if changed else earlier
 
 
 def begin_directory(directory: Path, config: dict[str, Any], *, new: bool) -> None:

@@ -18,7 +18,7 @@ from resnet_train.report.folders import name_weights
 from resnet_train.report.page import Section
 from resnet_train.report.runs import FolderMetrics, describe_run
 from resnet_train.report.tables import MEANING, Cell, Table, spread, strip_folders
-from resnet_train.report.values import config_value, number, reading, test_images, whole, word
+from resnet_train.report.values import config_value, devices, number, reading, test_images, whole, word
 
 # The keys of a configuration that must be equal among the runs of one table.
 SETTING = (
@@ -121,7 +121,7 @@ def _read(folder: Path, display_path: str, metrics: list[dict[str, Any]]) -> Det
         classes=len(summary["last"]["per_class"]) if summary else None,
         tests=improvements.find(folder, display_path, last_test),
         command=word(environment.get("command", "")),
-        device=word(environment.get("device", "")),
+        device=devices(environment),
         replaced=whole(count_replaced(metrics)),
     )
 

@@ -16,7 +16,7 @@ from resnet_train.report.improvements import progress
 from resnet_train.report.page import Section
 from resnet_train.report.runs import FolderMetrics, describe_run
 from resnet_train.report.tables import Cell, Table, add_files, strip_folders
-from resnet_train.report.values import number, reading, test_images, whole, word
+from resnet_train.report.values import devices, number, reading, test_images, whole, word
 
 ERRORS = ("error", "error1", "error5", "class_error1", "class_error5")  # of a test, in %
 
@@ -81,7 +81,7 @@ def _read(folder: Path, display_path: str, metrics: list[dict[str, Any]]) -> Loc
         ],
         images=whole(lines[-1]["images"]) if lines else 0,
         command=word(environment.get("command", "")),
-        device=word(environment.get("device", "")),
+        device=devices(environment),
         replaced=whole(count_replaced(metrics)),
     )
 

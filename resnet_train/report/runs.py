@@ -18,6 +18,7 @@ from resnet_train.report.curves import Point
 from resnet_train.report.folders import find_runs, name_label, name_weights, read_results, tell_apart
 from resnet_train.report.values import (
     config_value,
+    devices,
     metrics_in,
     reading,
     whole,
@@ -207,7 +208,7 @@ def _run(folder: Path, display_path: str, config: dict[str, Any], metrics: list[
         curves={split: [by_iteration[at] for at in sorted(by_iteration)] for split, by_iteration in points.items()},
         setting=setting,
         command=word(recorded.get("command", "")),
-        device=word(recorded.get("device", "")),
+        device=devices(recorded),
         precision=None if precision is None else word(precision),
         parameters=None if parameters is None else whole(parameters),
         replaced=whole(count_replaced(metrics)),

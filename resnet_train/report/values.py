@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,6 +52,12 @@ def word(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r:.100} is no text")
     return escape_and_clip(value)
+
+
+def devices(environment: dict[str, Any]) -> str:
+    """The device of a run and, first, those on which it was before it was resumed. Raises TypeError."""
+    names = [word(one["device"]) for one in environment.get("before", [])] + [word(environment.get("device", ""))]
+    return ", then ".join(name for name, _ in itertools.groupby(names))
 
 
 def test_images(count: int) -> str:
