@@ -167,6 +167,16 @@ def test_a_protocol_is_the_average_over_its_views(protocol, views, photographs):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)  # images are float32
 
 
+def test_the_mean_image_of_a_mirrored_view_is_not_mirrored(photographs):
+    """As in training, where a crop is mirrored before the mean is subtracted."""
+    torch.manual_seed(0)
+    mean = torch.rand(32, 32, 3) * 255
+    for views, _ in photographs.eval_views("tencrop", "test", mean, torch.device("cpu"), 20):
+        for images, _ in views:
+            plain, mirrored = (images + mean.permute(2, 0, 1) / 255).chunk(2)
+            torch.testing.assert_close(mirrored, plain.flip(3))
+
+
 @pytest.mark.parametrize("protocol", ["center", "tencrop", "multiscale"])
 def test_processes_share_the_images_of_a_protocol(protocol, photographs):
     model = net(0).float()

@@ -96,7 +96,7 @@ def test_nothing_waits_for_the_gpu_within_a_step(tmp_path, words):
 
 
 @pytest.mark.parametrize("words", [[], ["bn_images=16"], ["arch=plain"], ["shortcut=C", "nesterov=true"]], ids=str)
-def test_float64_losses_are_the_same_on_cpu_and_gpu_eager_compiled_and_captured(tmp_path, words):
+def test_float64_losses_are_the_same_on_cpu_and_gpu_eager_compiled_and_captured(tmp_path, monkeypatch, words):
     """To the rate's rounding: the captured step reads it from a float32 tensor."""
     words = ["precision=fp64", *words]
     runs = {
@@ -105,18 +105,21 @@ def test_float64_losses_are_the_same_on_cpu_and_gpu_eager_compiled_and_captured(
         "compiled": opened(*words, "compile=true"),
     }
     losses = {name: plainly(run, 12) for name, run in runs.items()}
-    for compiled in ("false", "true"):
+    for compiled, whole in (("false", 56), ("true", 56), ("true", 0)):  # the last: block by block
+        monkeypatch.setattr("resnet_train.models.compile.WHOLE_CAPTURED", whole)
         run = opened(*words, f"compile={compiled}")
+        assert run.blocks == (not whole)
         batches, take = run.batches(), functools.partial(take_step, run)
         assert isinstance(run.captured, CapturedStep)
-        losses[f"captured, compile={compiled}"] = trained(run, take, batches, 12)
+        losses[f"captured, compile={compiled}, nets to {whole} layers whole"] = trained(run, take, batches, 12)
         assert run.captured.graph is not None
     for name, found in losses.items():
         assert found == pytest.approx(losses["cpu"], rel=1e-6), name
 
 
-@pytest.mark.parametrize("compiled", ["false", "true"])
-def test_an_evaluation_between_replays_disturbs_nothing(tmp_path, compiled):
+@pytest.mark.parametrize(("compiled", "whole"), [("false", 56), ("true", 56), ("true", 0)])
+def test_an_evaluation_between_replays_disturbs_nothing(tmp_path, monkeypatch, compiled, whole):
+    monkeypatch.setattr("resnet_train.models.compile.WHOLE_CAPTURED", whole)
     words = ["precision=bf16", f"compile={compiled}"]
     states, counts = [], []
     for tested in (False, True):

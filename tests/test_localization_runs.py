@@ -305,6 +305,17 @@ def test_an_image_whose_pixels_are_broken_stops_or_is_skipped(folder, command_he
     assert f"{closing} {sum(skipped)} times\n" in told.stdout
 
 
+def test_a_mean_loss_does_not_depend_on_the_number_of_processes_before_a_resume(folder, monkeypatch):
+    """Five iterations with a loss of one in each of two processes, the run resumed in one."""
+    monkeypatch.chdir(folder)
+    config = check_localize(compose("localize", [*WORDS, "log_every=10"]), [])
+    task = build(config, open_data(config), CPU)
+    sums = torch.full((2, len(task.names)), 5.0)
+    task.load(task.state() | {"iteration": 5, "sums": sums})
+    point = task.train_point()
+    assert [point[name] for name in task.names] == [1.0] * len(task.names)
+
+
 @pytest.mark.long
 def test_it_learns(folder, tmp_path):
     """Some hundred iterations from the weights of a classifier: most of what it is not shown in training it finds."""

@@ -23,9 +23,10 @@ from resnet_train.config.run_dir import check_run_dir
 from resnet_train.config.train import check_train
 from resnet_train.data.image_set import ImageSet
 from resnet_train.engine import checkpoint
+from resnet_train.engine.environment import launch
 from resnet_train.engine.logger import MetricsLogger
 from resnet_train.engine.loop import Clock, log_evaluation, save
-from resnet_train.engine.resume import begin_run, claim_run
+from resnet_train.engine.resume import SAME, before_restart, begin_run, claim_run, earlier_environments
 from resnet_train.errors import SIGNALS, UserError
 
 needs("sklearn")
@@ -215,11 +216,12 @@ def test_an_older_checkpoint_has_its_own_best_and_nothing_of_what_came_after_it(
         path = checkpoints / name
         checkpoint.save(path, checkpoint.load(path) | {"best": [50.0, 4 if "8" in name else at_best]})
     shutil.copy(checkpoints / f"iteration-{at_best:07d}.pt", checkpoints / "best.pt")
+    shutil.copy(checkpoints / "last.pt", checkpoints / "iteration-0000012-mine.pt")
     place = tmp_path / "new" if elsewhere else folder
     with contextlib.ExitStack() as held:
         run_ = opened(config_of(f"resume={checkpoints}/iteration-0000008.pt"), place, held)
     found = {path.name: checkpoint.load(path)["iteration"] for path in (place / "checkpoints").glob("*.pt")}
-    kept = {} if elsewhere else {"iteration-0000004.pt": 4, "iteration-0000008.pt": 8}
+    kept = {} if elsewhere else {"iteration-0000004.pt": 4, "iteration-0000008.pt": 8, "iteration-0000012-mine.pt": 12}
     assert found == {"last.pt": 8, "best.pt": 4, **kept}
     assert (run_.best, run_.best_at) == (50.0, 4)
 
@@ -344,14 +346,14 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("RESNET_TRAIN_DATA", str(tmp_path / "cache"))
 
 
-def test_a_run_tells_where_it_has_been(whole, tmp_path):
+def test_a_run_says_where_it_has_been(whole, tmp_path):
     """Each device, commit and version with the iteration until which it counts; not each start."""
     folder = cut(whole, tmp_path / "run", 4)
     path, here = folder / "environment.json", json.loads((whole / "environment.json").read_text())
     assert here["before"] == []
     path.write_text(json.dumps(here | {"device": "a GPU"}))
     assert run(folder) == 0
-    there = {key: here[key] for key in ("processes", "git_commit", "versions")} | {"device": "a GPU", "until": 4}
+    there = {key: here[key] for key in SAME} | {"device": "a GPU", "until": 4}
     assert json.loads(path.read_text())["before"] == [there]
     again = cut(folder, tmp_path / "again", 8)
     assert run(again) == 0
@@ -359,11 +361,64 @@ def test_a_run_tells_where_it_has_been(whole, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     (again / "environment.json").write_text(json.dumps(here | {"git_commit": "0123abc", "before": [there]}))
     assert run(elsewhere, f"resume={again}/checkpoints/iteration-0000008.pt") == 0
-    told = json.loads((elsewhere / "environment.json").read_text())["before"]
-    assert [(one["device"], one["git_commit"], one["until"]) for one in told] == [
+    recorded = json.loads((elsewhere / "environment.json").read_text())["before"]
+    assert [(one["device"], one["git_commit"], one["until"]) for one in recorded] == [
         ("a GPU", here["git_commit"], 4),
         (here["device"], "0123abc", 8),
     ]
+
+
+A, B, C = (dict.fromkeys(SAME, letter) for letter in "ABC")
+
+
+@pytest.mark.parametrize(
+    ("last", "iteration", "now", "before"),
+    [
+        (A, 100, A, []),
+        (A, 100, B, [(A, 100)]),
+        (B | {"before": [A | {"until": 100}]}, 100, A, []),  # B ended before its first checkpoint
+        (B | {"before": [A | {"until": 100}]}, 100, C, [(A, 100)]),
+        (B | {"before": [A | {"until": 100}]}, 50, B, [(A, 50)]),  # resume= with an older checkpoint
+        (B | {"before": [A | {"until": 100}]}, 50, C, [(A, 50)]),
+        (B | {"before": [A | {"until": 100}]}, 150, A, [(A, 100), (B, 150)]),
+        (A, 0, B, []),
+        ({"before": [1, {}, {"until": "x"}, A | {"until": None}]}, 9, B, []),
+        ({"before": 5} | A, 9, B, [(A, 9)]),
+        ([], 9, B, []),
+    ],
+    ids=str,
+)
+def test_what_an_environment_has_of_the_past_is_what_the_checkpoint_saw(tmp_path, last, iteration, now, before):
+    (tmp_path / "environment.json").write_text(json.dumps(last))
+    state = {"path": tmp_path / "checkpoints/last.pt", "iteration": iteration}
+    assert earlier_environments(now, state) == [one | {"until": until} for one, until in before]
+
+
+@pytest.mark.parametrize(("name", "parent", "found"), [("none", 0, "unfinished"), ("none", 1, "new"), ("9f", 1, "new")])
+def test_a_restart_goes_on_with_what_its_own_launch_has_begun(whole, tmp_path, monkeypatch, name, parent, found):
+    """Without --rdzv-id torchrun names all launches "none": their process then tells them apart."""
+    folder = cut(whole, tmp_path / "run", 4)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setattr(os, "getppid", lambda: 7)
+    (folder / "environment.json").write_text(json.dumps({"launch": launch()}))
+    monkeypatch.setattr(os, "getppid", lambda: 7 + parent)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", name)
+    assert before_restart(folder, 1) == found
+
+
+def test_a_resumed_run_is_compiled_as_it_was(whole, tmp_path):
+    """Whole or block by block, by the checkpoint; those before it was stored by their depth."""
+    folder = cut(whole, tmp_path / "run", 8)
+    last = folder / "checkpoints/last.pt"
+    state = checkpoint.load(last)
+    assert state["measure"]["blocks"] is False
+    older = {key: value for key, value in state["measure"].items() if key != "blocks"}
+    config = config_of()
+    for measure, blocks in ((state["measure"] | {"blocks": True}, True), (older, False)):
+        task = build_or_resume(
+            config, open_data(config), torch.device("cpu"), state | {"measure": measure, "path": last}
+        )
+        assert task.state()["measure"]["blocks"] == blocks
 
 
 @pytest.mark.usefixtures("cache")

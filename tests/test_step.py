@@ -22,7 +22,7 @@ from resnet_train.engine.loop import Clock, Stop, loop
 from resnet_train.errors import SIGNALS
 from resnet_train.models import cifar_resnet, imagenet_resnet
 from resnet_train.models.batchnorm import update_statistics, use_group_batch_norm
-from resnet_train.models.compile import compile_network
+from resnet_train.models.compile import compile_network, compiles_in_blocks
 
 # What makes the processor wait for a GPU: reading a value, and shapes that depend on values.
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
@@ -77,7 +77,8 @@ def test_compiled_steps_of_two_processes_that_compute_again_are_those_of_one_tha
 def test_a_deep_net_is_compiled_block_by_block_where_the_calls_are_captured(depth, captured, whole):
     """Nothing is compiled here before a first step."""
     model = cifar_resnet(depth)
-    assert compile_network(model, depth, torch.device("cpu"), captured=captured)
+    blocks = compiles_in_blocks(model, depth, captured=captured)
+    assert compile_network(model, torch.device("cpu"), blocks=blocks)
     assert (model._compiled_call_impl is not None) == whole
     assert all((block._compiled_call_impl is None) == whole for block in model.blocks())
 

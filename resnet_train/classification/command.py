@@ -41,7 +41,7 @@ from resnet_train.engine.distributed import (
 )
 from resnet_train.errors import UserError
 from resnet_train.files import check_replaceable, expand, write_result
-from resnet_train.models.compile import compile_network
+from resnet_train.models.compile import compile_network, compiles_in_blocks
 from resnet_train.terminal import say
 from resnet_train.weights.source import load
 
@@ -189,13 +189,13 @@ def _count_members(
     for member in members:
         loading = member.path, member.config, member.state, dataset.classes, device
         restore = functools.partial(load_model, *loading, precise_bn=args.precise_bn > 0)
-        model, mean, precision, compile = raise_on_all_ranks(restore)
+        model, mean, precision, was_compiled = raise_on_all_ranks(restore)
         precisions.add(precision)
         if args.precise_bn:
             images = member.state["measure"]["bn_images"]
             average_batch_norm(model, mean, member.config, images, dataset, args.precise_bn, precision)
-        compile = compile and fixed and compile_network(model, member.config.depth, device)
-        compiled = compiled and compile
+        blocks = member.state["measure"].get("blocks", compiles_in_blocks(model, member.config.depth))
+        compiled &= was_compiled and fixed and compile_network(model, device, blocks=blocks)
         share = (args.split, mean, device, pick_eval_batch(member.config, device), rank(), world_size())
         if len(members) == 1 and args.protocol == "center":
             batches = dataset.eval_batches(*share)

@@ -23,7 +23,7 @@ from resnet_train.engine.run import check_compute, run
 from resnet_train.engine.schedule import Progress
 from resnet_train.models.batchnorm import use_group_batch_norm
 from resnet_train.models.build import build_network
-from resnet_train.models.compile import compile_network
+from resnet_train.models.compile import compile_network, compiles_in_blocks
 from resnet_train.weights import state_dicts
 from resnet_train.weights.source import Source, check_same_net, divisor, read_source
 
@@ -54,7 +54,9 @@ def build_or_resume(
     task = build(config, dataset)
     if state is not None:
         with checkpoint.checkpoint_errors(state["path"]):
-            task.precision, task.compiled = state["measure"]["precision"], state["measure"]["compile"]
+            measure = state["measure"]
+            task.precision, task.compiled = measure["precision"], measure["compile"]
+            task.blocks = measure.get("blocks", compiles_in_blocks(task.model, config.depth))
             task.load(state)
     elif config.init_from is not None:
         begin_from(task, read_matching_source(config))
@@ -65,8 +67,8 @@ def build_or_resume(
 
 
 def compile_task(task: ClassificationTask) -> None:
-    """Compile the net as suits the way in which its steps are taken; without a compiler it stays as it is."""
-    task.compiled = compile_network(task.model, task.config.depth, task.device, captured=task.is_capturable)
+    """Compile the net; without a compiler it stays as it is."""
+    task.compiled = compile_network(task.model, task.device, blocks=task.blocks)
 
 
 def build(config: Config, dataset: MemoryDataset | StreamingDataset | None = None) -> ClassificationTask:
@@ -86,11 +88,12 @@ def build(config: Config, dataset: MemoryDataset | StreamingDataset | None = Non
     if config.freeze is not None:
         model.freeze(config.freeze)
     model = to_device(model, device, precision)
-    return ClassificationTask(
+    task = ClassificationTask(
         config=config,
         device=device,
         precision=precision,
         compiled=False,
+        blocks=False,
         dataset=dataset,
         mean=dataset.mean_image().to(device),
         model=model,
@@ -101,6 +104,8 @@ def build(config: Config, dataset: MemoryDataset | StreamingDataset | None = Non
         metrics=TrainMetrics(device),
         progress=Progress(warm=0 < config.warmup.depth <= config.depth),
     )
+    task.blocks = compiles_in_blocks(model, config.depth, captured=task.is_capturable)
+    return task
 
 
 def sgd_of(model: nn.Module, config: Config, precision: str) -> torch.optim.SGD:

@@ -56,6 +56,7 @@ class ClassificationTask(TrainState):
     """A classifier in training on its data."""
 
     compiled: bool
+    blocks: bool  # compiled block by block, not as a whole
     dataset: MemoryDataset | StreamingDataset
     mean: Tensor  # subtracted from images: (H, W, 3) or (1, 1, 3) in 0 to 255
     progress: Progress
@@ -101,9 +102,13 @@ class ClassificationTask(TrainState):
 
     @property
     def is_capturable(self) -> bool:
-        """Whether a step can be one CUDA graph: on a single GPU, images in memory, one pass, no scaler of fp16."""
-        alone = self.device.type == "cuda" and world_size() == 1 and isinstance(self.dataset, MemoryDataset)
-        return alone and self.share.passes == 1 and not self.scaler.is_enabled() and not self.model.recompute
+        """Whether a step can be one CUDA graph.
+
+        On a single GPU, images in memory, in one pass, without fp16's scaler and without activation checkpointing.
+        """
+        one_gpu = self.device.type == "cuda" and world_size() == 1
+        one_pass = self.share.passes == 1 and not self.scaler.is_enabled() and not self.model.recompute
+        return one_gpu and one_pass and isinstance(self.dataset, MemoryDataset)
 
     def batches(self) -> Iterator[tuple[Tensor, ...]]:
         """This process's share of the training batches from the next iteration on, as `step` takes them.
@@ -201,7 +206,12 @@ class ClassificationTask(TrainState):
             "classes": self.dataset.classes,
             "label": self.dataset.label,
             "digest": self.dataset.digest,
-            "measure": {"precision": self.precision, "compile": self.compiled, "bn_images": self.share.group},
+            "measure": {
+                "precision": self.precision,
+                "compile": self.compiled,
+                "blocks": self.blocks,
+                "bn_images": self.share.group,
+            },
             "mean": self.mean.cpu(),
             "iteration": self.iteration,
             "model": self.model.state_dict(),

@@ -207,8 +207,9 @@ class StreamingDataset:
             labels = torch.tensor([label for _, label, _ in batch], device=device)
             views = []
             for images, indices in same_shape([images for images, _, _ in batch], batch_size * self.size**2):
-                images = normalise(images.to(device, non_blocking=True), mean, std)
-                views.append((torch.cat([images, images.flip(3)]), indices.to(device)))
+                images = images.to(device, non_blocking=True)
+                mirrored = torch.cat([images, images.flip(2)])  # before a mean image is subtracted, as in training
+                views.append((normalise(mirrored, mean, std), indices.to(device)))
             yield views, labels
 
     def _name_broken(self, broken: list[str]) -> None:

@@ -127,7 +127,8 @@ class BoxTask:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        restore_rank_sums(self.losses, state["sums"])
+        # Each process adds a mean over its own images: of more or fewer processes the sum is more or less.
+        restore_rank_sums(self.losses, state["sums"] * (world_size() / len(state["sums"])))
         self.iteration, self.measured = state["iteration"], state["measured"]
         self.skipped = state["skipped"] if is_main() else 0
 

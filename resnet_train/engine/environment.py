@@ -31,10 +31,16 @@ def environment_of(command: str, device: torch.device, digest: str) -> dict[str,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "processes": world_size(),
         "threads": torch.get_num_threads(),
-        "launch": os.environ.get("TORCHELASTIC_RUN_ID"),
+        "launch": launch(),
         "digest": digest,
         "versions": versions(device),
     }
+
+
+def launch() -> str | None:
+    """The launch that a launcher may restart, by its name or by the launcher's process; None without a launcher."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    return f"process {os.getppid()}" if name == "none" else name  # torchrun's without --rdzv-id
 
 
 def git_commit() -> str | None:

@@ -13,11 +13,13 @@ from torch import nn
 
 from resnet_train.config.run_dir import check_same_data, check_same_run, run_state
 from resnet_train.engine import checkpoint
-from resnet_train.engine.environment import environment_of
+from resnet_train.engine.environment import environment_of, launch
 from resnet_train.engine.task import Task, TaskConfig
 from resnet_train.errors import UserError
 from resnet_train.files import expand, lock_directory, nearest_existing, read_if_object, read_object, write_json
 from resnet_train.terminal import say
+
+SAME = ("device", "processes", "threads", "git_commit", "versions")  # of an environment, on which the bits may depend
 
 
 def before_restart(directory: Path, restarts: int) -> Literal["new", "unfinished", "finished"]:
@@ -25,7 +27,7 @@ def before_restart(directory: Path, restarts: int) -> Literal["new", "unfinished
     path = directory / "environment.json"
     if not restarts or not path.exists():
         return "new"
-    ours = read_object(path).get("launch") == os.environ.get("TORCHELASTIC_RUN_ID")
+    ours = read_object(path).get("launch") == launch()
     return run_state(directory) if ours else "new"
 
 
@@ -92,18 +94,25 @@ def begin_run(task: Task, directory: Path, state: dict[str, Any] | None, command
 
 
 def earlier_environments(now: dict[str, Any], state: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """Where a resumed run has been before `now`, each with the iteration it ended at; what does not change is left out.
+    """Where the checkpoint with content `state` was trained, but for what is as `now`, with the iteration it ended at.
 
-    They are read beside the checkpoint with content `state`.
+    As the environment.json beside the checkpoint has it.
     """
     if state is None:
         return []
     last = read_if_object(Path(state["path"]).absolute().parent.parent / "environment.json")
-    told = {key: last[key] for key in ("device", "processes", "git_commit", "versions") if key in last}
     before = last.get("before")
-    earlier = before if isinstance(before, list) else []
-    changed = any(now[key] != value for key, value in told.items())
-    return [*earlier, told | {"until": state["iteration"]}] if changed else earlier
+    recorded = [one for one in before if isinstance(one, dict)] if isinstance(before, list) else []
+    found: list[dict[str, Any]] = []
+    end = 0
+    for one in [*recorded, last | {"until": state["iteration"]}]:
+        until = one.get("until")
+        if isinstance(until, int) and end < until and end < state["iteration"] and "device" in one:
+            end = min(until, state["iteration"])
+            found.append({key: one.get(key) for key in SAME} | {"until": end})
+    while found and all(found[-1][key] == now[key] for key in SAME):
+        found.pop()
+    return found
 
 
 def begin_directory(directory: Path, config: dict[str, Any], *, new: bool) -> None:
@@ -149,9 +158,10 @@ def import_checkpoint(path: Path, directory: Path, state: dict[str, Any]) -> Non
         shutil.copy(path, folder / "last.pt.part")
         os.replace(folder / "last.pt.part", folder / "last.pt")
         (folder / "previous.pt").unlink(missing_ok=True)
-        for numbered in folder.glob("iteration-*.pt"):
-            if int(numbered.stem.removeprefix("iteration-")) > state["iteration"]:
-                numbered.unlink()
+        for file in folder.glob("iteration-*.pt"):
+            number = file.stem.removeprefix("iteration-")
+            if number.isdecimal() and int(number) > state["iteration"]:
+                file.unlink()
         if source.parent != directory.absolute() and (source.parent / "metrics.jsonl").exists():
             shutil.copy(source.parent / "metrics.jsonl", directory / "metrics.jsonl")
     except OSError as error:

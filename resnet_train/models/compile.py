@@ -12,15 +12,19 @@ from resnet_train.engine.distributed import is_main
 from resnet_train.models.resnet import ResNet
 from resnet_train.terminal import say
 
-WHOLE = 110  # layers; deeper nets are compiled block by block, as compilation time is proportional to depth
-WHOLE_CAPTURED = 56  # in a CUDA graph, where a call for each block costs nothing
+# The deepest nets that are compiled as a whole, which takes time in proportion to the depth. A step compiled block by
+# block is slower on a CPU; in a CUDA graph, where calls cost nothing, it was slower with 20 layers and not with 110.
+WHOLE = 110
+WHOLE_CAPTURED = 56
 
 
-def compile_network(model: ResNet, depth: int, device: torch.device, *, captured: bool = False) -> bool:
-    """Compile the net in place; returns False if there is no compiler.
+def compiles_in_blocks(model: ResNet, depth: int, *, captured: bool = False) -> bool:
+    """Whether a net is to be compiled block by block; `captured`: for steps that are one CUDA graph."""
+    return model.recompute or depth > (WHOLE_CAPTURED if captured else WHOLE)
 
-    Nets above 110 layers, in a `captured` step above 56, and nets with activation checkpointing are compiled block by
-    block.
+
+def compile_network(model: ResNet, device: torch.device, *, blocks: bool) -> bool:
+    """Compile the net in place, as a whole or block by block; returns False if there is no compiler.
 
     Shapes are static: the same batch gives the same kernels, in training and in every later evaluation.
     """
@@ -34,7 +38,7 @@ def compile_network(model: ResNet, depth: int, device: torch.device, *, captured
         if is_main():
             say(f"compile=true: there is no working compiler ({reason}); continuing without, slower")
         return False
-    if depth <= (WHOLE_CAPTURED if captured else WHOLE) and not model.recompute:
+    if not blocks:
         model.compile(dynamic=False)
         return True
     with contextlib.suppress(AttributeError):  # blocks share code, one version per shape and mode

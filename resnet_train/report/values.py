@@ -56,8 +56,8 @@ def word(value: Any) -> str:
 
 def devices(environment: dict[str, Any]) -> str:
     """The device of a run and, first, those on which it was before it was resumed. Raises TypeError."""
-    names = [word(one["device"]) for one in environment.get("before", [])] + [word(environment.get("device", ""))]
-    return ", then ".join(name for name, _ in itertools.groupby(names))
+    names = [word(one.get("device", "")) for one in [*environment.get("before", []), environment]]
+    return ", then ".join(name for name, _ in itertools.groupby(filter(None, names)))
 
 
 def test_images(count: int) -> str:
