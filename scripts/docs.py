@@ -73,7 +73,7 @@ def keys() -> str:
         rows += [] if short else ["| key | default | |", "|---|---|---|"]
         known = known_keys(name)
         for key, value in flat(values).items():
-            if key in known or any(key.startswith(f"{outer}.") for outer in known):
+            if key in known:
                 cells = [f"`{key}`", f"`{format_value(value)}`"]
                 cells += ["" if short[key] == value else f"`{format_value(short[key])}`"] if short else []
                 rows.append(f"| {' | '.join(cells)} | {explanations.get(key, '').replace('|', escaped)} |")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from resnet_train import paper
 
-SMALL = ("config.json", "environment.json", "metrics.jsonl", "summary.json", "checkpoints/*-test.json")
+SMALL = ("config.json", "environment.json", "metrics.jsonl", "summary.json", "checkpoints/*.json")
 
 
 def run(*words: str) -> None:

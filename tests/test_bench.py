@@ -17,7 +17,8 @@ from PIL import Image
 from resnet_train import cli
 from resnet_train.bench import baseline, subject, suite, timing
 from resnet_train.config.commands import FIXED_BY_BENCH, BenchConfig, check_bench
-from resnet_train.config.compose import compose, requested_keys
+from resnet_train.config.compose import compose, groups, known_keys, requested_keys
+from resnet_train.config.schema import flat
 from resnet_train.data.image_set import ImageSet
 from resnet_train.data.pack import pack
 from resnet_train.errors import RunError, UserError
@@ -398,6 +399,7 @@ def test_the_classic_step_computes_as_pytorch_does_by_itself():
         ("loop iterations=100", ["iterations", "is not used by"]),
         ("loop eval_every=100", ["eval_every", "is not used by"]),
         ("loop data.validation=5000", ["data.validation", "is not used by"]),
+        ("loop experiment=fig6", ["experiment=fig6: there is no key experiment"]),
         ("loop data.root=nosuch", ["data.root=nosuch", "no such file"]),
         ("loop packed=x", ["packed=x", "loader data=imagenet"]),
         ("loader packed=x", ["packed=x", "loader data=imagenet"]),
@@ -455,6 +457,11 @@ def test_help_lists_the_six_and_each_is_a_command(command):
     assert [line[1] for line in lines][:6] == NAMES
     for _, name, *rest in lines:
         assert checked(f"bench={name}", *[word for word in rest if "=" in word])[0].bench == name
+
+
+def test_help_has_only_keys_that_are_taken(command):
+    shown = command("--help", entry="bench").stdout.partition("== Values (key=value) ==\n")[2]
+    assert sorted({*flat(yaml.safe_load(shown)), *groups("bench")}) == sorted({*known_keys("bench")})
 
 
 def test_it_takes_what_training_takes():

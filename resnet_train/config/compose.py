@@ -52,8 +52,9 @@ def config_dir(name: str) -> str:
 @functools.cache
 def groups(name: str) -> list[str]:
     """The groups that a command has."""
-    folders = (path.name for path in Path(config_dir(name)).iterdir() if path.is_dir())
-    return sorted(folder for folder in folders if folder not in FOLDERS.values()) if name in GROUPED else []
+    folders = {path.name for path in Path(config_dir(name)).iterdir() if path.is_dir()} - {*FOLDERS.values()}
+    folders -= {"experiment"} if name == "bench" else set()
+    return sorted(folders) if name in GROUPED else []
 
 
 def parse(name: str, words: list[str]) -> argparse.Namespace:
@@ -267,9 +268,13 @@ def known_keys(name: str) -> list[str]:
 
 
 def _words(name: str, keys: Iterable[str]) -> list[str]:
-    """The names allowed on a command line: groups, and `keys` except Hydra's and those fixed by a benchmark."""
-    excluded = commands.UNREAD_BY_BENCH if name == "bench" else []
-    return [key for key in keys if not key.startswith("hydra.") and key not in excluded] + groups(name)
+    """The names allowed on a command line: groups, and `keys` except Hydra's and those that it does not use."""
+    return [key for key in keys if not key.startswith("hydra.") and key not in _unused(name)] + groups(name)
+
+
+def _unused(name: str) -> tuple[str, ...]:
+    """The keys of a command's configuration that it does not use."""
+    return commands.UNREAD_BY_BENCH if name == "bench" else ()
 
 
 def options(name: str, group: str) -> list[str]:
@@ -284,6 +289,8 @@ def explain(text: str, name: str, overrides: list[str]) -> str:
     before, title, values = text.partition("== Values (key=value) ==\n")
     lines: list[str] = []
     for key, line in _with_keys(values.splitlines()):
+        if key in _unused(name):
+            continue
         indent = len(line) - len(line.lstrip())
         lines += textwrap.wrap(
             texts.get(key, ""), 80, initial_indent=indent * " " + "# ", subsequent_indent=indent * " " + "# "
@@ -404,7 +411,7 @@ def _diagnosis(name: str, overrides: list[str], chosen: list[str], error: Except
         OverridesParser.create().parse_override(item).key_or_group: as_typed(item) for item in overrides
     }
     for key, item in typed.items():
-        if name == "bench" and key in commands.UNREAD_BY_BENCH:
+        if key in _unused(name):
             return f"{item}: is not used by resnet-bench; remove it"
         known = key in keys or key in words or any(known.startswith(key + ".") for known in keys)
         if not known and not re.match(r"hydra\b", key):

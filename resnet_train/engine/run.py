@@ -144,7 +144,7 @@ def _announce(task: Task, directory: Path, state: dict[str, Any] | None) -> None
 
 
 def _stopped(task: Task, stop: Stop) -> int:
-    """The exit code of a run that a signal has stopped, which is told."""
+    """Print where a signal has stopped the run; return its exit code."""
     if is_main():
         how = "the same command" if task.config.resume == "auto" else "the same command with resume=auto"
         say(f"stopped at iteration {task.iteration}, checkpoint written; {how} resumes there")
