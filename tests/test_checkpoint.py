@@ -87,6 +87,22 @@ def test_a_damaged_last_gives_way_to_the_one_before(tmp_path, capsys):
         checkpoint.load_newest(tmp_path)
 
 
+def test_where_the_last_two_are_damaged_the_newest_intact_one_that_is_kept_is_taken(tmp_path, capsys):
+    for iteration in (8, 9, 10):
+        checkpoint.save(tmp_path / f"iteration-{iteration:07d}.pt", state(iteration))
+    checkpoint.save(tmp_path / "best.pt", state(4))
+    for name in ("last.pt", "previous.pt", "iteration-0000010.pt"):
+        (tmp_path / name).write_bytes(b"")
+    path, loaded = checkpoint.load_newest(tmp_path)
+    assert (path.name, loaded["iteration"]) == ("iteration-0000009.pt", 9)
+    warnings = capsys.readouterr().out.splitlines()
+    assert [line.split("; ")[-1] for line in warnings] == ["resuming from iteration-0000009.pt (iteration 9)"] * 3
+    assert not (tmp_path / "last.pt").exists()  # else it would become previous.pt
+    for kept in tmp_path.glob("iteration-*.pt"):
+        kept.unlink()
+    assert checkpoint.load_newest(tmp_path)[0].name == "best.pt"
+
+
 def test_no_checkpoint_is_none(tmp_path):
     assert checkpoint.load_newest(tmp_path / "nowhere") is None
 

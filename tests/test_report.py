@@ -849,6 +849,21 @@ def test_folders_with_odd_names(name, tmp_path, monkeypatch, capsys):
 EVIL = "</script><img src=x onerror=document.title='evil'>\"'`|[a](javascript:x) a$_$b =1+1 \x1b[31m\ud800"
 
 
+def test_runs_that_computed_otherwise_are_no_seeds_of_one_row(tmp_path):
+    """precision=auto on two machines, and batch norm over other groups from a resume on."""
+    cases = [("bf16", []), ("bf16", []), ("fp32", []), ("bf16", [64]), ("bf16", [32])]
+    for seed, (precision, before) in enumerate(cases):
+        folder = make(tmp_path / str(seed), seed=seed, precision="auto", bn_images="device", batch_size=64, devices=2)
+        told = {"measure": {"precision": precision, "bn_images": 32}, "device": "a CPU"}
+        told |= {"before": [{"measure": {"precision": precision, "bn_images": images}} for images in before]}
+        (folder / "environment.json").write_text(json.dumps(told))
+    found = runs.groups(runs.find([tmp_path])[0])
+    assert [[run.seed for run in group] for group in found] == [[0, 1, 4], [2], [3]]
+    assert runs.differences(found[0], found[1]) == [("precision", "bf16", "fp32")]
+    assert runs.differences(found[0], found[2]) == [("bn_images", "32", "64, then 32")]
+    assert ("bn_images", "64, then 32", "64") in runs.deviations(found[2][0])
+
+
 def change(path, **values):
     """Other values in a JSON file, by key or by key in a section."""
     told = json.loads(path.read_text()) if path.exists() else {}
@@ -1025,7 +1040,7 @@ def evil(tmp_path, monkeypatch):
         folder = make(top / name / EVIL.replace("/", "").replace("\ud800", ""), data=EVIL, precision=precision)
         text = (folder / "metrics.jsonl").read_text()
         (folder / "metrics.jsonl").write_text(text.replace("single view", json.dumps(EVIL)[1:-1]))
-        change(folder / "environment.json", command=EVIL, device=EVIL, precision=EVIL)
+        change(folder / "environment.json", command=EVIL, device=EVIL, measure={"precision": precision})
         change(folder / "config.json", schedule__name=EVIL, init=EVIL, schedule__drops=[EVIL])
         result = {"net": EVIL, "data": EVIL, "split": "test", "protocol": "10-crop", "error": 1.0}
         (folder / "checkpoints").mkdir()

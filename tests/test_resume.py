@@ -14,7 +14,7 @@ from pathlib import Path
 import forked
 import pytest
 import torch
-from conftest import metrics, needs, start
+from conftest import curves, metrics, needs, start
 from PIL import Image
 
 from resnet_train.classification.run import build, build_or_resume, open_data, train
@@ -26,7 +26,14 @@ from resnet_train.engine import checkpoint
 from resnet_train.engine.environment import launch
 from resnet_train.engine.logger import MetricsLogger
 from resnet_train.engine.loop import Clock, log_evaluation, save
-from resnet_train.engine.resume import SAME, before_restart, begin_run, claim_run, earlier_environments
+from resnet_train.engine.resume import (
+    SAME,
+    before_restart,
+    begin_run,
+    claim_run,
+    earlier_environments,
+    import_checkpoint,
+)
 from resnet_train.errors import SIGNALS, UserError
 
 needs("sklearn")
@@ -161,6 +168,26 @@ def test_a_configuration_that_is_none_is_refused_in_one_line(content, tmp_path):
 
 
 # --- Checkpoints -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", range(9))
+def test_an_import_that_is_killed_leaves_no_run_without_its_curve(step, whole, tmp_path, monkeypatch):
+    """Killed at each of its copies: what then resumes has all points, or nothing resumes."""
+    replace, done = os.replace, []
+
+    def replace_some(*paths):
+        if len(done) == step:
+            raise Killed
+        done.append(paths)
+        replace(*paths)
+
+    path, folder = whole / "checkpoints/iteration-0000008.pt", tmp_path / "new"
+    folder.mkdir()
+    with monkeypatch.context() as patch, contextlib.suppress(Killed):
+        patch.setattr("resnet_train.engine.resume.os.replace", replace_some)
+        import_checkpoint(path, folder, checkpoint.load(path))
+    if (folder / "checkpoints/last.pt").exists():
+        assert (folder / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
 
 
 def opened(config, folder, held):
@@ -361,6 +388,7 @@ def test_a_run_says_where_it_has_been(whole, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     (again / "environment.json").write_text(json.dumps(here | {"git_commit": "0123abc", "before": [there]}))
     assert run(elsewhere, f"resume={again}/checkpoints/iteration-0000008.pt") == 0
+    assert curves(elsewhere) == curves(whole)  # the curves of TensorBoard are whole, too
     recorded = json.loads((elsewhere / "environment.json").read_text())["before"]
     assert [(one["device"], one["git_commit"], one["until"]) for one in recorded] == [
         ("a GPU", here["git_commit"], 4),

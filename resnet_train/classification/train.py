@@ -101,6 +101,12 @@ class ClassificationTask(TrainState):
         self.net = wrap_ddp(self.model, lambda net: compute_logits(net, images, self.precision).sum())
 
     @property
+    def measure(self) -> dict[str, Any]:
+        """How the net computes: precision, compilation, images that batch norm takes together."""
+        shared = {"precision": self.precision, "compile": self.compiled, "blocks": self.blocks}
+        return shared | {"bn_images": self.share.group}
+
+    @property
     def is_capturable(self) -> bool:
         """Whether a step can be one CUDA graph.
 
@@ -206,12 +212,7 @@ class ClassificationTask(TrainState):
             "classes": self.dataset.classes,
             "label": self.dataset.label,
             "digest": self.dataset.digest,
-            "measure": {
-                "precision": self.precision,
-                "compile": self.compiled,
-                "blocks": self.blocks,
-                "bn_images": self.share.group,
-            },
+            "measure": self.measure,
             "mean": self.mean.cpu(),
             "iteration": self.iteration,
             "model": self.model.state_dict(),

@@ -92,6 +92,11 @@ class BoxTask:
         self.printed.update(new)
         return new
 
+    @property
+    def measure(self) -> dict[str, Any]:
+        """How the network computes."""
+        return {"precision": self.precision}
+
     def train_point(self) -> dict[str, Any]:
         """The mean losses since the last point."""
         steps = (self.iteration - 1) % self.config.log_every + 1
@@ -112,7 +117,7 @@ class BoxTask:
             "classes": self.data.classes,
             "label": self.label,
             "digest": self.data.digest,
-            "measure": {"precision": self.precision},
+            "measure": self.measure,
             "iteration": self.iteration,
             "measured": self.measured if self.iteration == self.config.iterations else {},
             "model": self.model.state_dict(),

@@ -271,12 +271,14 @@ def _by(shape: torch.Size) -> str:
 
 
 def load_newest(folder: Path, *, kind: str = "net") -> tuple[Path, dict[str, Any]] | None:
-    """The newest intact checkpoint of a run: last.pt, or previous.pt if that is damaged; None if neither exists.
+    """The newest intact checkpoint of a run; None if there is none.
 
-    Raises UserError if there are checkpoints but none can be loaded.
+    That is last.pt, where it is damaged previous.pt, where that is the newest of `keep_every`, or best.pt. Raises
+    UserError if there are checkpoints but none can be loaded.
     """
     problems = []
-    for path in (folder / "last.pt", folder / "previous.pt"):
+    kept = sorted(folder.glob("iteration-*.pt"), reverse=True)
+    for path in (folder / "last.pt", folder / "previous.pt", *kept, folder / "best.pt"):
         if path.exists():
             try:
                 state = load(path, kind=kind)
@@ -285,7 +287,8 @@ def load_newest(folder: Path, *, kind: str = "net") -> tuple[Path, dict[str, Any
                 continue
             for problem in problems:
                 say(f"warning: {problem}; resuming from {path.name} (iteration {state['iteration']})")
-                (folder / "last.pt").replace(folder / "damaged.pt")  # else the next save would make it previous.pt
+            if problems and (folder / "last.pt").exists():  # else the next save would make it previous.pt
+                (folder / "last.pt").replace(folder / "damaged.pt")
             return path, state
     if problems:
         raise UserError("; ".join([*map(str, problems), "resume=never begins the run again"]))

@@ -19,7 +19,7 @@ from resnet_train.errors import UserError
 from resnet_train.files import expand, lock_directory, nearest_existing, read_if_object, read_object, write_json
 from resnet_train.terminal import say
 
-SAME = ("device", "processes", "threads", "git_commit", "versions")  # of an environment, on which the bits may depend
+SAME = ("device", "processes", "threads", "git_commit", "versions", "measure")  # on what the bits may depend
 
 
 def before_restart(directory: Path, restarts: int) -> Literal["new", "unfinished", "finished"]:
@@ -79,7 +79,7 @@ def begin_run(task: Task, directory: Path, state: dict[str, Any] | None, command
     """Write the first files of a run; return the content of environment.json. Raises UserError."""
     check_space(directory, task.model)
     config = task.config
-    environment = environment_of(command, task.device, digest)
+    environment = environment_of(command, task.device, digest) | {"measure": task.measure}
     environment["before"] = earlier_environments(environment, state)
     try:
         begin_directory(directory, config.plain(), new=state is None)
@@ -142,30 +142,49 @@ def _remove_folder(folder: Path) -> None:
 def import_checkpoint(path: Path, directory: Path, state: dict[str, Any]) -> None:
     """Make the checkpoint `path` with content `state` the last one of the run in `directory`.
 
-    If it is from another run, that run's metrics are copied as well. Later checkpoints in `directory` are removed, and
-    best.pt becomes the best checkpoint at that iteration.
+    If it is from another run, that run's metrics and TensorBoard events are copied as well. Later checkpoints in
+    `directory` are removed, and best.pt becomes the best checkpoint at that iteration.
     """
     folder = directory / "checkpoints"
     source = path.absolute().parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if source.parent != directory.absolute():
+            _import_record(source.parent, directory)  # first: with last.pt it is a run to resume
         best = _best_of(state, path, source)
         if best is not None:
-            shutil.copy(best, folder / "best.pt.part")
-            os.replace(folder / "best.pt.part", folder / "best.pt")
+            _copy(best, folder / "best.pt")
         else:
             (folder / "best.pt").unlink(missing_ok=True)
-        shutil.copy(path, folder / "last.pt.part")
-        os.replace(folder / "last.pt.part", folder / "last.pt")
+        _copy(path, folder / "last.pt")
         (folder / "previous.pt").unlink(missing_ok=True)
-        for file in folder.glob("iteration-*.pt"):
+        for file in sorted(folder.glob("iteration-*.pt")):
             number = file.stem.removeprefix("iteration-")
             if number.isdecimal() and int(number) > state["iteration"]:
                 file.unlink()
-        if source.parent != directory.absolute() and (source.parent / "metrics.jsonl").exists():
-            shutil.copy(source.parent / "metrics.jsonl", directory / "metrics.jsonl")
+                say(f"note: {file}: is removed, being of a later iteration than resume={path}")
     except OSError as error:
         raise UserError(f"resume={path}: cannot be copied into {directory}: {error.strerror}") from error
+
+
+def _import_record(source: Path, directory: Path) -> None:
+    """Copy the metrics and TensorBoard events of the run in `source`, if it has any. Raises OSError."""
+    if not (source / "metrics.jsonl").exists():
+        return
+    _copy(source / "metrics.jsonl", directory / "metrics.jsonl")
+    _remove_folder(directory / "tensorboard")
+    for events in source.glob("tensorboard/*/events.out.tfevents.*"):
+        if events.is_file():
+            place = directory / events.relative_to(source)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            _copy(events, place)
+
+
+def _copy(file: Path, place: Path) -> None:
+    """Copy a file, whole or not at all. Raises OSError."""
+    part = place.with_name(f"{place.name}.part")
+    shutil.copy(file, part)
+    os.replace(part, place)
 
 
 def _best_of(state: dict[str, Any], path: Path, source: Path) -> Path | None:

@@ -87,6 +87,10 @@ class Task(Protocol):
         """Whether the model is compiled."""
 
     @property
+    def measure(self) -> dict[str, Any]:
+        """How it computes, as a checkpoint holds it: the precision and what else the results depend on."""
+
+    @property
     def model(self) -> nn.Module:
         """The network."""
 

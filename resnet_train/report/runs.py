@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -50,7 +51,6 @@ class Run:
     setting: dict[str, Any]  # what must be equal among the runs of one row or figure
     command: str
     device: str
-    precision: str | None  # also of precision=auto; None until the run is finished
     parameters: int | None
     replaced: int = 0  # how often others stood in for broken training images
     unreadable: int = 0  # images left out because they cannot be decoded
@@ -190,8 +190,8 @@ def _run(folder: Path, display_path: str, config: dict[str, Any], metrics: list[
         raise ValueError(f"{net!r:.100} is no net")
     recorded = read_if_object(folder / "environment.json") | read_if_object(folder / "summary.json")
     data = name_label(word(metrics[0]["data"]), tests[-1].get("seen") if tests else None)
-    precision, parameters = recorded.get("precision"), recorded.get("parameters")
-    setting = {"data": data, "protocol": protocol, **_recipe(config, family)}
+    parameters = recorded.get("parameters")
+    setting = {"data": data, "protocol": protocol, **_recipe(config, family), **_measured(recorded)}
     if "digest" in recorded and data not in paper.DATA:  # other data may share a label
         setting["images"] = word(recorded["digest"])
     return Run(
@@ -209,7 +209,6 @@ def _run(folder: Path, display_path: str, config: dict[str, Any], metrics: list[
         setting=setting,
         command=word(recorded.get("command", "")),
         device=devices(recorded),
-        precision=None if precision is None else word(precision),
         parameters=None if parameters is None else whole(parameters),
         replaced=whole(count_replaced(metrics)),
         unreadable=whole(sum(recorded.get("unreadable", {}).values())),
@@ -235,6 +234,17 @@ def _recipe(config: dict[str, Any], family: str) -> dict[str, Any]:
     return recipe
 
 
+def _measured(recorded: dict[str, Any]) -> dict[str, Any]:
+    """What a run was with, where its configuration does not say: auto's precision, batch norm changed at a resume."""
+    measures = [one.get("measure") or {} for one in [*recorded.get("before", []), recorded]]
+    precision = recorded.get("precision") or measures[-1].get("precision")
+    numbers = [
+        number for number, _ in itertools.groupby(whole(one["bn_images"]) for one in measures if "bn_images" in one)
+    ]
+    found = {"precision": word(precision)} if precision else {}
+    return found | ({"bn_images": ", then ".join(map(str, numbers))} if len(numbers) > 1 else {})
+
+
 def groups(runs: list[Run]) -> list[list[Run]]:
     """Group the runs that may share a row and a figure: the same data, split, protocol and recipe."""
     by_setting: dict[str, list[Run]] = {}
@@ -256,11 +266,10 @@ def differences(one: list[Run], other: list[Run]) -> list[tuple[str, str, str]]:
 
 def deviations(run: Run) -> list[tuple[str, str, str]]:
     """Deviations from the paper's recipe: key, value, the paper's value. Lengths count only on the paper's data."""
-    actual = run.setting | ({"precision": run.precision} if run.precision else {})
     keys = [key for key in paper.RECIPES[run.family] if run.published or key not in ("iterations", "data.size")]
     recipe = {key: paper.RECIPES[run.family][key] for key in keys}
-    differing = [key for key in keys if actual[key] != recipe[key]]
-    return [(key, format_setting(actual[key]), format_setting(recipe[key])) for key in differing]
+    differing = [key for key in keys if run.setting[key] != recipe[key]]
+    return [(key, format_setting(run.setting[key]), format_setting(recipe[key])) for key in differing]
 
 
 def format_setting(value: Any) -> str:
