@@ -24,7 +24,7 @@ from resnet_train.config.train import check_train
 from resnet_train.data.image_set import ImageSet
 from resnet_train.engine import checkpoint
 from resnet_train.engine.environment import launch
-from resnet_train.engine.logger import MetricsLogger
+from resnet_train.engine.logger import MetricsLogger, read_points
 from resnet_train.engine.loop import Clock, log_evaluation, save
 from resnet_train.engine.resume import (
     SAME,
@@ -133,6 +133,21 @@ def test_a_run_whose_metrics_are_gone_ends_with_results(iteration, whole, tmp_pa
     one, other = (json.loads((place / "summary.json").read_text())["last"] for place in (folder, whole))
     assert [one[split] for split in ("val", "test")] == [other[split] for split in ("val", "test")]
     assert weights(folder)["last.pt"] == weights(whole)["last.pt"]
+
+
+@pytest.mark.parametrize(
+    ("left", "words"),
+    [(0, "has no points; the curves begin after"), (4, "ends at iteration 4; the curves have a gap until")],
+)
+def test_metrics_that_are_cut_short_are_named(left, words, whole, tmp_path, capsys):
+    folder = cut(whole, tmp_path / "run", 8)
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["iteration"] <= left))
+    read_points(folder / "metrics.jsonl", left + 1, log_every=left or 2)  # by which there is no later one
+    assert capsys.readouterr().out == ""
+    assert run(folder) == 0
+    assert f"warning: {folder}/metrics.jsonl: {words} iteration 8\n" in capsys.readouterr().out
+    assert metrics(folder) == [line for line in metrics(whole) if not left < line["iteration"] <= 8]
 
 
 def test_metrics_that_are_a_pipe_are_none(whole, tmp_path):

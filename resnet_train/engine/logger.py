@@ -41,11 +41,19 @@ def prepare_process() -> None:
     threading.excepthook = silence_tensorboard
 
 
-def read_points(path: Path, iteration: int) -> list[dict[str, Any]]:
-    """The points of a metrics file up to `iteration`, from which a run resumes. Raises OSError."""
-    if iteration and not path.is_file():  # missing, or a FIFO
-        say(f"warning: {path}: is not there; the curves begin after iteration {iteration}")
-    return [point for point in read_metrics(path) if point["iteration"] <= iteration]
+def read_points(path: Path, iteration: int, log_every: int) -> list[dict[str, Any]]:
+    """The points of a metrics file up to `iteration`, from which a run that logs every `log_every` resumes.
+
+    Warns if points before the checkpoint, which were written before it, are gone. Raises OSError.
+    """
+    points = [point for point in read_metrics(path) if point["iteration"] <= iteration]
+    last = max((point["iteration"] for point in points), default=0)
+    if last < iteration - iteration % log_every:
+        lost = f"ends at iteration {last}" if last else "has no points" if path.is_file() else "is not there"
+        say(
+            f"warning: {path}: {lost}; the curves {'have a gap until' if last else 'begin after'} iteration {iteration}"
+        )
+    return points
 
 
 def message(text: str) -> None:
@@ -62,7 +70,9 @@ class MetricsLogger:
     written in every line. TensorBoard gets one writer per split, so that their curves share a chart.
     """
 
-    def __init__(self, directory: Path | None, names: dict[str, Any], iteration: int, iterations: int) -> None:
+    def __init__(
+        self, directory: Path | None, names: dict[str, Any], iteration: int, iterations: int, log_every: int = 1
+    ) -> None:
         self.silent = directory is None
         self.seconds = 0.0
         self.bar = tqdm(
@@ -80,7 +90,7 @@ class MetricsLogger:
         self.path = directory / "metrics.jsonl"
         self.names = names
         with self._write_errors():
-            points = read_points(self.path, iteration)
+            points = read_points(self.path, iteration, log_every)
         self.last = {point["split"]: point["iteration"] for point in points}
         self.seconds = max((line.get("seconds", 0.0) for line in points), default=0.0)
         errors = [line["error"] for line in points if line["split"] == "train" and "error" in line]

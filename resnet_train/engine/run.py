@@ -94,7 +94,7 @@ def run(
             task.wrap_ddp()  # with a first pass, which compiles; a signal still ends all at once
         stop, start = Stop(), task.iteration
         names = {"data": task.label, "seed": config.seed}
-        logger = MetricsLogger(directory if is_main() else None, names, start, config.iterations)
+        logger = MetricsLogger(directory if is_main() else None, names, start, config.iterations, config.log_every)
         clock.seconds = logger.seconds
         if task.reference is not None:
             logger.log_reference(task.reference, config.iterations)
