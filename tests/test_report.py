@@ -132,6 +132,27 @@ def test_unfinished_runs_stand_in_no_mean(tmp_path):
     assert any("seed 1: unfinished, at iteration 40,000 of 64,000" in note for note in table.notes)
 
 
+def test_a_run_before_its_first_test_is_called_so(tmp_path, monkeypatch, capsys):
+    make(tmp_path / "runs" / "a", "plain-20", until=4_000)
+    make(tmp_path / "runs" / "b", "plain-56", until=4_000)
+    text = report_of(tmp_path / "runs", monkeypatch)
+    assert "plain-20, seed 0: unfinished, at iteration 3,200 of 64,000; not yet tested; in no mean" in text
+    assert "plain-20, seed 0: not yet tested, unfinished (3,200 iterations)" in text
+    assert "(figure-1.png)" in text
+    assert "warning" not in "".join(capsys.readouterr())
+    for file in ("report.md", "index.html"):
+        assert "nan %" not in (tmp_path / "runs" / "out" / file).read_text()
+
+
+def test_a_net_before_its_first_test_is_named_by_its_training_curve(tmp_path):
+    make(tmp_path / "a", "plain-20")
+    make(tmp_path / "b", "plain-56", until=4_000)
+    made = drawn(tmp_path)
+    names = [[text.get_text() for text in axes.get_legend().get_texts()] for axes in made["figure-6"][1]]
+    assert names == [["plain-20", "plain-56, unfinished"]]
+    assert [axes.get_legend() is None for axes in made["figure-1"][1]] == [False, False]
+
+
 def test_half_a_line_at_the_end_is_a_run_that_is_being_written(tmp_path):
     folder = make(tmp_path / "a")
     with (folder / "metrics.jsonl").open("a") as file:

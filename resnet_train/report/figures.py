@@ -103,18 +103,22 @@ def _draw(panels: list[Panel], first: Run) -> Any:
             for net, runs in nets.items():
                 done = [run for run in runs if run.finished]
                 label = net if done else f"{net}, unfinished"
+                named = next(
+                    (split for split in reversed(splits) if any(run.curves[split] for run in done or runs)), None
+                )
                 for split in splits:
                     at, curves = _curves(split, [run.curves[split] for run in done or runs])
                     look = split if len(splits) > 1 else "test"
                     style = LINES[look] | mark(look, at) | {"color": colour(net)}
                     xs = [iteration / unit for iteration in at]
-                    _line(axes, xs, curves, **style, label=None if split == "train" and len(splits) > 1 else label)
+                    _line(axes, xs, curves, **style, label=label if split == named else None)
             axes.set(title=title, xlabel=xlabel, ylim=(low, high), xlim=(0, None))
             axes.xaxis.set_major_locator(_ticks())
             axes.yaxis.set_major_locator(_ticks())
             if unit == 1:
                 axes.xaxis.set_major_formatter("{x:,.0f}")
-            axes.legend(loc="best")
+            if axes.lines:  # else nothing has been tested
+                axes.legend(loc="best")
             if number == 0:
                 axes.set_ylabel("error (%)")
     return figure

@@ -175,9 +175,7 @@ def _pages(run: Run, out: Path) -> list[tuple[str, str]]:
 
 def _describe(run: Run) -> str:
     """A run in one line: net, seed, error, progress, device and folder."""
-    state = f"test error {run.test_error:.2f} %" + (
-        "" if run.finished else f", unfinished ({run.reached:,} iterations)"
-    )
+    state = tables.describe_test(run) + ("" if run.finished else f", unfinished ({run.reached:,} iterations)")
     state += f", {run.unreadable} images that cannot be decoded left out" if run.unreadable else ""
     return runs.describe_run(f"{run.net}, seed {run.seed}: {state}", run.device, run.replaced, run.display_path)
 

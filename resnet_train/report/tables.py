@@ -141,11 +141,16 @@ def _mean(values: Iterable[float | None]) -> Spread | None:
 
 def _unfinished(runs: list[Run]) -> list[str]:
     return [
-        f"{run.net}, seed {run.seed}: unfinished, at iteration {run.reached:,} of {run.iterations:,}; test error so far"
-        f" {run.test_error:.2f} %; in no mean"
+        f"{run.net}, seed {run.seed}: unfinished, at iteration {run.reached:,} of {run.iterations:,};"
+        f" {describe_test(run, ' so far')}; in no mean"
         for run in runs
         if not run.finished
     ]
+
+
+def describe_test(run: Run, so_far: str = "") -> str:
+    """The test error of a run in words."""
+    return f"test error{so_far} {run.test_error:.2f} %" if run.curves["test"] else "not yet tested"
 
 
 def errors_table(group: list[Run], name: str, where: str) -> Table | None:
