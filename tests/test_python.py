@@ -89,6 +89,39 @@ def test_images_of_another_shape_are_one_line(trained, shape, advice):
     assert str(told.value) == f"logits: images are (N, 3, S, S), and these are {shape}{advice}"
 
 
+def test_images_of_another_type_are_one_line(trained):
+    model = load(trained)
+    images = torch.stack([model.transform(Image.new("RGB", (32, 32))), torch.randn(3, 32, 32)])
+    for dtype in (torch.uint8, torch.int64, torch.bool, torch.complex64):
+        with pytest.raises(UserError) as told:
+            model.logits(images.to(dtype))
+        name = str(dtype).removeprefix("torch.")
+        assert (
+            str(told.value) == f"logits: images are float32, as transform and normalise make them, and these are {name}"
+        )
+    for dtype in (torch.float64, torch.bfloat16):
+        values = images.to(dtype)
+        assert torch.equal(model.logits(values), model.logits(values.float()))
+
+
+@pytest.mark.parametrize(
+    ("device", "told"),
+    [
+        ("cuda", "torch sees no GPU here; use device=cpu"),
+        (torch.device("cuda", 1), "torch sees no GPU here; use device=cpu"),
+        ("gpu", "is not a device of torch here (Expected one of cpu, cuda"),
+        ("mps", "is not a device of torch here ("),
+    ],
+)
+def test_a_device_that_is_not_there_is_named_and_not_the_checkpoint(device, told, trained):
+    if torch.cuda.is_available() or torch.backends.mps.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(UserError) as error:
+        load(trained, device=device)
+    assert str(error.value).startswith(f"device={device}: {told}")
+    assert "\n" not in str(error.value)
+
+
 def test_an_imagenet_net_sees_the_center(photographs, tmp_path, monkeypatch):
     from test_classify import configured, saved
 

@@ -20,7 +20,7 @@ from resnet_train.data.augment import normalise
 from resnet_train.data.crops import center_view, whole_view
 from resnet_train.data.decode import from_pillow, image_size, read_image
 from resnet_train.data.imagenet_classes import imagenet_classes
-from resnet_train.engine.compute import compute_logits, pick_device
+from resnet_train.engine.compute import compute_logits, find_device, pick_device
 from resnet_train.engine.limits import share_of_cores
 from resnet_train.errors import UserError, check_each
 from resnet_train.files import expand, write_result
@@ -80,12 +80,16 @@ class Classifier:
     def logits(self, images: Tensor) -> Tensor:
         """The logits (N, K) of images (N, 3, S, S) in the precision of the net's evaluation, without gradients.
 
-        `net(images)` computes in float32 instead, and with gradients. Raises UserError for images of another shape.
+        `net(images)` computes in float32 instead, and with gradients. Raises UserError for images of another shape
+        or of integers.
         """
         if images.ndim != 4 or images.shape[1] != 3:
             hint = "; of one image give image[None]" if images.ndim == 3 else ""
             raise UserError(f"logits: images are (N, 3, S, S), and these are {tuple(images.shape)}{hint}")
-        return compute_logits(self.net, images.to(self.device), self.precision)
+        if not images.is_floating_point():
+            dtype = str(images.dtype).removeprefix("torch.")
+            raise UserError(f"logits: images are float32, as transform and normalise make them, and these are {dtype}")
+        return compute_logits(self.net, images.to(self.device, self.net.fc.weight.dtype), self.precision)
 
     def batches(self, names: Sequence[str]) -> Iterator[tuple[Sequence[str], Tensor]]:
         """Batches of image files, in order: the names, and the images as inputs of the net, on its device.
@@ -106,13 +110,15 @@ class Classifier:
 def load(path: str | Path, device: str | torch.device = "cpu") -> Classifier:
     """Load a trained net from a checkpoint, or from a .safetensors file of `resnet-weights export`.
 
-    Raises UserError, with a one-line message, for any other file, such as the checkpoint of a detector.
+    Raises UserError, with a one-line message, for any other file, such as the checkpoint of a detector, and for a
+    device that is not there.
     """
+    found = find_device(device)
     check_checkpoints([str(path)])
     file = expand(path)
     state = source.load(file)
     config, classes = config_from_checkpoint(state["config"]), state["classes"]
-    net, mean, precision, _ = load_model(file, config, state, classes, torch.device(device))
+    net, mean, precision, _ = load_model(file, config, state, classes, found)
     return Classifier(
         net=net.eval(),
         classes=classes,

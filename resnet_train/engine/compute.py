@@ -40,6 +40,18 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def find_device(name: str | torch.device) -> torch.device:
+    """The device that torch calls `name` (cuda:1). Raises UserError for one that is not there."""
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise UserError(f"device={name}: torch sees no GPU here; use device=cpu")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device={name}: is not a device of torch here ({str(error).splitlines()[0]})") from error
+    return device
+
+
 def pick_precision(name: str, device: torch.device) -> str:
     """auto as bf16 where the processor computes with it and as fp32 elsewhere; others as they are."""
     if name == "fp16" and device.type == "cpu":
