@@ -170,6 +170,14 @@ def from_os_error(error: OSError) -> RunError:
     return RunError(f"{path}: {error.strerror}; {intact}{remedy(error)}, the same command resumes")
 
 
+def from_write_error(what: str, error: OSError) -> UserError:
+    """The user's error for what cannot be made or written. A lack of space is no fault of the input: a RunError."""
+    path, reason = error.filename, error.strerror
+    if isinstance(error, FileExistsError) and os.path.islink(path) and not os.path.exists(path):
+        reason = f"{path} is a link to {os.readlink(path)}, which is not there"
+    return (RunError if error.errno in (errno.ENOSPC, errno.EDQUOT) else UserError)(f"{what}: {reason}")
+
+
 def remedy(error: BaseException) -> str:
     """What must be done before the same command resumes, as a clause in front of that."""
     remedies = {

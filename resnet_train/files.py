@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from resnet_train.errors import UserError
+from resnet_train.errors import UserError, from_write_error
 
 LARGEST_JSON = 2**28  # bytes: the index of a pack of a million shards
 
@@ -54,7 +54,7 @@ def lock_directory(folder: Path, key: str, doing: str, patience: int = 0) -> Ite
             folder.mkdir(parents=True, exist_ok=True)
             handle = os.open(folder, os.O_RDONLY)
         except OSError as error:
-            raise UserError(f"{key}={folder}: cannot be made: {error.strerror}") from error
+            raise from_write_error(f"{key}={folder}: cannot be made", error) from error
         with contextlib.suppress(BlockingIOError, FileNotFoundError):
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(handle), os.stat(folder)):  # else its owner has removed it meanwhile
@@ -220,4 +220,4 @@ def _write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"out={path}: cannot be written: {error.strerror}") from error
+        raise from_write_error(f"out={path}: cannot be written", error) from error

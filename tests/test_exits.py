@@ -7,6 +7,7 @@ import math
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,8 +29,9 @@ from resnet_train.engine import checkpoint
 from resnet_train.engine.distributed import _join_error, process_group
 from resnet_train.engine.limits import check_open_files, most_workers
 from resnet_train.engine.loop import check_finite
-from resnet_train.errors import RunError, UserError, from_nccl_error, from_os_error, is_peer_failure
-from resnet_train.files import lock_directory
+from resnet_train.engine.resume import check_space
+from resnet_train.errors import RunError, UserError, from_nccl_error, from_os_error, from_write_error, is_peer_failure
+from resnet_train.files import lock_directory, write_result
 
 
 class Starved(Dataset):
@@ -374,6 +376,35 @@ def test_a_folder_that_its_holder_removes_is_made_and_held_again(tmp_path):
 def test_a_folder_that_cannot_be_made_is_named():
     with pytest.raises(UserError, match=r"^run_dir=/proc/nosuch: cannot be made: "):
         lock_directory(Path("/proc/nosuch"), "run_dir", "training").__enter__()
+
+
+def test_a_link_to_what_is_not_there_is_named(tmp_path):
+    (tmp_path / "run").symlink_to("gone")
+    for folder in (tmp_path / "run", tmp_path / "run" / "sub"):
+        for made in (
+            lambda: lock_directory(folder, "run_dir", "training").__enter__(),  # noqa: B023
+            lambda: write_result(folder / "result.json", {}),  # noqa: B023
+        ):
+            with pytest.raises(UserError, match=f": {tmp_path}/run is a link to gone, which is not there$"):
+                made()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"^run_dir=.*file: cannot be made: File exists$"):
+        lock_directory(tmp_path / "file", "run_dir", "training").__enter__()
+
+
+def test_a_lack_of_space_is_none_of_the_input(tmp_path, monkeypatch):
+    """A queue starts again what ends with 1, and gives up what ends with 2."""
+    model = torch.nn.Linear(300_000, 1, bias=False, device="meta")  # 22 MB: 10, and 5 times its weights and momentum
+    for free, words in ((21_999_999, "21 MB are free there, 22"), (21_400_000, "21 MB are free there, 22")):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        with pytest.raises(UserError) as told:
+            check_space(tmp_path, model)
+        assert (str(told.value), told.value.code) == (f"run_dir={tmp_path}: {words} are needed", 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=22_000_000))
+    check_space(tmp_path, model)
+    for number, code in ((errno.ENOSPC, 1), (errno.EDQUOT, 1), (errno.EACCES, 2), (errno.ENOTDIR, 2)):
+        error = from_write_error("run_dir=run: cannot be made", OSError(number, os.strerror(number), "run"))
+        assert (str(error), error.code) == (f"run_dir=run: cannot be made: {os.strerror(number)}", code)
 
 
 def test_workers_by_themselves_are_no_more_than_the_limit_of_open_files_allows(monkeypatch):

@@ -6,6 +6,7 @@ In this process, on digits of 8 px, where a run takes less than a second.
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,7 +24,7 @@ from resnet_train.config.run_dir import check_run_dir
 from resnet_train.config.train import check_train
 from resnet_train.data.image_set import ImageSet
 from resnet_train.engine import checkpoint
-from resnet_train.engine.environment import launch
+from resnet_train.engine.environment import git_commit, launch
 from resnet_train.engine.logger import MetricsLogger, read_points
 from resnet_train.engine.loop import Clock, log_evaluation, save
 from resnet_train.engine.resume import (
@@ -34,7 +35,7 @@ from resnet_train.engine.resume import (
     earlier_environments,
     import_checkpoint,
 )
-from resnet_train.errors import SIGNALS, UserError
+from resnet_train.errors import SIGNALS, RunError, UserError
 
 needs("sklearn")
 pytestmark = pytest.mark.usefixtures("signals")
@@ -180,6 +181,35 @@ def test_a_configuration_that_is_none_is_refused_in_one_line(content, tmp_path):
     assert str(error.value).count("\n") == 0
     assert str(tmp_path) in str(error.value)
     assert os.listdir(tmp_path) == ["config.json"]
+
+
+@pytest.mark.parametrize("content", [None, b"", b'{"depth": '])
+def test_checkpoints_whose_configuration_is_gone_are_resumed_from_elsewhere(content, whole, tmp_path):
+    folder = cut(whole, tmp_path / "run", 8)
+    last = f"{folder}/checkpoints/last.pt"
+    (folder / "config.json").unlink()
+    if content is not None:
+        (folder / "config.json").write_bytes(content)
+    advice = f"; use another run_dir=, with resume={last} to resume from the checkpoint there"
+    with pytest.raises(UserError, match=re.escape(advice) + "$"):
+        check_run_dir(folder, config_of())
+    assert run(tmp_path / "other", f"resume={last}") == 0
+    assert metrics(tmp_path / "other") == metrics(whole)
+    assert weights(tmp_path / "other")["last.pt"] == weights(whole)["last.pt"]
+    os.remove(last)
+    with pytest.raises(UserError, match=r"; use another run_dir=$"):
+        check_run_dir(folder, config_of())
+
+
+def test_a_disk_that_is_full_at_the_start_is_none_of_the_input(whole, tmp_path):
+    """A queue starts again what ends with 1, and gives up what ends with 2."""
+    folder = cut(whole, tmp_path / "run", 8)
+    (folder / "config.json.part").symlink_to("/dev/full")
+    before = weights(folder)
+    with pytest.raises(RunError) as told, contextlib.ExitStack() as held:
+        opened(config_of(), folder, held)
+    assert str(told.value) == f"run_dir={folder}: cannot be written: No space left on device"
+    assert (told.value.code, weights(folder)) == (1, before)
 
 
 # --- Checkpoints -----------------------------------------------------------------------------------------------------
@@ -447,6 +477,36 @@ def test_a_restart_goes_on_with_what_its_own_launch_has_begun(whole, tmp_path, m
     monkeypatch.setattr(os, "getppid", lambda: 7 + parent)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", name)
     assert before_restart(folder, 1) == found
+
+
+def test_the_commit_of_what_pip_has_installed_from_git_is_the_one_it_records(tmp_path):
+    """The code is in no checkout then, and the record is that of the package beside it, not of another copy."""
+    code, record = (
+        tmp_path / "site" / "resnet_train" / "engine" / "code.py",
+        tmp_path / "site" / "resnet_train-9.dist-info",
+    )
+    code.parent.mkdir(parents=True)
+    code.touch()
+    assert git_commit(code) is None
+    record.mkdir()
+    (record / "METADATA").write_text("Metadata-Version: 2.1\nName: resnet-train\nVersion: 9\n")
+    assert git_commit(code) is None
+    vcs = {"vcs": "git", "requested_revision": "main", "commit_id": "0123abc"}
+    for content, commit in (
+        ({"url": "https://host/resnet-train.git", "vcs_info": vcs}, "0123abc"),
+        ({"url": "file:///home/me/resnet-train", "dir_info": {}}, None),
+        ({"url": "https://host/resnet-train.git", "vcs_info": 7}, None),
+        ([], None),
+    ):
+        (record / "direct_url.json").write_text(json.dumps(content))
+        assert git_commit(code) == commit
+    (record / "direct_url.json").write_text('{"vcs_info": ')
+    assert git_commit(code) is None
+    (record / "direct_url.json").write_text(json.dumps({"vcs_info": vcs}))
+    other = tmp_path / "elsewhere" / "resnet_train" / "engine" / "code.py"
+    other.parent.mkdir(parents=True)
+    other.touch()
+    assert git_commit(other) is None
 
 
 def test_a_resumed_run_is_compiled_as_it_was(whole, tmp_path):

@@ -26,7 +26,7 @@ from resnet_train.config.train import config_from_checkpoint
 from resnet_train.data.memory import MemoryDataset
 from resnet_train.engine import checkpoint
 from resnet_train.engine.compute import compute_logits, pick_device
-from resnet_train.errors import UserError
+from resnet_train.errors import UserError, from_write_error
 from resnet_train.files import expand, put
 from resnet_train.models.resnet import ResNet
 from resnet_train.report import figures
@@ -192,7 +192,7 @@ def responses(args: ResponsesConfig) -> None:
         columns = ["by_response", "by_weights", "split", "images", "batch", "note"]
         _put_csv(out / "gradients.csv", [*header, *columns], rows)
     except OSError as error:
-        raise UserError(f"out={out}: cannot be written: {error.strerror}") from error
+        raise from_write_error(f"out={out}: cannot be written", error) from error
     norms = [lines(lambda s: s.by_response), lines(lambda s: s.by_weights)]
     stds = lines(lambda s: list(s.stds.values()))
     drawn = figures.draw(

@@ -162,9 +162,9 @@ def check_run_dir(directory: Path, config: RunConfig, *, may_be_finished: bool =
                 f" or use another {'seed= or ' if config.run_dir is None else ''}run_dir="
             )
         if state == "finished" or (state == "unfinished" and config.resume != "never"):
-            check_same_run(read_object(directory / "config.json"), config, str(directory))
+            check_same_run(_read_config(directory, config), config, str(directory))
         if state == "new" and directory.exists() and any(path.suffix != ".part" for path in directory.iterdir()):
-            raise UserError(f"run_dir={directory}: exists and holds no run; use another run_dir=")
+            raise UserError(f"run_dir={directory}: exists and holds no run; {_way_out(directory, config)}")
         parent = nearest_existing(directory)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"run_dir={directory}: cannot be used: {error}") from error
@@ -175,6 +175,20 @@ def check_run_dir(directory: Path, config: RunConfig, *, may_be_finished: bool =
     if config.resume not in ("auto", "never") and not expand(config.resume).is_file():
         hint = nearest(config.resume, ["auto", "never"])
         raise UserError(f"resume={config.resume}: must be {RESUME}{hint}")
+
+
+def _read_config(directory: Path, config: RunConfig) -> dict[str, Any]:
+    try:
+        return read_object(directory / "config.json")
+    except UserError as error:
+        raise UserError(f"{error}; {_way_out(directory, config)}") from error
+
+
+def _way_out(directory: Path, config: RunConfig) -> str:
+    """What to try in place of `directory`, whose config.json is missing or damaged."""
+    last = directory / "checkpoints" / "last.pt"
+    resumable = isinstance(config, Config) and last.is_file()  # other tasks resume from their own directory alone
+    return "use another run_dir=" + (f", with resume={last} to resume from the checkpoint there" if resumable else "")
 
 
 def _on_other_data(directory: Path, config: RunConfig) -> str:

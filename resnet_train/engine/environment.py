@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import platform
 import resource
@@ -9,7 +11,7 @@ import shlex
 import subprocess
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +45,22 @@ def launch() -> str | None:
     return f"process {os.getppid()}" if name == "none" else name  # torchrun's without --rdzv-id
 
 
-def git_commit() -> str | None:
-    """The commit of this package's code; None if git does not have it, as in an environment inside another project."""
-    git = "git", "-C", str(Path(__file__).parent)
-    known = _output_of(*git, "ls-files", Path(__file__).name)
-    return (known and _output_of(*git, "describe", "--always", "--dirty", "--abbrev=40")) or None
+def git_commit(file: Path = Path(__file__)) -> str | None:
+    """The commit of this package's code, of which `file` is a part, from its checkout, or as pip has recorded it.
+
+    None if git does not have the code, as in an environment inside another project, and pip installed a folder.
+    """
+    git = "git", "-C", str(file.parent)
+    known = _output_of(*git, "ls-files", file.name)
+    return (known and _output_of(*git, "describe", "--always", "--dirty", "--abbrev=40")) or _installed_commit(file)
+
+
+def _installed_commit(file: Path) -> str | None:
+    """The commit that `pip install git+URL` has recorded beside the package of `file`, in direct_url.json (PEP 610)."""
+    for package in distributions(name="resnet-train", path=[str(file.parents[2])]):
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+            return json.loads(package.read_text("direct_url.json") or "")["vcs_info"]["commit_id"]
+    return None
 
 
 def versions(device: torch.device) -> dict[str, str]:

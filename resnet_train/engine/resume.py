@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shlex
 import shutil
@@ -15,7 +16,7 @@ from resnet_train.config.run_dir import check_same_data, check_same_run, run_sta
 from resnet_train.engine import checkpoint
 from resnet_train.engine.environment import environment_of, launch
 from resnet_train.engine.task import Task, TaskConfig
-from resnet_train.errors import UserError
+from resnet_train.errors import RunError, UserError, from_write_error
 from resnet_train.files import expand, lock_directory, nearest_existing, read_if_object, read_object, write_json
 from resnet_train.terminal import say
 
@@ -67,16 +68,17 @@ def _resume_state(config: TaskConfig, directory: Path, digest: str, kind: str) -
 
 
 def check_space(directory: Path, model: nn.Module) -> None:
-    """Raises UserError if the disk has too little room for the checkpoints."""
+    """Raises RunError if the disk has too little room for the checkpoints."""
     free = shutil.disk_usage(nearest_existing(directory)).free
     # Weights and momentum of last, previous, best and two that are being written.
     needed = 10_000_000 + 5 * 8 * sum(parameter.numel() for parameter in model.parameters())
     if free < needed:
-        raise UserError(f"run_dir={directory}: {free / 1e6:.0f} MB are free there, {needed / 1e6:.0f} are needed")
+        amounts = f"{math.floor(free / 1e6)} MB are free there, {math.ceil(needed / 1e6)} are needed"
+        raise RunError(f"run_dir={directory}: {amounts}")
 
 
 def begin_run(task: Task, directory: Path, state: dict[str, Any] | None, command: str, digest: str) -> dict[str, Any]:
-    """Write the first files of a run; return the content of environment.json. Raises UserError."""
+    """Write the first files of a run; return the content of environment.json. Raises UserError and RunError."""
     check_space(directory, task.model)
     config = task.config
     environment = environment_of(command, task.device, digest) | {"measure": task.measure}
@@ -89,7 +91,7 @@ def begin_run(task: Task, directory: Path, state: dict[str, Any] | None, command
             import_checkpoint(expand(config.resume), directory, state)
         write_json(directory / "environment.json", environment)  # last: it marks the launch as begun
     except OSError as error:
-        raise UserError(f"run_dir={directory}: cannot be written: {error.strerror}") from error
+        raise from_write_error(f"run_dir={directory}: cannot be written", error) from error
     return environment
 
 

@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 from resnet_train import paper
 from resnet_train.config.commands import ReportConfig
-from resnet_train.errors import UserError
+from resnet_train.errors import UserError, from_write_error
 from resnet_train.files import expand, put
 from resnet_train.report import detection, figures, localization, page, runs, tables, verdict
 from resnet_train.report.figures import Picture
@@ -61,7 +61,7 @@ def report(args: ReportConfig) -> None:
             sections += localization.sections(localizers)
         _write(args, title, notes, sections, out)
     except OSError as error:
-        raise UserError(f"out={out}: cannot be written: {error.strerror}") from error
+        raise from_write_error(f"out={out}: cannot be written", error) from error
     say(f"{out / 'index.html'}")
     if args.open:
         webbrowser.open((out / "index.html").resolve().as_uri())
