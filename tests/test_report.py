@@ -144,6 +144,20 @@ def test_a_run_before_its_first_test_is_called_so(tmp_path, monkeypatch, capsys)
         assert "nan %" not in (tmp_path / "runs" / "out" / file).read_text()
 
 
+def test_a_training_curve_that_was_lost_is_no_number(tmp_path, monkeypatch):
+    folder = make(tmp_path / "runs" / "a", "plain-20")
+    make(tmp_path / "runs" / "b", "plain-56")
+    last = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)[-1]
+    (folder / "metrics.jsonl").write_text(last)  # the test at the end, as a run resumed after its last iteration has it
+    text = report_of(tmp_path / "runs", monkeypatch)
+    assert "(training error not recorded, test error +0.00 points)" in text
+    none = tables.NOTHING
+    assert f"| plain-20 | {none} | 10.00 (n=1) |" in text
+    assert f"| plain-56 | 5.00 (n=1) | 10.00 (n=1) | plain-20 | {none} | {none} | +0.00 | {none} | no |" in text
+    for file in ("report.md", "depth.csv", "table-6.csv"):
+        assert not re.search(r"\bnan\b", (tmp_path / "runs" / "out" / file).read_text()), file
+
+
 def test_a_net_before_its_first_test_is_named_by_its_training_curve(tmp_path):
     make(tmp_path / "a", "plain-20")
     make(tmp_path / "b", "plain-56", until=4_000)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import itertools
+import math
 import re
 import shlex
 from collections.abc import Iterable
@@ -64,7 +65,7 @@ class Table:
 
 def format_cell(cell: Cell, signed: bool = False) -> str:
     """A cell as text: errors with two decimals, a mean with its spread and n."""
-    if cell is None:
+    if cell is None or cell != cell:  # NaN
         return NOTHING
     if isinstance(cell, tuple):
         mean, std, n = cell
@@ -87,11 +88,12 @@ def _csv(cell: Any) -> Any:
     """A cell that a spreadsheet can open safely: text that begins like a formula is quoted."""
     if isinstance(cell, str) and cell[:1] in ("=", "+", "-", "@", "\t", "\r"):
         return f"'{cell}"
-    return "" if cell is None else cell
+    return "" if cell is None or cell != cell else cell
 
 
 def spread(values: list[float]) -> Spread | None:
-    """Mean, standard deviation and number of `values`; None if there are none."""
+    """Mean, standard deviation and number of the `values` that are not NaN; None if there are none."""
+    values = [value for value in values if not math.isnan(value)]
     return (*mean_and_std(values), len(values)) if values else None
 
 

@@ -132,7 +132,7 @@ def _clause(pair: Comparison) -> str:
     relation = (
         f"is {word} than" if word else f"has {parts} than" if parts else "is not shown to be better or worse than"
     )
-    return (
-        f"the {kind} net of {pair.deep.depth} layers {relation} that of {pair.shallow.depth}"
-        f" (training error {pair.train.points:+.2f} points, test error {pair.test.points:+.2f})"
-    )
+    errors = f"training error {pair.train.points:+.2f} points, test error {pair.test.points:+.2f}"
+    if math.isnan(pair.train.points):
+        errors = f"training error not recorded, test error {pair.test.points:+.2f} points"
+    return f"the {kind} net of {pair.deep.depth} layers {relation} that of {pair.shallow.depth} ({errors})"
