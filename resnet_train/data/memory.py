@@ -64,8 +64,8 @@ class MemoryDataset:
         files = file_names(self.name, self.root, self.classes, part)
         if files is None or self.digest == CIFAR10_FINGERPRINT:
             return indices
-        left_out = {*self.unreadable.get(part, ())}
-        files = [file for file in files if file not in left_out]
+        unreadable = {*self.unreadable.get(part, ())}
+        files = [file for file in files if file not in unreadable]
         return [files[index] for index in indices]
 
     def picture(self, split: str, index: int) -> Tensor:

@@ -166,7 +166,7 @@ def import_checkpoint(path: Path, directory: Path, state: dict[str, Any]) -> Non
                 file.unlink()
                 say(f"note: {file}: is removed, being of a later iteration than resume={path}")
     except OSError as error:
-        raise UserError(f"resume={path}: cannot be copied into {directory}: {error.strerror}") from error
+        raise from_write_error(f"resume={path}: cannot be copied into {directory}", error) from error
 
 
 def _import_record(source: Path, directory: Path) -> None:
