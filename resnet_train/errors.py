@@ -172,8 +172,8 @@ def from_os_error(error: OSError) -> RunError:
 
 def from_write_error(what: str, error: OSError) -> UserError:
     """The user's error for what cannot be made or written. A lack of space is no fault of the input: a RunError."""
-    path, reason = error.filename, error.strerror
-    if isinstance(error, FileExistsError) and os.path.islink(path) and not os.path.exists(path):
+    path, reason = error.filename, error.strerror or str(error)
+    if isinstance(error, FileExistsError) and path and os.path.islink(path) and not os.path.exists(path):
         reason = f"{path} is a link to {os.readlink(path)}, which is not there"
     return (RunError if error.errno in (errno.ENOSPC, errno.EDQUOT) else UserError)(f"{what}: {reason}")
 

@@ -9,6 +9,7 @@ import json
 import os
 import pickletools
 import re
+import shutil
 import stat
 import time
 import zipfile
@@ -96,6 +97,18 @@ def put(path: Path, content: bytes) -> None:
         part.replace(path)
     except OSError:
         part.unlink(missing_ok=True)
+        raise
+
+
+def copy_file(file: Path, path: Path) -> None:
+    """Copy a file to `path`, whole or not at all. Raises OSError."""
+    part = path.with_name(path.name + ".part")
+    try:
+        shutil.copy(file, part)
+        part.replace(path)
+    except OSError as error:
+        if not isinstance(error, shutil.SameFileError):  # `part` is not what was to be copied
+            part.unlink(missing_ok=True)
         raise
 
 

@@ -9,6 +9,7 @@ import torch
 
 from resnet_train import __version__
 from resnet_train.engine import checkpoint
+from resnet_train.engine.resume import load_newest
 from resnet_train.errors import RunError, UserError
 from resnet_train.models import cifar_resnet
 
@@ -78,33 +79,35 @@ def test_a_damaged_last_gives_way_to_the_one_before(tmp_path, capsys):
     for iteration in (1, 2):
         checkpoint.save(tmp_path / "last.pt", state(iteration), keep_as=tmp_path / "previous.pt")
     (tmp_path / "last.pt").write_bytes((tmp_path / "last.pt").read_bytes()[:-50])
-    path, loaded = checkpoint.load_newest(tmp_path)
+    path, loaded = load_newest(tmp_path)
     assert (path.name, loaded["iteration"]) == ("previous.pt", 1)
     assert "warning" in capsys.readouterr().out
     assert sorted(os.listdir(tmp_path)) == ["damaged.pt", "previous.pt"]
     (tmp_path / "previous.pt").write_bytes(b"")
     with pytest.raises(UserError, match=r"previous\.pt"):
-        checkpoint.load_newest(tmp_path)
+        load_newest(tmp_path)
 
 
-def test_where_the_last_two_are_damaged_the_newest_intact_one_that_is_kept_is_taken(tmp_path, capsys):
-    for iteration in (8, 9, 10):
-        checkpoint.save(tmp_path / f"iteration-{iteration:07d}.pt", state(iteration))
-    checkpoint.save(tmp_path / "best.pt", state(4))
-    for name in ("last.pt", "previous.pt", "iteration-0000010.pt"):
+def test_where_the_last_two_are_damaged_the_newest_intact_one_that_is_kept_becomes_the_last(tmp_path, capsys):
+    for name, iteration in (("iteration-9999999", 9999999), ("iteration-10000000", 10**7), ("best", 10**7 + 1)):
+        checkpoint.save(tmp_path / f"{name}.pt", state(iteration))
+    for name in ("last.pt", "previous.pt"):
         (tmp_path / name).write_bytes(b"")
-    path, loaded = checkpoint.load_newest(tmp_path)
-    assert (path.name, loaded["iteration"]) == ("iteration-0000009.pt", 9)
+    path, loaded = load_newest(tmp_path)
+    assert (path.name, loaded["iteration"]) == ("best.pt", 10**7 + 1)
     warnings = capsys.readouterr().out.splitlines()
-    assert [line.split("; ")[-1] for line in warnings] == ["resuming from iteration-0000009.pt (iteration 9)"] * 3
-    assert not (tmp_path / "last.pt").exists()  # else it would become previous.pt
-    for kept in tmp_path.glob("iteration-*.pt"):
-        kept.unlink()
-    assert checkpoint.load_newest(tmp_path)[0].name == "best.pt"
+    assert [line.split("; ")[-1] for line in warnings] == ["resuming from best.pt (iteration 10000001)"] * 2
+    assert (tmp_path / "last.pt").read_bytes() == (tmp_path / "best.pt").read_bytes()
+    (tmp_path / "last.pt").write_bytes(b"")
+    (tmp_path / "best.pt").write_bytes(b"")
+    assert load_newest(tmp_path)[1]["iteration"] == 10**7
+    for name in ("last.pt", "previous.pt"):  # as where a run ends before its first checkpoint: it begins again
+        (tmp_path / name).unlink()
+    assert load_newest(tmp_path) is None
 
 
 def test_no_checkpoint_is_none(tmp_path):
-    assert checkpoint.load_newest(tmp_path / "nowhere") is None
+    assert load_newest(tmp_path / "nowhere") is None
 
 
 class Hostile:
@@ -238,11 +241,11 @@ def test_what_is_no_file_is_never_waited_for(make, tmp_path, capsys):
         checkpoint.save(tmp_path / "last.pt", state(iteration), keep_as=tmp_path / "previous.pt")
     (tmp_path / "last.pt").unlink()
     make(tmp_path / "last.pt")
-    path, loaded = checkpoint.load_newest(tmp_path)
+    path, loaded = load_newest(tmp_path)
     assert (path.name, loaded["iteration"]) == ("previous.pt", 1)
     assert "warning" in capsys.readouterr().out
     checkpoint.save(tmp_path / "last.pt", state(2), keep_as=tmp_path / "previous.pt")
-    assert checkpoint.load_newest(tmp_path)[1]["iteration"] == 2
+    assert load_newest(tmp_path)[1]["iteration"] == 2
 
 
 def test_a_checkpoint_of_another_format_is_named_with_it(tmp_path):

@@ -31,6 +31,7 @@ from resnet_train.config.layout import CIFAR_FOLDER
 from resnet_train.data.cifar10 import TEST_FILES, TRAIN_FILES
 from resnet_train.engine import checkpoint
 from resnet_train.engine.loop import check_finite
+from resnet_train.engine.resume import load_newest
 from resnet_train.errors import RunError, UserError
 
 needs("sklearn")
@@ -167,7 +168,7 @@ def test_a_disk_that_is_full_for_tensorboard_is_told_without_its_trace(finished,
     assert message.startswith(
         "error: run: the record cannot be written (No space left on device); once there is space, "
     )
-    assert checkpoint.load_newest(run / "checkpoints")[1]["iteration"] == 56
+    assert load_newest(run / "checkpoints")[1]["iteration"] == 56
 
 
 def test_workers_without_room_to_hand_over_images_are_one_line(tmp_path):

@@ -899,6 +899,19 @@ def test_runs_that_computed_otherwise_are_no_seeds_of_one_row(tmp_path):
     assert ("bn_images", "64, then 32", "64") in runs.deviations(found[2][0])
 
 
+def test_an_unfinished_run_of_an_older_version_stays_with_the_finished_ones(tmp_path):
+    """It does not say what precision=auto came to: that of the only ones that are else alike."""
+    for seed, until in ((0, 64_000), (1, 32_000)):
+        folder = make(tmp_path / str(seed), seed=seed, precision="auto", until=until)
+        if seed == 0:
+            (folder / "summary.json").write_text(json.dumps({"precision": "bf16"}))
+    (group,) = runs.groups(runs.find([tmp_path])[0])
+    assert {run.setting["precision"] for run in group} == {"bf16"}
+    make(tmp_path / "2", seed=2, precision="fp32")
+    groups = runs.groups(runs.find([tmp_path])[0])
+    assert sorted(run.setting["precision"] for group in groups for run in group) == ["auto", "bf16", "fp32"]
+
+
 def change(path, **values):
     """Other values in a JSON file, by key or by key in a section."""
     told = json.loads(path.read_text()) if path.exists() else {}

@@ -441,6 +441,33 @@ def test_a_run_says_where_it_has_been(whole, tmp_path):
     ]
 
 
+def test_a_file_of_the_folder_itself_by_another_name_takes_no_curve_away(whole, tmp_path):
+    folder = cut(whole, tmp_path / "run", 12)
+    before = curves(folder)
+    (tmp_path / "home").symlink_to(tmp_path)
+    path = tmp_path / "home/run/checkpoints/iteration-0000008.pt"
+    import_checkpoint(path, folder, checkpoint.load(path))
+    assert curves(folder) == before
+    assert metrics(folder) == metrics(whole)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [({"precision": "xyz"}, "precision xyz"), ({"compile": torch.zeros(2)}, "Boolean value"), ({"blocks": [1]}, None)],
+    ids=str,
+)
+def test_a_measure_that_is_none_is_told_in_one_line(whole, tmp_path, change, reason):
+    path = whole / "checkpoints/last.pt"
+    state = checkpoint.load(path)
+    state |= {"path": path, "measure": state["measure"] | change}
+    config = config_of()
+    if reason is None:
+        assert build_or_resume(config, open_data(config), torch.device("cpu"), state).measure["blocks"] is True
+    else:
+        with pytest.raises(UserError, match=reason):
+            build_or_resume(config, open_data(config), torch.device("cpu"), state)
+
+
 A, B, C = (dict.fromkeys(SAME, letter) for letter in "ABC")
 
 
@@ -472,6 +499,8 @@ def test_a_restart_goes_on_with_what_its_own_launch_has_begun(whole, tmp_path, m
     """Without --rdzv-id torchrun names all launches "none": their process then tells them apart."""
     folder = cut(whole, tmp_path / "run", 4)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(os, "getppid", lambda: 7)
     (folder / "environment.json").write_text(json.dumps({"launch": launch()}))
     monkeypatch.setattr(os, "getppid", lambda: 7 + parent)

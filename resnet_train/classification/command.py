@@ -195,7 +195,7 @@ def _count_members(
             images = member.state["measure"]["bn_images"]
             average_batch_norm(model, mean, member.config, images, dataset, args.precise_bn, precision)
         blocks = member.state["measure"].get("blocks", compiles_in_blocks(model, member.config.depth))
-        compiled &= was_compiled and fixed and compile_network(model, device, blocks=blocks)
+        compiled &= bool(was_compiled) and fixed and compile_network(model, device, blocks=blocks)
         share = (args.split, mean, device, pick_eval_batch(member.config, device), rank(), world_size())
         if len(members) == 1 and args.protocol == "center":
             batches = dataset.eval_batches(*share)

@@ -107,6 +107,14 @@ def _differ(classes: list[str], trained: list[str]) -> str:
     return text if set(classes) != set(trained) else f"{text}, the same in another order"
 
 
+def trained_precision(state: dict[str, Any]) -> str:
+    """The precision that a checkpoint was trained in. Raises ValueError for none that there is, and KeyError."""
+    precision = str(state["measure"]["precision"])
+    if precision not in get_args(get_type_hints(Config)["precision"]):
+        raise ValueError(f"precision {precision}")
+    return precision
+
+
 def load_model(
     path: Path,
     config: Config,
@@ -124,9 +132,7 @@ def load_model(
     if classes != state["classes"]:
         raise UserError(f"data: {config.data_label} has {_differ(classes, list(map(str, state['classes'])))}")
     with checkpoint.checkpoint_errors(path):
-        precision = str(state["measure"]["precision"])
-        if precision not in get_args(get_type_hints(Config)["precision"]):
-            raise ValueError(f"precision {precision}")
+        precision = trained_precision(state)
         check_net(config, state)
         model = build_network(config, len(classes))
         if precise_bn:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from resnet_train.classification.load import open_dataset, pick_compile
+from resnet_train.classification.load import open_dataset, pick_compile, trained_precision
 from resnet_train.classification.step import TrainMetrics
 from resnet_train.classification.train import ClassificationTask
 from resnet_train.config.train import Config, split_batch
@@ -55,8 +55,8 @@ def build_or_resume(
     if state is not None:
         with checkpoint.checkpoint_errors(state["path"]):
             measure = state["measure"]
-            task.precision, task.compiled = measure["precision"], measure["compile"]
-            task.blocks = measure.get("blocks", compiles_in_blocks(task.model, config.depth))
+            task.precision, task.compiled = trained_precision(state), bool(measure["compile"])
+            task.blocks = bool(measure.get("blocks", compiles_in_blocks(task.model, config.depth)))
             task.load(state)
     elif config.init_from is not None:
         begin_from(task, read_matching_source(config))

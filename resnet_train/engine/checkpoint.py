@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from resnet_train import __version__
 from resnet_train.errors import RunError, UserError, from_machine_error, remedy
-from resnet_train.terminal import say
 
 FORMAT = 2  # of checkpoints; a file of another format is refused
 PARTS = {"config": dict, "iteration": int, "model": dict, "mean": torch.Tensor, "classes": list, "digest": str}
@@ -225,7 +224,7 @@ def checkpoint_errors(name: Path | str) -> Iterator[None]:
     """Turn the exceptions raised when a checkpoint does not match the network into a UserError."""
     try:
         yield
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         if from_machine_error(error):
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -268,28 +267,3 @@ def check_own_memory(state: Mapping[str, Tensor]) -> None:
 
 def _by(shape: torch.Size) -> str:
     return "x".join(map(str, shape)) or "one number"
-
-
-def load_newest(folder: Path, *, kind: str = "net") -> tuple[Path, dict[str, Any]] | None:
-    """The newest intact checkpoint of a run; None if there is none.
-
-    That is last.pt, where it is damaged previous.pt, where that is the newest of `keep_every`, or best.pt. Raises
-    UserError if there are checkpoints but none can be loaded.
-    """
-    problems = []
-    kept = sorted(folder.glob("iteration-*.pt"), reverse=True)
-    for path in (folder / "last.pt", folder / "previous.pt", *kept, folder / "best.pt"):
-        if path.exists():
-            try:
-                state = load(path, kind=kind)
-            except UserError as error:
-                problems.append(error)
-                continue
-            for problem in problems:
-                say(f"warning: {problem}; resuming from {path.name} (iteration {state['iteration']})")
-            if problems and (folder / "last.pt").exists():  # else the next save would make it previous.pt
-                (folder / "last.pt").replace(folder / "damaged.pt")
-            return path, state
-    if problems:
-        raise UserError("; ".join([*map(str, problems), "resume=never begins the run again"]))
-    return None

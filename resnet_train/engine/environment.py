@@ -40,9 +40,17 @@ def environment_of(command: str, device: torch.device, digest: str) -> dict[str,
 
 
 def launch() -> str | None:
-    """The launch that a launcher may restart, by its name or by the launcher's process; None without a launcher."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID")
-    return f"process {os.getppid()}" if name == "none" else name  # torchrun's without --rdzv-id
+    """The launch that a launcher may restart, by its name; None without a launcher.
+
+    Where torchrun on one machine has no --rdzv-id, by its process.
+    """
+    name, parent = os.environ.get("TORCHELASTIC_RUN_ID"), os.getppid()
+    if name != "none" or os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE"):
+        return name
+    began = ""  # in ticks since the boot: in a container torchrun is process 1 each time
+    with contextlib.suppress(OSError):
+        began = Path(f"/proc/{parent}/stat").read_text().rsplit(")", 1)[1].split()[19]
+    return f"{platform.node()}, process {parent}, {began}"
 
 
 def git_commit(file: Path = Path(__file__)) -> str | None:

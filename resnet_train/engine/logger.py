@@ -48,7 +48,7 @@ def read_points(path: Path, iteration: int, log_every: int) -> list[dict[str, An
     """
     points = [point for point in read_metrics(path) if point["iteration"] <= iteration]
     last = max((point["iteration"] for point in points), default=0)
-    if last < iteration - iteration % log_every:
+    if last < iteration - iteration % log_every or (iteration and not path.is_file()):
         lost = f"ends at iteration {last}" if last else "has no points" if path.is_file() else "is not there"
         say(
             f"warning: {path}: {lost}; the curves {'have a gap until' if last else 'begin after'} iteration {iteration}"

@@ -17,7 +17,15 @@ from resnet_train.engine import checkpoint
 from resnet_train.engine.environment import environment_of, launch
 from resnet_train.engine.task import Task, TaskConfig
 from resnet_train.errors import RunError, UserError, from_write_error
-from resnet_train.files import expand, lock_directory, nearest_existing, read_if_object, read_object, write_json
+from resnet_train.files import (
+    copy_file,
+    expand,
+    lock_directory,
+    nearest_existing,
+    read_if_object,
+    read_object,
+    write_json,
+)
 from resnet_train.terminal import say
 
 SAME = ("device", "processes", "threads", "git_commit", "versions", "measure")  # on what the bits may depend
@@ -52,7 +60,7 @@ def _resume_state(config: TaskConfig, directory: Path, digest: str, kind: str) -
     if config.resume == "never":
         return None
     if config.resume == "auto":
-        newest = checkpoint.load_newest(directory / "checkpoints", kind=kind)
+        newest = load_newest(directory / "checkpoints", kind=kind)
         if newest is None:
             return None
         path, state = newest
@@ -65,6 +73,41 @@ def _resume_state(config: TaskConfig, directory: Path, digest: str, kind: str) -
     check_same_run(state["config"], config, str(path), otherwise)
     check_same_data(state["config"]["data"], state["digest"], config.plain()["data"], digest, str(path))
     return state
+
+
+def load_newest(folder: Path, *, kind: str = "net") -> tuple[Path, dict[str, Any]] | None:
+    """The newest intact checkpoint of a run: last.pt, or previous.pt if that is damaged; None if neither exists.
+
+    Where both are damaged, the newest of those that `keep_every` has kept, and of best.pt, becomes last.pt. Raises
+    UserError if there are checkpoints but none can be loaded.
+    """
+    last, problems = folder / "last.pt", []
+    for path in (last, folder / "previous.pt"):
+        if path.exists():
+            try:
+                state = checkpoint.load(path, kind=kind)
+            except UserError as error:
+                problems.append(error)
+                continue
+            break
+    else:
+        if not problems:
+            return None
+        intact = []
+        for path in (*folder.glob("iteration-*.pt"), folder / "best.pt"):
+            with contextlib.suppress(UserError):
+                intact.append((checkpoint.load(path, kind=kind)["iteration"], path))
+        if not intact:
+            raise UserError("; ".join([*map(str, problems), "resume=never begins the run again"]))
+        path = max(intact)[1]
+        state = checkpoint.load(path, kind=kind)
+    for problem in problems:
+        say(f"warning: {problem}; resuming from {path.name} (iteration {state['iteration']})")
+    if problems and last.exists():
+        last.replace(folder / "damaged.pt")  # else the next save would make it previous.pt
+    if path.name not in ("last.pt", "previous.pt"):
+        copy_file(path, last)
+    return path, state
 
 
 def check_space(directory: Path, model: nn.Module) -> None:
@@ -151,14 +194,14 @@ def import_checkpoint(path: Path, directory: Path, state: dict[str, Any]) -> Non
     source = path.absolute().parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if source.parent != directory.absolute():
+        if source.parent.resolve() != directory.resolve():
             _import_record(source.parent, directory)  # first: with last.pt it is a run to resume
         best = _best_of(state, path, source)
         if best is not None:
-            _copy(best, folder / "best.pt")
+            copy_file(best, folder / "best.pt")
         else:
             (folder / "best.pt").unlink(missing_ok=True)
-        _copy(path, folder / "last.pt")
+        copy_file(path, folder / "last.pt")
         (folder / "previous.pt").unlink(missing_ok=True)
         for file in sorted(folder.glob("iteration-*.pt")):
             number = file.stem.removeprefix("iteration-")
@@ -171,22 +214,15 @@ def import_checkpoint(path: Path, directory: Path, state: dict[str, Any]) -> Non
 
 def _import_record(source: Path, directory: Path) -> None:
     """Copy the metrics and TensorBoard events of the run in `source`, if it has any. Raises OSError."""
-    if not (source / "metrics.jsonl").exists():
+    if not (source / "metrics.jsonl").is_file():
         return
-    _copy(source / "metrics.jsonl", directory / "metrics.jsonl")
+    copy_file(source / "metrics.jsonl", directory / "metrics.jsonl")
     _remove_folder(directory / "tensorboard")
     for events in source.glob("tensorboard/*/events.out.tfevents.*"):
         if events.is_file():
             place = directory / events.relative_to(source)
             place.parent.mkdir(parents=True, exist_ok=True)
-            _copy(events, place)
-
-
-def _copy(file: Path, place: Path) -> None:
-    """Copy a file, whole or not at all. Raises OSError."""
-    part = place.with_name(f"{place.name}.part")
-    shutil.copy(file, part)
-    os.replace(part, place)
+            copy_file(events, place)
 
 
 def _best_of(state: dict[str, Any], path: Path, source: Path) -> Path | None:

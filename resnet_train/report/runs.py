@@ -132,11 +132,20 @@ def find(folders: Iterable[Path]) -> tuple[list[Run], FolderMetrics, list[str]]:
             runs.append(read(folder, display_path, metrics))
     if not runs and not others:
         raise UserError("; ".join(notes) or "the folders hold layer responses and no runs; add folders of runs")
+    _resolve_auto(runs)
     _name_images(runs)
     weights = name_weights(run.setting["init_from"] for run in runs if run.setting["init_from"])
     for run in runs:
         run.setting["init_from"] = weights.get(run.setting["init_from"])
     return _drop_duplicates(runs, notes), others, notes
+
+
+def _resolve_auto(runs: list[Run]) -> None:
+    """Give an unfinished run that does not say what precision=auto came to that of the runs that are else as it is."""
+    for run in (run for run in runs if run.setting["precision"] == "auto"):
+        alike = [other.setting["precision"] for other in runs if other.setting | {"precision": "auto"} == run.setting]
+        if len(known := {*alike} - {"auto"}) == 1:
+            (run.setting["precision"],) = known
 
 
 def _name_images(runs: list[Run]) -> None:
