@@ -2,7 +2,7 @@
 
 python scripts/results.py RUNS results/NAME [data.root=PATH]
 
-Weights of CIFAR nets after the whole schedule come along, as results/NAME/weights/NET-seed-N.safetensors.
+Weights of CIFAR nets after the whole schedule come along, as results/NAME/weights/NET-seed-N.safetensors for a run in NET/seed-N.
 `data.root` is where the images lie, if no longer where the runs found them.
 """
 
@@ -37,7 +37,7 @@ def main(runs: Path, results: Path, *where: str) -> None:
         if last.exists() and "task" not in told:  # a net, and no detector
             if told["data"] == "cifar10" and not paper.shortened("cifar10", "cifar", told["iterations"]):
                 (results / "weights").mkdir(exist_ok=True)
-                out = results / "weights" / f"{told['net']}-seed-{told['seed']}.safetensors"
+                out = results / "weights" / f"{'-'.join(folder.relative_to(runs).parts)}.safetensors"
                 run("resnet-weights", "export", str(last), f"out={out}")
                 out.with_name(out.name + ".json").unlink(missing_ok=True)  # its header has all of it
             checkpoints.setdefault(told["net"], f'"{last}"')
