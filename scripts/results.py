@@ -2,7 +2,8 @@
 
 python scripts/results.py RUNS results/NAME [data.root=PATH]
 
-Weights of CIFAR nets after the whole schedule come along, as results/NAME/weights/NET-seed-N.safetensors for a run in NET/seed-N.
+Weights of CIFAR nets after the whole schedule come along: of a run in RUNS/NET/seed-N as
+results/NAME/weights/NET-seed-N.safetensors.
 `data.root` is where the images lie, if no longer where the runs found them.
 """
 
