@@ -1,5 +1,6 @@
 """What only a GPU can show. A minute on one; `scripts/gpu.sh` runs it on a machine that has nothing else."""
 
+import contextlib
 import functools
 import itertools
 import math
@@ -37,6 +38,16 @@ def opened(*words):
     if "compile=true" in words:
         compile_task(run)
     return run
+
+
+@contextlib.contextmanager
+def waits_refused():
+    """Within, an operation that waits for the GPU raises an error."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def take_step(run, *batch_and_lr):
@@ -84,12 +95,9 @@ def test_nothing_waits_for_the_gpu_within_a_step(tmp_path, words):
     assert isinstance(run.captured, CapturedStep) == alone
     for batch in itertools.islice(batches, 6):
         take(*batch, 0.01)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waits_refused():
         for batch in itertools.islice(batches, 3):
             take(*batch, 0.01)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert run.iteration == 9
     assert run.metrics.state()["seen"] == 9 * 64
     assert all(group["lr"] == 0.01 for group in run.optimizer.param_groups)
@@ -303,12 +311,9 @@ def test_steps_on_photographs_wait_for_nothing_and_give_the_losses_of_the_cpu(tm
         assert run.captured is None
         losses[device] = trained(run, take, batches, 3, lr=0.001)
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-5)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waits_refused():
         for batch in itertools.islice(batches, 3):
             take(*batch, 0.001)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert run.iteration == 6
 
 
@@ -364,12 +369,9 @@ def test_nothing_waits_for_the_gpu_within_a_step_of_a_localizer(tmp_path):
     batches = list(task.batches())
     for batch in batches[:6]:
         task.step(batch, 0.001)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waits_refused():
         for batch in batches[6:]:
             task.step(batch, 0.001)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert task.iteration == 9
     assert task.losses.isfinite().all()
 
