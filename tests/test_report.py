@@ -899,6 +899,12 @@ def test_runs_that_computed_otherwise_are_no_seeds_of_one_row(tmp_path):
     assert ("bn_images", "64, then 32", "64") in runs.deviations(found[2][0])
 
 
+def test_a_point_after_a_gap_weighs_no_more_than_others():
+    points = [(6090, 10.0, None), *((6090 + 10 * tick, 5.0, None) for tick in range(1, 31)), (6393, 0.0, None)]
+    assert runs.mean_error(points, 6080, 6400) == pytest.approx((10 * 10 + 30 * 10 * 5) / 313)
+    assert math.isnan(runs.mean_error([], 0, 9))
+
+
 def test_an_unfinished_run_of_an_older_version_stays_with_the_finished_ones(tmp_path):
     """It does not say what precision=auto came to: that of the only ones that are else alike."""
     for seed, until in ((0, 64_000), (1, 32_000)):

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,14 +18,7 @@ from resnet_train.errors import UserError
 from resnet_train.files import read_if_object, read_object
 from resnet_train.report.curves import Point
 from resnet_train.report.folders import find_runs, name_label, name_weights, read_results, tell_apart
-from resnet_train.report.values import (
-    config_value,
-    devices,
-    metrics_in,
-    reading,
-    whole,
-    word,
-)
+from resnet_train.report.values import config_value, devices, metrics_in, reading, whole, word
 
 END = 20  # the training error at the end is that of the last twentieth of a run
 NET = re.compile(r"plain-\d{1,6}|resnet-\d{1,6}-[ABC]")  # a net's name
@@ -101,16 +95,17 @@ class Run:
 def mean_error(points: list[Point], after: float, until: float) -> float:
     """The mean of a training curve over the iterations after `after`, up to `until`; NaN without a point there.
 
-    Each point is the mean of the iterations since the point before it.
+    Each point is the mean of the iterations since the point before it; where points are lost, of as many as usual.
     """
-    total = weight = 0.0
-    before = 0
-    for iteration, error, _ in points:
-        if after < iteration <= until:
-            total += error * (iteration - before)
-            weight += iteration - before
-        before = iteration
-    return total / weight if weight else math.nan
+    lengths = [later - before for before, later in itertools.pairwise([0, *(point[0] for point in points)])]
+    usual = statistics.median_high(lengths or [0])
+    parts = [
+        (error, min(length, usual))
+        for (iteration, error, _), length in zip(points, lengths, strict=True)
+        if after < iteration <= until
+    ]
+    weight = sum(length for _, length in parts)
+    return sum(error * length for error, length in parts) / weight if weight else math.nan
 
 
 def find(folders: Iterable[Path]) -> tuple[list[Run], FolderMetrics, list[str]]:
