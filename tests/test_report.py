@@ -1288,6 +1288,20 @@ def test_detectors_stand_in_table_7_with_the_mean_over_seeds_beside_the_papers(t
     assert (tmp_path / "detection.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_detectors_of_another_precision_are_no_seeds_of_one_row(tmp_path):
+    """precision=auto on two machines; a run that does not record what it came to stays with the only others."""
+    for seed, precision in enumerate(("bf16", None, "fp32")):
+        place = detector_run(tmp_path, seed=seed)
+        change(place / "config.json", precision="auto")
+        if precision:
+            (place / "environment.json").write_text(json.dumps({"measure": {"precision": precision}}))
+        found = detection.find(runs.find([tmp_path])[1])
+        assert [run.setting["precision"] for run in found] == [["bf16"], ["bf16", "bf16"], ["bf16", "auto", "fp32"]][
+            seed
+        ]
+    assert len(detection.sections(found)) == 3
+
+
 def test_a_report_may_be_of_detectors_alone(tmp_path, monkeypatch):
     detector_run(tmp_path / "runs")
     monkeypatch.chdir(tmp_path)

@@ -18,7 +18,17 @@ from resnet_train.report.folders import name_weights
 from resnet_train.report.page import Section
 from resnet_train.report.runs import FolderMetrics, describe_run
 from resnet_train.report.tables import MEANING, Cell, Table, spread, strip_folders
-from resnet_train.report.values import config_value, devices, number, reading, test_images, whole, word
+from resnet_train.report.values import (
+    config_value,
+    devices,
+    number,
+    reading,
+    resolve_auto,
+    test_images,
+    used_precision,
+    whole,
+    word,
+)
 
 # The keys of a configuration that must be equal among the runs of one table.
 SETTING = (
@@ -83,6 +93,7 @@ def find(folders: FolderMetrics) -> list[Detector]:
         if "backbone" in read_if_object(folder / "config.json"):
             with reading(folder, "resnet-detect"):
                 detectors.append(_read(folder, display_path, metrics))
+    resolve_auto([run.setting for run in detectors])
     names = name_weights(run.source for run in detectors if run.source is not None)
     detectors = [dataclasses.replace(run, weights=names[run.source] if run.source else "") for run in detectors]
     return sorted(detectors, key=lambda run: (run.data, run.net, run.name, run.seed))
@@ -115,7 +126,8 @@ def _read(folder: Path, display_path: str, metrics: list[dict[str, Any]]) -> Det
         seed=whole(config["seed"]),
         iterations=whole(config["iterations"], 1),
         setting={"train": parts, "test": word(data["test"]), "classes": config_value(data["classes"])}
-        | {key: config_value(config[key]) for key in SETTING},
+        | {key: config_value(config[key]) for key in SETTING}
+        | used_precision(environment | summary),
         test=test,
         images=whole(lines[-1]["images"]) if lines else 0,
         classes=len(summary["last"]["per_class"]) if summary else None,

@@ -18,7 +18,16 @@ from resnet_train.errors import UserError
 from resnet_train.files import read_if_object, read_object
 from resnet_train.report.curves import Point
 from resnet_train.report.folders import find_runs, name_label, name_weights, read_results, tell_apart
-from resnet_train.report.values import config_value, devices, metrics_in, reading, whole, word
+from resnet_train.report.values import (
+    config_value,
+    devices,
+    metrics_in,
+    reading,
+    resolve_auto,
+    used_precision,
+    whole,
+    word,
+)
 
 END = 20  # the training error at the end is that of the last twentieth of a run
 NET = re.compile(r"plain-\d{1,6}|resnet-\d{1,6}-[ABC]")  # a net's name
@@ -127,20 +136,12 @@ def find(folders: Iterable[Path]) -> tuple[list[Run], FolderMetrics, list[str]]:
             runs.append(read(folder, display_path, metrics))
     if not runs and not others:
         raise UserError("; ".join(notes) or "the folders hold layer responses and no runs; add folders of runs")
-    _resolve_auto(runs)
+    resolve_auto([run.setting for run in runs])
     _name_images(runs)
     weights = name_weights(run.setting["init_from"] for run in runs if run.setting["init_from"])
     for run in runs:
         run.setting["init_from"] = weights.get(run.setting["init_from"])
     return _drop_duplicates(runs, notes), others, notes
-
-
-def _resolve_auto(runs: list[Run]) -> None:
-    """Give an unfinished run that does not say what precision=auto came to that of the runs that are else as it is."""
-    for run in (run for run in runs if run.setting["precision"] == "auto"):
-        alike = [other.setting["precision"] for other in runs if other.setting | {"precision": "auto"} == run.setting]
-        if len(known := {*alike} - {"auto"}) == 1:
-            (run.setting["precision"],) = known
 
 
 def _name_images(runs: list[Run]) -> None:
@@ -241,12 +242,10 @@ def _recipe(config: dict[str, Any], family: str) -> dict[str, Any]:
 def _measured(recorded: dict[str, Any]) -> dict[str, Any]:
     """What a run was with, where its configuration does not say: auto's precision, batch norm changed at a resume."""
     measures = [one.get("measure") or {} for one in [*recorded.get("before", []), recorded]]
-    precision = recorded.get("precision") or measures[-1].get("precision")
     numbers = [
         number for number, _ in itertools.groupby(whole(one["bn_images"]) for one in measures if "bn_images" in one)
     ]
-    found = {"precision": word(precision)} if precision else {}
-    return found | ({"bn_images": ", then ".join(map(str, numbers))} if len(numbers) > 1 else {})
+    return used_precision(recorded) | ({"bn_images": ", then ".join(map(str, numbers))} if len(numbers) > 1 else {})
 
 
 def groups(runs: list[Run]) -> list[list[Run]]:

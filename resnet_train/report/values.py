@@ -60,6 +60,20 @@ def devices(environment: dict[str, Any]) -> str:
     return ", then ".join(name for name, _ in itertools.groupby(filter(None, names)))
 
 
+def used_precision(recorded: dict[str, Any]) -> dict[str, str]:
+    """The precision that a run was with, also of precision=auto, by its key; nothing where it is not recorded."""
+    precision = recorded.get("precision") or (recorded.get("measure") or {}).get("precision")
+    return {"precision": word(precision)} if precision else {}
+
+
+def resolve_auto(settings: list[dict[str, Any]]) -> None:
+    """Give runs that do not record what precision=auto came to that of the only runs whose setting is else the same."""
+    for setting in (setting for setting in settings if setting["precision"] == "auto"):
+        alike = {other["precision"] for other in settings if other | {"precision": "auto"} == setting}
+        if len(alike - {"auto"}) == 1:
+            (setting["precision"],) = alike - {"auto"}
+
+
 def test_images(count: int) -> str:
     """The number of test images, as text."""
     return f"{count:,} test image{'s' if count != 1 else ''}" + (", a small set" if count < SMALL else "")
