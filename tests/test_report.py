@@ -733,9 +733,9 @@ def reported(tmp_path_factory):
     make(place / "runs" / "resnet-56", "resnet-56-A", precision="bf16")
     for folder in (place / "runs").iterdir():
         command = f"resnet-train data.root=/home/me/set run_dir='/tmp/my runs/{folder.name}' init_from=~/w/r18.pt"
-        told = {"command": command, "device": "a GPU"}
-        told |= {"before": [{"device": "a CPU", "until": 9}]} if folder.name == "plain-56" else {}
-        (folder / "environment.json").write_text(json.dumps(told))
+        environment = {"command": command, "device": "a GPU"}
+        environment |= {"before": [{"device": "a CPU", "until": 9}]} if folder.name == "plain-56" else {}
+        (folder / "environment.json").write_text(json.dumps(environment))
     csv_of(place / "runs", [("plain-20", "cifar10", seed, index, 1.0, "") for seed in (0, 1) for index in range(19)])
     before = digest(place / "runs")
     code = "import sys; from resnet_train import cli\ntry: cli.report()\nfinally: assert 'torch' not in sys.modules"
@@ -889,14 +889,14 @@ def test_runs_that_computed_otherwise_are_no_seeds_of_one_row(tmp_path):
     cases = [("bf16", []), ("bf16", []), ("fp32", []), ("bf16", [64]), ("bf16", [32])]
     for seed, (precision, before) in enumerate(cases):
         folder = make(tmp_path / str(seed), seed=seed, precision="auto", bn_images="device", batch_size=64, devices=2)
-        told = {"measure": {"precision": precision, "bn_images": 32}, "device": "a CPU"}
-        told |= {"before": [{"measure": {"precision": precision, "bn_images": images}} for images in before]}
-        (folder / "environment.json").write_text(json.dumps(told))
-    found = runs.groups(runs.find([tmp_path])[0])
-    assert [[run.seed for run in group] for group in found] == [[0, 1, 4], [2], [3]]
-    assert runs.differences(found[0], found[1]) == [("precision", "bf16", "fp32")]
-    assert runs.differences(found[0], found[2]) == [("bn_images", "32", "64, then 32")]
-    assert ("bn_images", "64, then 32", "64") in runs.deviations(found[2][0])
+        environment = {"measure": {"precision": precision, "bn_images": 32}, "device": "a CPU"}
+        environment |= {"before": [{"measure": {"precision": precision, "bn_images": images}} for images in before]}
+        (folder / "environment.json").write_text(json.dumps(environment))
+    groups = runs.groups(runs.find([tmp_path])[0])
+    assert [[run.seed for run in group] for group in groups] == [[0, 1, 4], [2], [3]]
+    assert runs.differences(groups[0], groups[1]) == [("precision", "bf16", "fp32")]
+    assert runs.differences(groups[0], groups[2]) == [("bn_images", "32", "64, then 32")]
+    assert ("bn_images", "64, then 32", "64") in runs.deviations(groups[2][0])
 
 
 def test_a_point_after_a_gap_weighs_no_more_than_others():
@@ -1295,11 +1295,13 @@ def test_detectors_of_another_precision_are_no_seeds_of_one_row(tmp_path):
         change(place / "config.json", precision="auto")
         if precision:
             (place / "environment.json").write_text(json.dumps({"measure": {"precision": precision}}))
-        found = detection.find(runs.find([tmp_path])[1])
-        assert [run.setting["precision"] for run in found] == [["bf16"], ["bf16", "bf16"], ["bf16", "auto", "fp32"]][
-            seed
-        ]
-    assert len(detection.sections(found)) == 3
+        detectors = detection.find(runs.find([tmp_path])[1])
+        assert [run.setting["precision"] for run in detectors] == [
+            ["bf16"],
+            ["bf16", "bf16"],
+            ["bf16", "auto", "fp32"],
+        ][seed]
+    assert len(detection.sections(detectors)) == 3
 
 
 def test_a_report_may_be_of_detectors_alone(tmp_path, monkeypatch):

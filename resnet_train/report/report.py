@@ -20,7 +20,7 @@ from resnet_train.report.figures import Picture
 from resnet_train.report.folders import name_folders
 from resnet_train.report.page import Section
 from resnet_train.report.runs import Run
-from resnet_train.report.values import MALFORMED, escape_and_clip, number
+from resnet_train.report.values import MALFORMED, describe_test, escape_and_clip, number
 from resnet_train.terminal import say
 
 
@@ -175,7 +175,7 @@ def _pages(run: Run, out: Path) -> list[tuple[str, str]]:
 
 def _describe(run: Run) -> str:
     """A run in one line: net, seed, error, progress, device and folder."""
-    state = tables.describe_test(run) + ("" if run.finished else f", unfinished ({run.reached:,} iterations)")
+    state = describe_test(run.test_error) + ("" if run.finished else f", unfinished ({run.reached:,} iterations)")
     state += f", {run.unreadable} images that cannot be decoded left out" if run.unreadable else ""
     return runs.describe_run(f"{run.net}, seed {run.seed}: {state}", run.device, run.replaced, run.display_path)
 

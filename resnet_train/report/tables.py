@@ -15,6 +15,7 @@ from typing import Any
 from resnet_train import paper
 from resnet_train.report.curves import mean_and_std
 from resnet_train.report.runs import END, Run, by_net, deviations
+from resnet_train.report.values import describe_test
 
 Spread = tuple[float, float | None, int]  # mean, standard deviation over seeds, number of seeds
 Cell = str | int | float | Spread | None
@@ -65,7 +66,7 @@ class Table:
 
 def format_cell(cell: Cell, signed: bool = False) -> str:
     """A cell as text: errors with two decimals, a mean with its spread and n."""
-    if cell is None or cell != cell:  # NaN
+    if cell is None:
         return NOTHING
     if isinstance(cell, tuple):
         mean, std, n = cell
@@ -88,7 +89,7 @@ def _csv(cell: Any) -> Any:
     """A cell that a spreadsheet can open safely: text that begins like a formula is quoted."""
     if isinstance(cell, str) and cell[:1] in ("=", "+", "-", "@", "\t", "\r"):
         return f"'{cell}"
-    return "" if cell is None or cell != cell else cell
+    return "" if cell is None else cell
 
 
 def spread(values: list[float]) -> Spread | None:
@@ -144,15 +145,10 @@ def _mean(values: Iterable[float | None]) -> Spread | None:
 def _unfinished(runs: list[Run]) -> list[str]:
     return [
         f"{run.net}, seed {run.seed}: unfinished, at iteration {run.reached:,} of {run.iterations:,};"
-        f" {describe_test(run, ' so far')}; in no mean"
+        f" {describe_test(run.test_error, ' so far')}; in no mean"
         for run in runs
         if not run.finished
     ]
-
-
-def describe_test(run: Run, so_far: str = "") -> str:
-    """The test error of a run in words."""
-    return f"test error{so_far} {run.test_error:.2f} %" if run.curves["test"] else "not yet tested"
 
 
 def errors_table(group: list[Run], name: str, where: str) -> Table | None:

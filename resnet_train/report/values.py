@@ -74,6 +74,11 @@ def resolve_auto(settings: list[dict[str, Any]]) -> None:
             (setting["precision"],) = alike - {"auto"}
 
 
+def describe_test(error: float, so_far: str = "") -> str:
+    """A run's test error in words; NaN: there is none yet."""
+    return "not yet tested" if math.isnan(error) else f"test error{so_far} {error:.2f} %"
+
+
 def test_images(count: int) -> str:
     """The number of test images, as text."""
     return f"{count:,} test image{'s' if count != 1 else ''}" + (", a small set" if count < SMALL else "")

@@ -78,7 +78,7 @@ def table(group: list[Run], where: str = "") -> Table | None:
         row: list[Cell] = [net, spread([run.train_error for run in done]), spread([run.test_error for run in done])]
         pair = next((pair for pair in pairs if pair.deep.net == net), None)
         if pair:
-            row += [pair.shallow.net, pair.train.points, pair.train.spread, pair.test.points, pair.test.spread]
+            row += [pair.shallow.net, *_cells(pair.train), *_cells(pair.test)]
             row.append(_words(pair))
         result.rows.append([*row, *[None] * (len(header) - len(row))])
     result.notes = [
@@ -88,6 +88,11 @@ def table(group: list[Run], where: str = "") -> Table | None:
         *(f"{pair.deep.net}: training is not shown, {pair.falling}." for pair in pairs if pair.falling),
     ]
     return result if pairs else None
+
+
+def _cells(difference: Difference) -> list[Cell]:
+    """Points and spread; empty where a curve was lost."""
+    return [None, None] if math.isnan(difference.points) else [difference.points, difference.spread]
 
 
 def _words(pair: Comparison) -> str:
