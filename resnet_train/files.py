@@ -89,27 +89,30 @@ def read_regular(path: str | Path) -> bytes:
         return file.read()
 
 
-def put(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all. Raises OSError."""
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary file that becomes `path` once it is written, and is removed where that fails."""
     part = path.with_name(path.name + ".part")
     try:
-        part.write_bytes(content)
+        yield part
         part.replace(path)
-    except OSError:
+    except shutil.SameFileError:  # it is what was to be copied
+        raise
+    except BaseException:
         part.unlink(missing_ok=True)
         raise
 
 
+def put(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all. Raises OSError."""
+    with _replacing(path) as part:
+        part.write_bytes(content)
+
+
 def copy_file(file: Path, path: Path) -> None:
     """Copy a file to `path`, whole or not at all. Raises OSError."""
-    part = path.with_name(path.name + ".part")
-    try:
+    with _replacing(path) as part:
         shutil.copy(file, part)
-        part.replace(path)
-    except OSError as error:
-        if not isinstance(error, shutil.SameFileError):  # `part` is not what was to be copied
-            part.unlink(missing_ok=True)
-        raise
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -167,14 +170,10 @@ def write_whole(path: Path, content: bytes) -> None:
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[Path]:
     """A temporary file that becomes `path`, which was given as `out`, once it is written. Raises UserError."""
-    part = path.with_name(path.name + ".part")
     with _write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with _replacing(path) as part:
             yield part
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
 
 
 def check_replaceable(out: Path, names: Collection[str], mark: Path | None = None) -> None:

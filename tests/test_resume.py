@@ -24,7 +24,7 @@ from resnet_train.config.run_dir import check_run_dir
 from resnet_train.config.train import check_train
 from resnet_train.data.image_set import ImageSet
 from resnet_train.engine import checkpoint
-from resnet_train.engine.environment import git_commit, launch
+from resnet_train.engine.environment import git_commit, name_launch
 from resnet_train.engine.logger import MetricsLogger, read_points
 from resnet_train.engine.loop import Clock, log_evaluation, save
 from resnet_train.engine.resume import (
@@ -206,10 +206,10 @@ def test_a_disk_that_is_full_at_the_start_is_none_of_the_input(whole, tmp_path):
     folder = cut(whole, tmp_path / "run", 8)
     (folder / "config.json.part").symlink_to("/dev/full")
     before = weights(folder)
-    with pytest.raises(RunError) as told, contextlib.ExitStack() as held:
+    with pytest.raises(RunError) as error, contextlib.ExitStack() as held:
         opened(config_of(), folder, held)
-    assert str(told.value) == f"run_dir={folder}: cannot be written: No space left on device"
-    assert (told.value.code, weights(folder)) == (1, before)
+    assert str(error.value) == f"run_dir={folder}: cannot be written: No space left on device"
+    assert (error.value.code, weights(folder)) == (1, before)
 
 
 # --- Checkpoints -----------------------------------------------------------------------------------------------------
@@ -456,7 +456,7 @@ def test_a_file_of_the_folder_itself_by_another_name_takes_no_curve_away(whole, 
     [({"precision": "xyz"}, "precision xyz"), ({"compile": torch.zeros(2)}, "Boolean value"), ({"blocks": [1]}, None)],
     ids=str,
 )
-def test_a_measure_that_is_none_is_told_in_one_line(whole, tmp_path, change, reason):
+def test_a_malformed_measure_is_one_line(whole, tmp_path, change, reason):
     path = whole / "checkpoints/last.pt"
     state = checkpoint.load(path)
     state |= {"path": path, "measure": state["measure"] | change}
@@ -494,18 +494,18 @@ def test_what_an_environment_has_of_the_past_is_what_the_checkpoint_saw(tmp_path
     assert earlier_environments(now, state) == [one | {"until": until} for one, until in before]
 
 
-@pytest.mark.parametrize(("name", "parent", "found"), [("none", 0, "unfinished"), ("none", 1, "new"), ("9f", 1, "new")])
-def test_a_restart_goes_on_with_what_its_own_launch_has_begun(whole, tmp_path, monkeypatch, name, parent, found):
+@pytest.mark.parametrize(("name", "parent", "state"), [("none", 0, "unfinished"), ("none", 1, "new"), ("9f", 1, "new")])
+def test_a_restart_resumes_what_its_own_launch_has_begun(whole, tmp_path, monkeypatch, name, parent, state):
     """Without --rdzv-id torchrun names all launches "none": their process then tells them apart."""
     folder = cut(whole, tmp_path / "run", 4)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(os, "getppid", lambda: 7)
-    (folder / "environment.json").write_text(json.dumps({"launch": launch()}))
+    (folder / "environment.json").write_text(json.dumps({"launch": name_launch()}))
     monkeypatch.setattr(os, "getppid", lambda: 7 + parent)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", name)
-    assert before_restart(folder, 1) == found
+    assert before_restart(folder, 1) == state
 
 
 def test_the_commit_of_what_pip_has_installed_from_git_is_the_one_it_records(tmp_path):

@@ -19,6 +19,7 @@ from resnet_train.classification.load import (
     load_model,
     open_dataset,
     pick_eval_batch,
+    trained_in_blocks,
 )
 from resnet_train.config.commands import EVAL_RESULT, EvalConfig
 from resnet_train.config.data import EvalData
@@ -41,7 +42,7 @@ from resnet_train.engine.distributed import (
 )
 from resnet_train.errors import UserError
 from resnet_train.files import check_replaceable, expand, write_result
-from resnet_train.models.compile import compile_network, compiles_in_blocks
+from resnet_train.models.compile import compile_network
 from resnet_train.terminal import say
 from resnet_train.weights.source import load
 
@@ -194,7 +195,7 @@ def _count_members(
         if args.precise_bn:
             images = member.state["measure"]["bn_images"]
             average_batch_norm(model, mean, member.config, images, dataset, args.precise_bn, precision)
-        blocks = member.state["measure"].get("blocks", compiles_in_blocks(model, member.config.depth))
+        blocks = trained_in_blocks(member.state, model, member.config)
         compiled &= bool(was_compiled) and fixed and compile_network(model, device, blocks=blocks)
         share = (args.split, mean, device, pick_eval_batch(member.config, device), rank(), world_size())
         if len(members) == 1 and args.protocol == "center":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import islice
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,16 +14,18 @@ from resnet_train.data.memory import MemoryDataset
 from resnet_train.data.streaming import StreamingDataset
 from resnet_train.data.views import BatchOrder
 from resnet_train.engine import checkpoint
-from resnet_train.engine.compute import compute_logits, to_device
+from resnet_train.engine.compute import DTYPES, compute_logits, precision_of, to_device
 from resnet_train.engine.distributed import is_main, rank, world_size
 from resnet_train.engine.limits import most_workers, share_of_cores
 from resnet_train.errors import UserError, first_few
 from resnet_train.models.batchnorm import average_statistics, use_group_batch_norm
 from resnet_train.models.build import build_network, check_net
+from resnet_train.models.compile import compiles_in_blocks
 from resnet_train.models.resnet import ResNet
 from resnet_train.terminal import say
 
 COMPILED_FROM = 1000  # iterations
+PRECISIONS = (*DTYPES, "fp64")  # in which a checkpoint can have been trained
 
 
 def open_dataset(config: Config) -> MemoryDataset | StreamingDataset:
@@ -107,12 +109,9 @@ def _differ(classes: list[str], trained: list[str]) -> str:
     return text if set(classes) != set(trained) else f"{text}, the same in another order"
 
 
-def trained_precision(state: dict[str, Any]) -> str:
-    """The precision that a checkpoint was trained in. Raises ValueError for none that there is, and KeyError."""
-    precision = str(state["measure"]["precision"])
-    if precision not in get_args(get_type_hints(Config)["precision"]):
-        raise ValueError(f"precision {precision}")
-    return precision
+def trained_in_blocks(state: dict[str, Any], model: ResNet, config: Config) -> bool:
+    """Whether the net of a checkpoint was compiled block by block; older ones do not say, and it was by the depth."""
+    return bool(state["measure"].get("blocks", compiles_in_blocks(model, config.depth)))
 
 
 def load_model(
@@ -132,7 +131,7 @@ def load_model(
     if classes != state["classes"]:
         raise UserError(f"data: {config.data_label} has {_differ(classes, list(map(str, state['classes'])))}")
     with checkpoint.checkpoint_errors(path):
-        precision = trained_precision(state)
+        precision = precision_of(state, PRECISIONS)
         check_net(config, state)
         model = build_network(config, len(classes))
         if precise_bn:

@@ -113,12 +113,12 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Classifier:
     Raises UserError, with a one-line message, for any other file, such as the checkpoint of a detector, and for a
     device that is not there.
     """
-    found = find_device(device)
+    place = find_device(device)
     check_checkpoints([str(path)])
     file = expand(path)
     state = source.load(file)
     config, classes = config_from_checkpoint(state["config"]), state["classes"]
-    net, mean, precision, _ = load_model(file, config, state, classes, found)
+    net, mean, precision, _ = load_model(file, config, state, classes, place)
     return Classifier(
         net=net.eval(),
         classes=classes,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from resnet_train.classification.load import open_dataset, pick_compile, trained_precision
+from resnet_train.classification.load import PRECISIONS, open_dataset, pick_compile, trained_in_blocks
 from resnet_train.classification.step import TrainMetrics
 from resnet_train.classification.train import ClassificationTask
 from resnet_train.config.train import Config, split_batch
@@ -17,7 +17,7 @@ from resnet_train.data.memory import MemoryDataset
 from resnet_train.data.sampler import generator
 from resnet_train.data.streaming import StreamingDataset
 from resnet_train.engine import checkpoint
-from resnet_train.engine.compute import check_synchronised, pick_device, pick_precision, sgd, to_device
+from resnet_train.engine.compute import check_synchronised, pick_device, pick_precision, precision_of, sgd, to_device
 from resnet_train.engine.distributed import local_rank_zero_first, raise_on_all_ranks, world_size
 from resnet_train.engine.run import check_compute, run
 from resnet_train.engine.schedule import Progress
@@ -54,9 +54,9 @@ def build_or_resume(
     task = build(config, dataset)
     if state is not None:
         with checkpoint.checkpoint_errors(state["path"]):
-            measure = state["measure"]
-            task.precision, task.compiled = trained_precision(state), bool(measure["compile"])
-            task.blocks = bool(measure.get("blocks", compiles_in_blocks(task.model, config.depth)))
+            task.precision = precision_of(state, PRECISIONS)
+            task.compiled = bool(state["measure"]["compile"])
+            task.blocks = trained_in_blocks(state, task.model, config)
             task.load(state)
     elif config.init_from is not None:
         begin_from(task, read_matching_source(config))

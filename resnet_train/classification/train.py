@@ -103,8 +103,12 @@ class ClassificationTask(TrainState):
     @property
     def measure(self) -> dict[str, Any]:
         """How the net computes: precision, compilation, images that batch norm takes together."""
-        shared = {"precision": self.precision, "compile": self.compiled, "blocks": self.blocks}
-        return shared | {"bn_images": self.share.group}
+        return {
+            "precision": self.precision,
+            "compile": self.compiled,
+            "blocks": self.blocks,
+            "bn_images": self.share.group,
+        }
 
     @property
     def is_capturable(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,8 +24,8 @@ def pick_device(name: str) -> torch.device:
     Changes the process: of several GPUs it takes the one of its rank, and switches TF32 convolutions off; on a CPU it
     has the C library keep the memory that tensors free. Processes that share a GPU are refused by NCCL.
     """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("device=cuda: torch sees no GPU here; use device=cpu")
+    if name == "cuda":
+        check_gpu(name)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
@@ -40,12 +40,18 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def check_gpu(name: str | torch.device) -> None:
+    """Raise UserError where torch sees no GPU for the device called `name`."""
+    if not torch.cuda.is_available():
+        raise UserError(f"device={name}: torch sees no GPU here; use device=cpu")
+
+
 def find_device(name: str | torch.device) -> torch.device:
     """The device that torch calls `name` (cuda:1). Raises UserError for one that is not there."""
     try:
         device = torch.device(name)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise UserError(f"device={name}: torch sees no GPU here; use device=cpu")
+        if device.type == "cuda":
+            check_gpu(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device={name}: is not a device of torch here ({str(error).splitlines()[0]})") from error
@@ -62,10 +68,10 @@ def pick_precision(name: str, device: torch.device) -> str:
     return "bf16" if fast else "fp32"
 
 
-def precision_of(state: Mapping[str, Any]) -> str:
-    """The precision that a checkpoint was trained in. Raises KeyError and ValueError for none that there is."""
+def precision_of(state: Mapping[str, Any], allowed: Collection[str] = tuple(DTYPES)) -> str:
+    """The precision that a checkpoint was trained in. Raises KeyError and ValueError for none that is allowed."""
     precision = str(state["measure"]["precision"])
-    if precision not in DTYPES:
+    if precision not in allowed:
         raise ValueError(f"precision {precision}")
     return precision
 

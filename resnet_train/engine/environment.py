@@ -33,13 +33,13 @@ def environment_of(command: str, device: torch.device, digest: str) -> dict[str,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "processes": world_size(),
         "threads": torch.get_num_threads(),
-        "launch": launch(),
+        "launch": name_launch(),
         "digest": digest,
         "versions": versions(device),
     }
 
 
-def launch() -> str | None:
+def name_launch() -> str | None:
     """The launch that a launcher may restart, by its name; None without a launcher.
 
     Where torchrun on one machine has no --rdzv-id, by its process.

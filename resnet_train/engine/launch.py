@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 
+from resnet_train.engine.compute import check_gpu
 from resnet_train.engine.distributed import STORE, limit_threads
 from resnet_train.errors import SIGNALS, RunError, UserError, stop_early
 
@@ -105,8 +106,8 @@ def _end_with_launcher() -> None:
 def pick_processes(devices: int | str, device: str) -> int:
     """The number of processes to start: `devices`, or one per GPU for auto. Raises UserError for too few GPUs."""
     gpus = 0 if device == "cpu" else torch.cuda.device_count()
-    if device == "cuda" and not gpus:  # checked here, else every process would report it
-        raise UserError("device=cuda: torch sees no GPU here; use device=cpu")
+    if device == "cuda":  # checked here, else every process would report it
+        check_gpu(device)
     if devices == "auto":
         return max(1, gpus)
     if gpus and int(devices) > gpus:

@@ -14,7 +14,7 @@ from torch import nn
 
 from resnet_train.config.run_dir import check_same_data, check_same_run, run_state
 from resnet_train.engine import checkpoint
-from resnet_train.engine.environment import environment_of, launch
+from resnet_train.engine.environment import environment_of, name_launch
 from resnet_train.engine.task import Task, TaskConfig
 from resnet_train.errors import RunError, UserError, from_write_error
 from resnet_train.files import (
@@ -36,7 +36,7 @@ def before_restart(directory: Path, restarts: int) -> Literal["new", "unfinished
     path = directory / "environment.json"
     if not restarts or not path.exists():
         return "new"
-    ours = read_object(path).get("launch") == launch()
+    ours = read_object(path).get("launch") == name_launch()
     return run_state(directory) if ours else "new"
 
 
@@ -86,21 +86,16 @@ def load_newest(folder: Path, *, kind: str = "net") -> tuple[Path, dict[str, Any
         if path.exists():
             try:
                 state = checkpoint.load(path, kind=kind)
+                break
             except UserError as error:
                 problems.append(error)
-                continue
-            break
     else:
         if not problems:
             return None
-        intact = []
-        for path in (*folder.glob("iteration-*.pt"), folder / "best.pt"):
-            with contextlib.suppress(UserError):
-                intact.append((checkpoint.load(path, kind=kind)["iteration"], path))
-        if not intact:
+        kept = _newest_kept(folder, kind)
+        if kept is None:
             raise UserError("; ".join([*map(str, problems), "resume=never begins the run again"]))
-        path = max(intact)[1]
-        state = checkpoint.load(path, kind=kind)
+        path, state = kept, checkpoint.load(kept, kind=kind)
     for problem in problems:
         say(f"warning: {problem}; resuming from {path.name} (iteration {state['iteration']})")
     if problems and last.exists():
@@ -108,6 +103,15 @@ def load_newest(folder: Path, *, kind: str = "net") -> tuple[Path, dict[str, Any
     if path.name not in ("last.pt", "previous.pt"):
         copy_file(path, last)
     return path, state
+
+
+def _newest_kept(folder: Path, kind: str) -> Path | None:
+    """The intact checkpoint of the latest iteration beside last.pt and previous.pt; one at a time is in memory."""
+    intact = []
+    for path in (*folder.glob("iteration-*.pt"), folder / "best.pt"):
+        with contextlib.suppress(UserError):
+            intact.append((checkpoint.load(path, kind=kind)["iteration"], path))
+    return max(intact)[1] if intact else None
 
 
 def check_space(directory: Path, model: nn.Module) -> None:
@@ -148,16 +152,16 @@ def earlier_environments(now: dict[str, Any], state: dict[str, Any] | None) -> l
     last = read_if_object(Path(state["path"]).absolute().parent.parent / "environment.json")
     before = last.get("before")
     recorded = [one for one in before if isinstance(one, dict)] if isinstance(before, list) else []
-    found: list[dict[str, Any]] = []
+    earlier: list[dict[str, Any]] = []
     end = 0
     for one in [*recorded, last | {"until": state["iteration"]}]:
         until = one.get("until")
         if isinstance(until, int) and end < until and end < state["iteration"] and "device" in one:
             end = min(until, state["iteration"])
-            found.append({key: one.get(key) for key in SAME} | {"until": end})
-    while found and all(found[-1][key] == now[key] for key in SAME):
-        found.pop()
-    return found
+            earlier.append({key: one.get(key) for key in SAME} | {"until": end})
+    while earlier and all(earlier[-1][key] == now[key] for key in SAME):
+        earlier.pop()
+    return earlier
 
 
 def begin_directory(directory: Path, config: dict[str, Any], *, new: bool) -> None:

@@ -93,11 +93,8 @@ def run(
         if world_size() > 1:
             task.wrap_ddp()  # with a first pass, which compiles; a signal still ends all at once
         stop, start = Stop(), task.iteration
-        names = {"data": task.label, "seed": config.seed}
-        logger = MetricsLogger(directory if is_main() else None, names, start, config.iterations, config.log_every)
+        logger = _open_logger(task, directory)
         clock.seconds = logger.seconds
-        if task.reference is not None:
-            logger.log_reference(task.reference, config.iterations)
         try:
             with contextlib.closing(logger):
                 loop(task, directory, logger, clock, stop, None if state is None else start)
@@ -141,6 +138,16 @@ def _announce(task: Task, directory: Path, state: dict[str, Any] | None) -> None
         for line in task.describe_changes(state):
             say(line)
     sys.stdout.flush()
+
+
+def _open_logger(task: Task, directory: Path) -> MetricsLogger:
+    """The logger of the run in `directory` from the task's iteration on; it writes in the first process alone."""
+    config, names = task.config, {"data": task.label, "seed": task.config.seed}
+    place = directory if is_main() else None
+    logger = MetricsLogger(place, names, task.iteration, config.iterations, config.log_every)
+    if task.reference is not None:
+        logger.log_reference(task.reference, config.iterations)
+    return logger
 
 
 def _stopped(task: Task, stop: Stop) -> int:
