@@ -397,9 +397,9 @@ def test_a_lack_of_space_is_none_of_the_input(tmp_path, monkeypatch):
     model = torch.nn.Linear(300_000, 1, bias=False, device="meta")  # 22 MB: 10, and 5 times its weights and momentum
     for free, words in ((21_999_999, "21 MB are free there, 22"), (21_400_000, "21 MB are free there, 22")):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
-        with pytest.raises(UserError) as told:
+        with pytest.raises(UserError) as error:
             check_space(tmp_path, model)
-        assert (str(told.value), told.value.code) == (f"run_dir={tmp_path}: {words} are needed", 1)
+        assert (str(error.value), error.value.code) == (f"run_dir={tmp_path}: {words} are needed", 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=22_000_000))
     check_space(tmp_path, model)
     for number, code in ((errno.ENOSPC, 1), (errno.EDQUOT, 1), (errno.EACCES, 2), (errno.ENOTDIR, 2)):

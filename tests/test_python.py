@@ -93,11 +93,12 @@ def test_images_of_another_type_are_one_line(trained):
     model = load(trained)
     images = torch.stack([model.transform(Image.new("RGB", (32, 32))), torch.randn(3, 32, 32)])
     for dtype in (torch.uint8, torch.int64, torch.bool, torch.complex64):
-        with pytest.raises(UserError) as told:
+        with pytest.raises(UserError) as error:
             model.logits(images.to(dtype))
         name = str(dtype).removeprefix("torch.")
         assert (
-            str(told.value) == f"logits: images are float32, as transform and normalise make them, and these are {name}"
+            str(error.value)
+            == f"logits: images are float32, as transform and normalise make them, and these are {name}"
         )
     for dtype in (torch.float64, torch.bfloat16):
         values = images.to(dtype)
@@ -105,7 +106,7 @@ def test_images_of_another_type_are_one_line(trained):
 
 
 @pytest.mark.parametrize(
-    ("device", "told"),
+    ("device", "message"),
     [
         ("cuda", "torch sees no GPU here; use device=cpu"),
         (torch.device("cuda", 1), "torch sees no GPU here; use device=cpu"),
@@ -113,12 +114,12 @@ def test_images_of_another_type_are_one_line(trained):
         ("mps", "is not a device of torch here ("),
     ],
 )
-def test_a_device_that_is_not_there_is_named_and_not_the_checkpoint(device, told, trained):
+def test_a_device_that_is_not_there_is_named_and_not_the_checkpoint(device, message, trained):
     if torch.cuda.is_available() or torch.backends.mps.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(UserError) as error:
         load(trained, device=device)
-    assert str(error.value).startswith(f"device={device}: {told}")
+    assert str(error.value).startswith(f"device={device}: {message}")
     assert "\n" not in str(error.value)
 
 
