@@ -26,20 +26,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from resnet_train import __version__
 from resnet_train.config.completion import complete
-from resnet_train.config.compose import (
-    as_text,
-    check_hydras,
-    compose,
-    config_dir,
-    expand_words,
-    explain,
-    jobs_of,
-    name_words,
-    parse,
-    plain,
-    requested_keys,
-    with_jobs,
-)
+from resnet_train.config.compose import compose, plain
+from resnet_train.config.help import explain
+from resnet_train.config.options import config_dir
+from resnet_train.config.quoting import as_text
+from resnet_train.config.words import check_hydras, expand_words, jobs_of, name_words, parse, requested_keys, with_jobs
 from resnet_train.console import (
     call,
     check_restarts,

@@ -19,7 +19,9 @@ from typing import Any, cast
 import hydra
 from omegaconf import OmegaConf
 
-from resnet_train.config.compose import comments, config_dir, groups, known_keys, options
+from resnet_train.config.compose import known_keys
+from resnet_train.config.help import comments
+from resnet_train.config.options import config_dir, groups, options
 from resnet_train.config.schema import flat, format_value
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from resnet_train.classification.run import build
 from resnet_train.classification.step import step
 from resnet_train.classification.train import rate
-from resnet_train.config.compose import CONFIG_DIR
+from resnet_train.config.options import CONFIG_DIR
 from resnet_train.config.schema import flat
 from resnet_train.config.train import Config, config_from_checkpoint
 from resnet_train.data.views import BatchOrder

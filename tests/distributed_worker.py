@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from resnet_train.classification.evaluate import count_errors
 from resnet_train.classification.run import build
 from resnet_train.classification.step import TrainMetrics, step
-from resnet_train.config.compose import CONFIG_DIR
+from resnet_train.config.options import CONFIG_DIR
 from resnet_train.config.train import check_train
 from resnet_train.data.views import BatchOrder
 from resnet_train.engine import checkpoint

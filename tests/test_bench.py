@@ -17,8 +17,10 @@ from PIL import Image
 from resnet_train import cli
 from resnet_train.bench import baseline, subject, suite, timing
 from resnet_train.config.commands import FIXED_BY_BENCH, BenchConfig, check_bench
-from resnet_train.config.compose import compose, groups, known_keys, requested_keys
+from resnet_train.config.compose import compose, known_keys
+from resnet_train.config.options import groups
 from resnet_train.config.schema import flat
+from resnet_train.config.words import requested_keys
 from resnet_train.data.image_set import ImageSet
 from resnet_train.data.pack import pack
 from resnet_train.errors import RunError, UserError

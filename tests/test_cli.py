@@ -19,7 +19,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from resnet_train import __version__, cli
 from resnet_train.__main__ import COMMANDS
-from resnet_train.config.compose import as_text, as_typed, compose, jobs_of, with_jobs
+from resnet_train.config.compose import compose
+from resnet_train.config.quoting import as_text, as_typed
+from resnet_train.config.words import jobs_of, with_jobs
 from resnet_train.dispatch import prepare
 
 CFG = "depth=110 data=digits schedule=cosine schedule.lr=0.05 arch=plain"

@@ -11,7 +11,8 @@ import pytest
 from conftest import ROOT
 
 from resnet_train import cli
-from resnet_train.config.completion import KINDS, complete
+from resnet_train.config.completion import complete
+from resnet_train.config.options import CONFIGS
 
 # Command, what is typed, what is offered; a single one in brackets is Hydra's own offer.
 OFFERS = [
@@ -58,5 +59,5 @@ def test_one_line_of_the_docs_installs_it_for_all_commands():
 
 
 def test_every_command_has_its_values():
-    assert cli.COMMANDS.keys() == KINDS.keys()
+    assert cli.COMMANDS.keys() == CONFIGS.keys()
     assert complete("train", "resnet-train nosuch=", {}) == complete("train", "resnet-train ", {}) == []

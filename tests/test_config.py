@@ -18,14 +18,17 @@ from hydra.core.override_parser.types import OverrideType, QuotedString
 from resnet_train import cli, sweep
 from resnet_train.config import commands, detection, images, localization
 from resnet_train.config.commands import check_eval
-from resnet_train.config.compose import CONFIG_DIR, LISTS, TEXTS, compose
-from resnet_train.config.compose import CONFIGS as KINDS
+from resnet_train.config.compose import compose
 from resnet_train.config.detection import DetectConfig
 from resnet_train.config.keys import Free, Range
 from resnet_train.config.layout import class_folders
+from resnet_train.config.options import CONFIG_DIR
+from resnet_train.config.options import DATACLASSES as KINDS
+from resnet_train.config.quoting import TEXTS
 from resnet_train.config.run_dir import check_run_dir, check_same_run, plain_word, run_directory, run_state
 from resnet_train.config.schema import as_list, flat, from_dict, keys_taking, marked, unread_keys
 from resnet_train.config.train import Config, check_depth, check_train, config_from_checkpoint
+from resnet_train.config.words import LISTS
 from resnet_train.dispatch import prepare
 from resnet_train.engine.schedule import Progress, learning_rate
 from resnet_train.errors import UserError, nearest

@@ -9,7 +9,8 @@ import pytest
 
 from resnet_train import __version__
 from resnet_train.cli import COMMANDS
-from resnet_train.config.compose import compose, groups, known_keys
+from resnet_train.config.compose import compose, known_keys
+from resnet_train.config.options import groups
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "results/README.md", *sorted(ROOT.glob("docs/*.md"))]

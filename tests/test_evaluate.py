@@ -18,7 +18,7 @@ from resnet_train.classification.command import evaluate_checkpoint
 from resnet_train.classification.evaluate import Count, count_errors, probabilities, wrong_answers
 from resnet_train.classification.run import build
 from resnet_train.config.commands import check_eval
-from resnet_train.config.compose import CONFIG_DIR
+from resnet_train.config.options import CONFIG_DIR
 from resnet_train.config.train import config_from_checkpoint
 from resnet_train.data.augment import IMAGENET_MEAN
 from resnet_train.data.decode import read_image

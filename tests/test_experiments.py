@@ -6,8 +6,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from resnet_train import cli
-from resnet_train.config.compose import CONFIG_DIR, compose, groups, jobs_of, with_jobs
+from resnet_train.config.compose import compose
+from resnet_train.config.options import CONFIG_DIR, groups
 from resnet_train.config.train import scaled
+from resnet_train.config.words import jobs_of, with_jobs
 from resnet_train.dispatch import prepare
 from resnet_train.errors import UserError
 

@@ -18,8 +18,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from resnet_train import cli
-from resnet_train.config.compose import compose, groups
+from resnet_train.config.compose import compose
 from resnet_train.config.keys import Range
+from resnet_train.config.options import groups
 from resnet_train.config.schema import flat, marked
 from resnet_train.config.train import Config
 from resnet_train.dispatch import main

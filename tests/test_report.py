@@ -18,7 +18,8 @@ import pytest
 import yaml
 
 from resnet_train import cli, paper
-from resnet_train.config.compose import CONFIG_DIR, compose
+from resnet_train.config.compose import compose
+from resnet_train.config.options import CONFIG_DIR
 from resnet_train.config.schema import flat
 from resnet_train.config.train import check_train
 from resnet_train.engine.metrics import read_metrics

@@ -6,25 +6,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from resnet_train.config import commands, detection, images, localization, train
+from resnet_train.config.options import CONFIGS
 from resnet_train.config.schema import types_of
-
-KINDS: dict[str, tuple[type, ...]] = {
-    "train": (train.Config,),
-    "eval": (commands.EvalConfig,),
-    "classify": (images.ClassifyConfig,),
-    "features": (images.FeaturesConfig,),
-    "report": (commands.ReportConfig,),
-    "responses": (commands.ResponsesConfig,),
-    "weights": (commands.WeightsConfig,),
-    "pack": (commands.PackConfig,),
-    "bench": (commands.BenchConfig, train.Config),
-    "detect": (detection.DetectConfig,),
-    "test": (detection.DetectTestConfig,),
-    "predict": (detection.PredictConfig,),
-    "localize": (localization.LocalizeConfig,),
-    "localize_test": (localization.LocalizeTestConfig,),
-}
 
 
 def complete(name: str, line: str, short: Mapping[str, str]) -> list[str]:
@@ -35,7 +18,7 @@ def complete(name: str, line: str, short: Mapping[str, str]) -> list[str]:
     typed, equals, prefix = line.split(" ")[-1].partition("=")
     key = short.get(f"{typed}=", f"{typed}=").removesuffix("=")
     hints: dict[str, Any] = {}
-    for kind in KINDS.get(name, ()):
+    for kind in CONFIGS.get(name, ()):
         hints = types_of(kind) | hints
     if not equals or key not in hints:
         return []
