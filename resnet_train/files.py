@@ -89,10 +89,15 @@ def read_regular(path: str | Path) -> bytes:
         return file.read()
 
 
+def _part(path: Path) -> Path:
+    """Where this process writes what becomes `path`; another may be writing the same file."""
+    return path.with_name(f"{path.name}.{os.getpid()}.part")
+
+
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """A temporary file that becomes `path` once it is written, and is removed where that fails."""
-    part = path.with_name(path.name + ".part")
+    part = _part(path)
     try:
         yield part
         part.replace(path)
@@ -220,7 +225,7 @@ def _names_in_archive(archive: zipfile.ZipFile) -> set[str]:
 
 def check_result(path: Path) -> None:
     """Make the folders above `path` and check that a file can be written there. Raises UserError."""
-    part = path.with_name(path.name + ".part")
+    part = _part(path)
     with _write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         part.touch()

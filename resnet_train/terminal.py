@@ -19,6 +19,8 @@ def say(text: object, file: TextIO | None = None) -> None:
 
 def format_share(share: float) -> str:
     """A share from 0 to 1 in %, one near 1 with more digits to tell it from 1: 63.20 %, 99.9998 %, >99.9999 %."""
+    if math.isnan(share):
+        return "not a number"
     rest = 100 * (1 - share)
     if rest <= 0:
         return "100 %"

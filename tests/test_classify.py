@@ -1,6 +1,7 @@
 """The five most likely classes of pictures, which the net sees as evaluation shows them to it."""
 
 import json
+import math
 import os
 
 import pytest
@@ -18,6 +19,7 @@ from resnet_train.data.streaming import StreamingDataset
 from resnet_train.engine import checkpoint
 from resnet_train.engine.compute import compute_logits
 from resnet_train.models import cifar_resnet, imagenet_resnet
+from resnet_train.terminal import format_share
 
 SIZES = [(50, 70), (97, 40), (33, 33), (300, 201)]
 
@@ -95,6 +97,18 @@ def test_fewer_than_five_classes_and_names_that_need_no_quotes(pictures, tmp_pat
     assert (text[0], text[3], len(text)) == ("a =[b],$c.png", "./x=y.png", 6)
     assert sum(float(line.split()[0]) for line in text[1:3]) == pytest.approx(100, abs=0.02)
     assert os.listdir(tmp_path).count("outputs") == 0
+
+
+def test_a_net_that_gives_no_numbers_is_one_line(pictures, tmp_path, command_here):
+    net = cifar_resnet(20, num_classes=2)
+    net.fc.weight.data.fill_(3e38)
+    net.fc.bias.data.fill_(3e38)
+    saved(tmp_path / "net.pt", net, configured("cifar", 32), ["cat", "dog"])
+    picture = str(pictures / "val/cat/0.png")
+    told = command_here("classify", picture, "checkpoint=net.pt", "device=cpu", code=2)
+    assert f"error: checkpoint=net.pt: gives numbers that are not finite for {picture}" in told
+    assert "Traceback" not in told
+    assert format_share(math.nan) == "not a number"
 
 
 def test_names_of_files_and_classes_do_not_command_the_terminal(pictures, tmp_path, command_here):

@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -871,6 +872,15 @@ def test_val_will_do_for_test_where_test_has_no_classes(tmp_path):
     assert class_folders(root) == (["cat", "dog"], "val")
 
 
+def test_a_part_of_a_set_is_not_taken_for_an_undivided_one(tmp_path):
+    root = tree(tmp_path / "images")
+    assert refusal("data=imagefolder", f"data.root={root}/train") == (
+        f"data.root={root}/train: is a part of a set, with test/ beside it; name {root}"
+    )
+    shutil.rmtree(root / "test")
+    assert "is a part of a set" not in refusal("data=imagefolder", f"data.root={root}/train")
+
+
 # --- Where a run goes ------------------------------------------------------------------------------------------------
 
 
@@ -945,6 +955,13 @@ def test_free_keys_do_not_move_a_run():
     assert directory(*free) == directory()
     assert directory(*(f"{key}={OTHER[key][0]}" for key in UNNAMED)) == directory()
     assert directory("schedule=plateau", "log_every=10") != directory("schedule=plateau")
+
+
+def test_one_file_of_weights_is_one_run_however_it_is_typed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path)
+    names = ("w.pth", "./w.pth", f"{tmp_path}/w.pth", f"../{tmp_path.name}/w.pth", "link/w.pth")
+    assert len({directory(f"init_from={name}") for name in names}) == 1
 
 
 def test_a_file_that_is_begun_with_is_named_without_its_folders(tmp_path):

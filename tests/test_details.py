@@ -227,10 +227,10 @@ def test_files_that_cannot_all_be_written_leave_those_that_were_there(trained, t
     words = [trained, "device=cpu", "details=true", "out=r.json"]
     command_here("evaluate", *words)
     before = {name: (tmp_path / f"r-{name}").read_bytes() for name in FILES}
-    (tmp_path / "r-classes.csv.part").mkdir()
+    (tmp_path / f"r-classes.csv.{os.getpid()}.part").mkdir()
     told = command_here("evaluate", *words, "split=train", code=2)
     assert "cannot be written" in told
-    (tmp_path / "r-classes.csv.part").rmdir()
+    (tmp_path / f"r-classes.csv.{os.getpid()}.part").rmdir()
     assert before == {name: (tmp_path / f"r-{name}").read_bytes() for name in FILES}
     assert sorted(os.listdir(tmp_path)) == sorted(["r.json", *(f"r-{name}" for name in FILES)])
 

@@ -317,7 +317,7 @@ def test_images_that_a_checkpoint_was_trained_on_and_that_are_elsewhere_are_name
     state = checkpoint.load(saved / "0/last.pt")
     state["config"]["data"]["root"] = "/gone/photos"
     checkpoint.save(tmp_path / "last.pt", {key: value for key, value in state.items() if key != "format"})
-    with pytest.raises(UserError, match="that is what it was trained on"):
+    with pytest.raises(UserError, match="the net was trained on these data"):
         measured(tmp_path, monkeypatch, "checkpoint=last.pt")
 
 

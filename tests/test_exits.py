@@ -414,3 +414,21 @@ def test_workers_by_themselves_are_no_more_than_the_limit_of_open_files_allows(m
     assert most_workers() == 120
     with pytest.raises(RunError, match=r"^data\.workers=128: need 1088 open files, and the limit is 1024; "):
         check_open_files(128)
+
+
+def test_two_processes_that_write_one_file_leave_it_whole(tmp_path):
+    """Each in a file of its own, which then becomes the result; a check of one does not take the other's away."""
+    text = """
+import os, sys
+from pathlib import Path
+from resnet_train.files import check_result, put
+path, content = Path(sys.argv[1]), os.urandom(1) * 1_000_000
+for _ in range(100):
+    check_result(path)
+    put(path, content)
+    read = path.read_bytes()
+    assert read == read[:1] * 1_000_000, len(read)
+"""
+    processes = [subprocess.Popen([sys.executable, "-c", text, str(tmp_path / "result")]) for _ in range(2)]
+    assert [process.wait(timeout=60) for process in processes] == [0, 0]
+    assert os.listdir(tmp_path) == ["result"]

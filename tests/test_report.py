@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from resnet_train.errors import UserError
 from resnet_train.report import curves, detection, figures, localization, page, runs, tables, values, verdict
 from resnet_train.report import report as report_command
 from resnet_train.report.complexity import complexity_table
-from resnet_train.report.folders import tell_apart
+from resnet_train.report.folders import name_weights, tell_apart
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = [place.parent for place in sorted((ROOT / "results").glob("*/runs"))]
@@ -326,6 +327,14 @@ def test_deviations_are_named_with_the_papers_value(tmp_path):
     assert runs.deviations(run) == [("bn_images", "128", "64")]
 
 
+@pytest.mark.parametrize(("key", "value"), [("init_from", 5), ("init_from", ["x"]), ("precision", ["x"])])
+def test_values_that_are_no_text_are_refused_in_one_line(key, value, tmp_path):
+    make(tmp_path / "a", precision="auto")
+    change(make(tmp_path / "b", seed=1) / "config.json", **{key: value})
+    with pytest.raises(UserError, match=f"{tmp_path}/b: holds other things than a run"):
+        runs.find([tmp_path])
+
+
 def test_deviations_say_on_which_data_and_in_which_section(tmp_path):
     for data in ("cats", "dogs"):
         make(tmp_path / data, data=data, precision="bf16")
@@ -362,6 +371,10 @@ def test_runs_from_other_weights_are_no_seeds_of_one_recipe(tmp_path):
     ]
     named = {(row["what"], row["here"], row["paper"]) for row in rows if row["what"] in ("init_from", "freeze")}
     assert named == {("init_from", "r18.pth", "null"), ("init_from", "a/last.pt", "null"), ("freeze", "layer2", "null")}
+
+
+def test_weights_in_a_run_and_beside_its_checkpoints_are_two_recipes():
+    assert len({*name_weights(["/a/run/checkpoints/last.pt", "/a/run/last.pt"]).values()}) == 2
 
 
 def test_weights_of_one_name_in_two_places_are_two_recipes(tmp_path):
@@ -468,6 +481,20 @@ def test_the_sentence_holds_plain_and_residual_nets_together(tmp_path):
         " test error +15.00); the residual net of 56 layers is not shown to be better or worse than that of 20"
         " (training error -1.50 points, test error -1.50)."
     )
+
+
+def test_the_sentence_has_a_clause_for_each_kind_of_shortcut(tmp_path):
+    """And the same with plain nets beside them or not."""
+    for shortcut, train in (("A", 6.0), ("B", 9.0)):
+        for depth, more in ((20, 0), (56, train)):
+            make(tmp_path / "residual" / f"{depth}{shortcut}", f"resnet-{depth}-{shortcut}", train=train + more)
+    words = verdict.sentence(found(tmp_path))
+    for shortcut, train in (("A", "+6.00"), ("B", "+9.00")):
+        assert f"the residual net of 56 layers with shortcuts {shortcut} has a higher training error" in words
+        assert f"(training error {train} points" in words
+    for depth in (20, 56):
+        make(tmp_path / f"plain-{depth}", f"plain-{depth}")
+    assert verdict.sentence(found(tmp_path)).endswith(words.partition("iterations, ")[2])
 
 
 def test_the_sentence_on_shortened_runs_says_how_little_it_says(tmp_path):
@@ -681,6 +708,8 @@ def test_ten_crop_errors_come_from_resnet_eval_and_stay_apart_from_the_center_cr
         {"split": "val"},
         {"protocol": "multi-scale"},
         {"members": []},
+        {"net": "resnet-50-B"},
+        {"seed": 1},
     ],
 )
 def test_an_evaluation_of_something_else_is_not_the_runs_error(tmp_path, other):
@@ -695,6 +724,95 @@ def test_an_evaluation_of_something_else_is_not_the_runs_error(tmp_path, other):
     table = tables.errors_table(found(tmp_path), "table 3", "")
     assert row(table, "resnet-34-B")["ours, last (10-crop)"] is None
     assert any("protocol=tencrop checkpoint=" in note for note in table.notes)
+
+
+def test_a_result_on_images_without_a_digest_or_of_a_run_within_is_not_the_runs(tmp_path):
+    """A folder of the same name with a test part alone, and a run in another run's folder."""
+    outer = make(tmp_path / "a", data="mine", test=30.0)
+    inner = make(tmp_path / "a" / "fine", data="mine", test=20.0, seed=1)
+    result = {"net": "resnet-20-A", "data": "mine", "split": "test", "protocol": "10-crop", "iteration": 64_000}
+    for folder in (outer, inner):
+        (folder / "checkpoints").mkdir()
+        change(folder / "environment.json", digest="of these images")
+    for name, digest, error in (("a-test.json", None, 77.0), ("b-test.json", "of these images", 11.0)):
+        change(inner / "checkpoints" / name, **result, seed=1, digest=digest, error=error)
+    first, second = found(tmp_path)
+    assert tables.final_error(first, "10-crop") is None
+    assert tables.final_error(second, "10-crop") == 11.0
+
+
+def test_an_ensemble_before_its_end_or_with_other_batch_norm_is_left_out(tmp_path):
+    folder = make(tmp_path / "a", data="mine")
+    (folder / "checkpoints").mkdir()
+    member = {"net": "resnet-20-A", "seed": 0, "iteration": 64_000, "iterations": 64_000}
+    result = {"net": "ensemble of 2", "data": "mine", "split": "test", "protocol": "single view", "error": 5.0}
+    for number, (changes, unlike) in enumerate(
+        [
+            ({}, {}),
+            ({"batch_norm": "averages over 2 training batches"}, {}),
+            ({"split": "val"}, {}),
+            ({}, {"iteration": 9}),
+        ]
+    ):
+        path = folder / "checkpoints" / f"{number}-test.json"
+        change(path, **result | changes, members=[member, member | unlike])
+    (table,) = tables.tables(found(tmp_path), "")[1:]
+    assert [cells[2] for cells in table.rows] == [5.0]
+
+
+def test_a_sweeps_command_names_the_values_of_its_job(tmp_path):
+    """Those of the swept keys, so that no two jobs have one command; an unfinished run has no error in runs.csv."""
+    swept = "resnet-train -m depth=20,32 shortcut=A,B schedule.lr=0.1,0.05 'data.test=[a,b]' seed=0"
+    for shortcut, until in (("A", 64_000), ("B", 32_000)):
+        folder = make(tmp_path / shortcut, f"resnet-20-{shortcut}", until=until)
+        change(folder / "environment.json", command=swept)
+    table = tables.runs_table(found(tmp_path))
+    lines = list(csv.DictReader(table.csv().splitlines()))
+    assert [line["command"].partition(" # ")[2] for line in lines] == [
+        f"arch=resnet depth=20 shortcut={shortcut} seed=0 schedule.lr=0.1" for shortcut in "AB"
+    ]
+    assert [line["test error"] for line in lines] == ["10.0", ""]
+
+
+def test_what_the_validation_part_chose_stands_in_the_tables(tmp_path):
+    folder = make(tmp_path / "a", data="mine")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines += [
+        line | {"split": "val", "error": 5 + abs(line["iteration"] - 32_000) / 1000}
+        for line in lines
+        if line["split"] == "test"
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (line,) = csv.DictReader(tables.runs_table(found(tmp_path)).csv().splitlines())
+    assert [line[key] for key in ("lowest validation error", "at iteration", "test error there")] == [
+        "5.0",
+        "32000",
+        "30.0",
+    ]
+    cells = row(tables.tables(found(tmp_path), "")[0], "resnet-20-A")
+    assert (cells["lowest validation error"], cells["test error there"]) == ((5.0, None, 1), (30.0, None, 1))
+
+
+@pytest.mark.parametrize(
+    ("word", "shown"),
+    [
+        ('data.root="/home/müller/x"', "x"),
+        ('run_dir="/home/a/lr=0.1"', "lr=0.1"),
+        ("init_from=~alice/x.pt", "init_from=x.pt"),
+        ("checkpoint=[/a/b.pt,'/c/d e.pt']", "d e.pt"),
+    ],
+)
+def test_folders_of_a_command_stay_out_of_the_report(word, shown):
+    found = tables.strip_folders(shlex.join(["resnet-train", word]))
+    assert "/" not in found
+    assert "~" not in found
+    assert shown in found
+
+
+def test_underscores_around_words_are_no_emphasis():
+    assert page.markdown_table(tables.Table("a", "__mine__, _cat_, a_b", ["net"])).startswith(
+        r"### \_\_mine\_\_, \_cat\_, a_b"
+    )
 
 
 # --- The command -----------------------------------------------------------------------------------------------------
@@ -929,6 +1047,7 @@ def change(path, **values):
 
 
 DEEP = '{"a":' * 100_000
+RESULT = {"net": "resnet-20-A", "data": "a", "split": "a", "protocol": "a", "error": 1}
 
 
 @pytest.mark.parametrize(
@@ -949,8 +1068,8 @@ DEEP = '{"a":' * 100_000
         ("config.json", "[" * 100_000),
         ("summary.json", {"device": 3}),
         ("summary.json", {"parameters": EVIL}),
-        ("checkpoints/last-test.json", {"net": "a", "data": "a", "split": "a", "protocol": "a", "error": EVIL}),
-        ("checkpoints/last-test.json", {"net": [], "data": "a", "split": "a", "protocol": "a", "error": 1}),
+        ("checkpoints/last-test.json", RESULT | {"error": EVIL}),
+        ("checkpoints/last-test.json", RESULT | {"data": []}),
     ],
     ids=lambda value: value if isinstance(value, str) and len(value) < 30 else str(value)[:25],
 )
@@ -1254,7 +1373,7 @@ def detector_run(
     data = {"name": "voc", "root": "/d/bccd", "train": ["trainval"], "test": "test", "classes": None}
     config = {"data": data, "backbone": backbone, "depth": 18, "pyramid": False, "context": False, "masks": False}
     config |= {"init_from": source, "seed": seed}
-    config |= dict.fromkeys(detection.SETTING, 1) | {"iterations": iterations}
+    config |= dict.fromkeys(detection.SETTING, 1) | {"iterations": iterations, "precision": "bf16"}
     place = folder / f"{backbone}-{source is not None}-{seed}"
     place.mkdir(parents=True)
     (place / "config.json").write_text(json.dumps(config))
@@ -1303,6 +1422,21 @@ def test_detectors_of_another_precision_are_no_seeds_of_one_row(tmp_path):
             ["bf16", "auto", "fp32"],
         ][seed]
     assert len(detection.sections(detectors)) == 3
+
+
+def test_detectors_of_other_data_of_one_name_are_two_sections_and_the_finished_run_counts(tmp_path):
+    for seed, digest in enumerate(("a" * 64, "b" * 64)):
+        place = detector_run(tmp_path, seed=seed)
+        (place / "environment.json").write_text(json.dumps({"digest": digest}))
+    unfinished = detector_run(tmp_path / "again", finished=False)
+    (unfinished / "environment.json").write_text(json.dumps({"digest": "a" * 64}))
+    text = (unfinished / "metrics.jsonl").read_text()
+    (unfinished / "metrics.jsonl").write_text(text + text.splitlines()[1] + "\n")  # tested more often
+    sections = detection.sections(detection.find(runs.find([tmp_path])[1]))
+    assert [section.title.partition(":")[0] for section in sections] == [
+        f"Detection on VOCdevkit (digest {letter * 8})" for letter in "ab"
+    ]
+    assert [row[1] for row in sections[0].tables[0].rows] == [(40.0, None, 1)]
 
 
 def test_a_report_may_be_of_detectors_alone(tmp_path, monkeypatch):

@@ -446,8 +446,27 @@ def test_a_description_that_is_not_one_is_named(tmp_path):
     (tmp_path / "net.pth.json").write_text("[" * 100_000)
     with pytest.raises(UserError, match=r"net\.pth\.json: is not what"):
         read_source(tmp_path / "net.pth")
-    (tmp_path / "net.pth.json").write_text('{"written_by": "somebody"}')
-    assert read_source(tmp_path / "net.pth").std == IMAGENET_STD
+    for others in ('{"written_by": "somebody"}', '{"hello": 1}', "[1]"):
+        (tmp_path / "net.pth.json").write_text(others)
+        assert read_source(tmp_path / "net.pth").std == IMAGENET_STD
+
+
+def test_an_export_that_fails_leaves_the_pair_of_files_that_was_there(weights, tmp_path, trained, monkeypatch):
+    weights("export", trained, "out=net.pth")
+    before = {name: (tmp_path / name).read_bytes() for name in ("net.pth", "net.pth.json")}
+    torch.save(cifar_resnet(8).state_dict(), tmp_path / "other.pth")
+    weights("import", "other.pth", "out=other.pt", "mean=[0.1,0.2,0.3]", "std=[1,1,1]")
+    (tmp_path / f"net.pth.{os.getpid()}.part").mkdir()  # where the weights are to be written
+    assert "out=net.pth: cannot be written" in weights("export", "other.pt", "out=net.pth", code=2)
+    assert before == {name: (tmp_path / name).read_bytes() for name in before}
+
+
+@pytest.mark.parametrize("classes", [0, 1])
+def test_a_net_of_less_than_two_classes_is_refused(classes):
+    state = cifar_resnet(8).state_dict()
+    state |= {"fc.weight": torch.empty(classes, 64), "fc.bias": torch.empty(classes)}
+    with pytest.raises(UserError, match=f"^file: has {classes} classes"):
+        state_dicts.to_our_names(state, "auto", "file")
 
 
 # --- What a file declares, and what it says ---------------------------------------------------------------------------
@@ -460,6 +479,7 @@ def test_a_description_that_is_not_one_is_named(tmp_path):
         ("layer2.0.bn1.weight", torch.full((32,), float("nan")), "has values that are not finite"),
         ("fc.bias", torch.full((10,), float("-inf")), "has values that are not finite"),
         ("bn1.running_var", torch.full((16,), -1.0), "has values below 0, as no variance is"),
+        ("bn1.num_batches_tracked", torch.tensor(float("nan")), "has values that are not finite"),
     ],
 )
 def test_weights_that_no_logits_come_from_are_named(name, value, told):

@@ -147,6 +147,9 @@ def classify(args: ClassifyConfig, images: list[str]) -> None:
     words, predictions = imagenet_classes(), []
     for names, batch in model.batches(images):
         top = model.logits(batch).double().softmax(1).topk(min(5, len(model.classes)))
+        if not (finite := top.values.isfinite().all(1)).all():
+            name = names[int(finite.long().argmin())]
+            raise UserError(f"checkpoint={args.checkpoint}: gives numbers that are not finite for {name}")
         for name, probabilities, indices in zip(names, top.values.tolist(), top.indices.tolist(), strict=True):
             rows = [_row(model.classes[n], p, words) for p, n in zip(probabilities, indices, strict=True)]
             predictions.append({"image": name, "top": rows})

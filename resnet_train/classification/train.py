@@ -358,13 +358,23 @@ class ClassificationTask(TrainState):
             f"{self._title()}: test error {test['error']:.2f} % ({test['wrong']} of {test['seen']} wrong,"
             f" {test['protocol']}) at iteration {self.config.iterations}, the last"
         )
-        return "; ".join(filter(None, [line, short, left_out]))
+        return "; ".join(filter(None, [line, _describe_best(summary["best"]), short, left_out]))
 
     def _title(self) -> str:
         return f"{self.config.net} on {self.label}, seed {self.config.seed}"
 
     def _shortened(self) -> str:
         return paper.shortened(self.label, self.config.data.family, self.config.iterations)
+
+
+def _describe_best(best: dict[str, Any] | None) -> str:
+    """The point that the validation part has chosen; empty without one."""
+    if not best or "val" not in best:
+        return ""
+    test = f", test error {best['test']['error']:.2f} % there" if "test" in best else ""
+    return (
+        f"validation error lowest at iteration {best['val']['iteration']}, {best['val']['error']:.2f} %{test} (best.pt)"
+    )
 
 
 def watch_warmup(task: ClassificationTask) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +111,7 @@ def check_root(given: str) -> Path:
 
 def with_absolute_paths(config: C) -> C:
     """`config` with absolute paths, so that the record of a run holds from any folder."""
-    source = None if config.init_from is None else str(expand(config.init_from).absolute())
+    source = None if config.init_from is None else os.path.realpath(expand(config.init_from))
     return dataclasses.replace(config, data=anchored(config.data), init_from=source)
 
 

@@ -136,6 +136,13 @@ def count_unreadable(count: int) -> str:
     return f"images left out because they cannot be decoded: {count}" if count else ""
 
 
+def _check_whole(root: Path) -> None:
+    """Raises UserError for a folder of classes that is a part of a set, with another part beside it."""
+    beside = [part for part in ("train", "test", "val") if part != root.name and (root.parent / part).is_dir()]
+    if root.name in ("train", "test", "val") and beside:
+        raise UserError(f"data.root={root}: is a part of a set, with {beside[0]}/ beside it; name {root.parent}")
+
+
 def class_folders(root: Path, *, train: bool = True) -> tuple[list[str], str]:
     """The class names of a train/<class>/*, test/<class>/* tree and the name of its test part (test or val).
 
@@ -153,6 +160,7 @@ def class_folders(root: Path, *, train: bool = True) -> tuple[list[str], str]:
         if not any(root.iterdir()):
             raise UserError(f"data.root={root}: the folder is empty")
         if test is None and not (root / "train").is_dir():
+            _check_whole(root)
             return _undivided_classes(root), ""
         if test is None or (train and not (root / "train").is_dir()):
             lacks = "no train/ and test/ (or val/) folders with a folder for each class"
@@ -168,7 +176,8 @@ def class_folders(root: Path, *, train: bool = True) -> tuple[list[str], str]:
                 with os.scandir(root / part / name) as entries:
                     has_images = any(is_image(entry.name) for entry in entries)
                 if not has_images:
-                    raise UserError(f"data.root={root}: {part}/{name}/ has no images ({' '.join(IMAGE_SUFFIXES)})")
+                    none = f"has no images ({' '.join(IMAGE_SUFFIXES)}); remove that folder, or put images into it"
+                    raise UserError(f"data.root={root}: {part}/{name}/ {none}")
     except OSError as error:
         raise UserError(f"data.root={root}: {error.strerror}: {error.filename}") from error
     for here, there in itertools.permutations(classes, 2):

@@ -45,10 +45,10 @@ def as_text(item: str, sweep: bool) -> str:
 
 
 def as_typed(item: str) -> str:
-    """An override without the quotes that `as_text` has added to its value."""
-    key, _, value = item.partition("=")
+    """An override without the quotes that `as_text` has added to its value, and without Hydra's escapes in a sweep."""
+    key, equals, value = item.partition("=")
     text = re.sub(r'\\(["\\])', r"\1", value[1:-1])
-    return f"{key}={text}" if value == quoted(text) else item
+    return key + equals + (text if value == quoted(text) else re.sub(r"\\([\\()\[\]{}:=, \t])", r"\1", value))
 
 
 def _lists_texts(key: str, value: str) -> bool:

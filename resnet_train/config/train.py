@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -121,11 +122,14 @@ def check_train(values: Mapping[str, Any], requested: Collection[str] = (), *, n
         raise UserError(f"schedule.{key}: schedule={kind} has {', '.join(own)}; choose another kind with schedule=")
     check_family(config.data)
     check_depth(config.depth, config.data.family)
+    here, augment = f"data={config.data.name} (data.family={config.data.family})", values["augment"]
     for key in unread:
+        readers = " or ".join(f"data={NAMES.get(one, one)}" for one in sorted(marked(OnlyFor, Config)[key].readers))
         if key in requested:
-            readers = " or ".join(f"data={NAMES.get(one, one)}" for one in sorted(marked(OnlyFor, Config)[key].readers))
-            here = f"data={config.data.name} (data.family={config.data.family})"
             raise UserError(f"{key}: is for {readers}; {here} does not use it; remove it")
+        if "recipe" in requested and (value := augment.get(key.removeprefix("augment."))):
+            sets = f"sets {key}={format_value(value)}"
+            raise UserError(f"recipe={config.recipe}: is for {readers}; it {sets}, which {here} does not use")
     if config.devices != "auto":
         split_batch(config, config.devices)
     if config.precision == "fp16" and config.device == "cpu":
@@ -164,7 +168,7 @@ def check_train(values: Mapping[str, Any], requested: Collection[str] = (), *, n
     if needs_data or config.data.root is not None:
         check_source(config.data.name, config.data.root)
     check_held_out(config.data)
-    source = None if config.init_from is None else str(expand(config.init_from).absolute())
+    source = None if config.init_from is None else os.path.realpath(expand(config.init_from))
     return dataclasses.replace(config, data=anchored(config.data), init_from=source)
 
 

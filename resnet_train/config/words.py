@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from resnet_train.config.compose import known_keys
 from resnet_train.config.options import CONFIG_DIR, DATACLASSES, groups, options
 from resnet_train.config.quoting import KEY, quoted
-from resnet_train.config.schema import key_for, keys_taking
+from resnet_train.config.schema import flat, key_for, keys_taking
 from resnet_train.errors import UserError, closest, nearest
 
 PAIR = re.compile(r"[+~]*(hydra/\w+|[A-Za-z_][\w.]*)=", re.ASCII)
@@ -52,7 +52,9 @@ def parse(name: str, words: list[str]) -> argparse.Namespace:
 def no_flag(name: str, flag: str, words: list[str]) -> str:
     """The error for an unknown `flag`, with advice on what to type; `words` came after the flag."""
     key, equals, value = flag.lstrip("-").partition("=")
-    value = value if equals else next((word for word in words[:1] if "=" not in word and word[0] != "-"), "VALUE")
+    value = (
+        value if equals else next((word for word in words[:1] if word and "=" not in word and word[0] != "-"), "VALUE")
+    )
     key = closest(key_for(key.replace("-", "_"), *DATACLASSES), known_keys(name)) or ""
     how = f"values are written KEY=VALUE, as in {key}={value}" if key else "there is no such flag"
     return f"{flag}: {how}; --help shows what there is"
@@ -110,8 +112,12 @@ def check_hydras(words: list[str], multirun: bool) -> None:
 
 
 def requested_keys(overrides: list[str]) -> list[str]:
-    """The keys on the command line."""
-    keys = [item.lstrip("+~").split("=")[0] for item in overrides]
+    """The keys on the command line; of a group's value {KEY: VALUE} those within it."""
+    keys: list[str] = []
+    for item in overrides:
+        key, _, value = item.lstrip("+~").partition("=")
+        members = OverridesParser.create().parse_override(item).value() if value.startswith("{") else None
+        keys += [f"{key}.{member}" for member in flat(members)] if isinstance(members, dict) else [key]
     return [key for key in keys if not key.startswith("hydra")]
 
 
@@ -121,14 +127,15 @@ def with_jobs(overrides: list[str], sweep: bool) -> list[str]:
     Raises UserError for a job that the experiment does not have.
     """
     experiment = next((item for item in overrides if item.startswith("experiment=")), "")
-    if "," in experiment:
+    names = _values(experiment)
+    if len(names) > 1:
         raise UserError(f"{experiment}: takes one experiment at a time")
-    path = Path(CONFIG_DIR, "experiment", experiment.removeprefix("experiment=") + ".yaml")
-    if not experiment or not path.is_file():  # a wrong name is reported with those of all groups
+    path = Path(CONFIG_DIR, "experiment", f"{''.join(names)}.yaml")
+    if not names or not path.is_file():  # a wrong name is reported with those of all groups
         return overrides
     jobs = [str(job) for job in OmegaConf.load(path).jobs]
     requested = [item for item in overrides if item.startswith("job=")]
-    for job in requested[-1].removeprefix("job=").split(",") if requested else []:
+    for job in _values(requested[-1]) if requested else []:
         if job not in jobs:
             raise UserError(f"job={job}: {experiment} has {', '.join(jobs)}{nearest(job, jobs)}")
     if requested:
@@ -137,6 +144,16 @@ def with_jobs(overrides: list[str], sweep: bool) -> list[str]:
         raise UserError(f"{experiment}: has {len(jobs)} jobs; add -m for all, or name one, as in job={jobs[0]}")
     position = overrides.index(experiment) + 1
     return [*overrides[:position], "job=" + ",".join(jobs), *overrides[position:]]
+
+
+def _values(item: str) -> list[str]:
+    """The value of an override, or the values of a sweep's; none of one that Hydra cannot read, see `jobs_of`."""
+    parser = OverridesParser.create()
+    try:
+        words = BasicSweeper.split_arguments([parser.parse_override(item)], None)[0]
+        return [str(parser.parse_override(word).value()) for (word,) in words]
+    except (HydraException, ValueError, RecursionError):
+        return []
 
 
 def jobs_of(name: str, overrides: list[str], sweep: bool) -> list[list[str]]:

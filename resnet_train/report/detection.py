@@ -33,7 +33,7 @@ from resnet_train.report.values import (
 # The keys of a configuration that must be equal among the runs of one table.
 SETTING = (
     *("iterations", "batch_size", "regions", "lr", "warmup", "drops", "momentum", "weight_decay"),
-    *("min_size", "max_size", "anchors", "proposals", "freeze", "precision"),
+    *("min_size", "max_size", "anchors", "proposals", "freeze"),
 )
 # The columns of each table: the key in the metrics, the heading, and the index among the paper's two figures.
 COLUMNS: dict[str, list[tuple[str, str, int | None]]] = {
@@ -127,7 +127,9 @@ def _read(folder: Path, display_path: str, metrics: list[dict[str, Any]]) -> Det
         iterations=whole(config["iterations"], 1),
         setting={"train": parts, "test": word(data["test"]), "classes": config_value(data["classes"])}
         | {key: config_value(config[key]) for key in SETTING}
-        | used_precision(environment | summary),
+        | {"precision": word(config["precision"])}
+        | used_precision(environment | summary)
+        | {"images": word(environment.get("digest", ""))},  # other data may share a label
         test=test,
         images=whole(lines[-1]["images"]) if lines else 0,
         classes=len(summary["last"]["per_class"]) if summary else None,
@@ -140,18 +142,26 @@ def _read(folder: Path, display_path: str, metrics: list[dict[str, Any]]) -> Det
 
 def sections(runs: list[Detector]) -> list[Section]:
     """A section for the detectors of each data set and setting."""
+    digests: dict[str, set[str]] = {}
+    for run in runs:
+        digests.setdefault(run.data, set()).add(run.setting["images"])
     groups: dict[str, list[Detector]] = {}
     for run in runs:
         groups.setdefault(json.dumps([run.data, run.setting]), []).append(run)
-    return [_section(group, "" if number == 1 else f"-{number}") for number, group in enumerate(groups.values(), 1)]
+    return [
+        _section(group, "" if number == 1 else f"-{number}", several=len(digests[group[0].data]) > 1)
+        for number, group in enumerate(groups.values(), 1)
+    ]
 
 
-def _section(group: list[Detector], where: str) -> Section:
+def _section(group: list[Detector], where: str, several: bool) -> Section:
+    """A section; where `several` data sets share its label, the title has the first digits of its digest."""
     first = group[0]
     runs = f"{len(group)} run{'s' if len(group) > 1 else ''}"
     lists = f"trained on {', '.join(first.setting['train'])}, tested on {first.setting['test']}"
     lists += f" ({test_images(images)})" if (images := max(run.images for run in group)) else ""
-    section = Section(f"Detection on {first.data}: {runs} of {first.iterations:,} iterations, {lists}")
+    data = first.data + (f" (digest {first.setting['images'][:8] or 'not recorded'})" if several else "")
+    section = Section(f"Detection on {data}: {runs} of {first.iterations:,} iterations, {lists}")
     published = any(run.published for run in group)
     if published and first.iterations < (papers := paper.DETECTION_ITERATIONS[first.kind]):
         section.warnings.append(f"SHORTENED: {first.iterations:,} of the paper's {papers:,} iterations")
@@ -184,7 +194,7 @@ def table(group: list[Detector], where: str = "") -> Table:
         name, title = f"table-{number}", f"Table {number}: mAP"
     result = Table(f"{name}{where}", f"{title} in %, {first.data}", header)
     by_weights: dict[tuple[str, str | None], dict[int, Detector]] = {}
-    for run in sorted(group, key=lambda run: len(run.test)):  # of equal seeds the one that got furthest comes last
+    for run in sorted(group, key=_reached):  # of equal seeds the one that got furthest comes last
         seeds = by_weights.setdefault((run.name, run.source), {})
         if run.seed in seeds:
             result.notes.append(f"{seeds[run.seed].display_path}: is the same run as {run.display_path}; left out")
@@ -204,6 +214,11 @@ def table(group: list[Detector], where: str = "") -> Table:
         gains = " and ".join(f"{high - low:.1f}" for high, low in zip(better, worse, strict=True))
         result.notes.append(f"In the paper ResNet-101 is {gains} points above VGG-16.")
     return result
+
+
+def _reached(run: Detector) -> int:
+    """The iteration of the last test."""
+    return run.test[-1]["iteration"] if run.test else 0
 
 
 def _unfinished(run: Detector) -> str:

@@ -29,8 +29,9 @@ def tell_apart(paths: Mapping[Path, int]) -> dict[Path, str]:
 def name_weights(sources: Iterable[str]) -> dict[str, str]:
     """A name for each file of initial weights: the file's, of a run's checkpoint with the run's, or more."""
     paths = {source: Path(source) for source in sources}
-    of_runs = {source for source, path in paths.items() if path.parent.name == "checkpoints"}
-    paths |= {source: paths[source].parents[1] / paths[source].name for source in of_runs}
+    short = {s: path.parents[1] / path.name for s, path in paths.items() if path.parent.name == "checkpoints"}
+    of_runs = {source for source, path in short.items() if path not in paths.values()}
+    paths |= {source: short[source] for source in of_runs}
     names = tell_apart({path: 2 if source in of_runs else 1 for source, path in paths.items()})
     return {source: names[path] for source, path in paths.items()}
 
@@ -77,18 +78,33 @@ def name_label(data: str, tested: Any) -> str:
     return "imagenet-folder" if others else data
 
 
-def read_results(folder: Path, digest: Any) -> list[dict[str, Any]]:
-    """The test results that resnet-eval wrote beside the checkpoints, of single nets and of ensembles.
+def read_results(folder: Path, net: str, seed: int, digest: Any) -> list[dict[str, Any]]:
+    """The test results that resnet-eval wrote beside the checkpoints of a run, of it and of ensembles.
 
-    `digest` is that of the run's data. Results on others are left out, as these may have the same label.
+    `digest` is that of the run's data. Results on others are left out, as these may have the same label; of a folder
+    without a training part, which has no digest, those on the paper's data sets are kept.
     """
-    results = [read_if_object(path) for path in sorted(folder.rglob("*-test.json"))]
+    results = [read_if_object(path) for path in sorted((folder / "checkpoints").glob("*-test.json"))]
     results = [result for result in results if {"net", "data", "split", "protocol", "error"} <= result.keys()]
-    results = [result for result in results if digest is None or result.get("digest") in (None, digest)]
+    results = [
+        result
+        for result in results
+        if "members" in result or (result["net"] == net and result.get("seed", seed) == seed)
+    ]
+    if digest is not None:
+        results = [
+            result
+            for result in results
+            if result.get("digest", digest) == digest or (result["digest"] is None and result["data"] in paper.DATA)
+        ]
     for result in results:
         result |= {key: word(result[key]) for key in ("net", "data", "split", "protocol")}
         result["data"] = name_label(result["data"], result.get("seen") if result["split"] == "test" else None)
         result |= {key: number(result[key], 0, 100) for key in ("error", "error5") if key in result}
         if "members" in result:
-            result["members"] = [{"net": word(member["net"])} for member in result["members"]]
+            lengths = ("iteration", "iterations")
+            members = [
+                {key: member.get(key) for key in lengths} | {"net": word(member["net"])} for member in result["members"]
+            ]
+            result["members"] = members
     return results

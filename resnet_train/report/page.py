@@ -247,9 +247,10 @@ def markdown_table(table: Table) -> str:
 
 
 def _to_markdown(words: str) -> str:
-    """Escaped for Markdown, except `code`."""
+    """Escaped for Markdown, except `code`; underscores where they could begin or end emphasis."""
     parts = words.split("`")
-    parts[::2] = [re.sub(r"([\\\[\]|$*<>~])", r"\\\1", part.replace("&", "&amp;")) for part in parts[::2]]
+    special = r"([\\\[\]|$*<>~]|(?<![^\W_])_|_(?![^\W_]))"
+    parts[::2] = [re.sub(special, r"\\\1", part.replace("&", "&amp;")) for part in parts[::2]]
     return "`".join(parts)
 
 

@@ -13,6 +13,7 @@ from urllib.parse import quote
 
 from resnet_train import paper
 from resnet_train.config.commands import ReportConfig
+from resnet_train.config.layout import count_unreadable
 from resnet_train.errors import UserError, from_write_error
 from resnet_train.files import expand, put
 from resnet_train.report import detection, figures, localization, page, runs, tables, verdict
@@ -176,7 +177,7 @@ def _pages(run: Run, out: Path) -> list[tuple[str, str]]:
 def _describe(run: Run) -> str:
     """A run in one line: net, seed, error, progress, device and folder."""
     state = describe_test(run.test_error) + ("" if run.finished else f", unfinished ({run.reached:,} iterations)")
-    state += f", {run.unreadable} images that cannot be decoded left out" if run.unreadable else ""
+    state += f", {count_unreadable(run.unreadable)}" if run.unreadable else ""
     return runs.describe_run(f"{run.net}, seed {run.seed}: {state}", run.device, run.replaced, run.display_path)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from resnet_train import paper
+from resnet_train.config.schema import flat
 from resnet_train.engine.metrics import count_replaced, describe_replaced
 from resnet_train.errors import UserError
 from resnet_train.files import read_if_object, read_object
@@ -58,6 +59,7 @@ class Run:
     replaced: int = 0  # how often others stood in for broken training images
     unreadable: int = 0  # images left out because they cannot be decoded
     root: str = ""  # of the data, on the machine that ran it
+    job: str = ""  # of a sweep: what tells it from the other jobs, as words of a command line
     results: list[dict[str, Any]] = field(default_factory=list)  # written by resnet-eval
     pages: list[Path] = field(default_factory=list)  # of mistakes, written by resnet-eval with details=true
 
@@ -82,11 +84,14 @@ class Run:
         return self.curves["test"][-1][1] if self.curves["test"] else math.nan
 
     @property
+    def chosen(self) -> Point | None:
+        """The first point with the lowest validation error; None without a validation part."""
+        return min(self.curves["val"], key=lambda point: (point[1], point[0]), default=None)
+
+    @property
     def chosen_error(self) -> float | None:
         """The test error where the validation error was lowest; None without a validation part."""
-        if not self.curves["val"]:
-            return None
-        at = min(self.curves["val"], key=lambda point: (point[1], point[0]))[0]
+        at = self.chosen and self.chosen[0]
         return next((error for iteration, error, _ in self.curves["test"] if iteration == at), None)
 
     @property
@@ -217,10 +222,24 @@ def _run(folder: Path, display_path: str, config: dict[str, Any], metrics: list[
         parameters=None if parameters is None else whole(parameters),
         replaced=whole(count_replaced(metrics)),
         unreadable=whole(sum(recorded.get("unreadable", {}).values())),
-        results=read_results(folder, recorded.get("digest")),
+        results=read_results(folder, net, whole(config["seed"]), recorded.get("digest")),
         root=word(config["data"]["root"] or ""),
-        pages=[path for path in sorted(folder.rglob("*-mistakes.html")) if path.is_file()],
+        job=_name_job(word(recorded.get("command", "")), config),
+        pages=[path for path in sorted((folder / "checkpoints").glob("*-mistakes.html")) if path.is_file()],
     )
+
+
+def _name_job(command: str, config: dict[str, Any]) -> str:
+    """The keys with several values in the command of a sweep, and those that experiments set, with the values here."""
+    words = command.split()
+    if "-m" not in words and "--multirun" not in words:
+        return ""
+    pairs = [word.strip("'\"").lstrip("+").partition("=")[::2] for word in words if "=" in word]
+    swept = [key for key, value in pairs if re.search(r",|\b(choice|range)\(", re.sub(r"\[.*?\]", "", value))]
+    values = flat(config)
+    named = dict.fromkeys([*("arch", "depth", "shortcut", "seed"), *swept])
+    found = {key: values.get(key, values.get(f"{key}.name")) for key in named}
+    return " ".join(f"{key}={format_setting(config_value(value))}" for key, value in found.items() if value is not None)
 
 
 def _recipe(config: dict[str, Any], family: str) -> dict[str, Any]:
@@ -235,6 +254,8 @@ def _recipe(config: dict[str, Any], family: str) -> dict[str, Any]:
     per_device = batch // (config["devices"] or 1)
     device_batch = min(config["device_batch_size"] or per_device, per_device)
     bn_images = config_value(config["bn_images"])
+    recipe["precision"] = word(recipe["precision"])
+    recipe["init_from"] = None if recipe["init_from"] is None else word(recipe["init_from"])
     recipe["bn_images"] = {"device": device_batch, "all": batch}.get(bn_images, bn_images)
     return recipe
 
@@ -261,7 +282,7 @@ def differences(one: list[Run], other: list[Run]) -> list[tuple[str, str, str]]:
 
     The recipes of the two families have keys of their own, which cannot be compared.
     """
-    own, others = ({"family": group[0].family} | group[0].setting for group in (one, other))
+    own, others = ({"family": group[0].family, "images": "not recorded"} | group[0].setting for group in (one, other))
     keys = [key for key in own if key in others and own[key] != others[key]]
     keys = ["data"] if "data" in keys else keys
     return [(key, format_setting(own[key]), format_setting(others[key])) for key in keys]

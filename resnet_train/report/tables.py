@@ -116,14 +116,15 @@ def _own_table(group: list[Run], where: str) -> Table:
     top5 = [view for view in views if any(final_error(run, view, "error5") is not None for run in ended)]
     validated = any(run.curves["val"] for run in group)
     header = ["net", "parameters", *(f"test error ({view})" for view in views), *(f"top-5 ({view})" for view in top5)]
-    header += ["test error at the lowest validation error"] if validated else []
+    header += ["lowest validation error", "test error there"] if validated else []
     table = Table(f"errors{where}", f"Error in %, {group[0].data}", [*header, "training error at the end"])
     for net, runs in by_net(group).items():
         done = [run for run in runs if run.finished]
         row: list[Cell] = [net, next((run.parameters for run in done if run.parameters), None)]
         row += [_mean([final_error(run, view) for run in done]) for view in views]
         row += [_mean([final_error(run, view, "error5") for run in done]) for view in top5]
-        row += [_mean([run.chosen_error for run in done])] if validated else []
+        if validated:
+            row += [_mean([run.chosen and run.chosen[1] for run in done]), _mean([run.chosen_error for run in done])]
         table.rows.append([*row, _mean([run.train_error for run in done])])
         table.notes += _unfinished(runs)
     table.notes += _explain(views)
@@ -208,7 +209,7 @@ def errors_table(group: list[Run], name: str, where: str) -> Table | None:
 def _ensembles(group: list[Run], where: str) -> list[Table]:
     """Table 5: errors of ensembles that resnet-eval has measured, or the command that measures one."""
     first = group[0]
-    results = {str(result): result for run in group for result in run.results if "members" in result}
+    results = {str(result): result for run in group for result in run.results if _of_ensemble(result)}
     members = [run for run in group if run.finished and run.net in paper.TABLES["table 4"] and run.published]
     if not (results or members):
         return []
@@ -227,14 +228,24 @@ def _ensembles(group: list[Run], where: str) -> list[Table]:
     return [table]
 
 
+def _of_ensemble(result: dict[str, Any]) -> bool:
+    """Whether a result is the test of several nets, each after its last iteration."""
+    members = result.get("members", [])
+    return _is_plain(result) and bool(members) and all(one["iteration"] == one["iterations"] for one in members)
+
+
+def _is_plain(result: dict[str, Any]) -> bool:
+    """Whether a result is of the test images, with the batch norm of the training."""
+    return result["split"] == "test" and result.get("batch_norm", "moving averages") == "moving averages"
+
+
 def final_error(run: Run, view: str, key: str = "error") -> float | None:
     """The error of the last iteration under `view`: the protocol of training, or one that resnet-eval has measured."""
     if run.protocol == view:
         return run.test_error if key == "error" else run.curves["test"][-1][2]
     for result in run.results:
-        last = result.get("iteration") == run.iterations and result["split"] == "test" and "members" not in result
-        plain = result.get("batch_norm", "moving averages") == "moving averages"
-        if last and plain and result["data"] == run.data and str(result["protocol"]).startswith(view):
+        last = result.get("iteration") == run.iterations and "members" not in result
+        if last and _is_plain(result) and result["data"] == run.data and str(result["protocol"]).startswith(view):
             return result.get(key)
     return None
 
@@ -271,24 +282,26 @@ def deviations_table(groups: list[list[Run]]) -> Table:
 
 
 def runs_table(runs: list[Run]) -> Table:
-    """Every run with its progress and its command."""
+    """Every run with its progress and its command; the test error is that of a finished run's last iteration."""
     header = ["net", "seed", "data", "iterations", "of", "test error", "protocol", "device", "command", "folder"]
-    replaced = any(run.replaced for run in runs)
+    replaced, validated = any(run.replaced for run in runs), any(run.curves["val"] for run in runs)
+    header += ["lowest validation error", "at iteration", "test error there"] * validated
     table = Table("runs", "Every run", header + ["broken images replaced"] * replaced)
     for run in runs:
-        error = run.test_error if run.curves["test"] else None
+        error = run.test_error if run.finished else None
         table.rows.append([run.net, str(run.seed), run.data, run.reached, run.iterations, error])
         table.rows[-1] += [run.protocol, run.device, run_command(run), run.display_path]
+        if validated:
+            at, lowest, _ = run.chosen or (None, None, None)
+            table.rows[-1] += [lowest, at, run.chosen_error]
         table.rows[-1] += [run.replaced] * replaced
     return table
 
 
 def run_command(run: Run) -> str:
     """The command of a run; for a job of a sweep, with a comment that names the job."""
-    words = run.command.split()
-    sweep = "-m" in words or "--multirun" in words
     command = strip_folders(run.command) or "not recorded"
-    return command + (f" # arch={run.arch} depth={run.depth} seed={run.seed}" if sweep else "")
+    return command + (f" # {run.job}" if run.job else "")
 
 
 def strip_folders(command: str) -> str:
@@ -297,4 +310,4 @@ def strip_folders(command: str) -> str:
         words = shlex.split(command)
     except ValueError:  # quotes that do not close
         words = command.split()
-    return shlex.join(re.sub(r"(^|[=\[,])~?/(?:[^,\]]*/)?(?=[^,\]])", r"\1", word) for word in words)
+    return shlex.join(re.sub(r"(^|[=\[,][\"']?)(?:~[^/,\]]*)?/(?:[^,\]]*/)?(?=[^,\]])", r"\1", word) for word in words)

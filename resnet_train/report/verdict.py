@@ -103,18 +103,23 @@ def _words(pair: Comparison) -> str:
 
 
 def sentence(group: list[Run]) -> str:
-    """What the runs show for plain and residual nets, at the greatest depth that both have; may be empty."""
-    pairs = [pair for pair in comparisons(group) if pair.deep.depth < 1000]  # 1202 layers overfit
-    plain = [pair for pair in pairs if pair.deep.arch == "plain"]
-    residual = [pair for pair in pairs if pair.deep.arch != "plain"]
-    both = {pair.deep.depth for pair in plain} & {pair.deep.depth for pair in residual}
-    chosen = [
-        next((pair for pair in kind if both and pair.deep.depth == max(both)), kind[-1])
-        for kind in (plain, residual)
-        if kind
-    ]
-    if not chosen:
+    """What the runs show for plain nets and for residual nets with each shortcut; may be empty.
+
+    At the greatest depth that a kind has in common with the plain nets, else at its own.
+    """
+    kinds: dict[str, list[Comparison]] = {}
+    for pair in comparisons(group):
+        if pair.deep.depth < 1000:  # 1202 layers overfit
+            kinds.setdefault("plain" if pair.deep.arch == "plain" else pair.deep.net[-1], []).append(pair)
+    if not kinds:
         return ""
+    residual = {pair.deep.depth for kind, pairs in kinds.items() if kind != "plain" for pair in pairs}
+    chosen = []
+    for kind, pairs in kinds.items():
+        others = residual if kind == "plain" else {pair.deep.depth for pair in kinds.get("plain", [])}
+        both = {pair.deep.depth for pair in pairs} & others
+        chosen.append(next((pair for pair in pairs if both and pair.deep.depth == max(both)), pairs[-1]))
+    several = len(kinds.keys() - {"plain"}) > 1
     first = group[0]
     length = f"After {first.iterations:,} iterations"
     if paper.shortened(first.data if first.published else "", first.family, first.iterations):
@@ -122,11 +127,13 @@ def sentence(group: list[Run]) -> str:
         length = (
             f"After {first.iterations:,} of the paper's {whole:,} iterations, which do not tell what all would give"
         )
-    return f"{length}, {'; '.join(map(_clause, chosen))}."
+    return f"{length}, {'; '.join(_clause(pair, several) for pair in chosen)}."
 
 
-def _clause(pair: Comparison) -> str:
+def _clause(pair: Comparison, several: bool) -> str:
+    """What is shown of a net; with `several` kinds of shortcuts, which it has."""
     kind = "plain" if pair.deep.arch == "plain" else "residual"
+    shortcut = f" with shortcuts {pair.deep.net[-1]}" if several and kind == "residual" else ""
     articles = {"worse": "a higher", "better": "a lower"}
     word = pair.train.word if pair.train.word == pair.test.word else ""
     parts = " and ".join(
@@ -140,4 +147,4 @@ def _clause(pair: Comparison) -> str:
     errors = f"training error {pair.train.points:+.2f} points, test error {pair.test.points:+.2f}"
     if math.isnan(pair.train.points):
         errors = f"training error not recorded, test error {pair.test.points:+.2f} points"
-    return f"the {kind} net of {pair.deep.depth} layers {relation} that of {pair.shallow.depth} ({errors})"
+    return f"the {kind} net of {pair.deep.depth} layers{shortcut} {relation} that of {pair.shallow.depth} ({errors})"

@@ -22,7 +22,7 @@ from resnet_train.data.imagenet_classes import imagenet_classes
 from resnet_train.data.packed import open_packed
 from resnet_train.engine import checkpoint
 from resnet_train.errors import UserError
-from resnet_train.files import expand, read_regular, write_result, write_whole
+from resnet_train.files import expand, read_regular, writing
 from resnet_train.models.build import build_network, check_net
 from resnet_train.terminal import say
 from resnet_train.weights import state_dicts
@@ -190,8 +190,9 @@ def export(args: WeightsConfig) -> None:
         stride = config.bottleneck_stride if config.data.family == "imagenet" and config.depth >= 50 else "3x3"
         if stride == "1x1":
             note += "; note: its stride is in the first 1x1, torchvision's is in the 3x3: there it gives other logits"
-    write_result(out.with_name(out.name + ".json"), description)  # first: it marks the weights as ours
-    write_whole(out, content)
+    with writing(out) as weights, writing(out.with_name(out.name + ".json")) as described:  # both or neither
+        described.write_text(json.dumps(description, indent=2) + "\n")
+        weights.write_bytes(content)
     shift = "the mean image in the JSON file" if mean.ndim == 3 else str([round(value, 4) for value in mean.tolist()])
     inputs = images if args.format == "onnx" else f"RGB in 0 to 1, minus {shift}, divided by {std}"
     say(f"{FAMILIES[config.data.family]} {config.net}, {len(state['classes'])} classes; images: {inputs}{note}; {out}")

@@ -199,7 +199,9 @@ def read_description(path: Path) -> dict[str, Any] | None:
         return None
     try:
         values = json.loads(read_regular(beside) if header is None else header)
-        if header is None and not str(values["written_by"]).startswith("resnet-train"):
+        if header is None and not (
+            isinstance(values, dict) and f"{values.get('written_by')}".startswith("resnet-train")
+        ):
             return None
         if values.get("format") != checkpoint.FORMAT:
             raise ValueError(

@@ -169,9 +169,7 @@ def to_our_names(state: Mapping[str, Tensor], form: str, where: str) -> tuple[di
 def _check_values(state: Mapping[str, Tensor], where: str) -> None:
     """Raises UserError for weights that are not floats, not finite, or variances below 0."""
     for name, value in state.items():
-        if name.endswith("num_batches_tracked"):
-            continue
-        if value.dtype not in FLOATS:
+        if value.dtype not in FLOATS and not name.endswith("num_batches_tracked"):
             raise UserError(
                 f"{where}: {name} is {str(value.dtype).removeprefix('torch.')}; allowed are"
                 f" {', '.join(str(dtype).removeprefix('torch.') for dtype in FLOATS)}"
@@ -238,6 +236,8 @@ def shape_of(state: Mapping[str, Tensor], where: str) -> Shape:
             f"{where}: is no net of the paper, whose keys are conv1.weight, bn1.…, layer1.0.conv1.weight, …, fc.bias;"
             f" it has {first_few(list(state))}"
         )
+    if shape.classes < 2:
+        raise UserError(f"{where}: has {shape.classes} classes (the rows of fc.weight); a net has at least two")
     with torch.device("meta"):
         make = cifar_resnet if shape.family == "cifar" else imagenet_resnet
         expected = make(shape.depth, shape.shortcut, num_classes=shape.classes).state_dict()
