@@ -44,6 +44,7 @@ WRONG = [
     ("depth", ["'depth'", "key=value"]),
     ("depth=20 32", ["'32'", "key=value"]),
     ("depth=[", ["depth=["]),
+    ("iterations=1,000", ["iterations=1,000: several values are a sweep", "; a number has no comma, as 1000 or 0.01"]),
     ("depth=20,32", ["depth=20,32", "-m"]),
     ("depth=${nosuch}", ["depth", "nosuch"]),
     ("run_dir=/dev/null/x", ["run_dir=/dev/null/x"]),

@@ -173,7 +173,10 @@ def jobs_of(name: str, overrides: list[str], sweep: bool) -> list[list[str]]:
             raise UserError(f"{item}: is not written out here; write the values themselves, as in -m {key}=A,B")
         if override.is_sweep_override() and not sweep:
             a_list = f", or write a list, as in {key}=[…]" if key in LISTS else ""
-            raise UserError(f"{item}: several values are a sweep, which resnet-train makes with -m{a_list}")
+            a_number = (
+                "; a number has no comma, as 1000 or 0.01" if re.fullmatch(r"[\d,]+", item.partition("=")[2]) else ""
+            )
+            raise UserError(f"{item}: several values are a sweep, which resnet-train makes with -m{a_list or a_number}")
         if key in groups(name) and isinstance(override.value(), (list, dict)):
             raise UserError(f"{item}: takes one option; for several runs add -m, for a value {key}.KEY=VALUE")
         try:

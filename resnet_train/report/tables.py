@@ -276,6 +276,8 @@ def deviations_table(groups: list[list[Run]]) -> Table:
         for (key, value, published), runs in by_deviation.items():
             names = f"all {len(group)}" if len(runs) == len(group) > 1 else ", ".join(runs)
             table.rows.append([str(number), names, data, key, value, published])
+    if not all(group[0].published for group in groups):
+        table.notes.append("On data that the paper does not have, the length and the size of images are no deviations.")
     table.notes.append("What the keys mean: docs/keys.md.")
     table.notes.append("What is the same in every run of this program: docs/paper.md, “Where this is not the paper”.")
     return table
