@@ -114,34 +114,14 @@ def check_train(values: Mapping[str, Any], requested: Collection[str] = (), *, n
     config = scaled(config, values.get("scale", 1))
     check_paths({"data.root": config.data.root, "run_dir": config.run_dir, "resume": config.resume})
     check_paths({"init_from": config.init_from})
-    kind = config.schedule.name
-    folder = {"imagefolder"} & {config.data.name}  # of any family
-    unread = unread_keys(Config, kind, config.data.family, *folder)
-    own = [key for key in types_of(Schedule) if f"schedule.{key}" not in unread]
-    for key in sorted(values["schedule"].keys() ^ set(own)):
-        raise UserError(f"schedule.{key}: schedule={kind} has {', '.join(own)}; choose another kind with schedule=")
     check_family(config.data)
     check_depth(config.depth, config.data.family)
-    here, augment = f"data={config.data.name} (data.family={config.data.family})", values["augment"]
-    for key in unread:
-        readers = " or ".join(f"data={NAMES.get(one, one)}" for one in sorted(marked(OnlyFor, Config)[key].readers))
-        if key in requested:
-            raise UserError(f"{key}: is for {readers}; {here} does not use it; remove it")
-        if "recipe" in requested and (value := augment.get(key.removeprefix("augment."))):
-            sets = f"sets {key}={format_value(value)}"
-            raise UserError(f"recipe={config.recipe}: is for {readers}; it {sets}, which {here} does not use")
+    _check_used(config, values, requested)
     if config.devices != "auto":
         split_batch(config, config.devices)
     if config.precision == "fp16" and config.device == "cpu":
         raise UserError("precision=fp16: is for GPUs; on a CPU use bf16 or fp32")
-    if config.arch == "plain" and config.zero_gamma:
-        raise UserError("zero_gamma=true: a plain net would give nothing but zeros; it is for arch=resnet")
-    if config.arch == "plain":
-        if "shortcut" in requested and config.shortcut != "none":
-            raise UserError(f"shortcut={config.shortcut}: a plain net has no shortcuts; remove it, or use arch=resnet")
-        config = dataclasses.replace(config, shortcut="none")
-    elif config.shortcut == "none":
-        raise UserError("shortcut=none: a residual net needs A, B or C; without shortcuts it is arch=plain")
+    config = _check_shortcut(config, requested)
     if config.data.name in OFFICIAL and config.data.size != 32:
         raise UserError(f"data.size={config.data.size}: CIFAR is 32 px; for other sizes use data=imagefolder")
     if config.data.family == "imagenet" and config.data.size % 32:
@@ -157,12 +137,7 @@ def check_train(values: Mapping[str, Any], requested: Collection[str] = (), *, n
         images = training_images(config.data)
         count = "IMAGES" if images is None else max(1, images // 10)
         raise UserError(f"schedule.watch=val: needs a held-out part of the training set; add data.validation={count}")
-    if config.freeze is not None:
-        last = "layer3" if config.data.family == "cifar" else "layer4"
-        if config.freeze > last:
-            raise UserError(f"freeze={config.freeze}: the last stage of {config.data.family} nets is {last}")
-        if config.init_from is None:
-            raise UserError(f"freeze={config.freeze}: would keep random weights; add init_from=, or remove it")
+    _check_freeze(config)
     if config.nesterov and not config.momentum:
         raise UserError("nesterov=true: needs momentum above 0; use momentum=0.9")
     if needs_data or config.data.root is not None:
@@ -170,6 +145,48 @@ def check_train(values: Mapping[str, Any], requested: Collection[str] = (), *, n
     check_held_out(config.data)
     source = None if config.init_from is None else os.path.realpath(expand(config.init_from))
     return dataclasses.replace(config, data=anchored(config.data), init_from=source)
+
+
+def _check_used(config: Config, values: Mapping[str, Any], requested: Collection[str]) -> None:
+    """Raises UserError for keys, named or set by a named recipe, that this data set or schedule does not use."""
+    kind = config.schedule.name
+    folder = {"imagefolder"} & {config.data.name}  # of any family
+    unread = unread_keys(Config, kind, config.data.family, *folder)
+    own = [key for key in types_of(Schedule) if f"schedule.{key}" not in unread]
+    for key in sorted(values["schedule"].keys() ^ set(own)):
+        raise UserError(f"schedule.{key}: schedule={kind} has {', '.join(own)}; choose another kind with schedule=")
+    here, augment = f"data={config.data.name} (data.family={config.data.family})", values["augment"]
+    for key in unread:
+        readers = " or ".join(f"data={NAMES.get(one, one)}" for one in sorted(marked(OnlyFor, Config)[key].readers))
+        if key in requested:
+            raise UserError(f"{key}: is for {readers}; {here} does not use it; remove it")
+        if "recipe" in requested and (value := augment.get(key.removeprefix("augment."))):
+            sets = f"sets {key}={format_value(value)}"
+            raise UserError(f"recipe={config.recipe}: is for {readers}; it {sets}, which {here} does not use")
+
+
+def _check_shortcut(config: Config, requested: Collection[str]) -> Config:
+    """The configuration, with shortcut=none for a plain net. Raises UserError for what such a net cannot have."""
+    if config.arch == "plain" and config.zero_gamma:
+        raise UserError("zero_gamma=true: a plain net would give nothing but zeros; it is for arch=resnet")
+    if config.arch == "plain":
+        if "shortcut" in requested and config.shortcut != "none":
+            raise UserError(f"shortcut={config.shortcut}: a plain net has no shortcuts; remove it, or use arch=resnet")
+        return dataclasses.replace(config, shortcut="none")
+    if config.shortcut == "none":
+        raise UserError("shortcut=none: a residual net needs A, B or C; without shortcuts it is arch=plain")
+    return config
+
+
+def _check_freeze(config: Config) -> None:
+    """Raises UserError for stages that the net does not have, or that would keep random weights."""
+    if config.freeze is None:
+        return
+    last = "layer3" if config.data.family == "cifar" else "layer4"
+    if config.freeze > last:
+        raise UserError(f"freeze={config.freeze}: the last stage of {config.data.family} nets is {last}")
+    if config.init_from is None:
+        raise UserError(f"freeze={config.freeze}: would keep random weights; add init_from=, or remove it")
 
 
 def scaled(config: Config, scale: Any) -> Config:
