@@ -153,28 +153,9 @@ def export(args: WeightsConfig) -> None:
         difference, content = to_onnx(net, mean, divisor(config), config.data.size)
         images = f"float32 RGB in 0 to 1, (N, 3, {config.data.size}, {config.data.size}); mean and std are inside"
         note = f"; logits as PyTorch's to {difference:.1g} by onnxruntime"
-    description = {
-        "written_by": f"resnet-train {__version__}",
-        "format": checkpoint.FORMAT,
-        "checkpoint": args.file,
-        "net": config.net,
-        "family": config.data.family,
-        "arch": config.arch,
-        "depth": config.depth,
-        "shortcut": config.shortcut,
-        "bottleneck_stride": config.bottleneck_stride,
-        "data": state["label"],
-        "size": config.data.size,
-        "shorter_side": center_side(config.data.size) if config.data.family == "imagenet" else config.data.size,
-        "seed": config.seed,
-        "iteration": state["iteration"],
-        "iterations": config.iterations,
-        "precision": state["measure"]["precision"],
-        "images": images,
-        "mean": mean.tolist(),
-        "std": std if args.format != "onnx" else list(state_dicts.UNDIVIDED),
-        "classes": state["classes"],
-    }
+    divided = std if args.format != "onnx" else list(state_dicts.UNDIVIDED)
+    preprocessing = {"images": images, "mean": mean.tolist(), "std": divided}
+    description = _describe(args.file, config, state) | preprocessing | {"classes": state["classes"]}
     if args.format != "onnx":
         tensors = {k: v.contiguous() for k, v in state_dicts.rescaled(net.state_dict(), divisor(config), std).items()}
         if args.format == "safetensors":
@@ -196,6 +177,28 @@ def export(args: WeightsConfig) -> None:
     shift = "the mean image in the JSON file" if mean.ndim == 3 else str([round(value, 4) for value in mean.tolist()])
     inputs = images if args.format == "onnx" else f"RGB in 0 to 1, minus {shift}, divided by {std}"
     say(f"{FAMILIES[config.data.family]} {config.net}, {len(state['classes'])} classes; images: {inputs}{note}; {out}")
+
+
+def _describe(file: str, config: Config, state: dict[str, Any]) -> dict[str, Any]:
+    """The net of a checkpoint, as exports describe it."""
+    return {
+        "written_by": f"resnet-train {__version__}",
+        "format": checkpoint.FORMAT,
+        "checkpoint": file,
+        "net": config.net,
+        "family": config.data.family,
+        "arch": config.arch,
+        "depth": config.depth,
+        "shortcut": config.shortcut,
+        "bottleneck_stride": config.bottleneck_stride,
+        "data": state["label"],
+        "size": config.data.size,
+        "shorter_side": center_side(config.data.size) if config.data.family == "imagenet" else config.data.size,
+        "seed": config.seed,
+        "iteration": state["iteration"],
+        "iterations": config.iterations,
+        "precision": state["measure"]["precision"],
+    }
 
 
 def _to_bytes(tensors: dict[str, Tensor]) -> bytes:
