@@ -30,7 +30,7 @@ from resnet_train.localization.predict import (
     score_anchors,
     views,
 )
-from resnet_train.localization.tree import NO_BOX, NO_CLASS, TOO_LONG, read_tree
+from resnet_train.localization.tree import NO_BOX, NO_CLASS, SAME_NAME, TOO_LONG, read_tree
 from resnet_train.models import cifar_resnet, imagenet_resnet
 
 needs("sklearn")
@@ -400,6 +400,17 @@ def test_any_number_of_boxes_and_images_without_are_counted(tree):
     xml(tree, "1c").unlink()
     with pytest.raises(UserError, match=r"val/ has no image with a box of its class"):
         read_tree(tree, broken="stop")
+
+
+@pytest.mark.parametrize("broken", ["stop", "skip"])
+def test_further_images_of_one_name_are_counted(tree, broken):
+    for name in ("0a.png", "0a.webp", "0b.png"):
+        Image.new("RGB", (40, 30)).save(tree / "train/n0" / name)
+    found = read_tree(tree, broken=broken)
+    assert [found.train[n].name for n in range(len(found.train))][:2] == ["n0/0a.JPEG", "n0/0b.JPEG"]
+    assert found.faults == {SAME_NAME: 3}
+    first = f"{tree / 'train/n0/0a.png'}: its annotation is that of 0a.JPEG"
+    assert fault_lines(found) == [f"3 {SAME_NAME}, the first: {first}"]
 
 
 def faulty(text, old, new):

@@ -30,6 +30,7 @@ from resnet_train.detection.voc import read_objects, read_xml
 from resnet_train.errors import UserError
 
 NO_BOX = "images left out: no box of their class"
+SAME_NAME = "images left out: another has the same name with another suffix"
 NO_CLASS = "images left out: objects of several classes, and no folder that says which"
 NO_SUCH_CLASS = "folders of val/ left out: no class of the checkpoint"
 TOO_LONG = f"images left out: more than {LONGEST} times as long as wide"
@@ -129,7 +130,10 @@ def _read_part(boxes: Path, images: Path, classes: list[str], faults: Faults) ->
     for name in tqdm(folders or [""], desc=f"reading {images.name}", leave=False, disable=None):
         files = group_by_stem(list_files(images / name))
         own = _annotations(boxes / name) if name and (boxes / name).is_dir() else {}
-        for stem, (file, *_) in files.items():
+        for stem, (file, *others) in files.items():
+            if others:
+                where = os.path.join(images, name, others[0])
+                faults.count(SAME_NAME, f"{where}: its annotation is that of {file}", len(others))
             example, path = None, own.pop(stem, None) or flat.pop(stem, None)
             if path is None:
                 faults.count(NO_BOX, f"{os.path.join(images, name, file)} has no annotation")
