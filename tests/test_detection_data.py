@@ -400,9 +400,9 @@ def test_names_that_lead_elsewhere_are_refused(tree, name, broken):
 
 
 def test_the_image_is_of_the_annotations_name_or_the_one_it_names(tree):
-    """In this order: the JPEG of its own name, the file that it names, its own name with another ending.
+    """In this order: the JPEG of its own name, its own name with another ending, the file that it names.
 
-    Endings are those that classification takes, in any case.
+    Endings are those that classification takes, in any case; where there are several, the one that it names goes first.
     """
     images, text = tree / "JPEGImages", annotation(thing(), filename="other.gif")
     add(tree, "a", text)
@@ -412,9 +412,16 @@ def test_the_image_is_of_the_annotations_name_or_the_one_it_names(tree):
         draw(images / name, "L" if name == "a.pgm" else "RGB")
     for name in ("a.txt", ".a.jpg", "a.b.jpg", "ab.jpg"):
         (images / name).write_bytes(b"")
-    for wanted in ("a.jpg", "other.gif", *others):
+    for wanted in ("a.jpg", *others, "other.gif"):
         assert read(tree).train[0].path == images / wanted
         assert load(read(tree).train[0]).shape == (3, HEIGHT, WIDTH)
+        (images / wanted).unlink()
+    for name in ("a.bmp", "a.png"):
+        draw(images / name)
+    add(tree, "a", annotation(thing(), filename="a.png"))
+    (images / "a.jpg").unlink()
+    for wanted in ("a.png", "a.bmp"):
+        assert read(tree).train[0].path == images / wanted
         (images / wanted).unlink()
     add(tree, "a", annotation(thing(), filename="../JPEGImages/b.jpg"))
     (images / "a.jpg").unlink()

@@ -166,7 +166,9 @@ def _kinds(path: Path) -> set[str]:
 def _voc_example(listed: Listed, listing: Listing, classes: list[str], faults: Faults) -> Example:
     path = listed.annotation
     node, stem = read_xml(path), path.name.removesuffix(".xml")
-    names = (f"{stem}.jpg", _text(node, "filename"), *listing.stems.get(stem, ()))
+    # <filename> last, which copied annotations share; but it chooses among images of the annotation's own name.
+    given = _text(node, "filename")
+    names = (f"{stem}.jpg", *sorted(listing.stems.get(stem, ()), key=given.__ne__), given)
     image = listed.folder / next((name for name in names if name in listing.files), names[0])
     if image.name not in listing.files:
         raise Fault(NO_IMAGE, f"{path}: there is no image {image}")
