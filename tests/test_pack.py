@@ -5,6 +5,7 @@ import hashlib
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -29,6 +30,7 @@ from resnet_train.data.decode import decode
 from resnet_train.data.imagefolder import image_of, open_image_splits
 from resnet_train.data.pack_check import check_packed
 from resnet_train.data.packed import Shard, open_packed, stored_order
+from resnet_train.data.pool import work_in_processes
 from resnet_train.data.sampler import WINDOW, permutation
 from resnet_train.data.streaming import StreamingDataset
 from resnet_train.data.views import BatchOrder
@@ -174,6 +176,22 @@ def test_a_killed_packing_goes_on_and_gives_the_same(tree, packed, tmp_path):
             assert seen.setdefault(note.name, note.stat().st_mtime_ns) == note.stat().st_mtime_ns
     packing.pack(root=str(tree), out=out, **SETTINGS)
     assert content(out) == content(packed)
+
+
+def nap(job):
+    time.sleep(job[0])
+
+
+@pytest.mark.parametrize("size", [1, 1_000_000], ids=["small", "more than a pipe takes"])
+def test_nobody_waits_for_running_jobs_after_an_error_or_a_signal(size):
+    """As after a signal, a generator is closed: jobs end at once, and so do those that are queued."""
+    for first in (0, "no number"):
+        begin, work = time.monotonic(), work_in_processes(nap, [(first, b""), *[(60, bytes(size))] * 9], 2)
+        with contextlib.nullcontext() if first == 0 else pytest.raises(TypeError):
+            assert next(work) == ((0, b""), None)
+        work.close()
+        assert time.monotonic() - begin < 40
+        assert multiprocessing.active_children() == []
 
 
 def test_a_packing_that_was_cut_before_pack_json_is_finished(tree, packed, tmp_path, capsys):

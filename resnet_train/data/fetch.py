@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import multiprocessing
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,7 +15,8 @@ from tqdm import tqdm
 from resnet_train.config.layout import PACKED, is_remote
 from resnet_train.data.cache import cache_folder
 from resnet_train.data.pack_schema import PackShard, checksum, read_about
-from resnet_train.errors import RunError, UserError
+from resnet_train.data.pool import work_in_processes
+from resnet_train.errors import UserError
 
 DOWNLOADS = 8  # shards that are fetched at once
 
@@ -31,11 +30,8 @@ def local_folder(root: str) -> Path:
     if root.startswith("local:"):
         return _fetch_pack(root.rstrip("/"))
     # The clients of object storage start threads, which do not survive a fork into workers: use another process.
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        try:
-            return pool.submit(_fetch_pack, root.rstrip("/")).result()
-        except BrokenProcessPool as error:
-            raise RunError("the process that fetched the shards was killed; the same command resumes") from error
+    ((_, folder),) = work_in_processes(_fetch_pack, [root.rstrip("/")], workers=1)
+    return folder
 
 
 def _fetch_pack(url: str) -> Path:

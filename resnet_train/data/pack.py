@@ -7,6 +7,7 @@ the notes are combined into pack.json, and the folder is removed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import os
@@ -85,9 +86,9 @@ def pack(*, root: str, out: Path, shorter_side: int, quality: int, images: int, 
         common = {"images": images, "shorter_side": shorter_side, "quality": quality, "skip": broken == "skip"}
         jobs = (common | {"path": shard.path, "note": shard.note, "items": _items(shard)} for shard in missing)
         bar = tqdm(total=total, desc="packing", unit=" images", disable=None)
-        with bar:
+        with bar, contextlib.closing(work_in_processes(_write_shard, jobs, workers)) as written:
             bar.update(total - sum(len(shard.places) for shard in missing))
-            for job, lines in work_in_processes(_write_shard, jobs, workers):
+            for job, lines in written:
                 bar.update(len(job["items"]))
                 for line in lines:
                     tqdm.write(printable(f"skipped: {line}"), file=sys.stderr)

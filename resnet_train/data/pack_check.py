@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import Any
 
@@ -30,8 +31,9 @@ def check_packed(root: str, workers: int) -> None:
         for shard in part.shards
     ]
     total, errors = sum(part.images for part in pack.parts.values()), []
-    with tqdm(total=total, desc="checking", unit=" images", disable=None) as bar:
-        for job, shard_errors in work_in_processes(read_shard, jobs, workers):
+    bar = tqdm(total=total, desc="checking", unit=" images", disable=None)
+    with bar, contextlib.closing(work_in_processes(read_shard, jobs, workers)) as checked:
+        for job, shard_errors in checked:
             bar.update(job["shard"].images)
             errors += shard_errors
     for line in errors:
