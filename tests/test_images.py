@@ -1158,6 +1158,7 @@ DAMAGES = {
     "no keys": saved({}),
     "other keys": saved({"train": [1], "test": [2], "classes": [], "digest": ""}),
     "nothing": saved(None),
+    "a tensor": saved(torch.ones(3)),
 }
 
 

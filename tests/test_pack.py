@@ -855,6 +855,16 @@ def test_a_listing_is_kept_and_never_stale(tree, tmp_path, monkeypatch):
     opened(2)  # the folder has changed just now: not kept
 
 
+@pytest.mark.parametrize("other", [[1], None, torch.ones(3), {}], ids=["list", "nothing", "tensor", "no keys"])
+def test_a_kept_listing_of_another_kind_is_made_again(other, tree, tmp_path, monkeypatch):
+    monkeypatch.setenv("RESNET_TRAIN_DATA", str(tmp_path))
+    monkeypatch.setattr("resnet_train.data.imagefolder.SETTLED", -1.0)
+    first = open_image_splits(str(tree))
+    (path,) = (tmp_path / "listings").iterdir()
+    torch.save(other, path)
+    assert open_image_splits(str(tree)).digest == first.digest
+
+
 def test_a_folder_that_changed_and_has_its_old_time_again_is_listed_anew(tree, tmp_path, monkeypatch):
     """As copying programs leave it, which set the times of what they copy."""
     from resnet_train.data import imagefolder

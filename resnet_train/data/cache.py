@@ -38,7 +38,7 @@ def load_cached(name: str, files: list[Path], key: str, make: Callable[[], DataS
         cached = checkpoint.read(path)
         parts = ImageSet(*cached["train"]), ImageSet(*cached["test"])
         return DataSet(*parts, cached["classes"], cached["digest"], cached["unreadable"])
-    except (UserError, TypeError, KeyError):
+    except (UserError, TypeError, LookupError):
         pass  # missing, damaged or of another kind: made again
     data = make()
     keep(

@@ -150,8 +150,9 @@ def _open_tree(root: Path) -> ImageSplits:
     folders = [root / part / name for part in here for name in classes]
     stamp, newest = _stamp(folders)
     listing: dict[str, Any] = {}
-    with contextlib.suppress(UserError):  # missing or damaged: made again
-        listing = checkpoint.read(path)
+    with contextlib.suppress(UserError):  # missing, damaged or of another kind: made again
+        cached = checkpoint.read(path)
+        listing = cached if isinstance(cached, dict) else {}
     if listing.get("stamp") != stamp:
         left_out = Counter[str]()
         if test:
