@@ -70,22 +70,24 @@ def lock_directory(folder: Path, key: str, doing: str, patience: int = 0) -> Ite
         os.close(handle)
 
 
-class NotRegular(OSError):
-    """The path is a folder, a FIFO (which would wait for a writer) or a device (which may have no end)."""
+class Unfit(OSError):
+    """The path is a folder, a FIFO (which would wait for a writer), a device (which may have no end), or too large."""
 
 
 def open_regular(path: str | Path, buffering: int = -1) -> BinaryIO:
-    """Open a regular file for reading. Raises OSError, and NotRegular for anything else."""
+    """Open a regular file for reading. Raises OSError, and Unfit for anything else."""
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
-        raise NotRegular(errno.EINVAL, "not a regular file", str(path))
+        raise Unfit(errno.EINVAL, "not a regular file", str(path))
     return os.fdopen(handle, "rb", buffering)
 
 
-def read_regular(path: str | Path) -> bytes:
-    """The content of a regular file. Raises OSError, and NotRegular for anything else."""
+def read_regular(path: str | Path, most: int | None = None) -> bytes:
+    """The content of a regular file of at most `most` bytes. Raises OSError, and Unfit for anything else."""
     with open_regular(path, buffering=0) as file:
+        if most is not None and os.fstat(file.fileno()).st_size > most:
+            raise Unfit(errno.EFBIG, f"larger than {most:,} bytes", str(path))
         return file.read()
 
 

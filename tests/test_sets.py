@@ -23,7 +23,7 @@ from resnet_train.data import imagefolder, streaming
 from resnet_train.data.augment import EIGENVECTORS, IMAGENET_MEAN
 from resnet_train.data.cache import cache_folder
 from resnet_train.data.crops import area_box
-from resnet_train.data.decode import read_image
+from resnet_train.data.decode import ImageError, read_image
 from resnet_train.data.memory import MemoryDataset
 from resnet_train.data.source import load
 from resnet_train.data.streaming import StreamingDataset, _RandomViews
@@ -399,19 +399,31 @@ def test_the_next_of_a_broken_last_image_is_the_first(tree, tmp_path):
     assert torch.cat([labels for _, labels in batches]).bincount().tolist() == [8, 4, 1]
 
 
-def test_an_image_that_is_a_pipe_is_a_broken_one(tree, tmp_path):
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [(os.mkfifo, "not a regular file"), (lambda path: make_sparse(path, 60e9), "larger than 1,000,000,000 bytes")],
+    ids=["pipe", "huge"],
+)
+def test_an_image_that_is_a_pipe_or_huge_is_a_broken_one(make, reason, tree, tmp_path):
     shutil.copytree(tree, tmp_path / "copy")
-    pipe = tmp_path / "copy" / "train" / "eel" / "1.JPEG"
-    pipe.unlink()
-    os.mkfifo(pipe)
+    path = tmp_path / "copy" / "train" / "eel" / "1.JPEG"
+    path.unlink()
+    make(path)
     sets = StreamingDataset(root=str(tmp_path / "copy"), size=24, validation=0, workers=0, broken="skip")
     batches = training(sets, 13, batch_size=1, augment=PLAIN)
     assert torch.cat([labels for _, labels in batches]).bincount().tolist() == [8, 4, 1]
     sets = StreamingDataset(root=str(tmp_path / "copy"), size=24, validation=0, workers=0, broken="stop")
-    with pytest.raises(UserError, match=r"eel/1\.JPEG: is not an image that can be read \(not a regular file\)"):
+    with pytest.raises(UserError, match=rf"eel/1\.JPEG: is not an image that can be read \({reason}\)"):
         list(training(sets, 13, batch_size=1, augment=PLAIN))
-    with pytest.raises(UserError, match=r"eel/1\.JPEG: is not an image that can be read \(not a regular file\)"):
-        read_image(pipe)
+    with pytest.raises(ImageError, match=rf"eel/1\.JPEG: is not an image that can be read \({reason}\)"):
+        read_image(path)
+    data = load("imagefolder", str(tmp_path / "copy"), 16, skip=True)
+    assert (len(data.train), data.unreadable["train"]) == (12, ["eel/1.JPEG"])
+
+
+def make_sparse(path, size):
+    path.touch()
+    os.truncate(path, int(size))
 
 
 def test_images_have_the_size_that_the_configuration_names(tree):
@@ -572,7 +584,7 @@ def test_a_disk_that_fails_ends_the_run_as_one_that_can_go_on(tree, monkeypatch)
     """Exit code 1, for which max_restarts starts again; a file without leave to read it is wrong input, code 2."""
     for number, kind in ((errno.EIO, RunError), (errno.ESTALE, RunError), (errno.EACCES, UserError)):
 
-        def refuse(path, number=number):
+        def refuse(path, _, number=number):
             raise OSError(number, os.strerror(number), path)
 
         monkeypatch.setattr(imagefolder, "read_regular", refuse)

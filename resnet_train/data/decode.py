@@ -21,9 +21,10 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from resnet_train.errors import UserError
-from resnet_train.files import open_regular, read_regular
+from resnet_train.files import Unfit, open_regular, read_regular
 
 LARGEST_IMAGE = 300_000_000  # pixels; a larger image is refused from its header, before memory is allocated
+LARGEST_FILE = 1_000_000_000  # bytes: three a pixel of such an image, and some more
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # no others: for some, Pillow starts programs
 PILLOW_FILTER = ("ignore", None, Warning, re.compile("PIL"), 0)  # the entry in warnings.filters for Pillow
 QUIET = logging.NullHandler()
@@ -34,11 +35,15 @@ class ImageError(UserError):
 
 
 def read_image(path: Path) -> Tensor:
-    """Read an image file as (3, H, W) uint8 RGB; EXIF rotation is not applied. Raises UserError naming the file."""
+    """Read an image file as (3, H, W) uint8 RGB; EXIF rotation is not applied. Raises UserError naming the file.
+
+    It is an ImageError if the file is there and is no image that can be decoded.
+    """
     try:
-        data = read_regular(path)
+        data = read_regular(path, LARGEST_FILE)
     except OSError as error:
-        raise UserError(f"{path}: is not an image that can be read ({error.strerror})") from error
+        kind = ImageError if isinstance(error, Unfit) else UserError
+        raise kind(f"{path}: is not an image that can be read ({error.strerror})") from error
     return decode(data, str(path)).permute(2, 0, 1)
 
 

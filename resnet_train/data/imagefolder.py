@@ -25,10 +25,10 @@ from tqdm import tqdm
 
 from resnet_train.config.layout import IMAGE_SUFFIXES, class_folders, images_in, is_packed, part_for_test, parts_of
 from resnet_train.data.cache import cache_folder, keep
-from resnet_train.data.decode import ImageError, decode
+from resnet_train.data.decode import LARGEST_FILE, ImageError, decode
 from resnet_train.engine import checkpoint
 from resnet_train.errors import RunError, UserError
-from resnet_train.files import NotRegular, read_regular
+from resnet_train.files import Unfit, read_regular
 
 LISTERS = 16  # folders that are listed at once: on a file server listing is bound by latency
 OUTAGES = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENETDOWN)
@@ -119,12 +119,12 @@ class Files:
 def read_file(path: str, size: int) -> bytes:
     """The content of a file that was listed with `size` bytes. Raises UserError if its size has changed.
 
-    Raises ImageError if it is not a regular file, and RunError, after which `max_restarts=` restarts, if the disk or
-    the file server fails.
+    Raises ImageError if it is not a regular file or too large, and RunError, after which `max_restarts=` restarts, if
+    the disk or the file server fails.
     """
     try:
-        data = read_regular(path)
-    except NotRegular as error:
+        data = read_regular(path, LARGEST_FILE)
+    except Unfit as error:
         raise ImageError(f"{path}: is not an image that can be read ({error.strerror})") from error
     except OSError as error:
         if error.errno in OUTAGES:
