@@ -108,9 +108,9 @@ def members(raw=RAW):
     return [member(f"{CIFAR_FOLDER}/{name}", content) for name, content in raw.items()]
 
 
-def write_archive(path, entries):
+def write_archive(path, entries, compression="gz"):
     path.parent.mkdir(exist_ok=True)
-    with tarfile.open(path, "w:gz") as archive:
+    with tarfile.open(path, f"w:{compression}") as archive:
         for entry, content in entries:
             archive.addfile(entry, content)
     return path
@@ -170,6 +170,15 @@ def test_all_official_checksums_are_checked(source_of):
     with pytest.raises(UserError) as caught:
         load("cifar10", str(source), 32)
     one_line(caught, source, "data_batch_1", "MD5")
+
+
+def test_a_batch_larger_than_any_is_refused_before_it_is_read(source_of, monkeypatch):
+    """Of memory for 60 GB of zeros there is nothing to tell but that it is out."""
+    source = source_of()
+    monkeypatch.setattr("resnet_train.data.cifar10.LARGEST", 1000)
+    with pytest.raises(UserError) as caught:
+        read_official(source, **md5s())
+    one_line(caught, f"data.root={source}: is not CIFAR-10's", "larger than 1,000 bytes", "data_batch_1")
 
 
 class Hostile:
@@ -252,8 +261,9 @@ def test_a_truncated_archive_is_refused(share, tmp_path):
     one_line(caught, f"data.root={source}")
 
 
-def test_an_archive_with_flipped_bits_is_refused_or_read_right(tmp_path):
-    source, draw = write_archive(tmp_path / "cifar.tar.gz", members()), random.Random(0)
+@pytest.mark.parametrize("compression", ["gz", "bz2", "xz"])
+def test_an_archive_with_flipped_bits_is_refused_or_read_right(compression, tmp_path):
+    source, draw = write_archive(tmp_path / "cifar.tar", members(), compression), random.Random(0)
     content, right = source.read_bytes(), read_official(source, **md5s()).digest
     messages = []
     for _ in range(50):
