@@ -426,6 +426,14 @@ def make_sparse(path, size):
     os.truncate(path, int(size))
 
 
+def test_more_than_the_memory_holds_is_refused_before_it_is_decoded(tree):
+    words = (
+        r"data\.size=10000000: [0-9]+ images of \[10000000, 10000000, 3\] are [0-9]+ GB, and this machine has [0-9]+; "
+    )
+    with pytest.raises(UserError, match=words):
+        load("imagefolder", str(tree), 10**7)
+
+
 def test_images_have_the_size_that_the_configuration_names(tree):
     """data.size, in training and in the test, of both kinds."""
     photographs = ["data=imagenet", f"data.root={tree}", "data.workers=0", "augment.shorter_side=[36,40]"]

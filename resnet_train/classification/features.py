@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from resnet_train.config.data import EvalData
 from resnet_train.config.images import FeaturesConfig
 from resnet_train.config.layout import count_unreadable
 from resnet_train.engine.compute import pick_device
+from resnet_train.engine.limits import check_memory
 from resnet_train.errors import RunError, UserError, nearest
 from resnet_train.files import check_result, expand, writing
 from resnet_train.models.resnet import ResNet
@@ -104,12 +105,8 @@ def gather(
 
 def _allocate(layer: str, shape: tuple[int, ...], size: int) -> np.ndarray:
     """An empty array of floats of `size` bytes. Raises UserError if it is larger than the machine's memory."""
-    need, memory = int(np.prod(shape)) * size, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if need > memory:
-        raise UserError(
-            f"layer={layer}: {shape[0]:,} images of {list(shape[1:])} are {need / 1e9:.0f} GB, and this machine has"
-            f" {memory / 1e9:.0f}; use a later layer, or fewer images"
-        )
+    what = f"layer={layer}: {shape[0]:,} images of {list(shape[1:])}"
+    check_memory(math.prod(shape) * size, what, "use a later layer, or fewer images")
     return np.empty(shape, np.dtype(f"f{size}"))
 
 

@@ -20,6 +20,7 @@ from resnet_train.data.crops import whole_view
 from resnet_train.data.decode import ImageError, read_image
 from resnet_train.data.download import download
 from resnet_train.data.image_set import DataSet, ImageSet, make_data_set
+from resnet_train.engine.limits import check_memory
 from resnet_train.errors import UserError, first_few, join_faults
 from resnet_train.files import expand
 
@@ -48,6 +49,10 @@ def load(name: str, root: str | None, size: int, *, skip: bool = False) -> DataS
     exact = name == "cifar10"
 
     def decode() -> DataSet:
+        what = f"data.size={size}: {len(files):,} images of {[size, size, 3]}"
+        check_memory(
+            len(files) * size * size * 3, what, "use a smaller one, or data=imagenet, which keeps none in memory"
+        )
         faults: dict[Path, UserError] = {}
         sets = [_decode(part, size, exact, faults) for part in files_of.values()]
         if wrong := [file for file in sorted(faults) if not (skip and isinstance(faults[file], ImageError))]:

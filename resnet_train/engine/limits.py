@@ -1,11 +1,11 @@
-"""Limits of this process: CPU cores, and open files for data-loading workers. Needs no torch."""
+"""Limits of this process: CPU cores, memory, and open files for data-loading workers. Needs no torch."""
 
 from __future__ import annotations
 
 import os
 import resource
 
-from resnet_train.errors import RunError
+from resnet_train.errors import RunError, UserError
 
 FILES, FILES_OF_WORKER = 64, 8  # open files that a process needs without workers, and for each worker
 
@@ -20,6 +20,13 @@ def most_workers() -> int:
     """The number of workers that the hard limit of open files allows; 1 at least."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     return 2**31 if hard == resource.RLIM_INFINITY else max(1, (hard - FILES) // FILES_OF_WORKER)
+
+
+def check_memory(need: int, what: str, advice: str) -> None:
+    """Raise UserError if `what`, plural, takes more bytes than this machine's memory has."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if need > memory:
+        raise UserError(f"{what} are {need / 1e9:.0f} GB, and this machine has {memory / 1e9:.0f}; {advice}")
 
 
 def check_open_files(workers: int | str) -> None:
