@@ -188,6 +188,7 @@ SQUARE = [10, 5, 20, 5, 20, 15, 10, 15]
         ([[*SQUARE[:7], 1e9]], "lies far outside"),
         ([[-41, *SQUARE[1:]]], "lies far outside"),
         ([[0, 0, 40, 30] * 50], "the edges of its segmentation are too long for 40x30"),
+        ([[0, 0, 40, 30] * 20] * 3, "the edges of its segmentation are too long for 40x30"),
         ({"size": [40, 30], "counts": [1200]}, "its RLE is not of the size [30, 40]"),
         ({"counts": [1200]}, "its RLE is not of the size"),
         ({"size": [30, 40]}, "its RLE is not one of 40x30 pixels"),

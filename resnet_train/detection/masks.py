@@ -15,7 +15,9 @@ from resnet_train.data.decode import LARGEST_IMAGE
 from resnet_train.detection.annotations import NO_MASK, Example, Fault
 from resnet_train.errors import UserError
 
-LONGEST = 50  # times the width and height of its image: the edges of a polygon, of which each pixel takes memory
+LONGEST = (
+    50  # times the width and height of its image: the edges of an object's polygons; each of their pixels takes memory
+)
 
 
 def mask_code() -> Any:
@@ -46,6 +48,7 @@ def read_mask(segmentation: Any, size: tuple[int, int], where: str) -> bytes:
             raise Fault(NO_MASK, f"{where}: its RLE is not one of {width}x{height} pixels") from error
     if type(segmentation) is not list or not segmentation:
         raise Fault(NO_MASK, f"{where}: has no segmentation")
+    length = 0.0
     for polygon in segmentation:
         numbers = polygon if type(polygon) is list and all(type(n) in (int, float) for n in polygon) else []
         if len(numbers) < 6 or len(numbers) % 2:
@@ -53,7 +56,8 @@ def read_mask(segmentation: Any, size: tuple[int, int], where: str) -> bytes:
         for place, side in ((0, width), (1, height)):  # each pixel along an edge takes memory
             if not all(-side <= number <= 2 * side for number in numbers[place::2]):
                 raise Fault(NO_MASK, f"{where}: its segmentation lies far outside of its image, {width}x{height}")
-        if _length(numbers) > LONGEST * (width + height):
+        length += _length(numbers)
+        if length > LONGEST * (width + height):
             raise Fault(NO_MASK, f"{where}: the edges of its segmentation are too long for {width}x{height}")
     return code.merge(code.frPyObjects(segmentation, height, width))["counts"]
 
