@@ -128,9 +128,11 @@ def _det_list(root: Path, name: str) -> list[Listed]:
     split = "train" if name.startswith("train") else "test" if name.startswith("test") else "val"
     parts = lists_by_class(root) if name == "train" and not list_file(root, "det", name).is_file() else []
     words: list[tuple[str, Path]] = []
+    before: set[str] = set()  # in the lists of other classes; twice in its own is a fault
     for file in parts:
-        before = {word for word, _ in words}  # in the lists of other classes; twice in its own is a fault
-        words += [(first, file) for first, *flags in _lines(file) if flags[:1] != ["-1"] and first not in before]
+        own = [first for first, *flags in _lines(file) if flags[:1] != ["-1"] and first not in before]
+        words += [(first, file) for first in own]
+        before.update(own)
     if not parts:
         file = file_of_list(root, "det", name)
         # Only in lists by class a flag says whether the image has it; in others it is a number.
