@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import forked
 import pytest
@@ -15,7 +16,7 @@ import yaml
 from PIL import Image
 
 from resnet_train import cli
-from resnet_train.bench import baseline, subject, suite, timing
+from resnet_train.bench import baseline, loader, subject, suite, timing
 from resnet_train.config.commands import FIXED_BY_BENCH, BenchConfig, check_bench
 from resnet_train.config.compose import compose, known_keys
 from resnet_train.config.options import groups
@@ -295,6 +296,22 @@ def test_photographs_are_read_and_decoded_on_one_core(tmp_path, monkeypatch, cap
     for wrong in (f"packed={tmp_path / 'tree'}", f"data.root={tmp_path / 'packed'}"):
         with pytest.raises(UserError, match=r"^packed="):
             checked(*words, wrong)
+
+
+def test_batches_are_doubled_until_they_take_long_enough(monkeypatch):
+    """Of a worker's CPU time, of which its start takes half a second here and each batch a hundredth."""
+    used, counts = 0.0, []
+
+    def batches(count):
+        nonlocal used
+        counts.append(count)
+        used += 0.5 + 0.01 * count
+        return []
+
+    monkeypatch.setattr("resource.getrusage", lambda _: SimpleNamespace(ru_utime=used, ru_stime=0.0))
+    measure = loader._per_core(batches, 8, seconds=0.25)
+    assert counts == [1, 1, 2, 4, 8, 16, 32]
+    assert measure() == pytest.approx(32 * 8 / 0.82)
 
 
 # --- What is measured ------------------------------------------------------------------------------------------------

@@ -95,7 +95,7 @@ def decoding(args: BenchConfig, config: Config) -> Outcome:
 
 
 def _per_core(make: Callable[[int], DataLoader], batch: int, seconds: float) -> Callable[[], float]:
-    """A function that measures images per second of a worker's CPU time, over about `seconds` of it."""
+    """A function that measures images per second of a worker's CPU time, over `seconds` of it or more."""
 
     def spent(count: int) -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -104,8 +104,9 @@ def _per_core(make: Callable[[int], DataLoader], batch: int, seconds: float) -> 
         after = resource.getrusage(resource.RUSAGE_CHILDREN)  # includes the loader's worker, which has ended
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    spent(1)
-    count = max(1, round(seconds / (spent(3) - spent(1)) * 2))
+    start, count = spent(1), 1  # mostly that of the worker itself
+    while spent(count) - start < seconds:
+        count *= 2
     return lambda: count * batch / spent(count)
 
 
