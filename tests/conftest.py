@@ -190,6 +190,11 @@ def once(tmp_path_factory, name, make):
     return folder
 
 
+def entries(part):
+    """The path and the label of each file of a part."""
+    return [(Path(path), label) for path, _, label in map(part.entry, range(len(part)))]
+
+
 def metrics(folder):
     """The metrics without what depends on the clock."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -20,7 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import as_one_of, metrics, needs, start
+from conftest import as_one_of, entries, metrics, needs, start
 from distributed_worker import CPU, DIGITS
 from test_sets import SHAPES, equal, photograph
 from torch import nn
@@ -373,7 +373,7 @@ def test_evaluation_batches_are_dealt_whole(batch_size):
 @pytest.mark.parametrize("batch_size", [2, 4, 9, 10])
 def test_evaluation_batches_of_photographs_are_dealt_whole(photographs, batch_size):
     sets = StreamingDataset(root=str(photographs), size=24, validation=0, workers=0)
-    dealt_whole(sets, "test", batch_size, [label for _, label in sets.parts["test"]])
+    dealt_whole(sets, "test", batch_size, [label for _, label in entries(sets.parts["test"])])
 
 
 def dealt_whole(sets, split, batch_size, labels):

@@ -9,6 +9,7 @@ import shutil
 import hydra
 import pytest
 import torch
+from conftest import entries
 from distributed_worker import composed
 from omegaconf import OmegaConf
 from test_sets import SHAPES, photograph
@@ -130,7 +131,7 @@ def net(seed):
 def by_hand(model, sets, views):
     """The mean softmax of all `views` of each test photograph, one at a time, through torchvision's transforms."""
     found = []
-    for path, _ in sets.parts["test"]:
+    for path, _ in entries(sets.parts["test"]):
         mean = torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
         scores = [model(((view.double() - mean) / 255)[None]).softmax(1) for view in views(read_image(path))]
         found.append(torch.cat(scores).mean(0))
@@ -217,7 +218,7 @@ def test_true_averages_are_those_of_the_batches_alone():
 @pytest.fixture(scope="module")
 def saved(photographs, tmp_path_factory):
     """Checkpoints of two nets for the photographs, and of one for digits, as they begin."""
-    folder, root = tmp_path_factory.mktemp("saved"), photographs.parts["test"][0][0].parents[2]
+    folder, root = tmp_path_factory.mktemp("saved"), entries(photographs.parts["test"])[0][0].parents[2]
     images = ["depth=18", "data=imagenet", f"data.root={root}", "data.size=32", "data.workers=0", "batch_size=4"]
     images += ["augment.shorter_side=[36,40]", "eval_batch_size=20", "normalise=channels"]
     nets = {"0": images, "1": [*images, "seed=1", "arch=plain"], "digits": ["data=digits"]}
@@ -241,7 +242,7 @@ def measured(folder, monkeypatch, *words):
 def alone(photographs, tmp_path_factory):
     """A tree that has the test photographs, in val/, and no others."""
     root = tmp_path_factory.mktemp("alone")
-    shutil.copytree(photographs.parts["test"][0][0].parents[1], root / "val")
+    shutil.copytree(entries(photographs.parts["test"])[0][0].parents[1], root / "val")
     return root
 
 
@@ -345,7 +346,7 @@ def test_an_ensemble_and_its_members_under_a_protocol(saved, photographs, monkey
     with torch.no_grad():
         found = [torch.cat([p for p, _ in viewed("tencrop", n, photographs, precision="fp32")]) for n in nets]
         scores = (found[0] + found[1]) / 2
-    labels = torch.tensor([label for _, label in photographs.parts["test"]])
+    labels = torch.tensor([label for _, label in entries(photographs.parts["test"])])
     assert result["wrong"] == int((scores.argmax(1) != labels).sum())
     assert result["loss"] == pytest.approx(-scores[range(9), labels].log().mean().item(), rel=1e-3)
 

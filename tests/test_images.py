@@ -453,16 +453,14 @@ def test_an_undivided_tree_is_divided_by_names(tmp_path):
     assert [name[:4] for name in tested] == ["cat/", "cat/", "dog/"]
     small, photographs = load("imagefolder", str(root), 32), open_image_splits(str(root))
     assert (len(small.train), len(small.test)) == (len(photographs.train), len(photographs.test)) == (11, 3)
-    assert [str(photographs.test[i][0].relative_to(root)) for i in range(3)] == tested
+    assert [photographs.test.name(i) for i in range(3)] == tested
     for part, files in (("train", photographs.train), ("test", photographs.test)):
         images = small.train if part == "train" else small.test
         for index in range(len(files)):
-            path, label = files[index]
-            assert torch.equal(images.images[index], read_image(path).permute(1, 2, 0))
+            path, _, label = files.entry(index)
+            assert torch.equal(images.images[index], read_image(Path(path)).permute(1, 2, 0))
             assert images.labels[index] == label
-        assert file_names("imagefolder", str(root), small.classes, part) == [
-            f"{files[i][0].parent.name}/{files[i][0].name}" for i in range(len(files))
-        ]
+        assert file_names("imagefolder", str(root), small.classes, part) == [files.name(i) for i in range(len(files))]
     assert files_for_test("imagefolder", None) == files_for_test("digits", None) == []
 
 

@@ -12,6 +12,7 @@ import threading
 
 import pytest
 import torch
+from conftest import entries
 from distributed_worker import composed
 from PIL import Image
 from torchvision.transforms.v2 import functional as TF
@@ -272,16 +273,16 @@ def test_the_paper_s_224_is_cut_from_256(tree):
 
 def test_streamed_validation_is_no_part_of_training(tree):
     sets = streamed(tree, validation=4)
-    paths = {split: [path for path, _ in sets.parts[split]] for split in sets.parts}
+    paths = {split: [path for path, _ in entries(sets.parts[split])] for split in sets.parts}
     assert sorted(paths["train"] + paths["val"]) == sorted((tree / "train").glob("*/*"))
     assert paths["test"] == sorted((tree / "val").glob("*/*"))
     assert (len(paths["train"]), len(paths["val"])) == (9, 4)
     for split in ("train", "val", "test"):
-        assert [label for _, label in sets.parts[split]] == [
+        assert [label for _, label in entries(sets.parts[split])] == [
             sets.classes.index(path.parent.name) for path in paths[split]
         ]
     _, labels = evaluating(sets, "val", 5)[0]
-    assert labels.tolist() == [*(label for _, label in sets.parts["val"]), -1]
+    assert labels.tolist() == [*(label for _, label in entries(sets.parts["val"])), -1]
 
 
 @pytest.fixture(scope="module")
@@ -377,7 +378,7 @@ def test_the_digest_is_of_classes_too(tree, tmp_path):
     """Of photographs by their names, of small images by their labels."""
     one, other = moved_to_another_class(tree, tmp_path / "copy")
     files = [sets.parts["train"] for sets in map(streamed, (one, other))]
-    names = [[(path.name, path.stat().st_size) for path, _ in part] for part in files]
+    names = [[(path.name, path.stat().st_size) for path, _ in entries(part)] for part in files]
     assert names[0] == names[1]
     assert streamed(one).digest != streamed(other).digest
     small = [load("imagefolder", str(root), 8) for root in (one, other)]
@@ -489,7 +490,7 @@ def test_the_mean_image_is_that_of_the_center_crops(tree):
     sets = StreamingDataset(root=str(tree), size=24, validation=3, workers=0, subtract="image")
     crops = [
         TF.center_crop(TF.resize(read_image(path), [round(24 * 256 / 224)], antialias=True), [24, 24])
-        for path, _ in sets.parts["train"]
+        for path, _ in entries(sets.parts["train"])
     ]
     expected = torch.stack(crops).double().mean(0).permute(1, 2, 0)
     found = sets.mean_image()
@@ -504,7 +505,7 @@ def test_the_mean_of_some_images_is_of_such_from_all_classes(tree, monkeypatch):
     """Of 13 training images, sorted by class, four at even distances: the first, the last and two between."""
     monkeypatch.setattr(streaming, "MEAN_OF", 4)
     sets = StreamingDataset(root=str(tree), size=24, validation=0, workers=0, subtract="image")
-    paths = [sets.parts["train"][index][0] for index in (0, 4, 8, 12)]
+    paths = [entries(sets.parts["train"])[index][0] for index in (0, 4, 8, 12)]
     assert [path.parent.name for path in paths] == ["cat", "cat", "dog", "eel"]
     crops = [TF.center_crop(TF.resize(read_image(path), [27], antialias=True), [24, 24]) for path in paths]
     expected = torch.stack(crops).double().mean(0).permute(1, 2, 0)
@@ -569,7 +570,7 @@ def test_ten_parts_are_drawn_for_each_image(tree):
 def test_a_batch_by_area_is_cut_from_its_photographs(tree):
     augment = dataclasses.replace(PLAIN, shorter_side=None, area=[0.25, 1])
     sets = streamed(tree)
-    means = torch.stack([read_image(path).float().mean((1, 2)) for path, _ in sets.parts["train"]])
+    means = torch.stack([read_image(path).float().mean((1, 2)) for path, _ in entries(sets.parts["train"])])
     images, _ = training(sets, 1, augment=augment)[0]
     assert images.shape == (8, 3, 24, 24)
     colours = images.mean((2, 3)) * 255 + torch.tensor(IMAGENET_MEAN)

@@ -94,11 +94,6 @@ class Files:
         part.__dict__.update(self.__dict__, indices=self.indices[indices.numpy()])
         return part
 
-    def __getitem__(self, index: int) -> tuple[Path, int]:
-        """The path and the label of a file."""
-        path, _, label = self.entry(index)
-        return Path(path), label
-
     def entry(self, index: int) -> tuple[str, int, int]:
         """Path, size and label of a file, as listed."""
         position = self.indices[index]
