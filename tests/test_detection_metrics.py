@@ -14,7 +14,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from resnet_train.detection.annotations import Example
-from resnet_train.detection.metrics import COCO_FIGURES, coco_map, in_words, voc_ap, voc_curve, voc_map
+from resnet_train.detection.metrics import COCO_FIGURES, as_columns, coco_map, in_words, voc_ap, voc_curve, voc_map
 from resnet_train.errors import RunError, UserError
 
 BOX = [0, 0, 10, 10]
@@ -57,7 +57,9 @@ def detected(found):
 def curve(objects, found, **options):
     """Recall and precision, as lists, of class 1 in one image. Objects: (box, difficult); found: (box, score)."""
     image = example([(box, 1, difficult) for box, difficult in objects])
-    recall, precision = voc_curve([image], [detected([(box, score, 1) for box, score in found])], 1, **options)
+    recall, precision = voc_curve(
+        *as_columns([image], [detected([(box, score, 1) for box, score in found])]), 1, **options
+    )
     return recall.tolist(), precision.tolist()
 
 
@@ -164,7 +166,7 @@ def test_boxes_that_only_touch_or_have_no_area_are_wrong():
 def test_the_other_image_and_the_other_class_do_not_count():
     images = [example([(BOX, 1, False)], 1), example([(BOX, 2, False)], 2)]
     found = [detected([(BOX, 0.9, 2)]), detected([(BOX, 0.8, 1)])]
-    assert [values.tolist() for values in voc_curve(images, found, 1)] == [[0], [0]]
+    assert [values.tolist() for values in voc_curve(*as_columns(images, found), 1)] == [[0], [0]]
 
 
 def test_of_equal_scores_the_first_example_goes_first():
@@ -174,7 +176,9 @@ def test_of_equal_scores_the_first_example_goes_first():
         ([90, 90, 99, 99], 0.5, 1),
     )
     # Right, wrong, right; then, with the detections of the first image turned round, wrong, right, right.
-    first, second = (voc_curve(images, [detected(rows), detected([hit])], 1) for rows in ([hit, miss], [miss, hit]))
+    first, second = (
+        voc_curve(*as_columns(images, [detected(rows), detected([hit])]), 1) for rows in ([hit, miss], [miss, hit])
+    )
     assert first[1].tolist() == [1, 1 / 2, 2 / 3]
     assert second[1].tolist() == [0, 1 / 2, 2 / 3]
 
@@ -182,7 +186,7 @@ def test_of_equal_scores_the_first_example_goes_first():
 def test_a_class_without_objects_is_left_out_and_one_without_detections_is_0():
     images = [example([(BOX, 1, False), (BOX, 2, True), ([20, 0, 30, 10], 3, False)])]
     found = [detected([(BOX, 0.9, 1), (BOX, 0.8, 2), (BOX, 0.7, 4)])]
-    assert voc_curve(images, found, 2) is None
+    assert voc_curve(*as_columns(images, found), 2) is None
     # 1 is found; 2 has but a difficult object; 3 is missed; 4 has none: (100 + 0) / 2
     assert voc_map(images, found, ["cat", "dog", "cow", "car"]) == {
         "map07": 50,
@@ -287,7 +291,7 @@ def test_edges_give_what_the_devkit_gives_for_pixels(seed):
         assert {None, "right", "wrong"} <= set(outcomes)  # the set tries the rule
         counted = [outcome for outcome in outcomes if outcome]
         rights = [counted[:n].count("right") for n in range(1, len(counted) + 1)]
-        recall, precision = voc_curve(examples, detections, label)
+        recall, precision = voc_curve(*as_columns(examples, detections), label)
         assert recall.tolist() == [right / total for right in rights]
         assert precision.tolist() == [right / n for n, right in enumerate(rights, 1)]
         means.append(devkit_precisions(total, outcomes))

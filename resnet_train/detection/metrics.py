@@ -41,7 +41,7 @@ def voc_ap(recall: np.ndarray, precision: np.ndarray, *, points11: bool) -> floa
 
 
 def voc_curve(
-    examples: Sequence[Example], detections: Detections, label: int, *, threshold: float = 0.5
+    truth: Columns, detected: Columns, label: int, threshold: float = 0.5
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """Recall and precision (n,) of a class down to each detection, highest score first; None if there is no object.
 
@@ -49,22 +49,43 @@ def voc_curve(
     most (of equals the first), be that difficult or taken. With an overlap of `threshold` or more it is right if the
     object is new and wrong if it was taken; if it is difficult, the detection does not count and is not in the curve.
     With less it is wrong. Of equal scores the first example's goes first, then the first in the example. The devkit
-    adds 1 to differences of pixel indices; our boxes go from edge to edge and need no 1. Raises RunError for a
-    detection that is not finite.
+    adds 1 to differences of pixel indices; our boxes go from edge to edge and need no 1.
     """
-    return _voc_curve(*_columns(examples, detections), label, threshold)
+    total = _objects(truth, label)
+    if not total:
+        return None
+    theirs = truth["labels"] == label
+    objects = {name: column[theirs] for name, column in truth.items()}
+    mine = np.flatnonzero(detected["labels"] == label)
+    mine = mine[np.argsort(-detected["scores"][mine], kind="stable")]
+    boxes, images = detected["boxes"][mine], detected["images"][mine]
+    # The objects of an image lie together: all detections are held against the first of theirs, then the second, …
+    start, end = (np.searchsorted(objects["images"], images, side) for side in ("left", "right"))
+    best, chosen = np.zeros(len(mine)), np.zeros(len(mine), int)
+    for turn in range((end - start).max(initial=0)):
+        rows = np.flatnonzero(start + turn < end)
+        overlap = _overlap(boxes[rows], objects["boxes"][start[rows] + turn])
+        rows, overlap = rows[overlap > best[rows]], overlap[overlap > best[rows]]
+        best[rows], chosen[rows] = overlap, start[rows] + turn
+    hit = best >= threshold
+    ignored = hit & objects["ignored"][chosen]
+    counted = np.flatnonzero(hit & ~ignored)
+    right = np.zeros(len(mine), bool)
+    right[counted[np.unique(chosen[counted], return_index=True)[1]]] = True  # the first to take each object
+    rights = np.cumsum(right[~ignored])
+    return rights / total, rights / np.arange(1, len(rights) + 1)
 
 
 def voc_map(examples: Sequence[Example], detections: Detections, classes: int | Sequence[str]) -> dict[str, Any]:
     """VOC's mean average precision over `classes`, their number or names: {"map07", "map10", "per_class"}.
 
     `per_class` has for each name {"ap07", "ap10", "objects"}, the last without the difficult ones. A class without any
-    has None for its precisions and is left out of the means. Raises RunError as `voc_curve`.
+    has None for its precisions and is left out of the means. Raises RunError for a detection that is not finite.
     """
-    truth, detected = _columns(examples, detections)
+    truth, detected = as_columns(examples, detections)
     per_class: dict[str, dict[str, Any]] = {}
     for label, name in enumerate(_names(classes), 1):
-        curve = _voc_curve(truth, detected, label, 0.5)
+        curve = voc_curve(truth, detected, label)
         per_class[name] = {
             "ap07": None if curve is None else 100 * voc_ap(*curve, points11=True),
             "ap10": None if curve is None else 100 * voc_ap(*curve, points11=False),
@@ -90,7 +111,7 @@ def coco_map(
     They are of the overlap of boxes, or with `masks` of that of masks, which objects and detections then have. Ignored
     objects are COCO's crowds. A class without others is left out of the means. `category_ids` are the data set's own
     for the labels 1, 2, …; without them the labels. Of equal scores that of the lowest image_id goes first, as in
-    pycocotools. Raises RunError as `voc_curve`, and UserError where the package is missing.
+    pycocotools. Raises RunError for a detection that is not finite, and UserError where the package is missing.
     """
     try:
         from faster_coco_eval import COCO, COCOeval_faster  # type: ignore[import-untyped]
@@ -98,7 +119,7 @@ def coco_map(
         raise UserError("COCO's mAP: needs faster-coco-eval: pip install 'resnet-train[detection]'") from error
     ids = list(category_ids or range(1, len(_names(classes)) + 1))
     order = sorted(range(len(examples)), key=lambda index: examples[index].image_id)
-    truth, detected = _columns([examples[index] for index in order], [detections[index] for index in order])
+    truth, detected = as_columns([examples[index] for index in order], [detections[index] for index in order])
     sizes = [(examples[index].height, examples[index].width) for index in order]
     images = [{"id": place, "height": height, "width": width} for place, (height, width) in enumerate(sizes)]
     common = {"images": images, "categories": [{"id": id_} for id_ in ids]}
@@ -164,7 +185,7 @@ def _objects(truth: Columns, label: int) -> int:
     return int(np.sum((truth["labels"] == label) & ~truth["ignored"]))
 
 
-def _columns(examples: Sequence[Example], detections: Detections) -> tuple[Columns, Columns]:
+def as_columns(examples: Sequence[Example], detections: Detections) -> tuple[Columns, Columns]:
     """All objects and all detections, one under another, each with the place of its example among `images`.
 
     Fractions are float64. Raises RunError for a detection that is not finite.
@@ -199,32 +220,6 @@ def _columns(examples: Sequence[Example], detections: Detections) -> tuple[Colum
             f"{name}: a box or score found is not finite; try an earlier checkpoint or a lower learning rate"
         )
     return truth, detected
-
-
-def _voc_curve(truth: Columns, detected: Columns, label: int, threshold: float) -> tuple[np.ndarray, np.ndarray] | None:
-    total = _objects(truth, label)
-    if not total:
-        return None
-    theirs = truth["labels"] == label
-    objects = {name: column[theirs] for name, column in truth.items()}
-    mine = np.flatnonzero(detected["labels"] == label)
-    mine = mine[np.argsort(-detected["scores"][mine], kind="stable")]
-    boxes, images = detected["boxes"][mine], detected["images"][mine]
-    # The objects of an image lie together: all detections are held against the first of theirs, then the second, …
-    start, end = (np.searchsorted(objects["images"], images, side) for side in ("left", "right"))
-    best, chosen = np.zeros(len(mine)), np.zeros(len(mine), int)
-    for turn in range((end - start).max(initial=0)):
-        rows = np.flatnonzero(start + turn < end)
-        overlap = _overlap(boxes[rows], objects["boxes"][start[rows] + turn])
-        rows, overlap = rows[overlap > best[rows]], overlap[overlap > best[rows]]
-        best[rows], chosen[rows] = overlap, start[rows] + turn
-    hit = best >= threshold
-    ignored = hit & objects["ignored"][chosen]
-    counted = np.flatnonzero(hit & ~ignored)
-    right = np.zeros(len(mine), bool)
-    right[counted[np.unique(chosen[counted], return_index=True)[1]]] = True  # the first to take each object
-    rights = np.cumsum(right[~ignored])
-    return rights / total, rights / np.arange(1, len(rights) + 1)
 
 
 def _overlap(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
