@@ -1,7 +1,6 @@
 """Photographs in a tree of class folders: listed and read.
 
-A part of a data set is a source with `len()`, `read(index)` (name, encoded image, label) and `part(indices)`; this
-file has the source for files in folders, packed.py the one for packed shards.
+A part of a data set is an `ImageSource`; this file has the one for files in folders, packed.py that for packed shards.
 """
 
 from __future__ import annotations

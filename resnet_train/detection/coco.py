@@ -47,8 +47,8 @@ def read_coco(root: Path, *, train: list[str], test: str, broken: str, masks: bo
 
     The classes are the categories in the order of their ids, the same in all lists; boxes are [x, y, width, height],
     continuous; sizes are the JSON's, and held against the image's by `load`. Crowds are `ignored`. Without `area` it is
-    the box's, without `iscrowd` an object is no crowd. With `masks` an
-    object needs one, polygons or RLE. `broken`: stop or skip, see above. Raises UserError.
+    the box's, without `iscrowd` an object is no crowd. With `masks` an object needs one, polygons or RLE. `broken`:
+    stop at what cannot be used, or skip and count it. Raises UserError.
     """
     faults, classes = Faults(broken), dict[int, str]()
     lists: dict[str, LocatedExamples] = {}
