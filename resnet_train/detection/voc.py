@@ -81,7 +81,8 @@ def read_voc(
     faults = Faults(broken)
     read_list = _det_list if det else _voc_list
     lists = {name: read_list(root, name) for name in dict.fromkeys([*train, test])}
-    named = {kind for name in train for image in lists[name] for kind in _kinds(image.annotation)}
+    trained = tqdm([image for name in train for image in lists[name]], desc="classes", leave=False, disable=None)
+    named = {kind for image in trained for kind in _kinds(image.annotation)}
     if classes is None:
         classes = list(VOC_CLASSES) if named <= set(VOC_CLASSES) else sorted(named)
     elif len(set(classes)) < len(classes):
