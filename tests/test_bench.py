@@ -462,8 +462,7 @@ def test_a_launcher_s_processes_are_refused(monkeypatch, capsys):
 
 def test_a_file_that_cannot_be_written_is_found_before_the_work(tmp_path):
     """A folder may look as if it could be written to, and not be: to root all do."""
-    (tmp_path / "found.json.part").mkdir()
-    (tmp_path / "found.json.part" / "x").touch()
+    (tmp_path / f"found.json.{os.getpid()}.part").mkdir()
     asked, training = checked("bench=loop", f"out={tmp_path}/found.json")
     with pytest.raises(UserError, match=r"^out=.*found\.json: cannot be written"):
         suite.bench(asked, training)

@@ -204,7 +204,7 @@ def test_checkpoints_whose_configuration_is_gone_are_resumed_from_elsewhere(cont
 def test_a_disk_that_is_full_at_the_start_is_none_of_the_input(whole, tmp_path):
     """A queue starts again what ends with 1, and gives up what ends with 2."""
     folder = cut(whole, tmp_path / "run", 8)
-    (folder / "config.json.part").symlink_to("/dev/full")
+    (folder / f"config.json.{os.getpid()}.part").symlink_to("/dev/full")
     before = weights(folder)
     with pytest.raises(RunError) as error, contextlib.ExitStack() as held:
         opened(config_of(), folder, held)
