@@ -30,6 +30,11 @@ def expand(path: str | Path) -> Path:
         raise UserError(f"{path}: there is no such home folder") from error
 
 
+def unlinked(path: Path) -> str:
+    """An absolute path with no links or `..` among its folders, the same however it is typed; the name stays."""
+    return os.path.join(os.path.realpath(path.parent), path.name)
+
+
 def nearest_existing(path: Path) -> Path:
     """`path`, or the nearest folder above it that exists."""
     return next(candidate for candidate in (path, *path.absolute().parents) if candidate.exists())

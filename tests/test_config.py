@@ -878,6 +878,8 @@ def test_a_part_of_a_set_is_not_taken_for_an_undivided_one(tmp_path):
         f"data.root={root}/train: is a part of a set, with test/ beside it; name {root}"
     )
     shutil.rmtree(root / "test")
+    (root / "test").mkdir()
+    (root / "test" / "0.png").touch()  # without classes
     assert "is a part of a set" not in refusal("data=imagefolder", f"data.root={root}/train")
 
 
@@ -962,6 +964,8 @@ def test_one_file_of_weights_is_one_run_however_it_is_typed(tmp_path, monkeypatc
     (tmp_path / "link").symlink_to(tmp_path)
     names = ("w.pth", "./w.pth", f"{tmp_path}/w.pth", f"../{tmp_path.name}/w.pth", "link/w.pth")
     assert len({directory(f"init_from={name}") for name in names}) == 1
+    (tmp_path / "net.safetensors").symlink_to("blob")  # its name says of which format it is, and what lies beside it
+    assert checked("init_from=net.safetensors").init_from == str(tmp_path / "net.safetensors")
 
 
 def test_a_file_that_is_begun_with_is_named_without_its_folders(tmp_path):

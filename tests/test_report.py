@@ -762,14 +762,15 @@ def test_an_ensemble_before_its_end_or_with_other_batch_norm_is_left_out(tmp_pat
 
 def test_a_sweeps_command_names_the_values_of_its_job(tmp_path):
     """Those of the swept keys, so that no two jobs have one command; an unfinished run has no error in runs.csv."""
-    swept = "resnet-train -m depth=20,32 shortcut=A,B schedule.lr=0.1,0.05 'data.test=[a,b]' seed=0"
+    swept = "resnet-train -m depth=20,32 shortcut=A,B schedule.lr=0.1,0.05 'data.test=[a,b]' seed=0 data.root=/h/a,/h/b"
     for shortcut, until in (("A", 64_000), ("B", 32_000)):
         folder = make(tmp_path / shortcut, f"resnet-20-{shortcut}", until=until)
         change(folder / "environment.json", command=swept)
+        change(folder / "config.json", data__root="/home/alice/a")
     table = tables.runs_table(found(tmp_path))
     lines = list(csv.DictReader(table.csv().splitlines()))
     assert [line["command"].partition(" # ")[2] for line in lines] == [
-        f"arch=resnet depth=20 shortcut={shortcut} seed=0 schedule.lr=0.1" for shortcut in "AB"
+        f"arch=resnet depth=20 shortcut={shortcut} seed=0 schedule.lr=0.1 data.root=a" for shortcut in "AB"
     ]
     assert [line["test error"] for line in lines] == ["10.0", ""]
 

@@ -461,12 +461,15 @@ def test_an_export_that_fails_leaves_the_pair_of_files_that_was_there(weights, t
     assert before == {name: (tmp_path / name).read_bytes() for name in before}
 
 
-@pytest.mark.parametrize("classes", [0, 1])
-def test_a_net_of_less_than_two_classes_is_refused(classes):
+@pytest.mark.parametrize(("classes", "told"), [(0, "has no rows"), (1, "has one row; a net has at least two classes")])
+def test_a_net_of_less_than_two_classes_is_refused(classes, told, weights, tmp_path):
+    """That of one by the import alone: a run that begins with its weights has a classifier of its own."""
     state = cifar_resnet(8).state_dict()
-    state |= {"fc.weight": torch.empty(classes, 64), "fc.bias": torch.empty(classes)}
-    with pytest.raises(UserError, match=f"^file: has {classes} classes"):
-        state_dicts.to_our_names(state, "auto", "file")
+    state |= {"fc.weight": torch.zeros(classes, 64), "fc.bias": torch.zeros(classes)}
+    torch.save(state, tmp_path / "net.pth")
+    assert f"net.pth: its fc.weight {told}" in weights("import", "net.pth", "out=x.pt", code=2)
+    if classes:
+        assert read_source(tmp_path / "net.pth").count == classes
 
 
 # --- What a file declares, and what it says ---------------------------------------------------------------------------

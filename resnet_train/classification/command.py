@@ -233,5 +233,5 @@ def with_data(config: Config, eval_data: EvalData) -> Config:
     except UserError as error:
         if data.root != config.data.root:
             raise
-        raise UserError(f"{error}; the net was trained on these data: say where they lie here") from error
+        raise UserError(f"{error}; the net was trained on these data: data.root= says where they lie here") from error
     return dataclasses.replace(config, data=data)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from resnet_train.config.run_dir import mark, plain_word, run_name, unnamed
 from resnet_train.config.schema import flat, format_value, unread_keys
 from resnet_train.config.train import check_divisible
 from resnet_train.errors import UserError
-from resnet_train.files import expand
+from resnet_train.files import expand, unlinked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +110,7 @@ def check_root(given: str) -> Path:
 
 def with_absolute_paths(config: C) -> C:
     """`config` with absolute paths, so that the record of a run holds from any folder."""
-    source = None if config.init_from is None else os.path.realpath(expand(config.init_from))
+    source = None if config.init_from is None else unlinked(expand(config.init_from))
     return dataclasses.replace(config, data=anchored(config.data), init_from=source)
 
 

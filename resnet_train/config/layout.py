@@ -138,7 +138,8 @@ def count_unreadable(count: int) -> str:
 
 def _check_whole(root: Path) -> None:
     """Raises UserError for a folder of classes that is a part of a set, with another part beside it."""
-    beside = [part for part in ("train", "test", "val") if part != root.name and (root.parent / part).is_dir()]
+    others = [part for part in ("train", "test", "val") if part != root.name and (root.parent / part).is_dir()]
+    beside = [part for part in others if set(folders_in(root.parent / part)) & set(folders_in(root))]
     if root.name in ("train", "test", "val") and beside:
         raise UserError(f"data.root={root}: is a part of a set, with {beside[0]}/ beside it; name {root.parent}")
 

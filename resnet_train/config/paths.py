@@ -33,10 +33,9 @@ def check_checkpoints(names: list[str]) -> None:
         if expand(name).is_dir():
             raise UserError(f"checkpoint={name}: is a folder; name a file in it, such as checkpoints/last.pt")
         if not expand(name).is_file():
-            listed = (
-                "several are a list: 'checkpoint=[FILE,FILE]'" if "," in name else "a run keeps its in RUN/checkpoints/"
-            )
-            raise UserError(f"checkpoint={name}: there is no such file; {listed}")
+            several = "where several are taken, they are a list: [FILE,FILE]"
+            advice = several if "," in name else "a run keeps its in RUN/checkpoints/"
+            raise UserError(f"checkpoint={name}: there is no such file; {advice}")
         if not zipfile.is_zipfile(expand(name)) and expand(name).suffix != ".safetensors":
             raise UserError(f"checkpoint={name}: is cut short or not a checkpoint")
         if name in names[:number]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -16,7 +15,7 @@ from resnet_train.config.layout import OFFICIAL, check_source, name_data
 from resnet_train.config.paths import anchored, check_paths
 from resnet_train.config.schema import coerce, format_value, from_dict, marked, types_of, unread_keys
 from resnet_train.errors import UserError
-from resnet_train.files import expand
+from resnet_train.files import expand, unlinked
 
 NAMES = {"cifar": "cifar10"}  # a data set of a family that has another name
 IMAGENET_DEPTHS = (18, 34, 50, 101, 152)
@@ -143,7 +142,7 @@ def check_train(values: Mapping[str, Any], requested: Collection[str] = (), *, n
     if needs_data or config.data.root is not None:
         check_source(config.data.name, config.data.root)
     check_held_out(config.data)
-    source = None if config.init_from is None else os.path.realpath(expand(config.init_from))
+    source = None if config.init_from is None else unlinked(expand(config.init_from))
     return dataclasses.replace(config, data=anchored(config.data), init_from=source)
 
 
@@ -161,8 +160,8 @@ def _check_used(config: Config, values: Mapping[str, Any], requested: Collection
         if key in requested:
             raise UserError(f"{key}: is for {readers}; {here} does not use it; remove it")
         if "recipe" in requested and (value := augment.get(key.removeprefix("augment."))):
-            sets = f"sets {key}={format_value(value)}"
-            raise UserError(f"recipe={config.recipe}: is for {readers}; it {sets}, which {here} does not use")
+            sets = f"sets {key}={format_value(value)}, which {here} does not use"
+            raise UserError(f"recipe={config.recipe}: {sets}; take another recipe, or name the keys that you mean")
 
 
 def _check_shortcut(config: Config, requested: Collection[str]) -> Config:

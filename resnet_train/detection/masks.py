@@ -15,9 +15,8 @@ from resnet_train.data.decode import LARGEST_IMAGE
 from resnet_train.detection.annotations import NO_MASK, Example, Fault
 from resnet_train.errors import UserError
 
-LONGEST = (
-    50  # times the width and height of its image: the edges of an object's polygons; each of their pixels takes memory
-)
+# Times the width and height of its image: all edges of an object's polygons; each of their pixels takes memory.
+LONGEST = 50
 
 
 def mask_code() -> Any:

@@ -75,8 +75,8 @@ def read_voc(
 
     VOC counts pixels from 1 and a box includes both of its ends: from xmin to xmax is the continuous interval
     [xmin - 1, xmax], as wide as the devkit has it (xmax - xmin + 1). In a tree that counts from 0, what then lies
-    outside is cut and counted. Difficult objects are `ignored`. `broken`: stop at what cannot be used, or
-    skip and count it. Raises UserError.
+    outside is cut and counted. Difficult objects are `ignored`. `broken`: stop at what cannot be used,
+    or skip and count it. Raises UserError.
     """
     faults = Faults(broken)
     read_list = _det_list if det else _voc_list

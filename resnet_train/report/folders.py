@@ -91,6 +91,9 @@ def read_results(folder: Path, net: str, seed: int, digest: Any) -> list[dict[st
         for result in results
         if "members" in result or (result["net"] == net and result.get("seed", seed) == seed)
     ]
+    for result in results:
+        result |= {key: word(result[key]) for key in ("net", "data", "split", "protocol")}
+        result["data"] = name_label(result["data"], result.get("seen") if result["split"] == "test" else None)
     if digest is not None:
         results = [
             result
@@ -98,8 +101,6 @@ def read_results(folder: Path, net: str, seed: int, digest: Any) -> list[dict[st
             if result.get("digest", digest) == digest or (result["digest"] is None and result["data"] in paper.DATA)
         ]
     for result in results:
-        result |= {key: word(result[key]) for key in ("net", "data", "split", "protocol")}
-        result["data"] = name_label(result["data"], result.get("seen") if result["split"] == "test" else None)
         result |= {key: number(result[key], 0, 100) for key in ("error", "error5") if key in result}
         if "members" in result:
             lengths = ("iteration", "iterations")

@@ -303,7 +303,7 @@ def runs_table(runs: list[Run]) -> Table:
 def run_command(run: Run) -> str:
     """The command of a run; for a job of a sweep, with a comment that names the job."""
     command = strip_folders(run.command) or "not recorded"
-    return command + (f" # {run.job}" if run.job else "")
+    return command + (f" # {strip_folders(run.job)}" if run.job else "")
 
 
 def strip_folders(command: str) -> str:

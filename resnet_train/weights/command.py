@@ -43,6 +43,8 @@ def import_weights(args: WeightsConfig, bases: dict[str, dict[str, Any]]) -> Non
         raise UserError(f"file={path}: is a checkpoint of resnet-train already; resnet-weights export is the other way")
     config = _config(args, source, bases[source.family])
     classes = _classes(args, source)
+    if len(classes) < 2:
+        raise UserError(f"file={path}: its fc.weight has one row; a net has at least two classes")
     double, model = config.precision == "fp64", source.model
     if double:
         model = {name: value.double() if value.is_floating_point() else value for name, value in model.items()}
@@ -171,7 +173,10 @@ def export(args: WeightsConfig) -> None:
         stride = config.bottleneck_stride if config.data.family == "imagenet" and config.depth >= 50 else "3x3"
         if stride == "1x1":
             note += "; note: its stride is in the first 1x1, torchvision's is in the 3x3: there it gives other logits"
-    with writing(out) as weights, writing(out.with_name(out.name + ".json")) as described:  # both or neither
+    with (
+        writing(out) as weights,
+        writing(out.with_name(out.name + ".json")) as described,
+    ):  # renamed once both are written
         described.write_text(json.dumps(description, indent=2) + "\n")
         weights.write_bytes(content)
     shift = "the mean image in the JSON file" if mean.ndim == 3 else str([round(value, 4) for value in mean.tolist()])

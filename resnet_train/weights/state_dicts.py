@@ -236,8 +236,8 @@ def shape_of(state: Mapping[str, Tensor], where: str) -> Shape:
             f"{where}: is no net of the paper, whose keys are conv1.weight, bn1.…, layer1.0.conv1.weight, …, fc.bias;"
             f" it has {first_few(list(state))}"
         )
-    if shape.classes < 2:
-        raise UserError(f"{where}: has {shape.classes} classes (the rows of fc.weight); a net has at least two")
+    if not shape.classes:
+        raise UserError(f"{where}: its fc.weight has no rows, so that the net has no classes")
     with torch.device("meta"):
         make = cifar_resnet if shape.family == "cifar" else imagenet_resnet
         expected = make(shape.depth, shape.shortcut, num_classes=shape.classes).state_dict()
