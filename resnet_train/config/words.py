@@ -52,9 +52,8 @@ def parse(name: str, words: list[str]) -> argparse.Namespace:
 def no_flag(name: str, flag: str, words: list[str]) -> str:
     """The error for an unknown `flag`, with advice on what to type; `words` came after the flag."""
     key, equals, value = flag.lstrip("-").partition("=")
-    value = (
-        value if equals else next((word for word in words[:1] if word and "=" not in word and word[0] != "-"), "VALUE")
-    )
+    following = re.fullmatch(r"[^-=][^=]*", words[0] if words else "")
+    value = value if equals else following[0] if following else "VALUE"
     key = closest(key_for(key.replace("-", "_"), *DATACLASSES), known_keys(name)) or ""
     how = f"values are written KEY=VALUE, as in {key}={value}" if key else "there is no such flag"
     return f"{flag}: {how}; --help shows what there is"
