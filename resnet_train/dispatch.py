@@ -163,9 +163,6 @@ def _prepare_all(
     """The arguments of every job. With --cfg only commands that train are checked. Raises UserError."""
     prepared: list[tuple[Any, ...]] = []
     jobs = jobs_of(command.name, overrides, sweep)
-    if sweep and (timed := [item for item in overrides if re.match(r"[+]*(?!hydra\b).*\$\{now:", item)]):
-        what = "the time is another one in each job; name keys in its place, as in run_dir='runs/${depth}-${seed}'"
-        raise UserError(f"{timed[0]}: {what}")
     if not jobs:
         empty = [item for item in overrides if not jobs_of(command.name, [item], sweep=True)]
         what = "gives no values, so that the sweep has no job; list the values, as in seed=0,1,2"

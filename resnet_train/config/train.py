@@ -156,8 +156,9 @@ def _check_used(config: Config, values: Mapping[str, Any], requested: Collection
         raise UserError(f"schedule.{key}: schedule={kind} has {', '.join(own)}; choose another kind with schedule=")
     here, augment = f"data={config.data.name} (data.family={config.data.family})", values["augment"]
     for key in unread:
-        readers = " or ".join(f"data={NAMES.get(one, one)}" for one in sorted(marked(OnlyFor, Config)[key].readers))
         if key in requested:
+            kinds = sorted(marked(OnlyFor, Config)[key].readers)
+            readers = " or ".join(f"data={NAMES.get(one, one)}" for one in kinds)
             raise UserError(f"{key}: is for {readers}; {here} does not use it; remove it")
         if "recipe" in requested and (value := augment.get(key.removeprefix("augment."))):
             sets = f"sets {key}={format_value(value)}, which {here} does not use"

@@ -176,6 +176,9 @@ def jobs_of(name: str, overrides: list[str], sweep: bool) -> list[list[str]]:
                 "; a number has no comma, as 1000 or 0.01" if re.fullmatch(r"[\d,]+", item.partition("=")[2]) else ""
             )
             raise UserError(f"{item}: several values are a sweep, which resnet-train makes with -m{a_list or a_number}")
+        if sweep and "${now:" in item and not key.startswith("hydra"):
+            instead = "name keys in its place, as in run_dir='runs/${depth}-${seed}'"
+            raise UserError(f"{item}: the time is another one in each job; {instead}")
         if key in groups(name) and isinstance(override.value(), (list, dict)):
             raise UserError(f"{item}: takes one option; for several runs add -m, for a value {key}.KEY=VALUE")
         try:

@@ -35,7 +35,7 @@ TRAIN_FILES = {  # name: MD5
 }
 TEST_FILES = {"test_batch": "40351d587109b95175f43aff81a1287e"}
 FILES = {**TRAIN_FILES, **TEST_FILES}
-LARGEST = 200_000_000  # bytes of a file: the largest official one, CIFAR-100's train, has 155 million
+LARGEST = 200_000_000  # bytes of a file: the largest official one, CIFAR-100's train, has 50,000 images of 3,072
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 

@@ -84,28 +84,23 @@ def read_results(folder: Path, net: str, seed: int, digest: Any) -> list[dict[st
     `digest` is that of the run's data. Results on others are left out, as these may have the same label; of a folder
     without a training part, which has no digest, those on the paper's data sets are kept.
     """
-    results = [read_if_object(path) for path in sorted((folder / "checkpoints").glob("*-test.json"))]
-    results = [result for result in results if {"net", "data", "split", "protocol", "error"} <= result.keys()]
-    results = [
-        result
-        for result in results
-        if "members" in result or (result["net"] == net and result.get("seed", seed) == seed)
-    ]
-    for result in results:
+    results = []
+    for path in sorted((folder / "checkpoints").glob("*-test.json")):
+        result = read_if_object(path)
+        if not {"net", "data", "split", "protocol", "error"} <= result.keys():
+            continue
+        if "members" not in result and (result["net"] != net or result.get("seed", seed) != seed):
+            continue
         result |= {key: word(result[key]) for key in ("net", "data", "split", "protocol")}
         result["data"] = name_label(result["data"], result.get("seen") if result["split"] == "test" else None)
-    if digest is not None:
-        results = [
-            result
-            for result in results
-            if result.get("digest", digest) == digest or (result["digest"] is None and result["data"] in paper.DATA)
-        ]
-    for result in results:
+        tested = result.get("digest", digest)
+        if digest is not None and tested != digest and not (tested is None and result["data"] in paper.DATA):
+            continue
         result |= {key: number(result[key], 0, 100) for key in ("error", "error5") if key in result}
         if "members" in result:
-            lengths = ("iteration", "iterations")
-            members = [
-                {key: member.get(key) for key in lengths} | {"net": word(member["net"])} for member in result["members"]
+            result["members"] = [
+                {"net": word(one["net"]), "iteration": one.get("iteration"), "iterations": one.get("iterations")}
+                for one in result["members"]
             ]
-            result["members"] = members
+        results.append(result)
     return results

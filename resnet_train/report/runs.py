@@ -59,7 +59,7 @@ class Run:
     replaced: int = 0  # how often others stood in for broken training images
     unreadable: int = 0  # images left out because they cannot be decoded
     root: str = ""  # of the data, on the machine that ran it
-    job: str = ""  # of a sweep: what tells it from the other jobs, as words of a command line
+    job: str = ""  # of a sweep: what is its own among the jobs, as words of a command line
     results: list[dict[str, Any]] = field(default_factory=list)  # written by resnet-eval
     pages: list[Path] = field(default_factory=list)  # of mistakes, written by resnet-eval with details=true
 
@@ -238,8 +238,8 @@ def _name_job(command: str, config: dict[str, Any]) -> str:
     swept = [key for key, value in pairs if re.search(r",|\b(choice|range)\(", re.sub(r"\[.*?\]", "", value))]
     values = flat(config)
     named = dict.fromkeys([*("arch", "depth", "shortcut", "seed"), *swept])
-    found = {key: values.get(key, values.get(f"{key}.name")) for key in named}
-    return " ".join(f"{key}={format_setting(config_value(value))}" for key, value in found.items() if value is not None)
+    here = {key: values.get(key, values.get(f"{key}.name")) for key in named}
+    return " ".join(f"{key}={format_setting(config_value(value))}" for key, value in here.items() if value is not None)
 
 
 def _recipe(config: dict[str, Any], family: str) -> dict[str, Any]:

@@ -173,10 +173,8 @@ def export(args: WeightsConfig) -> None:
         stride = config.bottleneck_stride if config.data.family == "imagenet" and config.depth >= 50 else "3x3"
         if stride == "1x1":
             note += "; note: its stride is in the first 1x1, torchvision's is in the 3x3: there it gives other logits"
-    with (
-        writing(out) as weights,
-        writing(out.with_name(out.name + ".json")) as described,
-    ):  # renamed once both are written
+    beside = out.with_name(out.name + ".json")
+    with writing(out) as weights, writing(beside) as described:  # renamed once both are written
         described.write_text(json.dumps(description, indent=2) + "\n")
         weights.write_bytes(content)
     shift = "the mean image in the JSON file" if mean.ndim == 3 else str([round(value, 4) for value in mean.tolist()])
