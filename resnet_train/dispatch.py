@@ -43,7 +43,7 @@ from resnet_train.console import (
 )
 from resnet_train.engine.limits import check_open_files
 from resnet_train.errors import UserError, from_machine_error, from_os_error, nearest
-from resnet_train.sweep import check_all_finished, check_directory, run_and_exit, run_in_process
+from resnet_train.sweep import check_directory, conclude, run_and_exit, run_in_process
 from resnet_train.terminal import say
 
 Values = dict[str, Any]  # of one job, composed
@@ -140,7 +140,7 @@ def _follow(command: Command, words: list[str]) -> None:
         return
     run()
     if sweep and not line.cfg:
-        check_all_finished([directory for _, directory in jobs])
+        conclude([directory for _, directory in jobs])
 
 
 def _check_start(command: Command, sweep: bool) -> None:

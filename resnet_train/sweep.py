@@ -6,6 +6,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -123,8 +124,16 @@ def run_and_exit(job: Callable[[], int], config: Any, directory: Path) -> NoRetu
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # another Ctrl-C at exit would print a traceback
 
 
-def check_all_finished(directories: list[Path]) -> None:
-    """Raise RunError if runs of a finished sweep failed, here or where Hydra's launcher ran them."""
+def conclude(directories: list[Path]) -> None:
+    """Say what puts the runs of a finished sweep side by side.
+
+    Raises RunError if some of them failed, here or where Hydra's launcher ran them.
+    """
     failed = [str(directory) for directory in directories if run_state(directory) != "finished"]
     if failed:
         raise RunError(f"{len(failed)} of {len(directories)} jobs of the sweep did not finish: {', '.join(failed)}")
+    if len(directories) > 1:
+        above = Path(os.path.commonpath([directory.absolute() for directory in directories]))
+        with contextlib.suppress(ValueError):
+            above = above.relative_to(Path.cwd())
+        say(f"{len(directories)} runs; side by side: resnet-report {shlex.quote(str(above))} out=report")

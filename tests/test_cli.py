@@ -445,6 +445,7 @@ def test_a_sweep_trains_what_is_missing(tmp_path):
     first = sweep()
     assert first.count("test error") == 2
     assert "skipped" not in first
+    assert first.splitlines()[-1] == "2 runs; side by side: resnet-report runs/digits out=report"
     runs = {path.parent.parent.name: path.parent for path in Path(tmp_path).glob("runs/digits/*/*/summary.json")}
     assert runs.keys() == {"resnet-8-A", "resnet-14-A"}
     summaries = {net: json.loads((run / "summary.json").read_text()) for net, run in runs.items()}
@@ -478,6 +479,7 @@ def test_a_sweep_goes_on_after_a_job_that_fails_and_tells_at_its_end(tmp_path):
     assert done.returncode == 1
     assert all(line.startswith("error: ") for line in done.stderr.splitlines()), done.stderr
     assert "1 of 2 jobs of the sweep did not finish: runs/digits/" in done.stderr.splitlines()[-1]
+    assert "resnet-report" not in done.stdout
     assert [path.parent.name for path in Path(tmp_path).glob("runs/digits/*/*/summary.json")] == [
         path.name for path in Path(tmp_path).glob("runs/digits/*/*schedule.lr-0.1*")
     ]

@@ -1233,6 +1233,7 @@ def test_resume_takes_two_words_or_a_file(resume, tmp_path):
         ("checkpoint=last.pt precise_bn=-1", "precise_bn=-1: must be at least 0"),
         ("checkpoint=" + 300 * "x", "too long"),
         ("checkpoint=last.pt split=tst", "split=tst: allowed are test, val, train; did you mean test?"),
+        ("checkpoint=last.pt split=validation", "split=validation: allowed are test, val, train; did you mean val?"),
         ("checkpoint=last.pt device=gpu", "device=gpu: allowed are auto, cpu, cuda"),
         ("checkpoint=last.pt data.name=cifar11", "did you mean cifar10?"),
         ("checkpoint=last.pt data.root=nosuch", "data.root=nosuch: there is no such file or folder"),

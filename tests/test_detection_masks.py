@@ -22,12 +22,13 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform, _re
 
 from resnet_train.config.compose import compose
 from resnet_train.config.detection import check_detect
+from resnet_train.detection.annotations import Fault
 from resnet_train.detection.coco import read_coco
 from resnet_train.detection.draw import draw_detections
 from resnet_train.detection.ensemble import Ensemble
 from resnet_train.detection.evaluate import detections
 from resnet_train.detection.loader import training_batches
-from resnet_train.detection.masks import check_masks, mask_of, paste, read_mask, training_masks
+from resnet_train.detection.masks import check_masks, mask_code, mask_of, paste, read_mask, training_masks
 from resnet_train.detection.metrics import COCO_FIGURES, coco_map
 from resnet_train.detection.model import DetectorSettings, resnet_detector
 from resnet_train.detection.run import build, read_examples
@@ -168,6 +169,14 @@ def test_without_masks_they_are_not_read_and_the_digest_is_that_of_the_boxes(tre
     plain = read_coco(tree, train=["train"], test="val", broken="stop")
     assert {example.masks for example in plain.train} == {()}
     assert plain.digest != read(tree).digest
+
+
+def test_edges_of_a_very_wide_image_have_a_limit_of_their_own():
+    code = mask_code()
+    wide = (1_000_000, 300)
+    assert code.area({"size": wide[::-1], "counts": read_mask([[0, 0, 1000, 0, 1000, 300]], wide, "here")}) > 0
+    with pytest.raises(Fault, match="here: the edges of its segmentation are too long for 1000000x300"):
+        read_mask([[0, 0, 1_000_000, 300, 0, 300, 1_000_000, 0]], wide, "here")
 
 
 SQUARE = [10, 5, 20, 5, 20, 15, 10, 15]

@@ -15,8 +15,10 @@ from resnet_train.data.decode import LARGEST_IMAGE
 from resnet_train.detection.annotations import NO_MASK, Example, Fault
 from resnet_train.errors import UserError
 
-# Times the width and height of its image: all edges of an object's polygons; each of their pixels takes memory.
+# All edges of an object's polygons, in pixels, each of which takes memory: times the width and height of its image, and
+# at most.
 LONGEST = 50
+LONGEST_OF_ALL = 2_000_000
 
 
 def mask_code() -> Any:
@@ -56,7 +58,7 @@ def read_mask(segmentation: Any, size: tuple[int, int], where: str) -> bytes:
             if not all(-side <= number <= 2 * side for number in numbers[place::2]):
                 raise Fault(NO_MASK, f"{where}: its segmentation lies far outside of its image, {width}x{height}")
         length += _length(numbers)
-        if length > LONGEST * (width + height):
+        if length > min(LONGEST * (width + height), LONGEST_OF_ALL):
             raise Fault(NO_MASK, f"{where}: the edges of its segmentation are too long for {width}x{height}")
     return code.merge(code.frPyObjects(segmentation, height, width))["counts"]
 
