@@ -239,6 +239,19 @@ def test_a_folder_is_called_as_on_the_command_line_where_no_other_is(tmp_path, m
     assert [run.display_path for run in found(Path())] == ["seed-0"]
 
 
+def test_links_to_runs_are_followed_and_a_run_is_read_once(tmp_path):
+    make(tmp_path / "runs/a", seed=0)
+    make(tmp_path / "runs/b", seed=1)
+    make(tmp_path / "big/net/c", seed=2)
+    chosen = tmp_path / "chosen"
+    chosen.mkdir()
+    for name, target in (("one", "runs/b"), ("again", "runs/b"), ("nets", "big"), ("round", "chosen")):
+        (chosen / name).symlink_to(tmp_path / target)
+    (tmp_path / "runs/a/up").symlink_to(tmp_path)
+    assert sorted((run.seed, run.display_path.split("/")[-1]) for run in found(chosen)) == [(1, "again"), (2, "c")]
+    assert sorted(run.seed for run in found(tmp_path / "runs", chosen)) == [0, 1, 2]
+
+
 # --- What may stand together -----------------------------------------------------------------------------------------
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,16 +51,30 @@ def find_runs(folders: Iterable[Path]) -> dict[Path, str]:
     counts: dict[Path, tuple[Path, int]] = {}
     for folder in folders:
         try:
-            configs = sorted(path for path in folder.rglob("config.json") if path.is_file())
+            configs = sorted(path for path in find_files(folder, "config.json") if path.is_file())
         except OSError as error:
             raise UserError(f"{error.filename or folder}: {error.strerror}") from error
-        if not configs and not any(folder.rglob("responses.csv")):
+        if not configs and not any(find_files(folder, "responses.csv")):
             raise UserError(f"{folder}: holds no run (a folder with config.json and metrics.jsonl)")
         for run in (path.parent for path in configs):
             count = _count(run.relative_to(folder.parent) if folder.is_absolute() else run)
             counts.setdefault(run.resolve(), (run, count))
     names = tell_apart({_absolute(run): count for run, count in counts.values()})
     return {run: names[_absolute(run)] for run, _ in counts.values()}
+
+
+def find_files(folder: Path, name: str) -> Iterator[Path]:
+    """The files of a name in `folder` and below, also behind links to folders, each of which is followed once."""
+    followed = {os.path.realpath(folder)}
+    for here, below, files in os.walk(folder, followlinks=True):
+        if name in files:
+            yield Path(here, name)
+        below.sort()
+        for link in [entry for entry in below if os.path.islink(os.path.join(here, entry))]:
+            target = os.path.realpath(os.path.join(here, link))
+            if target in followed:
+                below.remove(link)
+            followed.add(target)
 
 
 def _absolute(folder: Path) -> Path:

@@ -18,7 +18,7 @@ from resnet_train.errors import UserError, from_write_error
 from resnet_train.files import expand, put
 from resnet_train.report import detection, figures, localization, page, runs, tables, verdict
 from resnet_train.report.figures import Picture
-from resnet_train.report.folders import name_folders
+from resnet_train.report.folders import find_files, name_folders
 from resnet_train.report.page import Section
 from resnet_train.report.runs import Run
 from resnet_train.report.values import MALFORMED, describe_test, escape_and_clip, number
@@ -187,7 +187,7 @@ def _measured(folders: list[Path], name: str, column: str) -> list[figures.Respo
     Raises UserError for a file of another form.
     """
     newest: dict[tuple[str, str, int], figures.Responses] = {}
-    for path in (path for folder in folders for path in sorted(folder.rglob(name)) if path.is_file()):
+    for path in (path for folder in folders for path in sorted(find_files(folder, name)) if path.is_file()):
         values: dict[tuple[str, ...], list[float]] = {}
         try:
             with path.open(newline="", encoding="utf-8") as file:
