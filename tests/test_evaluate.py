@@ -351,6 +351,42 @@ def test_an_ensemble_and_its_members_under_a_protocol(saved, photographs, monkey
     assert result["loss"] == pytest.approx(-scores[range(9), labels].log().mean().item(), rel=1e-3)
 
 
+def changed(path, to, change):
+    """The checkpoint `path` with `change` made to its content, as the file `to`."""
+    state = checkpoint.load(path)
+    change(state)
+    checkpoint.save(to, {key: value for key, value in state.items() if key not in ("format", "path")})
+    return to
+
+
+def test_members_that_were_tested_in_batches_of_other_sizes_are_an_ensemble(saved, tmp_path, monkeypatch):
+    results = []
+    for size in (20, 4):
+        other = changed(
+            saved / "1/last.pt",
+            tmp_path / f"{size}.pt",
+            lambda state, size=size: state["config"].update(eval_batch_size=size),
+        )
+        out = tmp_path / f"{size}.json"
+        measured(saved, monkeypatch, f"checkpoint=[0/last.pt,{other}]", f"out={out}")
+        result = json.loads(out.read_text())
+        results.append({key: result[key] for key in ("wrong", "seen", "loss")})
+    assert results[0] == results[1]
+
+
+def test_members_of_other_classes_are_refused_before_a_test(saved, tmp_path, monkeypatch):
+    other = changed(saved / "1/last.pt", tmp_path / "other.pt", lambda state: state["classes"].reverse())
+    with pytest.raises(UserError, match=r"checkpoint: 0/last.pt and .*other.pt have different classes"):
+        measured(saved, monkeypatch, f"checkpoint=[0/last.pt,{other}]")
+
+
+@pytest.mark.parametrize("images", [0, -3, True, 2.5])
+def test_statistics_over_no_images_are_refused(images, saved, tmp_path, monkeypatch):
+    broken = changed(saved / "0/last.pt", tmp_path / "x.pt", lambda state: state["measure"].update(bn_images=images))
+    with pytest.raises(UserError, match=rf"x.pt: does not match this network .*over {images} images"):
+        measured(saved, monkeypatch, f"checkpoint={broken}", "precise_bn=2")
+
+
 def test_true_averages_are_over_groups_as_in_training(saved, photographs, monkeypatch):
     """Groups of 2 of the batches of 4."""
     measured(saved, monkeypatch, "checkpoint='in groups of 2/last.pt'", "precise_bn=5")

@@ -338,6 +338,9 @@ def test_deviations_are_named_with_the_papers_value(tmp_path):
         assert runs.deviations(run) == ([] if images == 64 else [("bn_images", str(images), "64")])
     (run,) = found(make(tmp_path / "d", bn_images="all", devices=2))
     assert runs.deviations(run) == [("bn_images", "128", "64")]
+    cosine = {"name": "cosine", "factor": 1.0, "drops": []}  # as a run stores what its schedule does not read
+    (run,) = found(make(tmp_path / "e", schedule=CONFIG["schedule"] | cosine))
+    assert runs.deviations(run) == [("schedule.name", "cosine", "step")]
 
 
 @pytest.mark.parametrize(("key", "value"), [("init_from", 5), ("init_from", ["x"]), ("precision", ["x"])])

@@ -201,6 +201,15 @@ def test_checkpoints_whose_configuration_is_gone_are_resumed_from_elsewhere(cont
         check_run_dir(folder, config_of())
 
 
+@pytest.mark.parametrize("iteration", [-1, 13])
+def test_a_checkpoint_of_an_iteration_that_its_run_does_not_have_is_refused(iteration, whole, tmp_path):
+    folder = cut(whole, tmp_path / "run", 8)
+    state = checkpoint.load(folder / "checkpoints/last.pt") | {"iteration": iteration}
+    checkpoint.save(folder / "checkpoints/last.pt", {key: value for key, value in state.items() if key != "path"})
+    with pytest.raises(UserError, match=f"last.pt: is of iteration {iteration}, and the run has iterations=12"):
+        run(folder)
+
+
 def test_a_disk_that_is_full_at_the_start_is_none_of_the_input(whole, tmp_path):
     """A queue starts again what ends with 1, and gives up what ends with 2."""
     folder = cut(whole, tmp_path / "run", 8)

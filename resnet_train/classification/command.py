@@ -141,7 +141,7 @@ def _load_member(path: Path, args: EvalConfig) -> Member:
 
 
 def _check_members(members: list[Member], args: EvalConfig) -> None:
-    """Raises UserError for an ensemble whose members are not evaluated on the same images."""
+    """Raises UserError for an ensemble whose members are not evaluated on the same images, or of other classes."""
     first = members[0]
     for key in ("name", "root", "family", "size", *(["validation"] if args.split != "test" else [])):
         for other in members[1:]:
@@ -151,6 +151,12 @@ def _check_members(members: list[Member], args: EvalConfig) -> None:
                     f"checkpoint: {first.path} has data.{key}={here} and {other.path} data.{key}={there}; an ensemble"
                     " looks at the same images"
                 )
+    for other in members[1:]:
+        if first.state["classes"] != other.state["classes"]:
+            raise UserError(
+                f"checkpoint: {first.path} and {other.path} have different classes; an ensemble's"
+                " nets have the same, in the same order"
+            )
     if args.protocol != "center" and first.config.data.family == "cifar":
         raise UserError(f"protocol={args.protocol}: is for ImageNet nets; nets for CIFAR see each image once: center")
 
@@ -184,6 +190,7 @@ def _count_members(
     """The errors of all members as an ensemble, their precision, and whether all were compiled."""
     sums: list[tuple[Tensor, Tensor]] = []
     precisions, compiled, size = set(), True, dataset.sizes[args.split]
+    batch_size = pick_eval_batch(members[0].config, device)  # one for all, whose scores are added batch by batch
     skip = members[0].config.data.broken == "skip"
     fixed = args.protocol != "multiscale"  # else shapes vary, and nothing is chosen or compiled for each
     torch.backends.cudnn.benchmark = fixed
@@ -197,7 +204,7 @@ def _count_members(
             average_batch_norm(model, mean, member.config, images, dataset, args.precise_bn, precision)
         blocks = trained_in_blocks(member.state, model, member.config)
         compiled &= bool(was_compiled) and fixed and compile_network(model, device, blocks=blocks)
-        share = (args.split, mean, device, pick_eval_batch(member.config, device), rank(), world_size())
+        share = (args.split, mean, device, batch_size, rank(), world_size())
         if len(members) == 1 and args.protocol == "center":
             batches = dataset.eval_batches(*share)
             return count_errors(model, batches, precision, size, answer_rows, skip=skip), precision, compiled

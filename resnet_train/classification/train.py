@@ -89,8 +89,7 @@ class ClassificationTask(TrainState):
     @property
     def reference(self) -> float | None:
         """The paper's test error of this net, where the data are CIFAR-10 proper (table 6)."""
-        of_table_6 = self.label == "cifar10" and self.config.net.endswith("-A")
-        return paper.CIFAR10_TEST_ERROR.get(self.config.depth) if of_table_6 else None
+        return paper.TABLES["table 6"].get(self.config.net, (None,))[0] if self.label == "cifar10" else None
 
     def wrap_ddp(self) -> None:
         """Average gradients over all processes from now on."""

@@ -71,6 +71,8 @@ def _resume_state(config: TaskConfig, directory: Path, digest: str, kind: str) -
             raise UserError(f"resume={path}: no iteration is left; resnet-eval {shlex.quote(str(path))} measures it")
     otherwise = "another run_dir=" if config.resume == "auto" else "init_from= in place of resume="
     check_same_run(state["config"], config, str(path), otherwise)
+    if not 0 <= state["iteration"] <= config.iterations:
+        raise UserError(f"{path}: is of iteration {state['iteration']}, and the run has iterations={config.iterations}")
     check_same_data(state["config"]["data"], state["digest"], config.plain()["data"], digest, str(path))
     return state
 

@@ -42,6 +42,7 @@ def learning_rate(
         return lr * 0.5 * (1 + math.cos(math.pi * iteration / iterations))
     if name == "plateau":
         return lr * factor**progress.dropped
+    assert name == "step"
     return lr * factor ** sum(iteration >= max(1, round(drop * iterations)) for drop in drops)
 
 

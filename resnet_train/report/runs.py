@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from resnet_train import paper
-from resnet_train.config.schema import flat
+from resnet_train.config.schema import flat, unread_keys
+from resnet_train.config.train import Schedule
 from resnet_train.engine.metrics import count_replaced, describe_replaced
 from resnet_train.errors import UserError
 from resnet_train.files import read_if_object, read_object
@@ -289,8 +290,13 @@ def differences(one: list[Run], other: list[Run]) -> list[tuple[str, str, str]]:
 
 
 def deviations(run: Run) -> list[tuple[str, str, str]]:
-    """Deviations from the paper's recipe: key, value, the paper's value. Lengths count only on the paper's data."""
-    keys = [key for key in paper.RECIPES[run.family] if run.published or key not in ("iterations", "data.size")]
+    """Deviations from the paper's recipe: key, value, the paper's value.
+
+    Lengths count only on the paper's data, and of a schedule the keys that it reads.
+    """
+    unread = {f"schedule.{key}" for key in unread_keys(Schedule, run.setting["schedule.name"])}
+    unread |= set() if run.published else {"iterations", "data.size"}
+    keys = [key for key in paper.RECIPES[run.family] if key not in unread]
     recipe = {key: paper.RECIPES[run.family][key] for key in keys}
     differing = [key for key in keys if run.setting[key] != recipe[key]]
     return [(key, format_setting(run.setting[key]), format_setting(recipe[key])) for key in differing]
