@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import hashlib
 import html
+import itertools
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
@@ -21,8 +23,8 @@ import yaml
 from resnet_train import cli, paper
 from resnet_train.config.compose import compose
 from resnet_train.config.options import CONFIG_DIR
-from resnet_train.config.schema import flat
-from resnet_train.config.train import check_train
+from resnet_train.config.schema import flat, unread_keys
+from resnet_train.config.train import Schedule, check_train
 from resnet_train.engine.metrics import read_metrics
 from resnet_train.errors import UserError
 from resnet_train.report import curves, detection, figures, localization, page, runs, tables, values, verdict
@@ -341,6 +343,13 @@ def test_deviations_are_named_with_the_papers_value(tmp_path):
     cosine = {"name": "cosine", "factor": 1.0, "drops": []}  # as a run stores what its schedule does not read
     (run,) = found(make(tmp_path / "e", schedule=CONFIG["schedule"] | cosine))
     assert runs.deviations(run) == [("schedule.name", "cosine", "step")]
+
+
+def test_the_keys_of_a_schedule_are_those_that_it_reads():
+    every = set(itertools.chain(*runs.SCHEDULE_KEYS.values()))
+    assert runs.SCHEDULE_KEYS.keys() == set(typing.get_args(typing.get_type_hints(Schedule)["name"]))
+    for name, keys in runs.SCHEDULE_KEYS.items():
+        assert every - keys == {f"schedule.{key}" for key in unread_keys(Schedule, name)}
 
 
 @pytest.mark.parametrize(("key", "value"), [("init_from", 5), ("init_from", ["x"]), ("precision", ["x"])])

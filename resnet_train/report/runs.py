@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from resnet_train import paper
-from resnet_train.config.schema import flat, unread_keys
-from resnet_train.config.train import Schedule
+from resnet_train.config.schema import flat
 from resnet_train.engine.metrics import count_replaced, describe_replaced
 from resnet_train.errors import UserError
 from resnet_train.files import read_if_object, read_object
@@ -32,6 +31,11 @@ from resnet_train.report.values import (
 )
 
 END = 20  # the training error at the end is that of the last twentieth of a run
+SCHEDULE_KEYS = {  # by the name of the schedule, those of its own
+    "step": {"schedule.factor", "schedule.drops"},
+    "plateau": {"schedule.factor", "schedule.patience", "schedule.threshold", "schedule.watch"},
+    "cosine": set[str](),
+}
 NET = re.compile(r"plain-\d{1,6}|resnet-\d{1,6}-[ABC]")  # a net's name
 
 
@@ -294,7 +298,7 @@ def deviations(run: Run) -> list[tuple[str, str, str]]:
 
     Lengths count only on the paper's data, and of a schedule the keys that it reads.
     """
-    unread = {f"schedule.{key}" for key in unread_keys(Schedule, run.setting["schedule.name"])}
+    unread = set(itertools.chain(*SCHEDULE_KEYS.values())) - SCHEDULE_KEYS.get(str(run.setting["schedule.name"]), set())
     unread |= set() if run.published else {"iterations", "data.size"}
     keys = [key for key in paper.RECIPES[run.family] if key not in unread]
     recipe = {key: paper.RECIPES[run.family][key] for key in keys}
