@@ -663,6 +663,18 @@ def test_a_packed_folder_elsewhere_is_fetched_once_and_checked(packed, tmp_path,
         open_packed(f"local:{tmp_path / 'nowhere'}")
 
 
+def test_a_store_whose_client_is_missing_is_named_in_one_line(monkeypatch):
+    def missing(*_):
+        raise ModuleNotFoundError("Requirement 'google.cloud.storage' not met.\nHINT: Try running `pip install`")
+
+    monkeypatch.setattr("litdata.streaming.downloader.get_downloader", missing)
+    with pytest.raises(UserError) as error:
+        fetch._downloader("gs://bucket/x")
+    assert str(error.value) == (
+        "data.root=gs://bucket/x: Requirement 'google.cloud.storage' not met. HINT: Try running `pip install`"
+    )
+
+
 def test_a_pack_can_be_opened_while_another_process_looks_for_a_newer_one(packed, tmp_path, monkeypatch):
     monkeypatch.setenv("RESNET_TRAIN_DATA", str(tmp_path / "cache"))
     url, client, seen = f"local:{packed}", fetch._downloader, []

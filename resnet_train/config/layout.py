@@ -21,7 +21,7 @@ CIFAR_FOLDER = "cifar-10-batches-py"
 OFFICIAL = {"cifar10": (CIFAR_FOLDER, "data_batch_1"), "cifar100": ("cifar-100-python", "train")}
 PACKED = "pack.json"  # the file that marks a complete pack
 PACKING = "packing"  # the folder for the state of an incomplete pack
-REMOTE = ("s3://", "gs://", "azure://", "r2://", "local:")  # prefixes that litdata can read
+REMOTE = ("s3://", "gs://", "azure://", "local:")  # prefixes that litdata can read
 
 
 def is_official(name: str, root: Path) -> bool:

@@ -91,7 +91,10 @@ def _downloader(url: str) -> Callable[[str, Path], None]:
     """A function that downloads a file with litdata's client for such a URL. Raises UserError."""
     from litdata.streaming.downloader import get_downloader
 
-    client = get_downloader(url, str(cache_folder()), [])
+    try:
+        client = get_downloader(url, str(cache_folder()), [])
+    except ModuleNotFoundError as error:  # of a store's own client; each has another package
+        raise UserError(f"data.root={url}: {' '.join(str(error).split())}") from error
 
     def fetch(source: str, path: Path) -> None:
         try:
