@@ -35,6 +35,7 @@ ALIASES = {
     "10crop": "tencrop",
     "10-crop": "tencrop",
     "multi-scale": "multiscale",
+    "validation": "val",
 }
 
 
@@ -259,10 +260,10 @@ def closest(word: str, allowed: Iterable[str]) -> str | None:
 
 
 def _likeness(word: str, other: str) -> float:
-    """The likeness of two words, from 0 to 1; 0.9 for the beginning of a word, as val and validation."""
+    """The likeness of two words, from 0 to 1; 0.9 for the beginning of a word, such as val."""
     if word == other:
         return 1
-    if (len(word) >= 3 and other.startswith(word)) or (len(other) >= 3 and word.isalpha() and word.startswith(other)):
+    if len(word) >= 3 and other.startswith(word):
         return 0.9
     if len(word) == len(other) and sorted(word) == sorted(other) and sum(map(str.__ne__, word, other)) == 2:
         return 0.9  # two swapped letters, also in a short word

@@ -133,7 +133,8 @@ def conclude(directories: list[Path]) -> None:
     if failed:
         raise RunError(f"{len(failed)} of {len(directories)} jobs of the sweep did not finish: {', '.join(failed)}")
     if len(directories) > 1:
-        above = Path(os.path.commonpath([directory.absolute() for directory in directories]))
-        with contextlib.suppress(ValueError):
-            above = above.relative_to(Path.cwd())
-        say(f"{len(directories)} runs; side by side: resnet-report {shlex.quote(str(above))} out=report")
+        above = os.path.commonpath([os.path.abspath(directory) for directory in directories])
+        wide = os.path.commonpath([above, os.getcwd()]) == above  # it may hold other runs, or the whole disk
+        shown = map(str, directories) if wide else [min(above, os.path.relpath(above), key=len)]
+        words = [shlex.quote(f"./{path}" if path.startswith("-") else path) for path in shown]
+        say(f"{len(directories)} runs; side by side: resnet-report {' '.join(words)} out=report")

@@ -17,7 +17,7 @@ import yaml
 from conftest import start
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from resnet_train import __version__, cli
+from resnet_train import __version__, cli, sweep
 from resnet_train.__main__ import COMMANDS
 from resnet_train.config.compose import compose
 from resnet_train.config.quoting import as_text, as_typed
@@ -463,6 +463,26 @@ def test_a_sweep_trains_what_is_missing(tmp_path):
     assert "resuming from iteration 6" in again
     assert (whole / "summary.json").read_bytes() == before
     assert json.loads((cut / "summary.json").read_text())["last"] == summaries["resnet-14-A"]["last"]
+
+
+@pytest.mark.parametrize(
+    ("places", "words"),
+    [
+        (["runs/digits/a", "runs/digits/b"], "runs/digits"),
+        (["runs/a b/0", "runs/a b/1"], "'runs/a b'"),
+        (["-x/0", "-x/1"], "./-x"),
+        (["../r/0", "r/1"], "../r/0 r/1"),
+        (["0", "1"], "0 1"),
+    ],
+)
+def test_a_sweeps_last_line_names_its_runs_and_no_folder_of_others(places, words, tmp_path, monkeypatch, capsys):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for place in places:
+        Path(place).mkdir(parents=True)
+        Path(place, "summary.json").touch()
+    sweep.conclude([Path(place) for place in places])
+    assert capsys.readouterr().out == f"2 runs; side by side: resnet-report {words} out=report\n"
 
 
 @pytest.mark.long

@@ -175,8 +175,10 @@ def test_edges_of_a_very_wide_image_have_a_limit_of_their_own():
     code = mask_code()
     wide = (1_000_000, 300)
     assert code.area({"size": wide[::-1], "counts": read_mask([[0, 0, 1000, 0, 1000, 300]], wide, "here")}) > 0
+    outline = [0, 0, 1_000_000, 0, 1_000_000, 300, 0, 300]
+    assert code.area({"size": wide[::-1], "counts": read_mask([outline], wide, "here")}) == 300_000_000
     with pytest.raises(Fault, match="here: the edges of its segmentation are too long for 1000000x300"):
-        read_mask([[0, 0, 1_000_000, 300, 0, 300, 1_000_000, 0]], wide, "here")
+        read_mask([outline] * 3, wide, "here")
 
 
 SQUARE = [10, 5, 20, 5, 20, 15, 10, 15]

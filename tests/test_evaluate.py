@@ -368,10 +368,13 @@ def test_members_that_were_tested_in_batches_of_other_sizes_are_an_ensemble(save
             lambda state, size=size: state["config"].update(eval_batch_size=size),
         )
         out = tmp_path / f"{size}.json"
-        measured(saved, monkeypatch, f"checkpoint=[0/last.pt,{other}]", f"out={out}")
-        result = json.loads(out.read_text())
-        results.append({key: result[key] for key in ("wrong", "seen", "loss")})
-    assert results[0] == results[1]
+        for members in (f"[0/last.pt,{other}]", f"[{other},0/last.pt]"):
+            for protocol in ("center", "tencrop"):
+                measured(saved, monkeypatch, f"checkpoint={members}", f"out={out}", f"protocol={protocol}")
+                result = json.loads(out.read_text())
+                assert result["seen"] == 9
+                results.append((protocol, result["wrong"], pytest.approx(result["loss"], rel=1e-5)))
+    assert results[:4] == results[4:]
 
 
 def test_members_of_other_classes_are_refused_before_a_test(saved, tmp_path, monkeypatch):

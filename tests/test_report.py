@@ -252,6 +252,8 @@ def test_links_to_runs_are_followed_and_a_run_is_read_once(tmp_path):
     (tmp_path / "runs/a/up").symlink_to(tmp_path)
     assert sorted((run.seed, run.display_path.split("/")[-1]) for run in found(chosen)) == [(1, "again"), (2, "c")]
     assert sorted(run.seed for run in found(tmp_path / "runs", chosen)) == [0, 1, 2]
+    (tmp_path / "big/again").symlink_to(tmp_path / "big/net/c")
+    assert [run.display_path for run in found(tmp_path / "big")] == ["big/net/c"]
 
 
 # --- What may stand together -----------------------------------------------------------------------------------------

@@ -190,7 +190,8 @@ def _count_members(
     """The errors of all members as an ensemble, their precision, and whether all were compiled."""
     sums: list[tuple[Tensor, Tensor]] = []
     precisions, compiled, size = set(), True, dataset.sizes[args.split]
-    batch_size = pick_eval_batch(members[0].config, device)  # one for all, whose scores are added batch by batch
+    # One for all, since their scores are added batch by batch.
+    batch_size = min(pick_eval_batch(member.config, device) for member in members)
     skip = members[0].config.data.broken == "skip"
     fixed = args.protocol != "multiscale"  # else shapes vary, and nothing is chosen or compiled for each
     torch.backends.cudnn.benchmark = fixed

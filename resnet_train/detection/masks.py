@@ -18,7 +18,7 @@ from resnet_train.errors import UserError
 # All edges of an object's polygons, in pixels, each of which takes memory: times the width and height of its image, and
 # at most.
 LONGEST = 50
-LONGEST_OF_ALL = 2_000_000
+LONGEST_OF_ALL = 5_000_000
 
 
 def mask_code() -> Any:

@@ -51,12 +51,13 @@ def find_runs(folders: Iterable[Path]) -> dict[Path, str]:
     counts: dict[Path, tuple[Path, int]] = {}
     for folder in folders:
         try:
+            os.listdir(folder)
             configs = sorted(path for path in find_files(folder, "config.json") if path.is_file())
         except OSError as error:
             raise UserError(f"{error.filename or folder}: {error.strerror}") from error
         if not configs and not any(find_files(folder, "responses.csv")):
             raise UserError(f"{folder}: holds no run (a folder with config.json and metrics.jsonl)")
-        for run in (path.parent for path in configs):
+        for run in sorted((path.parent for path in configs), key=lambda run: _is_behind_link(run, folder)):
             count = _count(run.relative_to(folder.parent) if folder.is_absolute() else run)
             counts.setdefault(run.resolve(), (run, count))
     names = tell_apart({_absolute(run): count for run, count in counts.values()})
@@ -75,6 +76,11 @@ def find_files(folder: Path, name: str) -> Iterator[Path]:
             if target in followed:
                 below.remove(link)
             followed.add(target)
+
+
+def _is_behind_link(path: Path, folder: Path) -> bool:
+    """Whether a link leads from `folder` to `path`, which lies below it."""
+    return path.resolve() != folder.resolve() / path.relative_to(folder)
 
 
 def _absolute(folder: Path) -> Path:
