@@ -490,7 +490,7 @@ def test_jobs_of_a_sweep_with_two_devices_run_one_after_another(runs):
     """Each with its own directory."""
     folder, printed = runs("sweep")
     assert {"32", "64"} <= set(os.listdir(folder))
-    assert heads(printed) == 2 * heads(runs("one")[1])
+    assert heads(printed) == [*2 * heads(runs("one")[1]), "2 runs; side by side"]
     assert "64/run" in printed.splitlines()[0]
 
 

@@ -24,6 +24,7 @@ from resnet_train.classification.load import check_split, load_model, open_datas
 from resnet_train.config.commands import ResponsesConfig
 from resnet_train.config.train import config_from_checkpoint
 from resnet_train.data.memory import MemoryDataset
+from resnet_train.engine import checkpoint
 from resnet_train.engine.compute import compute_logits, pick_device
 from resnet_train.errors import UserError, from_write_error
 from resnet_train.files import expand, put
@@ -240,7 +241,8 @@ def _measure(member: Member, args: ResponsesConfig, device: torch.device) -> Sig
         raise UserError(f"images={args.images}: {dataset.label} {args.split} has {size}; use fewer")
     batches = dataset.eval_batches(args.split, mean, device, min(pick_eval_batch(config, device), args.images))
     stds = response_stds(model, batches, args.images, precision)
-    batch = min(state["measure"]["bn_images"], args.images)  # the statistics are as in training
+    with checkpoint.checkpoint_errors(member.path):
+        batch = min(state["measure"]["bn_images"], args.images)  # the statistics are as in training
     full = itertools.islice(dataset.eval_batches(args.split, mean, device, batch), args.images // batch)
     exact = "fp64" if precision == "fp64" else "fp32"  # small gradients vanish in 16 bits
     by_response, by_weights = gradient_norms(model, full, exact)

@@ -28,7 +28,7 @@ def build_network(config: Config, num_classes: int) -> ResNet:
 
 def check_net(config: Config, state: dict[str, Any]) -> None:
     """Raise ValueError if a checkpoint's `state` does not have the net of its `config`; the net is not built."""
-    images = state["measure"]["bn_images"]
+    images = state["measure"].get("bn_images", 1)  # only what needs it asks for it
     if type(images) is not int or images < 1:
         raise ValueError(f"batch norm's statistics over {images} images")
     checkpoint.check_net(state["model"], lambda: build_network(config, len(state["classes"])), config.depth)
