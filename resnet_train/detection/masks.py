@@ -15,9 +15,10 @@ from resnet_train.data.decode import LARGEST_IMAGE
 from resnet_train.detection.annotations import NO_MASK, Example, Fault
 from resnet_train.errors import UserError
 
-# All edges of an object's polygons, in pixels, each of which takes memory: times the width and height of its image, and
-# at most.
+# Each pixel along the edges of an object's polygons takes memory. Their length together is limited to this many times
+# the width and height of the image,
 LONGEST = 50
+# and to this many pixels in an image of any size.
 LONGEST_OF_ALL = 5_000_000
 
 
