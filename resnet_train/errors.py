@@ -94,7 +94,7 @@ def _spellings(path: str) -> set[str]:
 
 def stop_early(number: int, _: Any = None) -> NoReturn:
     """Exit on a signal that arrives before there is any state to save, and say so."""
-    print("stopped before there was anything new to keep; the same command starts where this one did", flush=True)
+    print("stopped before anything new was written; the same command starts where this one did", flush=True)
     sys.exit(128 + number)
 
 
@@ -168,7 +168,7 @@ def from_os_error(error: OSError) -> RunError:
         error = OSError(int(match[1]), match[2], match[3]) if match else OSError(0, str(error))
     intact = "" if error.errno in (errno.ENOENT, errno.ENOTDIR) else "what is on disk is intact; "
     path = error.filename or "a file or the output"
-    return RunError(f"{path}: {error.strerror}; {intact}{remedy(error)}, the same command resumes")
+    return RunError(f"{path}: {error.strerror}; {intact}{remedy(error)}, run the same command again")
 
 
 def from_write_error(what: str, error: OSError) -> UserError:
@@ -180,7 +180,7 @@ def from_write_error(what: str, error: OSError) -> UserError:
 
 
 def remedy(error: BaseException) -> str:
-    """What must be done before the same command resumes, as a clause in front of that."""
+    """When the same command can be run again, as a clause in front of that."""
     remedies = {
         errno.ENOSPC: "once there is space",
         errno.EDQUOT: "once there is space",

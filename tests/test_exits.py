@@ -76,7 +76,7 @@ def with_no_file_left(job):
 
 MEMORY = r"out of memory; use a smaller batch_size= \(or device_batch_size=\) \(.+\)"
 FILES = r"too many open files; raise the limit \(ulimit -n, now \d+\), or use fewer workers"
-MISSING = "/no/such: No such file or directory; once it exists again, the same command resumes"
+MISSING = "/no/such: No such file or directory; once it exists again, run the same command again"
 WORKER = r"DataLoader worker \(.+\) exited unexpectedly; if it was killed for want of memory, use fewer workers"
 
 
@@ -129,7 +129,7 @@ def test_what_is_a_mistake_in_the_code_keeps_its_trace(capsys):
 def test_the_remedy_is_that_of_the_fault(number, remedy):
     message = str(from_os_error(OSError(number, os.strerror(number), "run/x")))
     assert message.startswith(f"run/x: {os.strerror(number)}; {remedy}")
-    assert message.endswith(", the same command resumes")
+    assert message.endswith(", run the same command again")
     assert ("there is space" in message) == (number == errno.ENOSPC)
 
 
@@ -198,7 +198,7 @@ def test_a_run_says_at_once_that_it_starts_and_that_nothing_was_kept_where_it_is
         job.send_signal(number)
         out, err = job.communicate()
     assert first == f"run: starting{' on devices=2' if devices == 2 else ''}\n"
-    assert out == "stopped before there was anything new to keep; the same command starts where this one did\n"
+    assert out == "stopped before anything new was written; the same command starts where this one did\n"
     assert (job.returncode, err) == (128 + number, "")
     assert os.listdir(tmp_path) == []
 

@@ -36,6 +36,7 @@ LAYERS = [
     ["detection.run", "classification.run", "localization.run"],
     ["detection.train", "classification.train", "localization.train"],
     ["localization.build", "localization.evaluate"],
+    ["classification.summary"],
     ["classification.step", "detection.build", "detection.evaluate"],
     ["classification.evaluate", "classification.predict"],
     ["classification.details"],

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_train import paper
 from resnet_train.classification.evaluate import count_errors
 from resnet_train.classification.load import pick_eval_batch
 from resnet_train.classification.step import CapturedStep, TrainState, step
-from resnet_train.config.layout import count_unreadable, describe_left_out, describe_unreadable, files_for_test
+from resnet_train.classification.summary import conclude, describe, draw, reference, summarise
+from resnet_train.config.layout import files_for_test
 from resnet_train.config.run_dir import as_stored
 from resnet_train.config.train import Config
 from resnet_train.data.memory import MemoryDataset
@@ -27,12 +27,8 @@ from resnet_train.engine.distributed import rank, world_size
 from resnet_train.engine.logger import message
 from resnet_train.engine.schedule import Progress, end_warmup, learning_rate, watch_plateau
 from resnet_train.engine.task import Point
-from resnet_train.models.build import build_network
-from resnet_train.models.resnet import multiply_adds, parameters
-from resnet_train.report import curves
 from resnet_train.weights.source import Source
 
-TABLE_6 = "He et al. 2015, table 6:"
 WINDOW = 100  # iterations over which the error that ends the warm-up is averaged; fewer if warmup.iterations is less
 
 
@@ -88,8 +84,8 @@ class ClassificationTask(TrainState):
 
     @property
     def reference(self) -> float | None:
-        """The paper's test error of this net, where the data are CIFAR-10 proper (table 6)."""
-        return paper.TABLES["table 6"].get(self.config.net, (None,))[0] if self.label == "cifar10" else None
+        """The paper's test error of this net in %, where the data are CIFAR-10 proper (table 6)."""
+        return reference(self.config.net, self.label)
 
     def wrap_ddp(self) -> None:
         """Average gradients over all processes from now on."""
@@ -257,50 +253,7 @@ class ClassificationTask(TrainState):
 
     def describe(self) -> list[str]:
         """Lines that describe the training, printed at its start."""
-        config, sizes = self.config, self.dataset.sizes
-        held_out = f", {sizes['val']} held out" if sizes["val"] else ""
-        lines = [
-            f"{config.net} on {self.label}: {sizes['train']} training images{held_out}, {sizes['test']} for the"
-            f" test; {config.iterations} iterations of {self._describe_batch()}; {self.precision} on {self.device}"
-            + ("; compiling" if self.compiled else "")
-        ]
-        if count := len(self._files_for_test):
-            taken = f"a fifth of each class, {count} of {sum(sizes.values())} files, is taken (split.json)"
-            lines.append(f"note: {config.data.root} has no test part: {taken}")
-        if sizes["val"] > sizes["train"]:
-            held = f"data.validation={config.data.validation} leaves {sizes['train']}"
-            lines.append(f"warning: {held} of {sizes['train'] + sizes['val']} images for the training")
-        schedule, every = config.schedule, config.log_every if config.schedule.watch == "train" else config.eval_every
-        waits = schedule.patience * config.iterations
-        if schedule.name == "plateau" and waits < 3 * every:
-            known = f"a plateau of {waits:g} iterations, where the error is known every {every}, is chance"
-            lines.append(
-                f"warning: schedule.patience={schedule.patience:g}: {known}; for a short run take schedule=cosine"
-            )
-        if left_out := describe_left_out(self.dataset.left_out):
-            lines.append(f"note: {left_out}")
-        if unreadable := describe_unreadable(self.dataset.unreadable):
-            lines.append(f"warning: {unreadable}; split.json lists them")
-        if self.source is not None:
-            classes, same = len(self.dataset.classes), self.source.same_classes(self.dataset.classes)
-            fresh = f", but for fc, which is fresh, for {classes} classes in place of its {self.source.count}"
-            lines.append(f"starts from the weights of {config.init_from} ({self.source.name}){'' if same else fresh}")
-            if self.source.assumed:
-                lines.append(f"assumed, for the file does not say: {'; '.join(self.source.assumed)}")
-        if config.freeze is not None:
-            lines.append(f"frozen: all from the input to {config.freeze}")
-        return lines
-
-    def _describe_batch(self) -> str:
-        """The batch size, and how the batch is divided."""
-        share, details = self.share, []
-        if world_size() > 1:
-            details.append(f"{share.images * share.passes} in each of {world_size()} processes")
-        if share.passes > 1:
-            details.append(f"{share.images} at once")
-        if share.group != share.images:
-            details.append(f"batch norm over {share.group}")
-        return str(self.config.batch_size) + (f" ({', '.join(details)})" if details else "")
+        return describe(self, self.dataset, self.source, self._files_for_test, compiled=self.compiled)
 
     def describe_changes(self, state: dict[str, Any]) -> list[str]:
         """A note if batch norm's statistics are over another number of images than in the checkpoint `state`."""
@@ -313,67 +266,15 @@ class ClassificationTask(TrainState):
 
     def summary(self, metrics: list[dict[str, Any]]) -> dict[str, Any]:
         """The content of summary.json for the finished run with the logged points `metrics`."""
-        config = self.config
-        points = {(point["split"], point["iteration"]): point for point in metrics}
-
-        def errors(iteration: int) -> dict[str, Any]:
-            keys = ("iteration", "loss", "error", "error5", "wrong", "seen", "protocol")
-            by_split = {split: points.get((split, iteration)) for split in ("train", "val", "test")}
-            return {s: {k: point[k] for k in keys if k in point} for s, point in by_split.items() if point}
-
-        best, last = errors(self.best_at), errors(config.iterations)
-        unreadable = {part: len(names) for part, names in self.dataset.unreadable.items()} or {
-            split: self.dataset.sizes[split] - last[split]["seen"] for split in self.splits if split in last
-        }  # of photographs, known only as they are read
-        return {
-            "net": config.net,
-            "data": self.label,
-            "images": self.dataset.sizes,
-            **({"unreadable": unreadable} if any(unreadable.values()) else {}),
-            "recipe": config.recipe,
-            "seed": config.seed,
-            "iterations": config.iterations,
-            "init_from": config.init_from,
-            "freeze": config.freeze,
-            "last": last,
-            "best": {"chosen_by": "lowest validation error", **best} if self.dataset.sizes["val"] and best else None,
-            "paper": {"source": TABLE_6, "test_error": self.reference} if self.reference is not None else None,
-            "parameters": parameters(self.model),
-            "multiply_adds": multiply_adds(build_network(config, len(self.dataset.classes)), config.data.size),
-        }
+        return summarise(self.config, self.dataset, self.model, self.best_at, metrics)
 
     def draw(self, metrics: list[dict[str, Any]], picture: Path) -> bool:
         """Plot the errors over the iterations to the file `picture`; returns whether that succeeded."""
-        short, reference = self._shortened(), (TABLE_6, self.reference) if self.reference is not None else None
-        heading = f"{short}\n{self._title()}" if short else self._title()
-        runs = {self.config.net: metrics}
-        return curves.attempt(lambda: curves.draw(runs, heading, picture, reference), picture)
+        return draw(self.config, self.label, metrics, picture)
 
     def conclude(self, summary: dict[str, Any]) -> str:
         """The test error in one line."""
-        test, short = summary["last"]["test"], self._shortened()
-        left_out = count_unreadable(summary.get("unreadable", {}).get("test", 0))
-        line = (
-            f"{self._title()}: test error {test['error']:.2f} % ({test['wrong']} of {test['seen']} wrong,"
-            f" {test['protocol']}) at iteration {self.config.iterations}, the last"
-        )
-        return "; ".join(filter(None, [line, _describe_best(summary["best"]), short, left_out]))
-
-    def _title(self) -> str:
-        return f"{self.config.net} on {self.label}, seed {self.config.seed}"
-
-    def _shortened(self) -> str:
-        return paper.shortened(self.label, self.config.data.family, self.config.iterations)
-
-
-def _describe_best(best: dict[str, Any] | None) -> str:
-    """The point that the validation part has chosen; empty without one."""
-    if not best or "val" not in best:
-        return ""
-    test = f", test error {best['test']['error']:.2f} % there" if "test" in best else ""
-    return (
-        f"validation error lowest at iteration {best['val']['iteration']}, {best['val']['error']:.2f} %{test} (best.pt)"
-    )
+        return conclude(self.config, self.label, summary)
 
 
 def watch_warmup(task: ClassificationTask) -> None:
