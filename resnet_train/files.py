@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 from resnet_train.errors import UserError, from_write_error
 
-LARGEST_JSON = 2**28  # bytes: the index of a pack of a million shards
+LARGEST_TEXT = 2**28  # bytes of JSON or a list: more than the index of a pack of a million shards
 
 
 def expand(path: str | Path) -> Path:
@@ -88,10 +88,10 @@ def open_regular(path: str | Path, buffering: int = -1) -> BinaryIO:
     return os.fdopen(handle, "rb", buffering)
 
 
-def read_regular(path: str | Path, most: int | None = None) -> bytes:
+def read_regular(path: str | Path, most: int) -> bytes:
     """The content of a regular file of at most `most` bytes. Raises OSError, and Unfit for anything else."""
     with open_regular(path, buffering=0) as file:
-        if most is not None and os.fstat(file.fileno()).st_size > most:
+        if os.fstat(file.fileno()).st_size > most:
             raise Unfit(errno.EFBIG, f"larger than {most:,} bytes", str(path))
         return file.read()
 
@@ -129,12 +129,8 @@ def copy_file(file: Path, path: Path) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises OSError, and ValueError for a file with other content."""
-    with open_regular(path) as file:
-        if os.fstat(file.fileno()).st_size > LARGEST_JSON:
-            raise ValueError("too large")
-        content = file.read()
     try:
-        value = json.loads(content)
+        value = json.loads(read_regular(path, LARGEST_TEXT))
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     if not isinstance(value, dict):
@@ -217,7 +213,7 @@ def _names_in(path: Path, *, text: bool) -> set[str]:
                 return set(read_json(path))
             file.seek(8)
             length = int.from_bytes(start[:8], "little")
-            return set(json.loads(file.read(length))["__metadata__"]) if length <= LARGEST_JSON else set()
+            return set(json.loads(file.read(length))["__metadata__"]) if length <= LARGEST_TEXT else set()
     except Exception:  # the readers of formats raise many kinds for what is damaged
         return set()
 
@@ -225,7 +221,7 @@ def _names_in(path: Path, *, text: bool) -> set[str]:
 def _names_in_archive(archive: zipfile.ZipFile) -> set[str]:
     names = archive.namelist()
     pickled = [name for name in names if name.endswith("/data.pkl")]  # torch's; read without being executed
-    if pickled and archive.getinfo(pickled[0]).file_size <= LARGEST_JSON:
+    if pickled and archive.getinfo(pickled[0]).file_size <= LARGEST_TEXT:
         return {value for _, value, _ in pickletools.genops(archive.read(pickled[0])) if isinstance(value, str)}
     return {name.removesuffix(".npy") for name in names}
 

@@ -29,10 +29,14 @@ from test_sets import photograph
 
 from resnet_train.config.layout import CIFAR_FOLDER
 from resnet_train.data.cifar10 import TEST_FILES, TRAIN_FILES
+from resnet_train.detection import coco, voc
 from resnet_train.engine import checkpoint
 from resnet_train.engine.loop import check_finite
 from resnet_train.engine.resume import load_newest
 from resnet_train.errors import RunError, UserError
+from resnet_train.report.values import metrics_in
+from resnet_train.weights import command
+from resnet_train.weights.source import read_description
 
 needs("sklearn")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -45,6 +49,7 @@ RUN = [
     "eval_every=30",
     "eval_batch_size=120",
 ]
+DATA, ONE_CLASS = SimpleNamespace(root=None), SimpleNamespace(count=1)  # as an import without data has them
 RUN += ["eval_batch_size=120", "checkpoint_every=7", "device=cpu", "precision=fp32"]
 
 
@@ -337,6 +342,25 @@ def test_a_hostile_archive_writes_nothing(tmp_path):
         done = train(tmp_path, "data=cifar10", f"data.root={name}", "device=cpu", RESNET_TRAIN_DATA=str(tmp_path / "c"))
         assert error(done, 2).startswith(f"error: data.root={tmp_path / name}: ")
         assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("metrics.jsonl", lambda path: metrics_in(path.parent)),
+        ("instances_train2014.json", lambda path: coco._json(path, False)),
+        ("train.txt", voc._lines),
+        ("classes.txt", lambda path: command._classes(SimpleNamespace(data=DATA, classes=str(path)), ONE_CLASS)),
+        ("net.pt.json", lambda path: read_description(path.with_name("net.pt"))),
+    ],
+)
+def test_a_text_file_larger_than_the_memory_is_not_read(name, read, tmp_path):
+    path = tmp_path / name
+    path.touch()
+    os.truncate(path, 2**40)
+    (tmp_path / "net.pt").touch()
+    with pytest.raises(UserError, match=rf"{name}: .*larger than [\d,]+ bytes"):
+        read(path)
 
 
 def test_names_do_not_command_the_terminal(tmp_path):

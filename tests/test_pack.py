@@ -461,7 +461,9 @@ def test_a_pack_json_that_json_cannot_read_is_one_line(text, packed, tmp_path):
 def test_a_huge_pack_json_is_not_read(packed, tmp_path):
     (tmp_path / "pack.json").touch()
     os.truncate(tmp_path / "pack.json", 2**40)
-    with pytest.raises(UserError, match=r"pack\.json: is damaged \(too large\)"):
+    with pytest.raises(
+        UserError, match=r"is not a complete packed folder \(pack\.json: larger than 268,435,456 bytes\)"
+    ):
         open_packed(str(tmp_path))
 
 

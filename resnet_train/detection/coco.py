@@ -41,6 +41,8 @@ from resnet_train.detection.masks import read_mask
 from resnet_train.errors import UserError
 from resnet_train.files import read_regular
 
+LARGEST_FILE = 2**32  # bytes
+
 
 def read_coco(root: Path, *, train: list[str], test: str, broken: str, masks: bool = False) -> Examples:
     """Lists of a COCO tree: annotations/instances_LIST.json, images in LIST/ or images/LIST/.
@@ -72,7 +74,7 @@ def _json(file: Path, masks: bool) -> dict[str, Any]:
         return row
 
     try:
-        content = json.loads(read_regular(file), object_hook=lean)
+        content = json.loads(read_regular(file, LARGEST_FILE), object_hook=lean)
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:

@@ -37,7 +37,7 @@ from resnet_train.detection.annotations import (
     read_number,
 )
 from resnet_train.errors import UserError, nearest
-from resnet_train.files import open_regular, read_regular
+from resnet_train.files import LARGEST_TEXT, open_regular, read_regular
 
 VOC_CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog"),
@@ -151,9 +151,10 @@ def _det_list(root: Path, name: str) -> list[Listed]:
 def _lines(file: Path) -> list[list[str]]:
     """The words of each line of a list: the first is the image, what follows are flags."""
     try:
-        lines = [line.split() for line in read_regular(file).decode("utf-8-sig").splitlines() if line.strip()]
+        text = read_regular(file, LARGEST_TEXT).decode("utf-8-sig")
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: is no list of images that can be read ({error})") from error
+    lines = [line.split() for line in text.splitlines() if line.strip()]
     if not lines:
         raise UserError(f"{file}: is empty")
     return lines

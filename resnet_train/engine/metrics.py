@@ -12,6 +12,7 @@ from resnet_train.terminal import say
 
 SPLITS = ("train", "val", "test")
 WORDS = ("split", "data", "protocol")  # keys of a line whose values are strings; all other values are numbers
+LARGEST = 2**30  # bytes of a metrics file: more than three million lines
 MOST = {"iteration": 2**63, "error": 100, "error5": 100, "seconds": sys.float_info.max}
 
 
@@ -23,7 +24,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         return []
-    *lines, _ = read_regular(path).split(b"\n")
+    *lines, _ = read_regular(path, LARGEST).split(b"\n")
     points = [_point(line) for line in lines]
     if bad := [str(number) for number, point in enumerate(points, 1) if point is None]:
         numbers = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")

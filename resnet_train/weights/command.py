@@ -22,7 +22,7 @@ from resnet_train.data.imagenet_classes import imagenet_classes
 from resnet_train.data.packed import open_packed
 from resnet_train.engine import checkpoint
 from resnet_train.errors import UserError
-from resnet_train.files import expand, read_regular, writing
+from resnet_train.files import LARGEST_TEXT, expand, read_regular, writing
 from resnet_train.models.build import build_network, check_net
 from resnet_train.terminal import say
 from resnet_train.weights import state_dicts
@@ -114,7 +114,7 @@ def _classes(args: WeightsConfig, source: Source) -> list[str]:
     if args.classes is not None:
         origin = f"classes={args.classes}"
         try:
-            names = read_regular(expand(args.classes)).decode("utf-8-sig").splitlines()
+            names = read_regular(expand(args.classes), LARGEST_TEXT).decode("utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{origin}: cannot be read as text: {error}") from error
         names = [name.strip() for name in names if name.strip()]

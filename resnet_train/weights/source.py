@@ -18,7 +18,7 @@ from resnet_train.config.train import Config, config_from_checkpoint
 from resnet_train.data.augment import IMAGENET_STD
 from resnet_train.engine import checkpoint
 from resnet_train.errors import UserError
-from resnet_train.files import read_regular
+from resnet_train.files import LARGEST_TEXT, read_regular
 from resnet_train.models.build import check_net
 from resnet_train.weights import state_dicts
 
@@ -198,7 +198,7 @@ def read_description(path: Path) -> dict[str, Any] | None:
     if header is None and not beside.is_file():
         return None
     try:
-        values = json.loads(read_regular(beside) if header is None else header)
+        values = json.loads(read_regular(beside, LARGEST_TEXT) if header is None else header)
         if header is None and not (
             isinstance(values, dict) and f"{values.get('written_by')}".startswith("resnet-train")
         ):
