@@ -32,7 +32,8 @@ from resnet_train.data.streaming import StreamingDataset
 from resnet_train.data.views import BatchOrder
 from resnet_train.engine import checkpoint
 from resnet_train.engine.compute import pick_device
-from resnet_train.errors import UserError
+from resnet_train.engine.launch import pick_processes
+from resnet_train.errors import RunError, UserError
 from resnet_train.models import cifar_resnet
 from resnet_train.models.batchnorm import BatchNorm2d, GroupBatchNorm2d, update_statistics, use_group_batch_norm
 
@@ -594,11 +595,71 @@ def test_a_process_takes_the_gpu_of_its_rank_or_the_only_one_it_sees(monkeypatch
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: torch.zeros(1))
     if taken is None:
         with pytest.raises(UserError, match="devices: torch sees 2 GPUs here; each process needs one"):
             pick_device("cuda")
     else:
         assert (pick_device("auto"), chosen) == (torch.device("cuda", taken), [taken])
+
+
+NO_KERNEL = """CUDA error: no kernel image is available for execution on the device
+Search for `cudaErrorNoKernelImageForDevice' in https://docs.nvidia.com/cuda/cuda-runtime-api for more information."""
+NO_KERNEL_LINE = (
+    "device=cuda: this torch is for sm_75, sm_90, and Tesla V100 is sm_70; install a build for it"
+    " (docs/troubleshooting.md), or use device=cpu"
+)
+BUSY = "CUDA error: all CUDA-capable devices are busy or unavailable"
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "message"),
+    [
+        (NO_KERNEL, UserError, NO_KERNEL_LINE),
+        (BUSY, UserError, f"device=cuda: GPU 0 cannot be used ({BUSY}); use device=cpu"),
+        ("CUDA out of memory. Tried to allocate 2.00 MiB", RunError, None),
+    ],
+)
+def test_a_gpu_that_torch_cannot_compute_with_is_one_line(text, kind, message, monkeypatch):
+    """At the first operation on it. The GPU is pretended."""
+
+    def fail(*_, **__):
+        raise RuntimeError(text)
+
+    for name, value in {
+        "is_available": True,
+        "device_count": 1,
+        "set_device": None,
+        "get_device_capability": (7, 0),
+        "get_device_name": "Tesla V100",
+        "get_arch_list": ["sm_75", "sm_90"],
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch, "ones", fail)
+    with pytest.raises(UserError) as caught:
+        pick_device("auto")
+    assert type(caught.value) is kind
+    assert message is None or str(caught.value) == message
+
+
+def test_gpus_that_the_driver_counts_and_torch_cannot_use_start_no_processes(monkeypatch, capsys):
+    """A driver that is older than the build of torch: eight cards, and one process on the CPU, with the reason."""
+
+    def init():
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040). Please update your GPU")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    reason = "(The NVIDIA driver on your system is too old (found version 11040))"
+    assert pick_processes("auto", "auto") == 1
+    assert pick_device("auto") == torch.device("cpu")
+    assert capsys.readouterr().out == (
+        f"warning: device=auto: the CPU, as torch cannot use the 8 GPUs of this machine {reason}\n"
+    )
+    with pytest.raises(UserError) as caught:
+        pick_processes("auto", "cuda")
+    assert str(caught.value) == f"device=cuda: torch sees no GPU here {reason}; use device=cpu"
 
 
 @pytest.mark.long

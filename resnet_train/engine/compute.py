@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,14 +13,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from resnet_train.engine.allocator import keep_freed_memory
-from resnet_train.engine.distributed import local_rank
-from resnet_train.errors import UserError
+from resnet_train.engine.distributed import is_main, local_rank
+from resnet_train.errors import UserError, from_machine_error
+from resnet_train.terminal import say
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def pick_device(name: str) -> torch.device:
-    """auto, cpu or cuda as this process's device. Raises UserError where there is no GPU for it.
+    """auto, cpu or cuda as this process's device. Raises UserError where there is no GPU for it, or one out of order.
 
     Changes the process: of several GPUs it takes the one of its rank, and switches TF32 convolutions off; on a CPU it
     has the C library keep the memory that tensors free. Processes that share a GPU are refused by NCCL.
@@ -28,13 +30,15 @@ def pick_device(name: str) -> torch.device:
         check_gpu(name)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cpu" and is_main() and (gpus := torch.cuda.device_count()):  # by the driver, not by torch
+            say(f"warning: device=auto: the CPU, as torch cannot use the {gpus} GPUs of this machine{_why_no_gpu()}")
     if name == "cuda":
         torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
         gpus = torch.cuda.device_count()
         number = 0 if gpus == 1 else local_rank()  # Slurm's --gpus-per-task shows each process a GPU of its own alone
         if number >= gpus:
             raise UserError(f"devices: torch sees {gpus} GPUs here; each process needs one")
-        torch.cuda.set_device(number)
+        take_gpu(number)
         return torch.device("cuda", number)
     keep_freed_memory()
     return torch.device(name)
@@ -43,7 +47,37 @@ def pick_device(name: str) -> torch.device:
 def check_gpu(name: str | torch.device) -> None:
     """Raise UserError where torch sees no GPU for the device called `name`."""
     if not torch.cuda.is_available():
-        raise UserError(f"device={name}: torch sees no GPU here; use device=cpu")
+        raise UserError(f"device={name}: torch sees no GPU here{_why_no_gpu()}; use device=cpu")
+
+
+def _why_no_gpu() -> str:
+    """Torch's reason, in brackets: it is built without CUDA, or there is no driver, or one that is too old."""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return f" ({_first_sentence(error)})"
+    return ""
+
+
+def _first_sentence(error: Exception) -> str:
+    return re.split(r"\.\s", str(error).splitlines()[0])[0].rstrip(".")
+
+
+def take_gpu(number: int) -> None:
+    """Make a GPU that of this process, and use it. Raises UserError for one that torch's kernels do not run on."""
+    try:
+        torch.cuda.set_device(number)
+        torch.ones(1, device="cuda").item()
+    except RuntimeError as error:
+        if failure := from_machine_error(error):
+            raise failure from error
+        reason = str(error).splitlines()[0]
+        if "no kernel image" in reason:
+            major, minor = torch.cuda.get_device_capability(number)
+            card, kinds = torch.cuda.get_device_name(number), ", ".join(torch.cuda.get_arch_list())
+            reason = f"this torch is for {kinds}, and {card} is sm_{major}{minor}; install a build for it"
+            raise UserError(f"device=cuda: {reason} (docs/troubleshooting.md), or use device=cpu") from error
+        raise UserError(f"device=cuda: GPU {number} cannot be used ({reason}); use device=cpu") from error
 
 
 def find_device(name: str | torch.device) -> torch.device:

@@ -105,9 +105,10 @@ def _end_with_launcher() -> None:
 
 def pick_processes(devices: int | str, device: str) -> int:
     """The number of processes to start: `devices`, or one per GPU for auto. Raises UserError for too few GPUs."""
-    gpus = 0 if device == "cpu" else torch.cuda.device_count()
     if device == "cuda":  # checked here, else every process would report it
         check_gpu(device)
+    # The driver may count GPUs that torch cannot use.
+    gpus = torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0
     if devices == "auto":
         return max(1, gpus)
     if gpus and int(devices) > gpus:
