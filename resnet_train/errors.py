@@ -176,6 +176,8 @@ def from_write_error(what: str, error: OSError) -> UserError:
     path, reason = error.filename, error.strerror or str(error)
     if isinstance(error, FileExistsError) and path and os.path.islink(path) and not os.path.exists(path):
         reason = f"{path} is a link to {os.readlink(path)}, which is not there"
+    elif error.filename2:  # what was to be replaced
+        reason += f" ({error.filename2})"
     return (RunError if error.errno in (errno.ENOSPC, errno.EDQUOT) else UserError)(f"{what}: {reason}")
 
 

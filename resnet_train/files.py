@@ -102,7 +102,7 @@ def _part(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A temporary file that becomes `path` once it is written, and is removed where that fails."""
     part = _part(path)
     try:
@@ -117,13 +117,15 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 def put(path: Path, content: bytes) -> None:
     """Write a file whole or not at all. Raises OSError."""
-    with _replacing(path) as part:
-        part.write_bytes(content)
+    with replacing(path) as part, part.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def copy_file(file: Path, path: Path) -> None:
     """Copy a file to `path`, whole or not at all. Raises OSError."""
-    with _replacing(path) as part:
+    with replacing(path) as part:
         shutil.copy(file, part)
 
 
@@ -180,7 +182,7 @@ def writing(path: Path) -> Iterator[Path]:
     """A temporary file that becomes `path`, which was given as `out`, once it is written. Raises UserError."""
     with _write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _replacing(path) as part:
+        with replacing(path) as part:
             yield part
 
 
@@ -190,6 +192,8 @@ def check_replaceable(out: Path, names: Collection[str], mark: Path | None = Non
     Such a result has all `names` (see `_names_in`), in the file itself or in `mark`, a file in the folder or beside the
     file. Raises UserError.
     """
+    if out.is_dir() and (mark is None or mark.parent != out):
+        raise UserError(f"out={out}: is a folder; name a file")
     try:
         empty = not any(out.iterdir()) if out.is_dir() else not os.path.lexists(out)
     except OSError as error:
@@ -228,6 +232,8 @@ def _names_in_archive(archive: zipfile.ZipFile) -> set[str]:
 
 def check_result(path: Path) -> None:
     """Make the folders above `path` and check that a file can be written there. Raises UserError."""
+    if path.is_dir():
+        raise UserError(f"out={path}: is a folder; name a file")
     part = _part(path)
     with _write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -101,8 +101,11 @@ def test_where_the_last_two_are_damaged_the_newest_intact_one_that_is_kept_becom
     (tmp_path / "last.pt").write_bytes(b"")
     (tmp_path / "best.pt").write_bytes(b"")
     assert load_newest(tmp_path)[1]["iteration"] == 10**7
-    for name in ("last.pt", "previous.pt"):  # as where a run ends before its first checkpoint: it begins again
+    for name in ("last.pt", "previous.pt"):
         (tmp_path / name).unlink()
+    assert load_newest(tmp_path)[1]["iteration"] == 10**7
+    for path in tmp_path.glob("*.pt"):
+        path.unlink()
     assert load_newest(tmp_path) is None
 
 

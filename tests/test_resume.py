@@ -396,6 +396,65 @@ def test_what_is_written_is_on_disk_before_it_is_given_its_name(whole, tmp_path,
     ]
 
 
+def test_where_the_last_checkpoints_are_gone_a_kept_one_is_resumed(whole, tmp_path, capsys):
+    folder = cut(whole, tmp_path / "run", 8)
+    (folder / "checkpoints/last.pt").unlink()
+    assert run(folder) == 0
+    told = capsys.readouterr().out
+    assert (
+        f"warning: {folder}/checkpoints/last.pt: is not there; resuming from iteration-0000008.pt (iteration 8)" in told
+    )
+    alike(folder, whole)
+
+
+@pytest.mark.parametrize("link", ["checkpoints", "checkpoints/last.pt"])
+def test_a_link_to_what_is_not_there_is_not_an_empty_run(link, whole, tmp_path):
+    """Of a disk that is not mounted. The record, which belongs to the checkpoints there, stays."""
+    folder = cut(whole, tmp_path / "run", 8)
+    (folder / link).rename(tmp_path / "away")
+    (folder / link).symlink_to("/not/mounted")
+    if link != "checkpoints":
+        for kept in (folder / "checkpoints").glob("[ib]*.pt"):
+            kept.unlink()
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=rf"run/{link}: "):
+        run(folder)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    (folder / link).unlink()
+    (tmp_path / "away").rename(folder / link)
+    assert run(folder) == 0
+    assert metrics(folder) == metrics(whole)
+
+
+def test_an_empty_summary_is_of_no_finished_run(whole, tmp_path):
+    folder = cut(whole, tmp_path / "run", 12)
+    (folder / "summary.json").touch()
+    assert run(folder) == 0
+    alike(folder, whole)
+
+
+def test_a_last_test_without_its_count_is_named_and_ends_nothing(whole, tmp_path):
+    folder = cut(whole, tmp_path / "run", 12)
+    text = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(re.sub(r'"wrong": \d+, ', "", text))
+    with pytest.raises(RunError, match=r"metrics\.jsonl: its last test has no 'wrong'; remove that line"):
+        run(folder)
+    lines = text.splitlines(keepends=True)
+    left = [line for line in lines if (json.loads(line)["split"], json.loads(line)["iteration"]) != ("test", 12)]
+    (folder / "metrics.jsonl").write_text("".join(left))
+    assert run(folder) == 0
+    one, other = (json.loads((place / "summary.json").read_text()) for place in (folder, whole))
+    assert one["last"] == other["last"]
+
+
+def test_what_killed_processes_have_begun_to_write_goes(whole, tmp_path):
+    folder = cut(whole, tmp_path / "run", 8)
+    (folder / "config.json.77.part").touch()
+    (folder / "summary.json.78.part").touch()
+    assert run(folder) == 0
+    assert not list(folder.glob("*.part"))
+
+
 # --- Pictures --------------------------------------------------------------------------------------------------------
 
 

@@ -123,7 +123,8 @@ def data_words(data: Mapping[str, Any]) -> str:
 
 def run_state(directory: Path) -> Literal["new", "unfinished", "finished"]:
     """The state of the run in a directory."""
-    if (directory / "summary.json").is_file():
+    summary = directory / "summary.json"
+    if summary.is_file() and summary.stat().st_size:  # a power cut may leave an empty one
         return "finished"
     return "unfinished" if (directory / "config.json").is_file() else "new"
 

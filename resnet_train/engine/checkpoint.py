@@ -54,7 +54,9 @@ def save(path: Path, state: dict[str, Any], *, keep_as: Path | None = None) -> N
         reason, advice = "the disk may be full", "once there is space"
         if isinstance(error, OSError) and error.strerror:
             reason, advice = error.strerror, remedy(error)
-        intact = path.exists() or (keep_as is not None and keep_as.exists())
+            if error.filename2 and Path(error.filename2) != path:
+                reason += f": {error.filename2}"
+        intact = path.is_file() or (keep_as is not None and keep_as.is_file())
         raise RunError(
             f"{path}: the checkpoint cannot be written ({reason}); {advice}, the same command resumes"
             + (" from the one before it, which is intact" if intact else "")

@@ -113,7 +113,8 @@ class MetricsLogger:
         except OSError as error:
             has_checkpoint = any((self.path.parent / "checkpoints").glob("*.pt"))
             raise RunError(
-                f"{self.path.parent}: the record cannot be written ({error.strerror}); {remedy(error)}, the same"
+                f"{error.filename2 or error.filename or self.path.parent}: the record cannot be written"
+                f" ({error.strerror}); {remedy(error)}, the same"
                 f" command resumes{' from the last checkpoint, which is intact' if has_checkpoint else ''}"
             ) from error
 

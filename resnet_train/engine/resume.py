@@ -78,26 +78,29 @@ def _resume_state(config: TaskConfig, directory: Path, digest: str, kind: str) -
 
 
 def load_newest(folder: Path, *, kind: str = "net") -> tuple[Path, dict[str, Any]] | None:
-    """The newest intact checkpoint of a run: last.pt, or previous.pt if that is damaged; None if neither exists.
+    """The newest intact checkpoint of a run: last.pt, or previous.pt if that is damaged; None if there is none at all.
 
-    Where both are damaged, the newest of those that `keep_every` has kept, and of best.pt, becomes last.pt. Raises
-    UserError if there are checkpoints but none can be loaded.
+    Where both are damaged or missing, the newest of those that `keep_every` has kept, and of best.pt, becomes last.pt.
+    Raises UserError if there are checkpoints but none can be loaded, and for a link to a folder that is not there.
     """
+    if folder.is_symlink() and not folder.exists():  # a disk that is not mounted must not end the run's record
+        raise UserError(f"{folder}: is a link to {os.readlink(folder)}, which is not there")
     last, problems = folder / "last.pt", []
     for path in (last, folder / "previous.pt"):
-        if path.exists():
+        if os.path.lexists(path):
             try:
                 state = checkpoint.load(path, kind=kind)
                 break
             except UserError as error:
                 problems.append(error)
     else:
-        if not problems:
-            return None
         kept = _newest_kept(folder, kind)
+        if kept is None and not problems:
+            return None
         if kept is None:
             raise UserError("; ".join([*map(str, problems), "resume=never begins the run again"]))
         path, state = kept, checkpoint.load(kept, kind=kind)
+        problems = problems or [UserError(f"{last}: is not there")]
     for problem in problems:
         say(f"warning: {problem}; resuming from {path.name} (iteration {state['iteration']})")
     if problems and last.exists():
@@ -139,6 +142,8 @@ def begin_run(task: Task, directory: Path, state: dict[str, Any] | None, command
         if state is not None and config.resume != "auto":
             import_checkpoint(expand(config.resume), directory, state)
         write_json(directory / "environment.json", environment)  # last: it marks the launch as begun
+        for part in directory.glob("*.json.*.part"):  # of processes that were killed
+            part.unlink(missing_ok=True)
     except OSError as error:
         raise from_write_error(f"run_dir={directory}: cannot be written", error) from error
     return environment
@@ -174,7 +179,7 @@ def begin_directory(directory: Path, config: dict[str, Any], *, new: bool) -> No
     folder, old = directory / "checkpoints", directory / "checkpoints.part"
     if new:
         _remove_folder(old)
-        if folder.exists():
+        if os.path.lexists(folder):
             os.replace(folder, old)
     write_json(directory / "config.json", config)  # makes the folder a run's directory
     if new:

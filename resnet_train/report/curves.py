@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from resnet_train.files import replacing
 from resnet_train.terminal import printable, say
 
 Point = tuple[int, float, float | None]  # iteration, top-1 and top-5 error in %
@@ -169,10 +170,5 @@ def _text(words: str) -> str:
 
 def save(figure: Any, path: Path, **options: Any) -> None:
     """Write a picture in the format of its suffix, whole or not at all."""
-    part = path.with_name(f".{path.name}")
-    try:
+    with replacing(path) as part:
         figure.savefig(part, format=path.suffix[1:], **options)
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise

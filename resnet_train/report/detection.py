@@ -91,7 +91,7 @@ def find(folders: FolderMetrics) -> list[Detector]:
     detectors = []
     for folder, (display_path, metrics) in folders.items():
         if "backbone" in read_if_object(folder / "config.json"):
-            with reading(folder, "resnet-detect"):
+            with reading(folder, "a run of resnet-detect"):
                 detectors.append(_read(folder, display_path, metrics))
     resolve_auto([run.setting for run in detectors])
     names = name_weights(run.source for run in detectors if run.source is not None)

@@ -11,7 +11,7 @@ from typing import Any
 from resnet_train import paper
 from resnet_train.errors import UserError
 from resnet_train.files import read_if_object
-from resnet_train.report.values import escape_and_clip, number, word
+from resnet_train.report.values import escape_and_clip, number, reading, word
 
 
 def tell_apart(paths: Mapping[Path, int]) -> dict[Path, str]:
@@ -109,18 +109,19 @@ def read_results(folder: Path, net: str, seed: int, digest: Any) -> list[dict[st
         result = read_if_object(path)
         if not {"net", "data", "split", "protocol", "error"} <= result.keys():
             continue
-        if "members" not in result and (result["net"] != net or result.get("seed", seed) != seed):
-            continue
-        result |= {key: word(result[key]) for key in ("net", "data", "split", "protocol")}
-        result["data"] = name_label(result["data"], result.get("seen") if result["split"] == "test" else None)
-        tested = result.get("digest", digest)
-        if digest is not None and tested != digest and not (tested is None and result["data"] in paper.DATA):
-            continue
-        result |= {key: number(result[key], 0, 100) for key in ("error", "error5") if key in result}
-        if "members" in result:
-            result["members"] = [
-                {"net": word(one["net"]), "iteration": one.get("iteration"), "iterations": one.get("iterations")}
-                for one in result["members"]
-            ]
+        with reading(path, "resnet-eval"):
+            if "members" not in result and (result["net"] != net or result.get("seed", seed) != seed):
+                continue
+            result |= {key: word(result[key]) for key in ("net", "data", "split", "protocol")}
+            result["data"] = name_label(result["data"], result.get("seen") if result["split"] == "test" else None)
+            tested = result.get("digest", digest)
+            if digest is not None and tested != digest and not (tested is None and result["data"] in paper.DATA):
+                continue
+            result |= {key: number(result[key], 0, 100) for key in ("error", "error5") if key in result}
+            if "members" in result:
+                result["members"] = [
+                    {"net": word(one["net"]), "iteration": one.get("iteration"), "iterations": one.get("iterations")}
+                    for one in result["members"]
+                ]
         results.append(result)
     return results

@@ -58,7 +58,7 @@ def find(folders: FolderMetrics) -> list[Localizer]:
     localizers = []
     for folder, (display_path, metrics) in folders.items():
         if "stage" in read_if_object(folder / "config.json"):
-            with reading(folder, "resnet-localize"):
+            with reading(folder, "a run of resnet-localize"):
                 localizers.append(_read(folder, display_path, metrics))
     return sorted(localizers, key=lambda run: (run.data, run.stage != "rpn", run.seed, run.display_path))
 

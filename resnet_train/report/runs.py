@@ -188,13 +188,13 @@ def _drop_duplicates(runs: list[Run], notes: list[str]) -> list[Run]:
 
 def read(folder: Path, display_path: str, metrics: list[dict[str, Any]]) -> Run:
     """The run in `folder` with these `metrics`. Raises UserError for files that are not those of a run."""
-    with reading(folder, "resnet-train"):
+    with reading(folder, "a run of resnet-train"):
         return _run(folder, display_path, read_object(folder / "config.json"), metrics)
 
 
 def _run(folder: Path, display_path: str, config: dict[str, Any], metrics: list[dict[str, Any]]) -> Run:
     points: dict[str, dict[int, Point]] = {"train": {}, "val": {}, "test": {}}
-    for line in metrics:
+    for line in (line for line in metrics if "error" in line):
         points[line["split"]][line["iteration"]] = (line["iteration"], line["error"], line.get("error5"))
     arch, depth, family = config["arch"], whole(config["depth"]), config["data"]["family"]
     protocol = {"cifar": "single view", "imagenet": "center crop"}[family]

@@ -29,13 +29,13 @@ def escape_and_clip(text: str) -> str:
 
 
 @contextlib.contextmanager
-def reading(folder: Path, command: str) -> Iterator[None]:
-    """Turn errors from reading a malformed file of a run into a UserError."""
+def reading(path: Path, author: str) -> Iterator[None]:
+    """Turn errors from reading a malformed file that `author` should have written, or its folder, into a UserError."""
     try:
         yield
     except MALFORMED as error:
         reason = escape_and_clip(f"{type(error).__name__}: {error}")[:200]
-        raise UserError(f"{folder}: holds other things than a run of {command} leaves ({reason})") from error
+        raise UserError(f"{path}: holds other things than {author} leaves ({reason})") from error
 
 
 def metrics_in(folder: Path) -> list[dict[str, Any]]:
