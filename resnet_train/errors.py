@@ -267,6 +267,8 @@ def _likeness(word: str, other: str) -> float:
         return 1
     if len(word) >= 3 and other.startswith(word):
         return 0.9
+    if len(other) >= 4 and 2 * len(other) > len(word) and word.startswith(other):
+        return 0.9  # augmentation for augment
     if len(word) == len(other) and sorted(word) == sorted(other) and sum(map(str.__ne__, word, other)) == 2:
         return 0.9  # two swapped letters, also in a short word
     matcher = difflib.SequenceMatcher(None, other, word)

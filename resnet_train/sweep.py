@@ -134,7 +134,12 @@ def conclude(directories: list[Path]) -> None:
         raise RunError(f"{len(failed)} of {len(directories)} jobs of the sweep did not finish: {', '.join(failed)}")
     if len(directories) > 1:
         above = os.path.commonpath([os.path.abspath(directory) for directory in directories])
-        wide = os.path.commonpath([above, os.getcwd()]) == above  # it may hold other runs, or the whole disk
-        shown = map(str, directories) if wide else [min(above, os.path.relpath(above), key=len)]
+        alone = os.path.commonpath([above, os.getcwd()]) != above and _holds_only(Path(above), directories)
+        shown = [min(above, os.path.relpath(above), key=len)] if alone else map(str, directories)
         words = [shlex.quote(f"./{path}" if path.startswith("-") else path) for path in shown]
         say(f"{len(directories)} runs; side by side: resnet-report {' '.join(words)} out=report")
+
+
+def _holds_only(folder: Path, runs: list[Path]) -> bool:
+    """Whether the runs in `folder` are these alone."""
+    return {path.parent.resolve() for path in folder.rglob("config.json")} == {run.resolve() for run in runs}

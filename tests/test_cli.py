@@ -466,21 +466,23 @@ def test_a_sweep_trains_what_is_missing(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("places", "words"),
+    ("places", "other", "words"),
     [
-        (["runs/digits/a", "runs/digits/b"], "runs/digits"),
-        (["runs/a b/0", "runs/a b/1"], "'runs/a b'"),
-        (["-x/0", "-x/1"], "./-x"),
-        (["../r/0", "r/1"], "../r/0 r/1"),
-        (["0", "1"], "0 1"),
+        (["runs/digits/a", "runs/digits/b"], "runs/c", "runs/digits"),
+        (["runs/digits/a", "runs/digits/b"], "runs/digits/c/seed-1", "runs/digits/a runs/digits/b"),
+        (["runs/a b/0", "runs/a b/1"], "c", "'runs/a b'"),
+        (["-x/0", "-x/1"], "c", "./-x"),
+        (["../r/0", "r/1"], "c", "../r/0 r/1"),
+        (["0", "1"], "c", "0 1"),
     ],
 )
-def test_a_sweeps_last_line_names_its_runs_and_no_folder_of_others(places, words, tmp_path, monkeypatch, capsys):
+def test_a_sweeps_last_line_names_its_runs_and_no_folder_of_others(places, other, words, tmp_path, monkeypatch, capsys):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    for place in places:
+    for place in [*places, other]:
         Path(place).mkdir(parents=True)
-        Path(place, "summary.json").touch()
+        Path(place, "config.json").touch()
+        Path(place, "summary.json").write_text("{}")
     sweep.conclude([Path(place) for place in places])
     assert capsys.readouterr().out == f"2 runs; side by side: resnet-report {words} out=report\n"
 

@@ -360,7 +360,7 @@ def changed(path, to, change):
 
 
 def test_members_that_were_tested_in_batches_of_other_sizes_are_an_ensemble(saved, tmp_path, monkeypatch):
-    results = []
+    results = {"center": [], "tencrop": []}  # for each size and order of the members
     for size in (20, 4):
         other = changed(
             saved / "1/last.pt",
@@ -369,12 +369,14 @@ def test_members_that_were_tested_in_batches_of_other_sizes_are_an_ensemble(save
         )
         out = tmp_path / f"{size}.json"
         for members in (f"[0/last.pt,{other}]", f"[{other},0/last.pt]"):
-            for protocol in ("center", "tencrop"):
+            for protocol, found in results.items():
                 measured(saved, monkeypatch, f"checkpoint={members}", f"out={out}", f"protocol={protocol}")
                 result = json.loads(out.read_text())
                 assert result["seen"] == 9
-                results.append((protocol, result["wrong"], pytest.approx(result["loss"], rel=1e-5)))
-    assert results[:4] == results[4:]
+                found.append((result["wrong"], result["loss"]))
+    for found in results.values():
+        assert [wrong for wrong, _ in found] == [found[0][0]] * 4
+        assert [loss for _, loss in found] == pytest.approx([found[0][1]] * 4, rel=1e-5)
 
 
 def test_members_of_other_classes_are_refused_before_a_test(saved, tmp_path, monkeypatch):

@@ -75,7 +75,7 @@ def _is_whole(path: Path, size: int, md5: str) -> bool:
 
 def _download(urls: Sequence[str], path: Path, md5: str, size: int, stall: float, slow: float) -> Path:
     part = path.with_name(path.name + ".part")
-    reasons = []
+    reasons: dict[str, str] = {}  # by URL, the last one
     attempts = [(url, slow) for url in urls]
     for url, min_rate in attempts:
         old_size, delivered = part.stat().st_size if part.exists() else 0, False
@@ -90,7 +90,7 @@ def _download(urls: Sequence[str], path: Path, md5: str, size: int, stall: float
                 part.unlink()
             raise _Failed("other content than the checksum says")
         except _Failed as error:
-            reasons.append(f"{url}: {error}")
+            reasons[url] = f"{url}: {error}"
             if min_rate and part.exists() and part.stat().st_size != old_size:
                 attempts.append((url, 0.0))
                 delivered = True
@@ -100,7 +100,8 @@ def _download(urls: Sequence[str], path: Path, md5: str, size: int, stall: float
             reason = f"cannot keep the download: {error.strerror}; set RESNET_TRAIN_DATA"
             raise UserError(f"{path.parent}: {reason}") from error
     raise UserError(
-        f"no mirror delivered {path.name} ({reasons[-1]}); fetch it by hand and give its place as data.root=PATH"
+        f"no mirror delivered {path.name} ({'; '.join(reasons.values())}); fetch it by hand and give its place as"
+        " data.root=PATH"
     )
 
 

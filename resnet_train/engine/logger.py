@@ -148,10 +148,9 @@ class MetricsLogger:
             say(f"iteration {iteration}/{self.bar.total} {split}: {words or ', '.join(text)}{on}")
         elif split == "train":
             error = f", error {values['error']:.2f} %" if "error" in values else ""
-            self.bar.set_postfix_str(
-                f"loss {values['loss']:.3f}{error}, {values['images_per_second']:.{0 if error else 1}f} images/s"
-                f" ({values['waited']:.0%} waiting for data)"
-            )
+            waited = f", {values['waited']:.0%} waiting for data" if float(values["waited"]) >= 0.05 else ""
+            speed = f"{values['images_per_second']:.{0 if error else 1}f} images/s{waited}"
+            self.bar.set_postfix_str(f"loss {values['loss']:.3f}{error}, {speed}")
         elif "error" in values:
             message(f"iteration {iteration}: {split} error {values['error']:.2f} %{on}")
         else:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from resnet_train import paper
 from resnet_train.report import curves
 from resnet_train.report.curves import Point, colour, edges, interval_means, mark, mean_and_std, plain_matplotlib
 from resnet_train.report.runs import Run, by_net
@@ -121,6 +122,8 @@ def _draw(panels: list[Panel], first: Run) -> Any:
                 axes.legend(loc="best")
             if number == 0:
                 axes.set_ylabel("error (%)")
+        if short := paper.shortened(first.data, first.family, first.iterations):
+            figure.suptitle(short)
     return figure
 
 

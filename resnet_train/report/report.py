@@ -95,7 +95,8 @@ def _explain_groups(groups: list[list[Run]]) -> list[str]:
     notes = []
     for count, other in enumerate(groups[1:], 2):
         keys = ", ".join(f"{key} ({one} and {two})" for key, one, two in runs.differences(groups[0], other))
-        names = f"{groups[0][0].display_path}, … and {other[0].display_path}, …"
+        first, second = (group[0].display_path + ", …" * (len(group) > 1) for group in (groups[0], other))
+        names = f"{first} and {second}"
         apart = f"the runs of sections 1 and {count} ({names}) are not in one row or figure"
         notes.append(f"{apart}: they differ in {keys}")
     return notes
