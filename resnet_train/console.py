@@ -64,7 +64,7 @@ def _rank() -> str:
 
 
 def launcher_world_size() -> int:
-    """The number of processes that torchrun, Slurm or our own launcher has started; 0 without one."""
+    """The number of processes that torchrun or our own launcher has started; 0 without one."""
     if not under_launcher():
         return 0
     for name in ("RANK", "WORLD_SIZE"):

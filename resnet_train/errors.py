@@ -109,13 +109,14 @@ def leave_terminal() -> None:
 
 
 def under_launcher() -> bool:
-    """Whether torchrun, Slurm or our own launcher has started this process, by the variables that all of them set."""
+    """Whether torchrun or our own launcher has started this process, by the variables that both set."""
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
 
 
 # In errors of Gloo, NCCL and torch's stores when another process has ended or cannot be reached.
 GONE = r"[Cc]onnection (was )?(closed|reset|refused)|[Bb]roken pipe|[Tt]imed out|[Tt]imeout|ncclRemoteError|was aborted"
 # In errors of torch, cuBLAS, NCCL and the C++ library when memory runs out.
+BATCHES = "batch_size=, device_batch_size= or eval_batch_size="
 NO_MEMORY = r"DefaultCPUAllocator|out of memory|std::bad_alloc|ALLOC_FAILED|Cannot allocate memory|Unable to allocate"
 
 
@@ -153,7 +154,7 @@ def from_machine_error(error: BaseException) -> RunError | None:
         )
     if isinstance(error, MemoryError) or _line_with(NO_MEMORY, text):
         line = re.sub(r".*err == 0\. ", "", _line_with(NO_MEMORY, text) or type(error).__name__)
-        return RunError(f"out of memory; use a smaller batch_size= (or device_batch_size=) ({line})")
+        return RunError(f"out of memory; use smaller batches: {BATCHES}, where the command has them ({line})")
     if line := _line_with("operator torchvision::", text):
         return RunError(f"torch and torchvision do not match: reinstall both from one index ({line})")
     if "DataLoader worker" in text and (line := _line_with("killed by signal|exited unexpectedly", text)):

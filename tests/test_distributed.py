@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import dataclasses
 import datetime
 import ipaddress
 import json
@@ -25,12 +26,15 @@ from distributed_worker import CPU, DIGITS
 from test_sets import SHAPES, equal, photograph
 from torch import nn
 
+from resnet_train.classification.load import pick_compile, pick_eval_batch, pick_workers
 from resnet_train.classification.run import build
 from resnet_train.config.augment import Augment
+from resnet_train.config.compose import compose
+from resnet_train.config.train import check_train
 from resnet_train.data.memory import MemoryDataset
 from resnet_train.data.streaming import StreamingDataset
 from resnet_train.data.views import BatchOrder
-from resnet_train.engine import checkpoint
+from resnet_train.engine import checkpoint, limits
 from resnet_train.engine.compute import pick_device
 from resnet_train.engine.launch import pick_processes
 from resnet_train.errors import RunError, UserError
@@ -640,6 +644,29 @@ def test_a_gpu_that_torch_cannot_compute_with_is_one_line(text, kind, message, m
         pick_device("auto")
     assert type(caught.value) is kind
     assert message is None or str(caught.value) == message
+
+
+def test_values_of_auto_by_the_device_and_the_machine(monkeypatch, tmp_path, capsys):
+    config = check_train(compose("train", ["data=digits", "depth=8", "iterations=999"]))
+    photos = dataclasses.replace(config, data=dataclasses.replace(config.data, workers="auto"))
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert (pick_compile(config, gpu), capsys.readouterr().out) == (True, "")
+    assert not pick_compile(config, cpu)
+    assert capsys.readouterr().out == "compile=auto: 999 iterations are too few to earn the time of compiling\n"
+    assert pick_compile(dataclasses.replace(config, iterations=1000), cpu)
+    assert not pick_compile(dataclasses.replace(config, bn_images="all"), gpu)
+    assert [pick_eval_batch(config, device) for device in (cpu, gpu)] == [250, 2000]
+    monkeypatch.setattr(limits, "CPU_QUOTA", tmp_path / "none")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(128)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert pick_workers(photos) == 24
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert pick_workers(photos) == 16
+    assert pick_workers(dataclasses.replace(photos, device="cpu")) == 4
+    monkeypatch.setattr(limits, "CPU_QUOTA", tmp_path / "cpu.max")
+    for text, cores in (("max 100000\n", 16), ("1600000 100000\n", 2), ("50000 100000\n", 1)):
+        limits.CPU_QUOTA.write_text(text)
+        assert pick_workers(photos) == cores
 
 
 def test_gpus_that_the_driver_counts_and_torch_cannot_use_start_no_processes(monkeypatch, capsys):

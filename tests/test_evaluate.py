@@ -193,7 +193,10 @@ def test_processes_share_the_images_of_a_protocol(protocol, photographs):
 
 def test_views_of_one_shape_go_together_and_not_too_many_at_once():
     wide, tall = torch.zeros(1, 4, 6, 3, dtype=torch.uint8), torch.ones(1, 6, 4, 3, dtype=torch.uint8)
-    found = [(images.shape[1:3], whose.tolist()) for images, whose in same_shape([[wide], [tall], [wide], [wide]], 96)]
+    found = [
+        (images.shape[1:3], whose.tolist())
+        for images, whose in same_shape([[wide], [tall], [wide], [wide]], 96, torch.device("cpu"))
+    ]
     assert found == [((4, 6), [0, 2]), ((4, 6), [3]), ((6, 4), [1])]  # 24 pixels and their mirror image: two in 96
 
 
@@ -377,6 +380,13 @@ def test_members_that_were_tested_in_batches_of_other_sizes_are_an_ensemble(save
     for found in results.values():
         assert [wrong for wrong, _ in found] == [found[0][0]] * 4
         assert [loss for _, loss in found] == pytest.approx([found[0][1]] * 4, rel=1e-5)
+
+
+def test_algorithms_are_chosen_by_timing_only_for_shapes_that_do_not_vary(saved, monkeypatch):
+    """With each new shape cuDNN would time all of them again."""
+    for protocol, fixed in (("center", True), ("multiscale", False), ("tencrop", True)):
+        measured(saved, monkeypatch, "checkpoint=0/last.pt", f"protocol={protocol}", f"out={saved}/{protocol}.json")
+        assert torch.backends.cudnn.benchmark == fixed, protocol
 
 
 def test_members_of_other_classes_are_refused_before_a_test(saved, tmp_path, monkeypatch):

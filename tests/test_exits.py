@@ -74,7 +74,7 @@ def with_no_file_left(job):
         job()
 
 
-MEMORY = r"out of memory; use a smaller batch_size= \(or device_batch_size=\) \(.+\)"
+MEMORY = r"out of memory; use smaller batches: batch_size=, .+, where the command has them \(.+\)"
 FILES = r"too many open files; raise the limit \(ulimit -n, now \d+\), or use fewer workers"
 MISSING = "/no/such: No such file or directory; once it exists again, run the same command again"
 WORKER = r"DataLoader worker \(.+\) exited unexpectedly; if it was killed for want of memory, use fewer workers"
@@ -306,7 +306,12 @@ def test_nccl_that_cannot_work_is_told_for_what_it_is(capsys):
     assert type(memory) is RunError
     assert re.fullmatch(MEMORY, str(memory))
     assert "NCCL cannot work here: Cuda failure 719" in str(from_nccl_error(RuntimeError(UNHANDLED)))
-    assert str(_join_error(RuntimeError(GONE), "they did not meet")).startswith("they did not meet (NCCL error in: ")
+    lost = _join_error(RuntimeError(GONE), "they did not meet")
+    assert type(lost) is RunError
+    assert str(lost) == (
+        "NCCL cannot connect the processes: socketProgress: Connection closed by remote peer localhost<41213>; see that"
+        " the machines reach each other, and by which interface (NCCL_SOCKET_IFNAME, NCCL_DEBUG=INFO)"
+    )
 
 
 @pytest.fixture

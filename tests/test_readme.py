@@ -24,7 +24,7 @@ ADDED = {
     "resnet-eval checkpoint=runs/cifar10/resnet-110-A/seed-0/checkpoints/last.pt": "device=cpu",
     "resnet-report runs out=report": "",
     "resnet-eval checkpoint=results/cifar10/weights/resnet-56-A-seed-1.safetensors": f"{HERE} out=eval.json",
-    "resnet-train data=imagefolder data.root=photos depth=20 data.size=32": SHORT,
+    "resnet-train data=imagefolder data.root=photos depth=20": SHORT,
     "resnet-train data=imagenet data.root=photos depth=18 init_from=resnet18.pth freeze=layer2 iterations=2000"
     " batch_size=64 schedule=cosine schedule.lr=0.01": f"{SHORT} data.workers=0 data.size=32"
     " augment.shorter_side=[32,40]",

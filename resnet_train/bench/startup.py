@@ -68,7 +68,7 @@ def _to_first_step(config: Config, cache: Path, empty: bool = False) -> float:
 
 def _first_step(config: Config, cache: Path) -> float:
     """The time of the end of the first step, by a clock that all processes share."""
-    with environment("TORCHINDUCTOR_CACHE_DIR", str(cache)):
+    with environment("TORCHINDUCTOR_CACHE_DIR", str(cache)), environment("TRITON_CACHE_DIR", str(cache / "triton")):
         run = build_task(config, make_dataset(config))
         measure_seconds(lambda: bare_step(run).do(1), run.device)
     return time.perf_counter()

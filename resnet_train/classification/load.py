@@ -25,6 +25,7 @@ from resnet_train.models.resnet import ResNet
 from resnet_train.terminal import say
 
 COMPILED_FROM = 1000  # iterations
+WORKERS = 24  # for one GPU; an H200 with ResNet-50 is fed by 16 (docs/speed.md), and each needs shared memory
 PRECISIONS = (*DTYPES, "fp64")  # in which a checkpoint can have been trained
 
 
@@ -77,12 +78,12 @@ def pick_eval_batch(config: Config, device: torch.device) -> int:
 
 
 def pick_workers(config: Config) -> int:
-    """Resolve data.workers=auto: this process's share of the cores; at most four if the CPU also trains."""
+    """Resolve data.workers=auto: this process's share of the cores; at most `WORKERS`, or four if the CPU trains."""
     workers = config.data.workers
     if workers != "auto":
         return workers
-    share = min(share_of_cores(), most_workers())
-    return share if torch.cuda.is_available() and config.device != "cpu" else min(4, share)
+    most = WORKERS if torch.cuda.is_available() and config.device != "cpu" else 4
+    return min(share_of_cores(), most_workers(), most)
 
 
 def average_batch_norm(

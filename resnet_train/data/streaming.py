@@ -206,10 +206,9 @@ class StreamingDataset:
             self._name_broken([broken for _, _, broken in batch])
             labels = torch.tensor([label for _, label, _ in batch], device=device)
             views = []
-            for images, indices in same_shape([images for images, _, _ in batch], batch_size * self.size**2):
-                images = images.to(device, non_blocking=True)
+            for images, indices in same_shape([images for images, _, _ in batch], batch_size * self.size**2, device):
                 mirrored = torch.cat([images, images.flip(2)])  # before a mean image is subtracted, as in training
-                views.append((normalise(mirrored, mean, std), indices.to(device)))
+                views.append((normalise(mirrored, mean, std), indices))
             yield views, labels
 
     def _name_broken(self, broken: list[str]) -> None:

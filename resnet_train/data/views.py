@@ -151,10 +151,11 @@ class WholeViews(Dataset[tuple[list[Tensor], int, str]]):
         return scales, label, broken
 
 
-def same_shape(images: list[list[Tensor]], pixels: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Group views of one shape, at most `pixels` together: (V times N, H, W, 3) and the indices of the N images.
+def same_shape(images: list[list[Tensor]], pixels: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Group views of one shape on `device`, at most `pixels` together: (V times N, H, W, 3), the N images' indices.
 
-    `images` has for each image its views (V, H, W, 3) at each scale. The order of images is kept.
+    `images` has for each image its views (V, H, W, 3) at each scale, which are stacked on the device, since a stack of
+    pinned tensors would not be pinned. The order of images is kept.
     """
     for scale in zip(*images, strict=True):
         for shape in dict.fromkeys(views.shape for views in scale):
@@ -162,4 +163,5 @@ def same_shape(images: list[list[Tensor]], pixels: int) -> Iterator[tuple[Tensor
             at_once = max(1, pixels // (2 * shape[0] * shape[1] * shape[2]))
             for start in range(0, len(indices), at_once):
                 chunk = indices[start : start + at_once]
-                yield torch.stack([scale[number] for number in chunk], 1).flatten(0, 1), torch.tensor(chunk)
+                views = [scale[number].to(device, non_blocking=True) for number in chunk]
+                yield torch.stack(views, 1).flatten(0, 1), torch.tensor(chunk, device=device)

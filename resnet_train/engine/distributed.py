@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import re
 import socket
 import sys
 import threading
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from resnet_train.errors import RemoteError, UserError, from_machine_error, from_nccl_error, under_launcher
+from resnet_train.errors import RemoteError, RunError, UserError, from_machine_error, from_nccl_error, under_launcher
 from resnet_train.terminal import say
 
 T = TypeVar("T")
@@ -120,7 +121,7 @@ def local_rank_zero_first(job: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def process_group(device: torch.device, timeout: int) -> Iterator[None]:
-    """Join the processes that torchrun, Slurm or `launch` has started; does nothing for a single process.
+    """Join the processes that torchrun or `launch` has started; does nothing for a single process.
 
     Collectives of CPU tensors go through gloo, of CUDA tensors through NCCL. Where all processes are on one machine,
     they listen on loopback only, unless GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME says otherwise. Raises UserError if
@@ -188,6 +189,9 @@ def _join_error(error: Exception, failure: str) -> UserError:
     user_error = from_nccl_error(error) or from_machine_error(error)
     if user_error is not None:
         return user_error
+    if reason := re.search(r"nccl[\s\S]*Last error:\s*(\S.*)", text, re.IGNORECASE):  # they met, by MASTER_ADDR
+        advice = "see that the machines reach each other, and by which interface (NCCL_SOCKET_IFNAME, NCCL_DEBUG=INFO)"
+        return RunError(f"NCCL cannot connect the processes: {reason[1][:200]}; {advice}")
     advice = "see that every machine runs the same command and reaches that address"
     if STORE in os.environ:
         advice = "a larger timeout= waits longer"

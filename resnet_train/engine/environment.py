@@ -81,7 +81,8 @@ def versions(device: torch.device) -> dict[str, str]:
     }
     if device.type == "cuda":
         result["cudnn"] = str(torch.backends.cudnn.version())
-        result["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+        if torch.distributed.is_nccl_available():
+            result["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
         result["driver"] = _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
     return result
 

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
+from pathlib import Path
 
 from resnet_train.errors import RunError, UserError
 
 FILES, FILES_OF_WORKER = 64, 8  # open files that a process needs without workers, and for each worker
 
 
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container (docker run --cpus=4): microseconds of each period
+
+
 def share_of_cores() -> int:
     """The cores that this process may use, divided by the processes of its launcher on this machine; 1 at least."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # no such file, or `max` in place of a number
+        quota, period = map(int, CPU_QUOTA.read_text().split())
+        cores = min(cores, quota // period)
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
