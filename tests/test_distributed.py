@@ -647,7 +647,7 @@ def test_a_gpu_that_torch_cannot_compute_with_is_one_line(text, kind, message, m
 
 
 def test_values_of_auto_by_the_device_and_the_machine(monkeypatch, tmp_path, capsys):
-    config = check_train(compose("train", ["data=digits", "depth=8", "iterations=999"]))
+    config = check_train(compose("train", ["data=digits", "depth=8", "iterations=999", "eval_batch_size=auto"]))
     photos = dataclasses.replace(config, data=dataclasses.replace(config.data, workers="auto"))
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert (pick_compile(config, gpu), capsys.readouterr().out) == (True, "")
