@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, on a bare machine without a network, from the root of a checkout.
 #   scripts/gpu.sh prepare [DIR]        here: DIR (.gpu) and DIR-2 (.gpu-2) with all that such a machine lacks
-#   scripts/gpu.sh A                    there, 4 minutes: the GPU tests, the profile of a step
+#   scripts/gpu.sh A                    there, 5 minutes: the GPU tests, the profile of a step
 #   scripts/gpu.sh unpack               there, 2 minutes: the GPU tests while what this call has brought is unpacked
 #   scripts/gpu.sh photographs          there, 2 minutes: ResNet-50 from files, and what a core reads of them
-#   scripts/gpu.sh bench                there, 4 minutes: resnet-bench step, loop and eval of ResNet-20, step of 56 and of ResNet-50
+#   scripts/gpu.sh bench                there, 5 minutes: resnet-bench step, loop and eval of ResNet-20, step of 56, 110 and ResNet-50
 #   scripts/gpu.sh boxes SECONDS RUN…   there: detectors on BCCD side by side, each "NAME KEY=VALUE…", then their tests
 #   scripts/gpu.sh B SECONDS RUN…       there: whole runs of table 6 side by side, such as resnet-20 plain-56,seed=1
 # There: Python 3.12 with torch 2.11 or newer, torchvision, triton, tensorboard, tqdm, matplotlib, scikit-learn, safetensors
@@ -13,7 +13,7 @@
 # most that may travel at once (move results/ aside but for cifar10/unfinished); B needs both parts, from two calls. What is
 # unpacked stays there between the calls.
 # B stops what has not finished with a checkpoint and packs each run into $OUT/RUN.tar; where results/cifar10/unfinished has
-# RUN.tar, it resumes. In names of files `=` and `,` are `-`. DEVICE=cpu tries it all out.
+# RUN.tar, it resumes. In names of files `=` and `,` are `-`. DEVICE=cpu tries out all but A.
 set -u
 T0=$(date +%s)
 OUT=${OUT:-/tmp/out}
@@ -129,7 +129,7 @@ photographs() { # a dozen of them, many times over: what is read lies in memory
 
 bench() {
   local words
-  for words in "step depth=20" "loop depth=20" "eval depth=20" "step depth=56" "step data=imagenet depth=50 batch_size=256"; do
+  for words in "step depth=20" "loop depth=20" "eval depth=20" "step depth=56" "step depth=110" "step data=imagenet depth=50 batch_size=256"; do
     timeout 120 python3 -c 'import sys; from resnet_train.cli import bench; sys.exit(bench())' $words rounds=3 seconds=1 \
       device="${DEVICE:-cuda}" out="$OUT/$(echo "$words" | tr ' =' '--').json"
     say "$words"
@@ -154,6 +154,7 @@ boxes() { # chosen by val, trained on train; whose name begins with final: train
       checkpoint_every=10000 "${words[@]:1}" > "$WORK/$name.log" 2>&1 &
   done
   wait
+  [ -n "${CUDA_MPS_PIPE_DIRECTORY:-}" ] && echo quit | nvidia-cuda-mps-control && unset CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY
   for spec in "$@"; do
     name=${spec%% *}
     say "$name: $(tail -c 2000 "$WORK/$name.log" | tr '\r' '\n' | grep -a mAP | tail -1 | cut -c1-220)"
