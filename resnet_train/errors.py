@@ -116,7 +116,6 @@ def under_launcher() -> bool:
 # In errors of Gloo, NCCL and torch's stores when another process has ended or cannot be reached.
 GONE = r"[Cc]onnection (was )?(closed|reset|refused)|[Bb]roken pipe|[Tt]imed out|[Tt]imeout|ncclRemoteError|was aborted"
 # In errors of torch, cuBLAS, NCCL and the C++ library when memory runs out.
-BATCHES = "batch_size=, device_batch_size= or eval_batch_size="
 NO_MEMORY = r"DefaultCPUAllocator|out of memory|std::bad_alloc|ALLOC_FAILED|Cannot allocate memory|Unable to allocate"
 
 
@@ -154,7 +153,9 @@ def from_machine_error(error: BaseException) -> RunError | None:
         )
     if isinstance(error, MemoryError) or _line_with(NO_MEMORY, text):
         line = re.sub(r".*err == 0\. ", "", _line_with(NO_MEMORY, text) or type(error).__name__)
-        return RunError(f"out of memory; use smaller batches: {BATCHES}, where the command has them ({line})")
+        return RunError(
+            f"out of memory; smaller batches need less (batch_size=, device_batch_size=, eval_batch_size=): {line}"
+        )
     if line := _line_with("operator torchvision::", text):
         return RunError(f"torch and torchvision do not match: reinstall both from one index ({line})")
     if "DataLoader worker" in text and (line := _line_with("killed by signal|exited unexpectedly", text)):
@@ -268,8 +269,6 @@ def _likeness(word: str, other: str) -> float:
         return 1
     if len(word) >= 3 and other.startswith(word):
         return 0.9
-    if len(other) >= 4 and 2 * len(other) > len(word) and word.startswith(other):
-        return 0.9  # augmentation for augment
     if len(word) == len(other) and sorted(word) == sorted(other) and sum(map(str.__ne__, word, other)) == 2:
         return 0.9  # two swapped letters, also in a short word
     matcher = difflib.SequenceMatcher(None, other, word)

@@ -117,10 +117,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def put(path: Path, content: bytes) -> None:
     """Write a file whole or not at all. Raises OSError."""
-    with replacing(path) as part, part.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    with replacing(path) as part:
+        part.write_bytes(content)
 
 
 def copy_file(file: Path, path: Path) -> None:
@@ -159,8 +157,11 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, values: Any, indent: int | None = 2) -> None:
-    """Write `values` whole or not at all."""
-    put(path, (json.dumps(values, indent=indent) + "\n").encode())
+    """Write `values` whole or not at all, also where the power fails."""
+    with replacing(path) as part, part.open("w") as file:
+        file.write(json.dumps(values, indent=indent) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_result(path: Path, values: Any) -> None:

@@ -470,6 +470,7 @@ def test_a_sweep_trains_what_is_missing(tmp_path):
     [
         (["runs/digits/a", "runs/digits/b"], "runs/c", "runs/digits"),
         (["runs/digits/a", "runs/digits/b"], "runs/digits/c/seed-1", "runs/digits/a runs/digits/b"),
+        (["runs/digits/a", "runs/digits/b"], "link", "runs/digits/a runs/digits/b"),
         (["runs/a b/0", "runs/a b/1"], "c", "'runs/a b'"),
         (["-x/0", "-x/1"], "c", "./-x"),
         (["../r/0", "r/1"], "c", "../r/0 r/1"),
@@ -483,6 +484,8 @@ def test_a_sweeps_last_line_names_its_runs_and_no_folder_of_others(places, other
         Path(place).mkdir(parents=True)
         Path(place, "config.json").touch()
         Path(place, "summary.json").write_text("{}")
+    if other == "link":
+        Path("runs/digits/link").symlink_to(tmp_path / "here/link")
     sweep.conclude([Path(place) for place in places])
     assert capsys.readouterr().out == f"2 runs; side by side: resnet-report {words} out=report\n"
 

@@ -35,7 +35,7 @@ from resnet_train.data.memory import MemoryDataset
 from resnet_train.data.streaming import StreamingDataset
 from resnet_train.data.views import BatchOrder
 from resnet_train.engine import checkpoint, limits
-from resnet_train.engine.compute import pick_device
+from resnet_train.engine.compute import _warn_of_unused_gpus, pick_device
 from resnet_train.engine.launch import pick_processes
 from resnet_train.errors import RunError, UserError
 from resnet_train.models import cifar_resnet
@@ -599,7 +599,7 @@ def test_a_process_takes_the_gpu_of_its_rank_or_the_only_one_it_sees(monkeypatch
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.setattr(torch, "ones", lambda *_, **__: torch.zeros(1))
+    monkeypatch.setattr(torch, "ones", lambda *_, device: torch.zeros(1) if device == "cuda" and chosen else None)
     if taken is None:
         with pytest.raises(UserError, match="devices: torch sees 2 GPUs here; each process needs one"):
             pick_device("cuda")
@@ -613,6 +613,8 @@ NO_KERNEL_LINE = (
     "device=cuda: this torch is for sm_75, sm_90, and Tesla V100 is sm_70; install a build for it"
     " (docs/troubleshooting.md), or use device=cpu"
 )
+FULL = "CUDA out of memory. Tried to allocate 2.00 MiB"
+ORDINAL = "CUDA error: invalid device ordinal"
 BUSY = "CUDA error: all CUDA-capable devices are busy or unavailable"
 
 
@@ -621,7 +623,8 @@ BUSY = "CUDA error: all CUDA-capable devices are busy or unavailable"
     [
         (NO_KERNEL, UserError, NO_KERNEL_LINE),
         (BUSY, UserError, f"device=cuda: GPU 0 cannot be used ({BUSY}); use device=cpu"),
-        ("CUDA out of memory. Tried to allocate 2.00 MiB", RunError, None),
+        (FULL, RunError, f"device=cuda: GPU 0 is full, by other processes (nvidia-smi): {FULL}"),
+        (ORDINAL, UserError, f"device=cuda: GPU 0 cannot be used ({ORDINAL}); use fewer devices="),
     ],
 )
 def test_a_gpu_that_torch_cannot_compute_with_is_one_line(text, kind, message, monkeypatch):
@@ -643,7 +646,7 @@ def test_a_gpu_that_torch_cannot_compute_with_is_one_line(text, kind, message, m
     with pytest.raises(UserError) as caught:
         pick_device("auto")
     assert type(caught.value) is kind
-    assert message is None or str(caught.value) == message
+    assert str(caught.value) == message
 
 
 def test_values_of_auto_by_the_device_and_the_machine(monkeypatch, tmp_path, capsys):
@@ -680,7 +683,8 @@ def test_gpus_that_the_driver_counts_and_torch_cannot_use_start_no_processes(mon
     monkeypatch.setattr(torch.cuda, "init", init)
     reason = "(The NVIDIA driver on your system is too old (found version 11040))"
     assert pick_processes("auto", "auto") == 1
-    assert pick_device("auto") == torch.device("cpu")
+    _warn_of_unused_gpus.cache_clear()
+    assert [pick_device("auto"), pick_device("auto")] == [torch.device("cpu")] * 2
     assert capsys.readouterr().out == (
         f"warning: device=auto: the CPU, as torch cannot use the 8 GPUs of this machine {reason}\n"
     )

@@ -319,8 +319,9 @@ def test_if_none_delivers_the_error_is_one_line(answer, mirror, tmp_path):
 @pytest.mark.parametrize("answer", [missing, None, other, endless, silent])
 def test_a_mirror_that_had_nothing_is_not_asked_again(answer, mirror, tmp_path, capsys):
     servers = [mirror(answer) if answer else refused() for _ in range(2)]
-    with pytest.raises(UserError):
+    with pytest.raises(UserError) as caught:
         get(tmp_path / "file.bin", *servers, stall=0.3 if answer is silent else 5.0)
+    assert all((server.url if answer else server) in str(caught.value) for server in servers)
     assert [len(server.ranges) for server in servers if answer] == ([1, 1] if answer else [])
     assert capsys.readouterr().out.count("; trying the next") == (answer in (other, endless))  # else one line is enough
 

@@ -74,7 +74,7 @@ def with_no_file_left(job):
         job()
 
 
-MEMORY = r"out of memory; use smaller batches: batch_size=, .+, where the command has them \(.+\)"
+MEMORY = r"out of memory; smaller batches need less \(batch_size=, device_batch_size=, eval_batch_size=\): .+"
 FILES = r"too many open files; raise the limit \(ulimit -n, now \d+\), or use fewer workers"
 MISSING = "/no/such: No such file or directory; once it exists again, run the same command again"
 WORKER = r"DataLoader worker \(.+\) exited unexpectedly; if it was killed for want of memory, use fewer workers"

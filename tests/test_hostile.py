@@ -34,6 +34,7 @@ from resnet_train.engine import checkpoint
 from resnet_train.engine.loop import check_finite
 from resnet_train.engine.resume import load_newest
 from resnet_train.errors import RunError, UserError
+from resnet_train.report.report import _measured
 from resnet_train.report.values import metrics_in
 from resnet_train.weights import command
 from resnet_train.weights.source import read_description
@@ -49,8 +50,8 @@ RUN = [
     "eval_every=30",
     "eval_batch_size=120",
 ]
-DATA, ONE_CLASS = SimpleNamespace(root=None), SimpleNamespace(count=1)  # as an import without data has them
 RUN += ["eval_batch_size=120", "checkpoint_every=7", "device=cpu", "precision=fp32"]
+DATA, ONE_CLASS = SimpleNamespace(root=None), SimpleNamespace(count=1)  # as an import without data has them
 
 
 def train(folder, *words, entry="train", **environment):
@@ -351,6 +352,7 @@ def test_a_hostile_archive_writes_nothing(tmp_path):
         ("instances_train2014.json", lambda path: coco._json(path, False)),
         ("train.txt", voc._lines),
         ("classes.txt", lambda path: command._classes(SimpleNamespace(data=DATA, classes=str(path)), ONE_CLASS)),
+        ("responses.csv", lambda path: _measured([path.parent], path.name, "std")),
         ("net.pt.json", lambda path: read_description(path.with_name("net.pt"))),
     ],
 )

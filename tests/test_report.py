@@ -672,6 +672,16 @@ def test_shortened_runs_of_the_papers_data_are_called_so(tmp_path, monkeypatch):
     assert "# **SHORTENED: 16,000 of the paper's 64,000 iterations (25 %)**" in text
     assert "Table 6: error in %, cifar10" in text
     assert '<p class="warning">SHORTENED' in (tmp_path / "out" / "index.html").read_text()
+    for picture in figures.plan(found(tmp_path / "a")):
+        assert picture.draw().get_suptitle() == "SHORTENED: 16,000 of the paper's 64,000 iterations (25 %)"
+
+
+def test_a_point_without_an_error_is_no_point_of_a_curve(tmp_path):
+    make(tmp_path / "a")
+    whole = found(tmp_path / "a")[0].curves
+    with (tmp_path / "a/metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 7, "split": "train", "data": "cifar10", "seed": 0, "loss": 1.0}\n')
+    assert found(tmp_path / "a")[0].curves == whole
 
 
 # --- ImageNet: what only resnet-eval can say -------------------------------------------------------------------------

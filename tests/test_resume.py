@@ -19,6 +19,7 @@ from conftest import curves, metrics, needs, start
 from PIL import Image
 
 from resnet_train.classification.run import build, build_or_resume, open_data, train
+from resnet_train.classification.train import ClassificationTask
 from resnet_train.config.compose import compose
 from resnet_train.config.run_dir import check_run_dir
 from resnet_train.config.train import check_train
@@ -407,23 +408,32 @@ def test_where_the_last_checkpoints_are_gone_a_kept_one_is_resumed(whole, tmp_pa
     alike(folder, whole)
 
 
+def test_a_run_that_is_killed_in_its_first_test_begins_again(whole, tmp_path):
+    """best.pt is there by then, and the test is not in the record."""
+    folder = cut(whole, tmp_path / "run", 4)
+    for name in ("last.pt", "iteration-0000004.pt"):
+        (folder / "checkpoints" / name).unlink()
+    assert run(folder) == 0
+    alike(folder, whole)
+
+
 @pytest.mark.parametrize("link", ["checkpoints", "checkpoints/last.pt"])
 def test_a_link_to_what_is_not_there_is_not_an_empty_run(link, whole, tmp_path):
     """Of a disk that is not mounted. The record, which belongs to the checkpoints there, stays."""
     folder = cut(whole, tmp_path / "run", 8)
     (folder / link).rename(tmp_path / "away")
     (folder / link).symlink_to("/not/mounted")
-    if link != "checkpoints":
-        for kept in (folder / "checkpoints").glob("[ib]*.pt"):
-            kept.unlink()
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    with pytest.raises(UserError, match=rf"run/{link}: "):
+    with pytest.raises(UserError, match=rf"run/{link}: is a link to /not/mounted, which is not there"):
         run(folder)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    again = shutil.copytree(folder, tmp_path / "again", symlinks=True)
+    assert run(again, "resume=never") == 0
+    alike(again, whole)
     (folder / link).unlink()
     (tmp_path / "away").rename(folder / link)
     assert run(folder) == 0
-    assert metrics(folder) == metrics(whole)
+    alike(folder, whole)
 
 
 def test_an_empty_summary_is_of_no_finished_run(whole, tmp_path):
@@ -433,26 +443,41 @@ def test_an_empty_summary_is_of_no_finished_run(whole, tmp_path):
     alike(folder, whole)
 
 
-def test_a_last_test_without_its_count_is_named_and_ends_nothing(whole, tmp_path):
+@pytest.mark.parametrize("key", ["wrong", "seen", "protocol", "error"])
+def test_a_last_test_without_one_of_its_values_is_made_again(key, whole, tmp_path):
     folder = cut(whole, tmp_path / "run", 12)
-    text = (folder / "metrics.jsonl").read_text()
-    (folder / "metrics.jsonl").write_text(re.sub(r'"wrong": \d+, ', "", text))
-    with pytest.raises(RunError, match=r"metrics\.jsonl: its last test has no 'wrong'; remove that line"):
-        run(folder)
-    lines = text.splitlines(keepends=True)
-    left = [line for line in lines if (json.loads(line)["split"], json.loads(line)["iteration"]) != ("test", 12)]
-    (folder / "metrics.jsonl").write_text("".join(left))
+    *lines, last = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    assert (last["split"], last.pop(key) is None) == ("test", False)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, last]))
     assert run(folder) == 0
     one, other = (json.loads((place / "summary.json").read_text()) for place in (folder, whole))
     assert one["last"] == other["last"]
 
 
+def test_the_summary_which_ends_a_run_is_written_last_and_to_the_disk(whole, tmp_path, monkeypatch):
+    folder, there = cut(whole, tmp_path / "run", 12), []
+    draw, fsync, synced = ClassificationTask.draw, os.fsync, []
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: (synced.append(os.readlink(f"/proc/self/fd/{handle}")), fsync(handle))
+    )
+
+    def drawn(task, metrics, picture):
+        there.append((folder / "summary.json").exists())
+        return draw(task, metrics, picture)
+
+    monkeypatch.setattr(ClassificationTask, "draw", drawn)
+    assert run(folder) == 0
+    assert there == [False]
+    assert Path(synced[-1]).name.startswith("summary.json.")
+
+
 def test_what_killed_processes_have_begun_to_write_goes(whole, tmp_path):
     folder = cut(whole, tmp_path / "run", 8)
     (folder / "config.json.77.part").touch()
-    (folder / "summary.json.78.part").touch()
+    (folder / "curves.png.78.part").touch()
+    (folder / "checkpoints/last.pt.79.part").touch()
     assert run(folder) == 0
-    assert not list(folder.glob("*.part"))
+    assert not list(folder.rglob("*.part"))
 
 
 # --- Pictures --------------------------------------------------------------------------------------------------------

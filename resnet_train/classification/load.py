@@ -25,7 +25,7 @@ from resnet_train.models.resnet import ResNet
 from resnet_train.terminal import say
 
 COMPILED_FROM = 1000  # iterations
-WORKERS = 24  # for one GPU; an H200 with ResNet-50 is fed by 16 (docs/speed.md), and each needs shared memory
+WORKERS = 24  # for one GPU; an H200 with ResNet-50 is fed by 16 (docs/speed.md), and each takes shared memory
 PRECISIONS = (*DTYPES, "fp64")  # in which a checkpoint can have been trained
 
 

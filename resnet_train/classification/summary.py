@@ -22,7 +22,7 @@ TABLE_6 = "He et al. 2015, table 6:"
 Dataset = MemoryDataset | StreamingDataset
 
 
-def reference(net: str, label: str) -> float | None:
+def reference_error(net: str, label: str) -> float | None:
     """The paper's test error in % of a net on the data named `label`: of CIFAR-10 proper alone (table 6)."""
     return paper.TABLES["table 6"].get(net, (None,))[0] if label == "cifar10" else None
 
@@ -30,22 +30,22 @@ def reference(net: str, label: str) -> float | None:
 # --- At the start ----------------------------------------------------------------------------------------------------
 
 
-def describe(
-    state: TrainState, dataset: Dataset, source: Source | None, files_for_test: list[str], *, compiled: bool
+def describe_start(
+    task: TrainState, dataset: Dataset, source: Source | None, test_files: list[str], *, compiled: bool
 ) -> list[str]:
     """Lines that describe a training, printed at its start.
 
-    `source` is where the initial weights are from, `files_for_test` what is taken of an undivided tree for the test.
+    `source` is where the initial weights are from, `test_files` what is taken of an undivided tree for the test.
     """
-    config, sizes = state.config, dataset.sizes
+    config, sizes = task.config, dataset.sizes
     held_out = f", {sizes['val']} held out" if sizes["val"] else ""
     lines = [
         f"{config.net} on {dataset.label}: {sizes['train']} training images{held_out}, {sizes['test']} for the"
-        f" test; {config.iterations} iterations of {_describe_batch(state)}; {state.precision} on {state.device}"
+        f" test; {config.iterations} iterations of {_describe_batch(task)}; {task.precision} on {task.device}"
         + ("; compiling" if compiled else "")
     ]
-    if files_for_test:
-        taken = f"a fifth of each class, {len(files_for_test)} of {sum(sizes.values())} files, is taken (split.json)"
+    if test_files:
+        taken = f"a fifth of each class, {len(test_files)} of {sum(sizes.values())} files, is taken (split.json)"
         lines.append(f"note: {config.data.root} has no test part: {taken}")
     if sizes["val"] > sizes["train"]:
         held = f"data.validation={config.data.validation} leaves {sizes['train']}"
@@ -67,16 +67,16 @@ def describe(
     return lines
 
 
-def _describe_batch(state: TrainState) -> str:
+def _describe_batch(task: TrainState) -> str:
     """The batch size, and how the batch is divided."""
-    share, details = state.share, []
+    share, details = task.share, []
     if world_size() > 1:
         details.append(f"{share.images * share.passes} in each of {world_size()} processes")
     if share.passes > 1:
         details.append(f"{share.images} at once")
     if share.group != share.images:
         details.append(f"batch norm over {share.group}")
-    return str(state.config.batch_size) + (f" ({', '.join(details)})" if details else "")
+    return str(task.config.batch_size) + (f" ({', '.join(details)})" if details else "")
 
 
 def _warn_of_plateau(config: Config) -> str:
@@ -110,7 +110,7 @@ def summarise(
     unreadable = {part: len(names) for part, names in dataset.unreadable.items()} or {
         split: dataset.sizes[split] - last[split]["seen"] for split in ("val", "test") if split in last
     }  # of photographs, known only as they are read
-    expected = reference(config.net, dataset.label)
+    expected = reference_error(config.net, dataset.label)
     return {
         "net": config.net,
         "data": dataset.label,
@@ -129,15 +129,15 @@ def summarise(
     }
 
 
-def draw(config: Config, label: str, metrics: list[dict[str, Any]], picture: Path) -> bool:
+def draw_curves(config: Config, label: str, metrics: list[dict[str, Any]], picture: Path) -> bool:
     """Plot the errors over the iterations to the file `picture`; returns whether that succeeded."""
-    title, short, expected = _title(config, label), _shortened(config, label), reference(config.net, label)
+    title, short, expected = _title(config, label), _shortened(config, label), reference_error(config.net, label)
     heading = f"{short}\n{title}" if short else title
     line = (TABLE_6, expected) if expected is not None else None
     return curves.attempt(lambda: curves.draw({config.net: metrics}, heading, picture, line), picture)
 
 
-def conclude(config: Config, label: str, summary: dict[str, Any]) -> str:
+def describe_end(config: Config, label: str, summary: dict[str, Any]) -> str:
     """The test error in one line."""
     test = summary["last"]["test"]
     left_out = count_unreadable(summary.get("unreadable", {}).get("test", 0))

@@ -15,7 +15,7 @@ from torch import Tensor
 from resnet_train.classification.evaluate import count_errors
 from resnet_train.classification.load import pick_eval_batch
 from resnet_train.classification.step import CapturedStep, TrainState, step
-from resnet_train.classification.summary import conclude, describe, draw, reference, summarise
+from resnet_train.classification.summary import describe_end, describe_start, draw_curves, reference_error, summarise
 from resnet_train.config.layout import files_for_test
 from resnet_train.config.run_dir import as_stored
 from resnet_train.config.train import Config
@@ -85,7 +85,7 @@ class ClassificationTask(TrainState):
     @property
     def reference(self) -> float | None:
         """The paper's test error of this net in %, where the data are CIFAR-10 proper (table 6)."""
-        return reference(self.config.net, self.label)
+        return reference_error(self.config.net, self.label)
 
     def wrap_ddp(self) -> None:
         """Average gradients over all processes from now on."""
@@ -253,7 +253,7 @@ class ClassificationTask(TrainState):
 
     def describe(self) -> list[str]:
         """Lines that describe the training, printed at its start."""
-        return describe(self, self.dataset, self.source, self._files_for_test, compiled=self.compiled)
+        return describe_start(self, self.dataset, self.source, self._files_for_test, compiled=self.compiled)
 
     def describe_changes(self, state: dict[str, Any]) -> list[str]:
         """A note if batch norm's statistics are over another number of images than in the checkpoint `state`."""
@@ -270,11 +270,11 @@ class ClassificationTask(TrainState):
 
     def draw(self, metrics: list[dict[str, Any]], picture: Path) -> bool:
         """Plot the errors over the iterations to the file `picture`; returns whether that succeeded."""
-        return draw(self.config, self.label, metrics, picture)
+        return draw_curves(self.config, self.label, metrics, picture)
 
     def conclude(self, summary: dict[str, Any]) -> str:
         """The test error in one line."""
-        return conclude(self.config, self.label, summary)
+        return describe_end(self.config, self.label, summary)
 
 
 def watch_warmup(task: ClassificationTask) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
@@ -13,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from resnet_train.engine.allocator import keep_freed_memory
-from resnet_train.engine.distributed import is_main, local_rank
-from resnet_train.errors import UserError, from_machine_error
+from resnet_train.engine.distributed import local_rank
+from resnet_train.errors import RunError, UserError, from_machine_error
 from resnet_train.terminal import say
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -30,8 +32,8 @@ def pick_device(name: str) -> torch.device:
         check_gpu(name)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-        if name == "cpu" and is_main() and (gpus := torch.cuda.device_count()):  # by the driver, not by torch
-            say(f"warning: device=auto: the CPU, as torch cannot use the {gpus} GPUs of this machine{_why_no_gpu()}")
+        if name == "cpu":
+            _warn_of_unused_gpus()
     if name == "cuda":
         torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
         gpus = torch.cuda.device_count()
@@ -44,6 +46,13 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+@functools.cache  # the device is picked more than once
+def _warn_of_unused_gpus() -> None:
+    gpus = torch.cuda.device_count()  # by the driver, not by torch
+    if gpus and os.environ.get("RANK", "0") == "0":
+        say(f"warning: device=auto: the CPU, as torch cannot use the {gpus} GPUs of this machine{_why_no_gpu()}")
+
+
 def check_gpu(name: str | torch.device) -> None:
     """Raise UserError where torch sees no GPU for the device called `name`."""
     if not torch.cuda.is_available():
@@ -54,7 +63,7 @@ def _why_no_gpu() -> str:
     """Torch's reason, in brackets: it is built without CUDA, or there is no driver, or one that is too old."""
     try:
         torch.cuda.init()
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, torch.cuda.DeferredCudaCallError) as error:
         return f" ({_first_sentence(error)})"
     return ""
 
@@ -68,16 +77,17 @@ def take_gpu(number: int) -> None:
     try:
         torch.cuda.set_device(number)
         torch.ones(1, device="cuda").item()
-    except RuntimeError as error:
-        if failure := from_machine_error(error):
-            raise failure from error
+    except (RuntimeError, torch.cuda.DeferredCudaCallError) as error:
         reason = str(error).splitlines()[0]
+        if from_machine_error(error):
+            raise RunError(f"device=cuda: GPU {number} is full, by other processes (nvidia-smi): {reason}") from error
         if "no kernel image" in reason:
             major, minor = torch.cuda.get_device_capability(number)
             card, kinds = torch.cuda.get_device_name(number), ", ".join(torch.cuda.get_arch_list())
             reason = f"this torch is for {kinds}, and {card} is sm_{major}{minor}; install a build for it"
             raise UserError(f"device=cuda: {reason} (docs/troubleshooting.md), or use device=cpu") from error
-        raise UserError(f"device=cuda: GPU {number} cannot be used ({reason}); use device=cpu") from error
+        advice = "use fewer devices=" if "ordinal" in reason else "use device=cpu"  # of MIG, CUDA shows one part alone
+        raise UserError(f"device=cuda: GPU {number} cannot be used ({reason}); {advice}") from error
 
 
 def find_device(name: str | torch.device) -> torch.device:

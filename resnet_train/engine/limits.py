@@ -10,8 +10,6 @@ from pathlib import Path
 from resnet_train.errors import RunError, UserError
 
 FILES, FILES_OF_WORKER = 64, 8  # open files that a process needs without workers, and for each worker
-
-
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container (docker run --cpus=4): microseconds of each period
 
 

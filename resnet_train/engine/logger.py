@@ -56,6 +56,12 @@ def read_points(path: Path, iteration: int, log_every: int) -> list[dict[str, An
     return points
 
 
+def _lacks_counts(point: dict[str, Any]) -> bool:
+    """Whether a value of a test, beside its error, is missing, so that no summary can be made of it."""
+    needed = {"images", "protocol"} if "images" in point else {"wrong", "seen", "protocol"}  # localizer's, classifier's
+    return point["split"] != "train" and "error" in point and not point.keys() >= needed
+
+
 def message(text: str) -> None:
     """Print a line on rank 0 without breaking its progress bar."""
     if is_main():
@@ -91,7 +97,7 @@ class MetricsLogger:
         self.names = names
         with self._write_errors():
             points = read_points(self.path, iteration, log_every)
-        self.last = {point["split"]: point["iteration"] for point in points}
+        self.last = {point["split"]: point["iteration"] for point in points if not _lacks_counts(point)}
         self.seconds = max((line.get("seconds", 0.0) for line in points), default=0.0)
         errors = [line["error"] for line in points if line["split"] == "train" and "error" in line]
         self.train_error = errors[-1] if errors else None

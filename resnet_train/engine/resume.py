@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -80,21 +81,23 @@ def _resume_state(config: TaskConfig, directory: Path, digest: str, kind: str) -
 def load_newest(folder: Path, *, kind: str = "net") -> tuple[Path, dict[str, Any]] | None:
     """The newest intact checkpoint of a run: last.pt, or previous.pt if that is damaged; None if there is none at all.
 
-    Where both are damaged or missing, the newest of those that `keep_every` has kept, and of best.pt, becomes last.pt.
-    Raises UserError if there are checkpoints but none can be loaded, and for a link to a folder that is not there.
+    Where both are damaged or missing, the newest of those that `keep_every` has kept becomes last.pt, or best.pt if
+    they are damaged. Raises UserError if there are checkpoints but none can be loaded, and for a link to nothing.
     """
-    if folder.is_symlink() and not folder.exists():  # a disk that is not mounted must not end the run's record
-        raise UserError(f"{folder}: is a link to {os.readlink(folder)}, which is not there")
     last, problems = folder / "last.pt", []
+    for link in (folder, last):  # a disk that is not mounted must not end the run's record
+        if link.is_symlink() and not link.exists():
+            raise UserError(f"{link}: is a link to {os.readlink(link)}, which is not there")
     for path in (last, folder / "previous.pt"):
-        if os.path.lexists(path):
+        if path.exists():
             try:
                 state = checkpoint.load(path, kind=kind)
                 break
             except UserError as error:
                 problems.append(error)
     else:
-        kept = _newest_kept(folder, kind)
+        # best.pt alone is of a run that was killed in its first test, which is not in its record.
+        kept = _newest_kept(folder, kind, best=bool(problems))
         if kept is None and not problems:
             return None
         if kept is None:
@@ -110,10 +113,10 @@ def load_newest(folder: Path, *, kind: str = "net") -> tuple[Path, dict[str, Any
     return path, state
 
 
-def _newest_kept(folder: Path, kind: str) -> Path | None:
-    """The intact checkpoint of the latest iteration beside last.pt and previous.pt; one at a time is in memory."""
+def _newest_kept(folder: Path, kind: str, *, best: bool) -> Path | None:
+    """The intact checkpoint of the latest iteration among those of keep_every and, with `best`, best.pt."""
     intact = []
-    for path in (*folder.glob("iteration-*.pt"), folder / "best.pt"):
+    for path in (*folder.glob("iteration-*.pt"), *[folder / "best.pt"] * best):
         with contextlib.suppress(UserError):
             intact.append((checkpoint.load(path, kind=kind)["iteration"], path))
     return max(intact)[1] if intact else None
@@ -142,8 +145,9 @@ def begin_run(task: Task, directory: Path, state: dict[str, Any] | None, command
         if state is not None and config.resume != "auto":
             import_checkpoint(expand(config.resume), directory, state)
         write_json(directory / "environment.json", environment)  # last: it marks the launch as begun
-        for part in directory.glob("*.json.*.part"):  # of processes that were killed
-            part.unlink(missing_ok=True)
+        for part in (*directory.glob("*.part"), *directory.glob("checkpoints/*.part")):
+            if re.search(r"\.\d+\.part$", part.name):  # of a process that was killed
+                part.unlink(missing_ok=True)
     except OSError as error:
         raise from_write_error(f"run_dir={directory}: cannot be written", error) from error
     return environment

@@ -30,7 +30,7 @@ from resnet_train.engine.loop import Clock, Stop, log_evaluation, loop
 from resnet_train.engine.metrics import count_replaced, describe_replaced, read_metrics
 from resnet_train.engine.resume import before_restart, begin_run, claim_run
 from resnet_train.engine.task import Task, TaskConfig
-from resnet_train.errors import RunError, UserError, is_peer_failure
+from resnet_train.errors import UserError, is_peer_failure
 from resnet_train.files import nearest_existing, remove_empty, write_json
 from resnet_train.terminal import say
 
@@ -179,12 +179,7 @@ def _summarise(task: Task, directory: Path, clock: Clock, environment: dict[str,
         **environment,
         "finished": time.strftime("%Y-%m-%d %H:%M:%S %z"),
     }
-    try:
-        conclusion = task.conclude(summary)
-    except KeyError as error:
-        what = f"{directory / 'metrics.jsonl'}: its last test has no {error}"
-        raise RunError(f"{what}; remove that line, and the same command tests again") from error
     drawn = task.draw(metrics, picture)
     write_json(directory / "summary.json", summary)  # last: it marks the run as finished
-    say("; ".join(filter(None, [conclusion, describe_replaced(count_replaced(metrics))])))
+    say("; ".join(filter(None, [task.conclude(summary), describe_replaced(count_replaced(metrics))])))
     say(f"{f'curves: {picture}; ' if drawn else ''}tensorboard --logdir {shlex.quote(str(directory))}")

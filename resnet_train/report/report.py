@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import importlib.util
+import io
 import os
 import shlex
 import webbrowser
@@ -15,7 +16,7 @@ from resnet_train import paper
 from resnet_train.config.commands import ReportConfig
 from resnet_train.config.layout import count_unreadable
 from resnet_train.errors import UserError, from_write_error
-from resnet_train.files import expand, put
+from resnet_train.files import LARGEST_TEXT, expand, put, read_regular
 from resnet_train.report import detection, figures, localization, page, runs, tables, verdict
 from resnet_train.report.figures import Picture
 from resnet_train.report.folders import find_files, name_folders
@@ -191,7 +192,7 @@ def _measured(folders: list[Path], name: str, column: str) -> list[figures.Respo
     for path in (path for folder in folders for path in sorted(find_files(folder, name)) if path.is_file()):
         values: dict[tuple[str, ...], list[float]] = {}
         try:
-            with path.open(newline="", encoding="utf-8") as file:
+            with io.StringIO(read_regular(path, LARGEST_TEXT).decode(), newline="") as file:
                 for row in csv.DictReader(file):
                     key = tuple(row[part] for part in ("net", "data", "seed", "iteration", "note", "finished"))
                     values.setdefault(key, []).append(number(float(row[column])))

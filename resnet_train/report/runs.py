@@ -194,8 +194,9 @@ def read(folder: Path, display_path: str, metrics: list[dict[str, Any]]) -> Run:
 
 def _run(folder: Path, display_path: str, config: dict[str, Any], metrics: list[dict[str, Any]]) -> Run:
     points: dict[str, dict[int, Point]] = {"train": {}, "val": {}, "test": {}}
-    for line in (line for line in metrics if "error" in line):
-        points[line["split"]][line["iteration"]] = (line["iteration"], line["error"], line.get("error5"))
+    for line in metrics:
+        if "error" in line:
+            points[line["split"]][line["iteration"]] = (line["iteration"], line["error"], line.get("error5"))
     arch, depth, family = config["arch"], whole(config["depth"]), config["data"]["family"]
     protocol = {"cifar": "single view", "imagenet": "center crop"}[family]
     tests = [line for line in metrics if line["split"] == "test" and "protocol" in line]
