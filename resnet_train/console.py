@@ -190,7 +190,6 @@ def _wait_if_peer_failed(error: Exception) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
         time.sleep(10)
-        print_error(
-            RunError(f"lost the other processes ({line[:200]}); the same command resumes from the last checkpoint")
-        )
+        resumes = "the same command resumes from the last checkpoint, if one was written"
+        print_error(RunError(f"lost the other processes ({line[:200]}); {resumes}"))
         sys.exit(1)

@@ -290,6 +290,15 @@ def test_other_images_in_a_folder_of_the_same_name_are_another_row(tmp_path):
     assert runs.differences(groups[0], groups[2]) == [("images", "mine/photos", "others/photos (state 2)")]
 
 
+def test_a_folder_read_as_small_pictures_and_as_photographs_is_not_called_changed(tmp_path):
+    """Its digest is another, being of other sizes."""
+    for family, digest in (("cifar", "a" * 64), ("imagenet", "b" * 64)):
+        folder = make(tmp_path / family, data="photos")
+        change(folder / "config.json", data__root="/d/photos", data__family=family)
+        (folder / "environment.json").write_text(json.dumps({"digest": digest}))
+    assert ["images" in run.setting for run in found(tmp_path)] == [False, False]
+
+
 def test_other_images_in_a_folder_of_another_name_are_told_by_that(tmp_path):
     for data in ("cats", "dogs"):
         (make(tmp_path / data, data=data) / "environment.json").write_text(json.dumps({"digest": data[0] * 64}))
@@ -1438,7 +1447,7 @@ def test_detectors_stand_in_table_7_with_the_mean_over_seeds_beside_the_papers(t
         ["vgg-16, random weights", "20.00 (n=1)", "21.00 (n=1)", "73.20", "70.40"],
     ]
     text = page.markdown_table(table)
-    assert "seed 2: unfinished, in no mean (mAP, VOC 2007's rule 30.00 % at iteration 99 of 100)" in text
+    assert "seed 2: unfinished, in no mean (mAP, VOC 2007's rule 30.00 % at iteration 99, of 100 iterations)" in text
     assert "random weights in place of ImageNet's" in text
     assert "100 iterations, not 80,000" in text
     assert section.warnings == ["SHORTENED: 100 of the paper's 80,000 iterations"]

@@ -688,6 +688,18 @@ def test_an_export_says_what_it_is_and_names_no_place_of_the_machine(weights, tr
     assert "/home" not in str(header)
 
 
+@pytest.mark.parametrize(("label", "name"), [("photos", "imagefolder"), ("digits", "digits"), ("cifar10", "cifar10")])
+def test_an_import_of_an_export_is_of_the_data_that_it_was_trained_on(label, name, weights, trained, tmp_path):
+    """Else a net of one's own photographs would be tested on CIFAR-10, which would be downloaded."""
+    state = {key: value for key, value in checkpoint.load(trained).items() if key != "format"}
+    checkpoint.save(tmp_path / "net.pt", state | {"label": label})
+    weights("export", "net.pt", "out=net.pth")
+    told = weights("import", "net.pth", "out=again.pt")
+    again = checkpoint.load(tmp_path / "again.pt")
+    assert (again["label"], again["config"]["data"]["name"]) == (label, name)
+    assert "minus a mean image (of the channels: [" in told
+
+
 WRONG = [
     *(("digest", "list", []), ("config", "list", []), ("measure", "str", "fp32"), ("iteration", "float", 1.5)),
     *(("iteration", "bool", True), ("classes", "int", 3), ("classes", "int", [1, 2]), ("data", "dict", {})),

@@ -79,7 +79,9 @@ def launch(job: Callable[[], int], processes: int, max_restarts: int) -> int:
     restarts = f" after all restarts (max_restarts={max_restarts})" if max_restarts else ""
     advice = "" if max_restarts else ", and with max_restarts=3 by itself"
     description = f"rank {rank} (process {failure.pid}) was killed by {signal.Signals(-failure.exitcode).name}"
-    raise RunError(f"{description}{restarts}; the same command resumes from the last checkpoint{advice}")
+    raise RunError(
+        f"{description}{restarts}; the same command resumes from the last checkpoint, if one was written{advice}"
+    )
 
 
 def _work(job: Callable[[], int], processes: int, received: list[int]) -> int:

@@ -223,8 +223,10 @@ def _reached(run: Detector) -> int:
 
 def _unfinished(run: Detector) -> str:
     key, rule, _ = COLUMNS[run.kind][0]
-    measured = f"{run.test[-1][key]:.2f} % at iteration {run.test[-1]['iteration']:,}" if run.test else "not measured"
-    return f"{run.name}, seed {run.seed}: unfinished, in no mean ({rule} {measured} of {run.iterations:,})"
+    tested = (
+        f"{rule} {run.test[-1][key]:.2f} % at iteration {run.test[-1]['iteration']:,}" if run.test else "no test yet"
+    )
+    return f"{run.name}, seed {run.seed}: unfinished, in no mean ({tested}, of {run.iterations:,} iterations)"
 
 
 def _reasons(group: list[Detector]) -> list[str]:

@@ -162,7 +162,7 @@ def _errors(data: str, results: list[dict[str, Any]], where: str, *, published: 
         table.notes.append("Ours: not measured yet; `resnet-localize test checkpoint=…/checkpoints/last.pt dense=true`")
     table.notes.append(
         "An image is wrong where no answer has its class and overlaps one of its boxes of that class by 0.5 or more: of"
-        " one answer with the true class, of five with the classes of a classifier."
+        " one answer with the true class, of one (top-1) or five (top-5) with the classes of a classifier."
     )
     return table
 

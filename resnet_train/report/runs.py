@@ -156,16 +156,16 @@ def find(folders: Iterable[Path]) -> tuple[list[Run], FolderMetrics, list[str]]:
 
 def _name_images(runs: list[Run]) -> None:
     """Replace the digests of image sets in the settings by names, the last two folders of their path or more."""
-    digests: dict[str, dict[str, Path]] = {}
+    digests: dict[tuple[str, str], dict[str, Path]] = {}  # a folder has another digest for each family
     for run in runs:
         if "images" in run.setting:
-            digests.setdefault(run.data, {}).setdefault(run.setting["images"], Path(run.root))
+            digests.setdefault((run.data, run.family), {}).setdefault(run.setting["images"], Path(run.root))
     names_of = {}
     for data, roots in digests.items():
         of_root = tell_apart(dict.fromkeys(roots.values(), 2))
         names_of[data] = {digest: of_root[root] for digest, root in roots.items()}
     for run in runs:
-        names = names_of.get(run.data, {})
+        names = names_of.get((run.data, run.family), {})
         if (digest := run.setting.pop("images", None)) and len(names) > 1:
             name, before = names[digest], list(names)[: list(names).index(digest)]
             again = sum(names[other] == name for other in before)  # changed, or on another machine

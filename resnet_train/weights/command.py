@@ -51,7 +51,7 @@ def import_weights(args: WeightsConfig, bases: dict[str, dict[str, Any]]) -> Non
     state = {
         "config": config.plain(),
         "classes": classes,
-        "label": config.data_label,
+        "label": config.data_label if args.data.root is not None else source.described.get("data", config.data_label),
         "digest": "",  # of the training images: unknown
         # The groups of batch norm's statistics are unknown as well; for precise_bn, the paper's.
         "measure": {"precision": config.precision, "compile": False, "bn_images": BN_IMAGES[source.family]},
@@ -63,11 +63,13 @@ def import_weights(args: WeightsConfig, bases: dict[str, dict[str, Any]]) -> Non
         build_network(config, len(classes)).load_state_dict(model)
     checkpoint.save(out, state)
     mean = [round(value, 4) for value in (source.mean.mean((0, 1)) / 255).tolist()]
+    what = f"{mean}" if source.mean.shape[:2] == (1, 1) else f"a mean image (of the channels: {mean})"
     stride = f", stride in the {config.bottleneck_stride}" if source.has_bottlenecks else ""
     folded = "" if divisor(config) == source.std else " (in conv1 now)"
+    named = ", ".join(classes[:3]) + "…" * (len(classes) > 3)
     say(
-        f"{FAMILIES[source.family]} {config.net}{stride}, {len(classes)} classes ({', '.join(classes[:3])}…); images in"
-        f" 0 to 1 minus {mean}, divided by {list(source.std)}{folded}; {config.data.size} px, {config.precision}; {out}"
+        f"{FAMILIES[source.family]} {config.net}{stride}, {len(classes)} classes ({named}); images in 0 to 1 minus"
+        f" {what}, divided by {list(source.std)}{folded}; {config.data.size} px, {config.precision}; {out}"
     )
     specified = {"stride in the 3x3": args.bottleneck_stride, "a residual net": args.arch}
     if assumed := [item for item in source.assumed if not specified.get(item)]:
@@ -80,6 +82,8 @@ def _config(args: WeightsConfig, source: Source, base: dict[str, Any]) -> Config
     data = dict(base["data"]) | {"family": source.family, "root": None}
     data["size"] = args.data.size or described.get("size", data["size"])
     usual = data["name"] if source.family == "imagenet" or data["size"] == 32 else "imagefolder"
+    if source.family == "cifar" and "data" in described:
+        usual = described["data"] if described["data"] in (*OFFICIAL, "digits") else "imagefolder"
     data["name"] = usual if args.data.name == "auto" else args.data.name
     if source.mean.shape[0] not in (1, data["size"]):
         side = source.mean.shape[0]
