@@ -31,7 +31,7 @@ from resnet_train.engine.limits import check_open_files, most_workers
 from resnet_train.engine.loop import check_finite
 from resnet_train.engine.resume import check_space
 from resnet_train.errors import RunError, UserError, from_nccl_error, from_os_error, from_write_error, is_peer_failure
-from resnet_train.files import lock_directory, write_result
+from resnet_train.files import check_replaceable, check_result, lock_directory, write_result
 
 
 class Starved(Dataset):
@@ -419,6 +419,13 @@ def test_workers_by_themselves_are_no_more_than_the_limit_of_open_files_allows(m
     assert most_workers() == 120
     with pytest.raises(RunError, match=r"^data\.workers=128: need 1088 open files, and the limit is 1024; "):
         check_open_files(128)
+
+
+def test_a_folder_where_a_result_is_to_be_written_is_refused(tmp_path):
+    """An empty one, too: before the work and not after it."""
+    for check in (check_result, lambda out: check_replaceable(out, ["net"])):
+        with pytest.raises(UserError, match=r"^out=.*: is a folder; name a file$"):
+            check(tmp_path)
 
 
 def test_two_processes_that_write_one_file_leave_it_whole(tmp_path):
