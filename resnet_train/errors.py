@@ -131,11 +131,17 @@ def from_nccl_error(error: BaseException) -> UserError | None:
     text = str(error)
     if "nccl" not in text.lower() or is_peer_failure(error) or _line_with(NO_MEMORY, text):
         return None
-    reason = re.search(r"Last error:\s*(\S.*)", text) or re.search(r"(nccl\w+: .*)", text) or re.search(r"(.*)", text)
-    assert reason is not None  # the last one fits all
+    kind = re.search(r"nccl\w+: .*", text)
+    reason = last_nccl_error(error) or (kind[0] if kind else text.partition("\n")[0])
     if "Duplicate GPU" in text:
-        return UserError(f"NCCL: {reason[1]}; each process needs a GPU of its own: start fewer (devices=)")
-    return RunError(f"NCCL cannot work here: {reason[1]}; set NCCL_DEBUG=INFO in the environment for details")
+        return UserError(f"NCCL: {reason}; each process needs a GPU of its own: start fewer (devices=)")
+    return RunError(f"NCCL cannot work here: {reason}; set NCCL_DEBUG=INFO in the environment for details")
+
+
+def last_nccl_error(error: BaseException) -> str | None:
+    """What NCCL itself says in an error of torch; None if it says nothing."""
+    reason = re.search(r"nccl[\s\S]*Last error:\s*(\S.*)", str(error), re.IGNORECASE)
+    return reason and reason[1]
 
 
 def from_machine_error(error: BaseException) -> RunError | None:

@@ -193,14 +193,19 @@ def check_replaceable(out: Path, names: Collection[str], mark: Path | None = Non
     Such a result has all `names` (see `_names_in`), in the file itself or in `mark`, a file in the folder or beside the
     file. Raises UserError.
     """
-    if out.is_dir() and (mark is None or mark.parent != out):
-        raise UserError(f"out={out}: is a folder; name a file")
+    if mark is None or mark.parent != out:
+        _refuse_folder(out)
     try:
         empty = not any(out.iterdir()) if out.is_dir() else not os.path.lexists(out)
     except OSError as error:
         raise UserError(f"out={out}: cannot be read: {error.strerror}") from error
     if not empty and not set(names) <= _names_in(mark or out, text=mark is not None):
         raise UserError(f"out={out}: exists and is no earlier result of this command; use another name")
+
+
+def _refuse_folder(out: Path) -> None:
+    if out.is_dir():
+        raise UserError(f"out={out}: is a folder; name a file")
 
 
 def _names_in(path: Path, *, text: bool) -> set[str]:
@@ -233,8 +238,7 @@ def _names_in_archive(archive: zipfile.ZipFile) -> set[str]:
 
 def check_result(path: Path) -> None:
     """Make the folders above `path` and check that a file can be written there. Raises UserError."""
-    if path.is_dir():
-        raise UserError(f"out={path}: is a folder; name a file")
+    _refuse_folder(path)
     part = _part(path)
     with _write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,6 @@ from resnet_train.config.run_dir import RunConfig, check_run_dir, check_same_dat
 from resnet_train.console import finish, load, start_resource_tracker
 from resnet_train.errors import SIGNALS, RunError, UserError, from_machine_error
 from resnet_train.files import read_object
-from resnet_train.report.folders import find_runs
 from resnet_train.terminal import say
 
 DIGESTS: dict[str, str] = {}  # of the jobs' data, as JSON of its configuration; computed when needed
@@ -135,9 +134,8 @@ def conclude(directories: list[Path]) -> None:
         raise RunError(f"{len(failed)} of {len(directories)} jobs of the sweep did not finish: {', '.join(failed)}")
     if len(directories) > 1:
         above = os.path.commonpath([os.path.abspath(directory) for directory in directories])
-        alone = os.path.commonpath([above, os.getcwd()]) != above and find_runs([Path(above)]).keys() == {
-            directory.resolve() for directory in directories
-        }
+        find_runs, own = load("resnet_train.report.folders:find_runs"), {path.resolve() for path in directories}
+        alone = os.path.commonpath([above, os.getcwd()]) != above and find_runs([Path(above)]).keys() == own
         shown = [min(above, os.path.relpath(above), key=len)] if alone else map(str, directories)
         words = [shlex.quote(f"./{path}" if path.startswith("-") else path) for path in shown]
         say(f"{len(directories)} runs; side by side: resnet-report {' '.join(words)} out=report")

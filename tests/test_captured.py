@@ -97,8 +97,8 @@ def test_a_captured_step_is_the_step_with_each_iterations_draws_and_rate(words, 
     task, order = opened(*words)
     captured = CapturedStep(task, task.dataset.batch_maker(task.mean, task.device, task.config.augment.pad))
     draws = task.dataset.draw_batches(task.device, order)
-    for number, (drawn, lr) in enumerate(zip(itertools.islice(draws, len(RATES)), RATES, strict=True), 1):
-        captured(drawn, lr)
+    for number, (batch, lr) in enumerate(zip(itertools.islice(draws, len(RATES)), RATES, strict=True), 1):
+        captured(batch, lr)
         assert (task.iteration, task.metrics.seen) == (number, 32 * (number - LOGGED * (number > LOGGED)))
         if number == LOGGED:
             task.metrics.reset()

@@ -372,14 +372,14 @@ def test_members_that_were_tested_in_batches_of_other_sizes_are_an_ensemble(save
         )
         out = tmp_path / f"{size}.json"
         for members in (f"[0/last.pt,{other}]", f"[{other},0/last.pt]"):
-            for protocol, found in results.items():
+            for protocol, measures in results.items():
                 measured(saved, monkeypatch, f"checkpoint={members}", f"out={out}", f"protocol={protocol}")
                 result = json.loads(out.read_text())
                 assert result["seen"] == 9
-                found.append((result["wrong"], result["loss"]))
-    for found in results.values():
-        assert [wrong for wrong, _ in found] == [found[0][0]] * 4
-        assert [loss for _, loss in found] == pytest.approx([found[0][1]] * 4, rel=1e-5)
+                measures.append((result["wrong"], result["loss"]))
+    for measures in results.values():
+        assert [wrong for wrong, _ in measures] == [measures[0][0]] * 4
+        assert [loss for _, loss in measures] == pytest.approx([measures[0][1]] * 4, rel=1e-5)
 
 
 def test_algorithms_are_chosen_by_timing_only_for_shapes_that_do_not_vary(saved, monkeypatch):

@@ -461,11 +461,11 @@ def test_the_summary_which_ends_a_run_is_written_last_and_to_the_disk(whole, tmp
         os, "fsync", lambda handle: (synced.append(os.readlink(f"/proc/self/fd/{handle}")), fsync(handle))
     )
 
-    def drawn(task, metrics, picture):
+    def note_and_draw(task, metrics, picture):
         there.append((folder / "summary.json").exists())
         return draw(task, metrics, picture)
 
-    monkeypatch.setattr(ClassificationTask, "draw", drawn)
+    monkeypatch.setattr(ClassificationTask, "draw", note_and_draw)
     assert run(folder) == 0
     assert there == [False]
     assert Path(synced[-1]).name.startswith("summary.json.")

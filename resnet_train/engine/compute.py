@@ -40,7 +40,7 @@ def pick_device(name: str) -> torch.device:
         number = 0 if gpus == 1 else local_rank()  # Slurm's --gpus-per-task shows each process a GPU of its own alone
         if number >= gpus:
             raise UserError(f"devices: torch sees {gpus} GPUs here; each process needs one")
-        take_gpu(number)
+        _take_gpu(number)
         return torch.device("cuda", number)
     keep_freed_memory()
     return torch.device(name)
@@ -64,15 +64,12 @@ def _why_no_gpu() -> str:
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError, torch.cuda.DeferredCudaCallError) as error:
-        return f" ({_first_sentence(error)})"
+        sentence = re.split(r"\.\s", str(error).splitlines()[0])[0].rstrip(".")
+        return f" ({sentence})"
     return ""
 
 
-def _first_sentence(error: Exception) -> str:
-    return re.split(r"\.\s", str(error).splitlines()[0])[0].rstrip(".")
-
-
-def take_gpu(number: int) -> None:
+def _take_gpu(number: int) -> None:
     """Make a GPU that of this process, and use it. Raises UserError for one that torch's kernels do not run on."""
     try:
         torch.cuda.set_device(number)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-import re
 import socket
 import sys
 import threading
@@ -17,7 +16,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from resnet_train.errors import RemoteError, RunError, UserError, from_machine_error, from_nccl_error, under_launcher
+from resnet_train.errors import (
+    RemoteError,
+    RunError,
+    UserError,
+    from_machine_error,
+    from_nccl_error,
+    last_nccl_error,
+    under_launcher,
+)
 from resnet_train.terminal import say
 
 T = TypeVar("T")
@@ -189,9 +196,9 @@ def _join_error(error: Exception, failure: str) -> UserError:
     user_error = from_nccl_error(error) or from_machine_error(error)
     if user_error is not None:
         return user_error
-    if reason := re.search(r"nccl[\s\S]*Last error:\s*(\S.*)", text, re.IGNORECASE):  # they met, by MASTER_ADDR
+    if reason := last_nccl_error(error):  # torch's processes have met, and NCCL's own connections fail
         advice = "see that the machines reach each other, and by which interface (NCCL_SOCKET_IFNAME, NCCL_DEBUG=INFO)"
-        return RunError(f"NCCL cannot connect the processes: {reason[1][:200]}; {advice}")
+        return RunError(f"NCCL cannot connect the processes: {reason[:200]}; {advice}")
     advice = "see that every machine runs the same command and reaches that address"
     if STORE in os.environ:
         advice = "a larger timeout= waits longer"

@@ -97,10 +97,11 @@ def load_newest(folder: Path, *, kind: str = "net") -> tuple[Path, dict[str, Any
                 problems.append(error)
     else:
         # best.pt alone is of a run that was killed in its first test, which is not in its record.
-        kept = _newest_kept(folder, kind, best=bool(problems))
-        if kept is None and not problems:
-            return None
+        best = [folder / "best.pt"] if problems else []
+        kept = _newest_intact([*folder.glob("iteration-*.pt"), *best], kind)
         if kept is None:
+            if not problems:
+                return None
             raise UserError("; ".join([*map(str, problems), "resume=never begins the run again"]))
         path, state = kept, checkpoint.load(kept, kind=kind)
         problems = problems or [UserError(f"{last}: is not there")]
@@ -113,10 +114,10 @@ def load_newest(folder: Path, *, kind: str = "net") -> tuple[Path, dict[str, Any
     return path, state
 
 
-def _newest_kept(folder: Path, kind: str, *, best: bool) -> Path | None:
-    """The intact checkpoint of the latest iteration among those of keep_every and, with `best`, best.pt."""
+def _newest_intact(paths: list[Path], kind: str) -> Path | None:
+    """The intact checkpoint of the latest iteration; one at a time is in memory."""
     intact = []
-    for path in (*folder.glob("iteration-*.pt"), *[folder / "best.pt"] * best):
+    for path in paths:
         with contextlib.suppress(UserError):
             intact.append((checkpoint.load(path, kind=kind)["iteration"], path))
     return max(intact)[1] if intact else None

@@ -161,9 +161,9 @@ def _name_images(runs: list[Run]) -> None:
         if "images" in run.setting:
             digests.setdefault((run.data, run.family), {}).setdefault(run.setting["images"], Path(run.root))
     names_of = {}
-    for data, roots in digests.items():
+    for key, roots in digests.items():
         of_root = tell_apart(dict.fromkeys(roots.values(), 2))
-        names_of[data] = {digest: of_root[root] for digest, root in roots.items()}
+        names_of[key] = {digest: of_root[root] for digest, root in roots.items()}
     for run in runs:
         names = names_of.get((run.data, run.family), {})
         if (digest := run.setting.pop("images", None)) and len(names) > 1:
